@@ -1,0 +1,27 @@
+"""hfkv: KV caches for Hugging Face transformers that are smaller, faster, exact and combinable.
+
+Importing it registers the attention ``"hfkv"`` with transformers and changes nothing else.
+"""
+
+from hfkv.attention import register as _register
+from hfkv.cache import KVCache, OffloadedCache, PagedCache, QuantizedCache, SlidingWindowCache
+from hfkv.config import KVConfig
+from hfkv.patches import Patch, patch, unpatch
+from hfkv.window import Window
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KVCache",
+    "KVConfig",
+    "OffloadedCache",
+    "PagedCache",
+    "Patch",
+    "QuantizedCache",
+    "SlidingWindowCache",
+    "Window",
+    "patch",
+    "unpatch",
+]
+
+_register()

@@ -1,0 +1,222 @@
+"""The ``"hfkv"`` attention and mask functions, registered with transformers by `register`."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import output_capturing
+
+from hfkv.layer import HeldTokens
+from hfkv.view import KVView
+
+NAME = "hfkv"
+
+# Keywords that reach an attention function and do not change its result: flags of the model's forward, and
+# `sliding_window`, which the mask already says.
+_WITHOUT_EFFECT = {
+    "cache_position",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+# Keywords the model's own eager attention implements and scaled_dot_product_attention does not.
+_EAGER_ONLY = {"softcap", "s_aux"}
+
+
+def hfkv_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention over the keys and values of one layer, decoded here and nowhere else.
+
+    Args:
+        module: the attention module.
+        query: `[B, Hq, q, D]`.
+        key, value: `[B, H, T, D]`, `KVView`s or plain tensors.
+        attention_mask: bool or additive `[B, 1 or Hq, q, kv]`; None for causal or full attention.
+        scaling: factor on the scores; None for ``D ** -0.5``.
+        dropout: probability.
+        is_causal: overrides ``module.is_causal``.
+        position_bias: `[1 or B, Hq, q, kv]` added to the scores (T5).
+        **kwargs: what the model passes on; see Raises.
+
+    Returns:
+        The output `[B, q, Hq, D]`, and the weights where they were asked for (``output_attentions=True``).
+
+    Raises:
+        NotImplementedError: a keyword that would change the result and is not implemented here.
+    """
+    for name, given in kwargs.items():
+        if given is not None and name not in _WITHOUT_EFFECT | _EAGER_ONLY:
+            raise NotImplementedError(
+                f'the "hfkv" attention does not implement {name!r}, which {type(module).__name__} passed; keep the '
+                "model's own attention (hfkv.patch does so for models it knows) and its cache is decoded for it"
+            )
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if isinstance(key, KVView) and key.snapshot.is_windowed:
+        held: HeldTokens = key.snapshot  # type: ignore[assignment]
+        attention_mask, position_bias = _apply_window(held, query.shape[2], attention_mask, position_bias)
+    key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
+
+    extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
+    if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(type(module)):
+        mask = _additive(attention_mask, query, key, is_causal)
+        if position_bias is not None:
+            extra["position_bias"] = position_bias
+        eager = _own_eager(type(module))
+        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
+    return sdpa_attention_forward(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        is_causal=is_causal,
+        position_bias=position_bias,
+    )
+
+
+def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The bool mask of the sdpa attention, refused for models that would never call ours.
+
+    Raises:
+        ValueError: the model's code computes its attention itself and would misread this mask.
+    """
+    config = kwargs.get("config")
+    if config is not None and not _calls_attention_functions(type(config)):
+        raise ValueError(
+            f'{config.model_type!r} computes its attention itself and cannot take attn_implementation="hfkv"; load it '
+            "without that, and use hfkv.patch(model): its caches are decoded for the model's own attention"
+        )
+    return sdpa_mask(*args, **kwargs)
+
+
+def register() -> None:
+    """Makes ``attn_implementation="hfkv"`` known to transformers."""
+    AttentionInterface.register(NAME, hfkv_attention)
+    AttentionMaskInterface.register(NAME, hfkv_mask)
+
+
+def _apply_window(
+    held: HeldTokens, num_queries: int, mask: torch.Tensor | None, position_bias: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Brings a mask and a bias over all positions down to the held ones and adds the window's rule."""
+    window = held.layer.window
+    assert window is not None
+    if mask is not None:
+        _refuse_padding(mask, held)
+    all_visible = held.seen <= window.size or (num_queries == 1 and held.held_from >= held.seen - window.size)
+    if mask is None and position_bias is None and all_visible:
+        return None, None
+    positions = held.positions()
+    if position_bias is not None:
+        position_bias = position_bias[..., positions]
+    t = torch.arange(held.seen - num_queries, held.seen, device=held.device)[:, None]
+    seen = (positions > t - window.size) | (positions < window.sinks)
+    if mask is None:
+        return (seen & (positions <= t))[None, None], position_bias
+    mask = mask[..., positions]
+    if mask.dtype == torch.bool:
+        return mask & seen, position_bias
+    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min), position_bias
+
+
+def _refuse_padding(mask: torch.Tensor, held: HeldTokens) -> None:
+    """Raises unless the newest query may see every token: windows count positions from the first token."""
+    if mask.shape[-1] != held.seen:
+        raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {held.seen}")
+    newest = mask[:, :, -1]
+    visible = newest if mask.dtype == torch.bool else newest > torch.finfo(mask.dtype).min / 2
+    if not bool(visible.all()):
+        raise NotImplementedError(
+            "a windowed hfkv cache was given a mask that hides tokens (padding or gaps): its window and sinks would "
+            "be counted wrongly. Batch prompts of equal length without padding, or leave the window out"
+        )
+
+
+def _weights_wanted(extra: dict[str, Any]) -> bool:
+    if extra.get("output_attentions"):
+        return True
+    collected = output_capturing._active_collector.get()  # set while a forward records its layers' outputs
+    return bool(collected) and any("attentions" in name for name in collected)
+
+
+def _additive(
+    mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, is_causal: bool
+) -> torch.Tensor | None:
+    """The mask as eager attention functions want it: 0 where visible, the dtype's minimum elsewhere."""
+    q, kv = query.shape[2], key.shape[2]
+    if mask is None:
+        if q == 1 or not is_causal:
+            return None
+        mask = torch.ones(q, kv, dtype=torch.bool, device=query.device).tril(kv - q)[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=query.dtype, device=query.device)
+    return torch.where(mask, zero, torch.finfo(query.dtype).min)
+
+
+@functools.cache
+def _modelling(module_class: type) -> Any:
+    """The modelling file of an attention class: where its eager attention function is."""
+    for base in module_class.__mro__:
+        modelling = sys.modules.get(base.__module__)
+        if hasattr(modelling, "eager_attention_forward"):
+            return modelling
+    return sys.modules[module_class.__module__]
+
+
+def _own_eager(module_class: type) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    eager = getattr(_modelling(module_class), "eager_attention_forward", None)
+    if eager is None:
+        raise NotImplementedError(
+            f"{module_class.__name__} asked for attention weights or a keyword that only an eager attention has, and "
+            f'{module_class.__module__} defines none; use attn_implementation="eager"'
+        )
+    return eager
+
+
+@functools.cache
+def _has_sdpa(module_class: type) -> bool:
+    """Whether the model may use scaled_dot_product_attention; gpt_oss, for one, may not."""
+    models = [
+        value
+        for value in vars(_modelling(module_class)).values()
+        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
+    ]
+    return not models or any(model._supports_sdpa for model in models)
+
+
+@functools.cache
+def _calls_attention_functions(config_class: type[PreTrainedConfig]) -> bool:
+    if config_class not in MODEL_MAPPING:
+        return True
+    model_class = MODEL_MAPPING[config_class]
+    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
+    return model_class._can_set_attn_implementation()

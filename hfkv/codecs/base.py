@@ -1,0 +1,52 @@
+"""What every codec promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+Planes = tuple[torch.Tensor, ...]
+
+# Scales are kept in bfloat16: two bytes, and every magnitude a model can produce fits.
+SCALE_DTYPE = torch.bfloat16
+
+
+class Codec(ABC):
+    """Writes `[B, H, T, D]` as planes `[B, H, T, d_i]` and reads them back.
+
+    The law: *row-local*. What is written for a token depends on that token's row alone and is the same bits
+    whatever else is encoded with it, so append, drop, page, offload, beam-select and crop commute with
+    the codec and nothing is ever encoded twice.
+    """
+
+    name: str
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> Planes:
+        """Encodes.
+
+        Args:
+            x: `[B, H, T, D]`, bf16, fp16 or fp32; T may be 0. NaN and infinity come back as NaN at worst.
+
+        Returns:
+            Planes `[B, H, T, d_i]`, the data first.
+        """
+
+    @abstractmethod
+    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """Decodes planes `[B, H, T, d_i]` to `[B, H, T, head_dim]` of `dtype`."""
+
+
+def row_absmax(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each row, fp32 `[..., 1]`."""
+    return x.abs().amax(dim=-1, keepdim=True).float()
+
+
+def scale_for(largest: torch.Tensor, steps: float) -> torch.Tensor:
+    """A 16-bit scale that maps `largest` to about `steps`; rows of zeros get a scale of 1.
+
+    It is rounded *before* anything is quantised with it, so that its rounding costs no accuracy.
+    """
+    scale = (largest / steps).to(SCALE_DTYPE)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)

@@ -1,0 +1,25 @@
+"""Eight bits a number, one scale per token and kv head."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.codecs.base import Codec, Planes, row_absmax, scale_for
+
+
+class Int8(Codec):
+    """Symmetric int8: ``x ≈ q · scale``, D + 2 bytes a row.
+
+    The error of an element is at most the row's largest magnitude / 254, plus the rounding of dtypes.
+    """
+
+    name = "int8"
+
+    def encode(self, x: torch.Tensor) -> Planes:
+        scale = scale_for(row_absmax(x), 127)
+        q = (x.float() / scale.float()).round_().clamp_(-127, 127)
+        return q.to(torch.int8), scale
+
+    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        q, scale = planes
+        return (q.float() * scale.float()).to(dtype)

@@ -1,0 +1,19 @@
+"""The codec that changes nothing."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.codecs.base import Codec, Planes
+
+
+class Plain(Codec):
+    """The model's own dtype, bit for bit."""
+
+    name = "none"
+
+    def encode(self, x: torch.Tensor) -> Planes:
+        return (x,)
+
+    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return planes[0].to(dtype)

@@ -1,0 +1,184 @@
+"""`KVConfig`: what to keep of a KV cache and how, as a frozen value and as a string."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from hfkv.window import Window
+
+CODECS = ("none", "int8", "int4", "fp8")
+STORES = ("auto", "contiguous", "paged")
+_LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    """Three policies that compose: how numbers are written, which tokens stay, where the bytes live.
+
+    Args:
+        codec: ``"none"`` (the model's own dtype, exact), ``"int8"``, ``"int4"`` or ``"fp8"``.
+        window: None keeps every token; an int is ``Window(size=...)``.
+        store: ``"contiguous"`` (one growing buffer a layer), ``"paged"`` (pages with reference counts, shared
+            by beams) or ``"auto"`` (contiguous).
+        page_size: tokens a page, a power of two; None takes 256 on a CPU and 64 on an accelerator. Only
+            with ``store="paged"``.
+        offload: keep the bytes in host memory and bring one layer at a time to the device.
+        layers: overrides for single layers, by index or range: ``{"0-1": KVConfig(codec="none")}``.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was given and what is allowed.
+    """
+
+    codec: str = "none"
+    window: Window | int | None = None
+    store: str = "auto"
+    page_size: int | None = None
+    offload: bool = False
+    layers: Mapping[str, KVConfig] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, int) and not isinstance(self.window, bool):
+            object.__setattr__(self, "window", Window(self.window, sinks=min(4, max(self.window - 1, 0))))
+        _check_choice("codec", self.codec, CODECS)
+        _check_choice("store", self.store, STORES)
+        if self.window is not None and not isinstance(self.window, Window):
+            raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
+        if not isinstance(self.offload, bool):
+            raise TypeError(f"KVConfig.offload must be True or False, got {self.offload!r}")
+        self._check_page_size()
+        self._check_layers()
+
+    def _check_page_size(self) -> None:
+        if self.page_size is None:
+            return
+        if not isinstance(self.page_size, int) or isinstance(self.page_size, bool):
+            raise TypeError(f"KVConfig.page_size must be None or an int (tokens), got {self.page_size!r}")
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise ValueError(f"KVConfig.page_size must be a power of two, got {self.page_size}")
+        if self.store != "paged":
+            raise ValueError(f'KVConfig.page_size needs store="paged", got store={self.store!r}')
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise TypeError(f'KVConfig.layers must map "0-1" or "3" to a KVConfig, got {self.layers!r}')
+        seen: set[int] = set()
+        for key, override in self.layers.items():
+            indices = _layer_range(key)
+            if not isinstance(override, KVConfig):
+                raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
+            if override.layers:
+                raise ValueError(f"KVConfig.layers[{key!r}] must not itself have layers")
+            if seen & set(indices):
+                raise ValueError(f"KVConfig.layers names layer {min(seen & set(indices))} twice")
+            seen |= set(indices)
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+
+    def __hash__(self) -> int:
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload)
+        return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
+
+    def __reduce__(self) -> tuple:
+        # A mapping proxy can be neither copied nor pickled.
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload, dict(self.layers))
+        return (KVConfig, fields)
+
+    def for_layer(self, layer_idx: int) -> KVConfig:
+        """The config of one layer: the override that names it, or this one without overrides."""
+        for key, override in self.layers.items():
+            if layer_idx in _layer_range(key):
+                return override
+        return replace(self, layers={}) if self.layers else self
+
+    @property
+    def last_named_layer(self) -> int:
+        """The highest layer index `layers` names, or -1."""
+        return max((_layer_range(key)[-1] for key in self.layers), default=-1)
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether attention sees exactly the keys and values the model computed."""
+        own = self.codec == "none" and self.window is None
+        return own and all(override.is_lossless for override in self.layers.values())
+
+    @classmethod
+    def parse(cls, text: str) -> KVConfig:
+        """Reads ``"int8+window:4096+sinks:4+offload+paged"``; words in any order, each at most once.
+
+        Args:
+            text: words joined by ``+``: a codec (none, int8, int4, fp8), ``window:SIZE``, ``sinks:COUNT``,
+                ``contiguous`` or ``paged``, ``page_size:TOKENS``, ``offload``.
+
+        Raises:
+            ValueError: naming the word and what is allowed.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"KVConfig.parse takes a str, got {type(text).__name__}")
+        given: dict[str, object] = {}
+        for word in text.strip().split("+"):
+            name, value = _parse_word(word.strip(), text)
+            if name in given:
+                raise ValueError(f"{text!r} gives {name} twice")
+            given[name] = value
+        if "sinks" in given:
+            if "window" not in given:
+                raise ValueError(f"{text!r}: sinks need a window; write window:SIZE+sinks:{given['sinks']}")
+            given["window"] = Window(given["window"], sinks=given.pop("sinks"))  # type: ignore[arg-type]
+        return cls(**given)  # type: ignore[arg-type]
+
+    @classmethod
+    def of(cls, kv: KVConfig | str | None) -> KVConfig:
+        """A config from what callers give: a KVConfig, its string form, or None for the default."""
+        if kv is None:
+            return cls()
+        if isinstance(kv, str):
+            return cls.parse(kv)
+        if isinstance(kv, KVConfig):
+            return kv
+        raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}')
+
+    def __str__(self) -> str:
+        words = [self.codec]
+        if isinstance(self.window, Window):
+            words += [f"window:{self.window.size}", f"sinks:{self.window.sinks}"]
+        words += [self.store] if self.store != "auto" else []
+        words += [f"page_size:{self.page_size}"] if self.page_size is not None else []
+        words += ["offload"] if self.offload else []
+        return "+".join(words)
+
+
+_WORDS = (*CODECS, "window:SIZE", "sinks:COUNT", "contiguous", "paged", "page_size:TOKENS", "offload")
+
+
+def _parse_word(word: str, text: str) -> tuple[str, object]:
+    name, colon, number = word.partition(":")
+    if name in ("window", "sinks", "page_size") and colon:
+        try:
+            return name, int(number)
+        except ValueError:
+            raise ValueError(f"{text!r}: {name} takes a whole number, got {number!r}") from None
+    if not colon:
+        if word in CODECS:
+            return "codec", word
+        if word in STORES:
+            return "store", word
+        if word == "offload":
+            return "offload", True
+    raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(_WORDS)}")
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"KVConfig.{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _layer_range(key: str) -> range:
+    match = _LAYER_RANGE.match(key) if isinstance(key, str) else None
+    if match is None:
+        raise ValueError(f'KVConfig.layers takes keys such as "3" or "0-1", got {key!r}')
+    first, last = int(match[1]), int(match[2] or match[1])
+    if last < first:
+        raise ValueError(f"KVConfig.layers key {key!r} ends before it starts")
+    return range(first, last + 1)

@@ -1,0 +1,325 @@
+"""`KVLayer`: the only code that knows transformers' contract for one layer of a cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from hfkv.codecs import CODECS
+from hfkv.config import KVConfig
+from hfkv.stores import ContiguousStore, PagedStore, Store
+from hfkv.view import Part, make_views
+from hfkv.window import Window
+
+# While a layer records its past (assisted decoding), this many tokens below the window stay, so that a
+# crop may go a little further back than the forwards since the last one.
+ROLLBACK_MARGIN = 64
+CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
+
+
+class KVLayer(CacheLayerMixin):
+    """One attention layer's keys and values: a codec, a window and a store, composed.
+
+    Args:
+        kv: the policies; `kv.layers` is not looked at.
+        sliding: the model's own sliding window for this layer, in tokens. The model's masks apply it; the
+            layer only lets go of what they hide. It takes the place of `kv.window`.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, kv: KVConfig, sliding: int | None = None) -> None:
+        self._store: Store | None = None
+        super().__init__()
+        self.kv = kv
+        self.codec = CODECS[kv.codec]
+        self.is_sliding = sliding is not None
+        self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
+        self.record_past = False
+        self._reserved = 0
+        self._assigned: dict[Part, torch.Tensor] = {}
+        self._forget_all()
+
+    def _forget_all(self) -> None:
+        self.is_initialized = False
+        self.seen = 0  # tokens since the start, padding included: the position of the next one
+        self.held_from = self.window.sinks if self.window else 0  # first position held above the sinks
+        self.version = 0  # changes when a token that was held moves or goes: views made before are stale
+        self._recorded_to: int | None = None
+        self._shapes: dict[Part, tuple[int, int]] = {}  # (heads, head_dim)
+
+    def __repr__(self) -> str:
+        return f"KVLayer({self.kv}{f', sliding={self.window.size}' if self.is_sliding and self.window else ''})"
+
+    # Writing.
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes batch, heads, head dims, dtype and device from the first keys and values."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._batch = key_states.shape[0]
+        self._shapes = {
+            "key": (key_states.shape[1], key_states.shape[3]),
+            "value": (value_states.shape[1], value_states.shape[3]),
+        }
+        self._store = self._make_store()
+        self._store.reserve(self._reserved)
+        self._append(key_states[:, :, :0], value_states[:, :, :0])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends new keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`; returns views of all that is held.
+
+        Raises:
+            ValueError: their shape, dtype or device does not continue what the layer holds.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check(key_states, value_states)
+        self._forget_unseen()
+        visible = min(self.seen - self.held_from, self.window.size - 1) if self.is_sliding and self.window else None
+        self._append(key_states, value_states)
+        count = key_states.shape[2]
+        self.seen += count
+        if self.record_past and self._recorded_to is None:
+            self._recorded_to = self.seen
+        first = 0 if visible is None else self.store.length - count - visible
+        return make_views(self._snapshot(first), key_states, value_states)
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        keys = self.codec.encode(key_states.detach())
+        self._num_key_planes = len(keys)
+        self.store.append(keys + self.codec.encode(value_states.detach()))
+
+    def _make_store(self) -> Store:
+        bound = self.window.capacity() if self.window else None
+        if self.kv.store == "paged":
+            default = CPU_PAGE_SIZE if self.device.type == "cpu" else ACCELERATOR_PAGE_SIZE
+            return PagedStore(self.kv.page_size or default, offload=self.kv.offload, bound=bound)
+        return ContiguousStore(offload=self.kv.offload, bound=bound)
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        for part, states in (("key", key_states), ("value", value_states)):
+            heads, head_dim = self._shapes[part]  # type: ignore[index]
+            batch, count = self._batch, key_states.shape[2]
+            if states.shape != (batch, heads, count, head_dim):
+                raise ValueError(
+                    f"this cache holds {part}s of batch {batch}, {heads} heads of {head_dim}, and was given "
+                    f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new "
+                    "one, or call cache.reset(), or cache.batch_select_indices() to change the batch"
+                )
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            raise ValueError(
+                f"this cache holds {self.dtype} on {self.device} and was given {key_states.dtype} on "
+                f"{key_states.device}; build a new cache or call cache.reset()"
+            )
+
+    # Reading.
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None, "the layer has not seen a key yet"
+        return self._store
+
+    def _snapshot(self, first: int = 0) -> HeldTokens:
+        return HeldTokens(self, self.version, first, self.store.length, self.seen, self.held_from)
+
+    def decode(self, part: Part, first: int, last: int) -> torch.Tensor:
+        """The held tokens `first .. last` of one part, decoded: `[B, H, last - first, D]`."""
+        planes = self.store.read()
+        mine = planes[: self._num_key_planes] if part == "key" else planes[self._num_key_planes :]
+        held = tuple(plane[:, :, first:last] for plane in mine)
+        return self.codec.decode(held, self._shapes[part][1], self.dtype)
+
+    def _whole(self, part: Part) -> torch.Tensor | None:
+        if part in self._assigned:
+            return self._assigned[part]
+        if not self.is_initialized:
+            return None
+        return self.decode(part, 0, self.store.length)
+
+    def _assign(self, part: Part, states: torch.Tensor | None) -> None:
+        """Replaces what is held once both parts have been assigned (or one, of the same length)."""
+        if states is None:
+            return
+        self._assigned[part] = states
+        other: Part = "value" if part == "key" else "key"
+        if other not in self._assigned and self.is_initialized and states.shape[2] == self.store.length:
+            self._assigned[other] = self.decode(other, 0, self.store.length)
+        if other in self._assigned:
+            assigned, self._assigned = self._assigned, {}
+            self.reset()
+            self.update(assigned["key"], assigned["value"])
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All keys held, decoded; assigning replaces them. None before the first update."""
+        return self._whole("key")
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign("key", states)
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """All values held, decoded; assigning replaces them. None before the first update."""
+        return self._whole("value")
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign("value", states)
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return self.window.size if self.is_sliding and self.window else -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys a mask is made for; our own windows get masks over all positions."""
+        if not self.is_sliding or self.window is None:
+            return self.seen + query_length, 0
+        offset = max(self.seen - self.window.size + 1, 0)
+        return self.seen - offset + query_length, offset
+
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._store.nbytes() if self._store else 0
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held."""
+        return self._store.held_bytes() if self._store else 0
+
+    # Letting go.
+
+    def _forget_unseen(self) -> None:
+        """Drops what no later query can see."""
+        if self.window is None or not self.is_initialized:
+            return
+        next_query = self.seen
+        if self.record_past:
+            next_query = max(min(self.seen, self._recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
+        first = min(self.window.first_visible(next_query), self.seen)
+        if first > self.held_from:
+            sinks = self.window.sinks
+            self.store.drop(sinks, sinks + first - self.held_from)
+            self.held_from = first
+            self.version += 1
+
+    def length_after_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens remain seen after `crop`.
+
+        Raises:
+            ValueError: `tokens_to_remove` is positive.
+            RuntimeError: a window has dropped tokens that the remaining text would need.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a negative number of tokens to remove, or 0; got {tokens_to_remove}")
+        left = max(self.seen + tokens_to_remove, 0)
+        if self.window and self.held_from > max(self.window.sinks, self.window.first_visible(left)):
+            raise RuntimeError(
+                f"cannot crop to {left} tokens: the window ({self.window.size} tokens) has dropped tokens below "
+                f"position {self.held_from} that the remaining text attends to. Call cache.reset() and prefill again"
+            )
+        return left
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept."""
+        left = self.length_after_crop(tokens_to_remove)
+        if self.is_initialized and left < self.seen:
+            self.store.truncate(self.store.length - (self.seen - left))
+            self.seen = left
+            self.version += 1
+        if self.record_past:
+            self._recorded_to = None
+            self._forget_unseen()
+
+    def activate_past_recording(self) -> None:
+        """From here on, what the forwards since the last `crop` added can be cropped again."""
+        self.record_past = True
+        self._recorded_to = None
+
+    def reserve(self, tokens: int) -> None:
+        """Says how many tokens there will be in all, so that memory is allocated once."""
+        self._reserved = tokens
+        if self._store:
+            self._store.reserve(tokens)
+
+    def reset(self) -> None:
+        """Forgets everything: the next key may have another batch size, dtype or device."""
+        self._store = None
+        self._forget_all()
+
+    # Rows.
+
+    def _select(self, rows: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.store.select(rows)
+            self._batch = len(rows)
+            self.version += 1
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices`: int64 positions or a bool mask."""
+        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times."""
+        if self.is_initialized:
+            self._select(torch.arange(self._batch, device=self.device).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: `KVConfig.offload` decides where the bytes live."""
+
+    def prefetch(self) -> None:
+        """Nothing: see `offload`."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTokens:
+    """What a layer held at one moment: the snapshot behind its views."""
+
+    layer: KVLayer
+    version: int
+    first: int  # index among the held tokens of the first one the views show
+    last: int
+    seen: int
+    held_from: int
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether a window of ours decides what is visible (the model's masks do for its own)."""
+        return self.layer.window is not None and not self.layer.is_sliding
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.device
+
+    def shape(self, part: Part) -> tuple[int, int, int, int]:
+        heads, head_dim = self.layer._shapes[part]
+        return self.layer._batch, heads, self.last - self.first, head_dim
+
+    def decode(self, part: Part) -> torch.Tensor:
+        """The tokens as plain `[B, H, T, D]`."""
+        if self.version != self.layer.version:
+            raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
+        return self.layer.decode(part, self.first, self.last)
+
+    def positions(self) -> torch.Tensor:
+        """The position of every held token, int64 `[T]` on the layer's device."""
+        window = self.layer.window
+        sinks = min(window.sinks, self.seen) if window else 0
+        start = torch.arange(sinks, device=self.device)
+        return torch.cat((start, torch.arange(max(self.held_from, sinks), self.seen, device=self.device)))

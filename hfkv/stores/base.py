@@ -1,0 +1,89 @@
+"""What every store promises, and how it allocates."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+
+Planes = tuple[torch.Tensor, ...]
+
+# Appending one token at a time copies each byte O(1) times, and never holds more than 1.25 x what is used.
+GROWTH = 1.25
+
+
+class Store(ABC):
+    """Holds a sequence of tokens for each of B rows, as planes `[B, H_i, T, d_i]` it does not interpret.
+
+    All rows hold the same number of tokens. Planes may differ in heads, width and dtype.
+
+    Args:
+        offload: allocate in host memory (pinned, where an accelerator is present); `read` brings the
+            planes to the device the appended ones came from, and appending sends the new tokens only.
+        bound: the number of tokens held between two steps, where a window limits it; None without a limit.
+    """
+
+    def __init__(self, *, offload: bool = False, bound: int | None = None) -> None:
+        self.offload = offload
+        self.bound = bound
+        self.length = 0
+        self.reserved = 0
+        self.planes: list[torch.Tensor] = []
+        self.device: torch.device | None = None
+
+    @abstractmethod
+    def append(self, new: Planes) -> None:
+        """Adds tokens at the end of every row: planes `[B, H_i, T, d_i]`, T may be 0."""
+
+    @abstractmethod
+    def drop(self, start: int, stop: int) -> None:
+        """Removes the held tokens `start <= i < stop`, counted from the first held one."""
+
+    @abstractmethod
+    def select(self, rows: torch.Tensor) -> None:
+        """Makes row i a copy of the present row `rows[i]`; `rows` is int64 `[B']` on any device."""
+
+    @abstractmethod
+    def read(self) -> Planes:
+        """The held tokens in order, `[B, H_i, length, d_i]`, on the compute device; not to be written to."""
+
+    @abstractmethod
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held, shared ones counted once."""
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens."""
+        self.drop(length, self.length)
+
+    def reserve(self, tokens: int) -> None:
+        """Says how many tokens a row will hold in all, so that the next allocation is the last."""
+        self.reserved = max(self.reserved, tokens)
+
+    def reset(self) -> None:
+        """Forgets tokens, allocations, shapes and devices."""
+        self.__init__(offload=self.offload, bound=self.bound)  # type: ignore[misc]
+
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return storage_bytes(self.planes)
+
+    def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """An uninitialised plane of `like`'s dtype in this store's memory."""
+        if not self.offload:
+            return torch.empty(shape, dtype=like.dtype, device=self.device)
+        pinned = self.device is not None and self.device.type != "cpu"
+        try:
+            return torch.empty(shape, dtype=like.dtype, pin_memory=pinned)
+        except RuntimeError as error:
+            num_bytes = torch.Size(shape).numel() * like.element_size()
+            raise MemoryError(
+                f"offload: could not allocate {num_bytes} bytes of {'pinned ' if pinned else ''}host memory "
+                f"({error}); use a smaller codec, a window or a shorter context"
+            ) from error
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The bytes of the unique storages behind `tensors`."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    return sum(storage.nbytes() for storage in storages.values())

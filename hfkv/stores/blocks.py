@@ -1,0 +1,49 @@
+"""The ids of a block pool: a free list and reference counts, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class BlockPool:
+    """Hands out block ids `0 .. size - 1`; a block is free again when its last holder releases it."""
+
+    def __init__(self) -> None:
+        self.refcounts: list[int] = []
+        self.free: list[int] = []
+
+    @property
+    def size(self) -> int:
+        return len(self.refcounts)
+
+    @property
+    def used(self) -> int:
+        return len(self.refcounts) - len(self.free)
+
+    def grow(self, size: int) -> None:
+        """Adds free blocks up to `size` in all."""
+        self.free.extend(range(size - 1, self.size - 1, -1))
+        self.refcounts.extend([0] * (size - self.size))
+
+    def take(self, count: int) -> list[int]:
+        """`count` free blocks with one holder each; the caller has made sure that there are as many."""
+        blocks = [self.free.pop() for _ in range(count)]
+        for block in blocks:
+            self.refcounts[block] = 1
+        return blocks
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Adds a holder to each of `blocks`."""
+        for block in blocks:
+            self.refcounts[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Takes a holder from each of `blocks`."""
+        for block in blocks:
+            self.refcounts[block] -= 1
+            if self.refcounts[block] == 0:
+                self.free.append(block)
+
+    def is_shared(self, block: int) -> bool:
+        """Whether `block` has more than one holder."""
+        return self.refcounts[block] > 1

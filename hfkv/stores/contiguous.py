@@ -1,0 +1,101 @@
+"""One growing buffer a plane, appended in place."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.stores.base import GROWTH, Planes, Store
+
+# Spare tokens behind a window: how often what it holds moves back to the buffer's start. 256 tokens are
+# 1/16 of the bytes an attention over 4,096 tokens reads anyway.
+WINDOW_SLACK = 256
+
+
+class ContiguousStore(Store):
+    """Buffers `[B, H_i, C, d_i]` whose tokens `start .. start + length` are held, always as one slice.
+
+    Dropping from the middle moves the shorter side over the gap (a window's few sinks), so reading is a
+    slice and never a copy. When the buffer's end is reached, the held tokens move back to its start; with a
+    slack in proportion to what is held that costs O(1) a token.
+    """
+
+    def __init__(self, *, offload: bool = False, bound: int | None = None) -> None:
+        super().__init__(offload=offload, bound=bound)
+        self.start = 0
+
+    @property
+    def capacity(self) -> int:
+        return self.planes[0].shape[2] if self.planes else 0
+
+    def append(self, new: Planes) -> None:
+        count = new[0].shape[2]
+        if not self.planes:
+            self.device = new[0].device
+            self._allocate(new, max(count, self._cap(self.reserved)))
+        elif self.start + self.length + count > self.capacity:
+            self._make_room(self.length + count)
+        end = self.start + self.length
+        for plane, tokens in zip(self.planes, new, strict=True):
+            plane[:, :, end : end + count].copy_(tokens, non_blocking=self.offload)
+        self.length += count
+
+    def drop(self, start: int, stop: int) -> None:
+        gap = stop - start
+        if gap <= 0:
+            return
+        before, after = start, self.length - stop
+        if before < after:
+            self._move(self.start, self.start + gap, before)
+            self.start += gap
+        else:
+            self._move(self.start + stop, self.start + start, after)
+        self.length -= gap
+        if self.bound is not None and self.length <= self.bound and self.capacity > GROWTH * self._limit():
+            self._reallocate(self._limit())
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.planes = [plane.index_select(0, rows.to(plane.device)) for plane in self.planes]
+
+    def read(self) -> Planes:
+        end = self.start + self.length
+        held = (plane[:, :, self.start : end] for plane in self.planes)
+        return tuple(plane.to(self.device, non_blocking=True) for plane in held) if self.offload else tuple(held)
+
+    def held_bytes(self) -> int:
+        return sum(plane[:, :, : self.length].numel() * plane.element_size() for plane in self.planes)
+
+    def _limit(self) -> int:
+        """The capacity a window needs: what it holds and some slack."""
+        assert self.bound is not None
+        return self.bound + max(1, min(self.bound // 4, WINDOW_SLACK))
+
+    def _cap(self, tokens: int) -> int:
+        return tokens if self.bound is None else min(tokens, self._limit())
+
+    def _make_room(self, needed: int) -> None:
+        if needed <= self.capacity:
+            self._move(self.start, 0, self.length)
+            self.start = 0
+        else:
+            grown = max(int(self.capacity * GROWTH), self.reserved)
+            self._reallocate(max(needed, self._cap(grown)))
+
+    def _reallocate(self, capacity: int) -> None:
+        old, first = self.planes, self.start
+        self._allocate(old, capacity)
+        for plane, source in zip(self.planes, old, strict=True):
+            plane[:, :, : self.length].copy_(source[:, :, first : first + self.length])
+
+    def _allocate(self, like: Planes | list[torch.Tensor], capacity: int) -> None:
+        self.planes = [
+            self.allocate((plane.shape[0], plane.shape[1], capacity, plane.shape[3]), like=plane) for plane in like
+        ]
+        self.start = 0
+
+    def _move(self, source: int, target: int, count: int) -> None:
+        if count == 0 or source == target:
+            return
+        overlaps = abs(source - target) < count
+        for plane in self.planes:
+            tokens = plane[:, :, source : source + count]
+            plane[:, :, target : target + count].copy_(tokens.clone() if overlaps else tokens)

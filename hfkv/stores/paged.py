@@ -1,0 +1,186 @@
+"""Pages of tokens behind a block table, shared by reference and copied on write."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.stores.base import GROWTH, Planes, Store
+from hfkv.stores.blocks import BlockPool
+
+
+class PagedStore(Store):
+    """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and for each row a list of pages: its block table.
+
+    All rows hold the same tokens' positions, so one list of columns `[low, high)` says which tokens of a page
+    are held, for every row. Copies of rows (beams) share pages; a shared page that is written to is
+    copied first. Dropping frees whole pages; a page cut in two by a drop is listed twice.
+
+    Args:
+        page_size: P, in tokens.
+    """
+
+    def __init__(self, page_size: int, *, offload: bool = False, bound: int | None = None) -> None:
+        super().__init__(offload=offload, bound=bound)
+        self.page_size = page_size
+        self.blocks = BlockPool()
+        self.table: list[list[int]] = []  # [B][column] -> page
+        self.columns: list[tuple[int, int]] = []
+        self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
+
+    def reset(self) -> None:
+        self.__init__(self.page_size, offload=self.offload, bound=self.bound)  # type: ignore[misc]
+
+    def append(self, new: Planes) -> None:
+        batch, count = new[0].shape[0], new[0].shape[2]
+        if not self.planes:
+            self.device = new[0].device
+            self.table = [[] for _ in range(batch)]
+            self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
+        head = min(count, self._room())
+        if head:
+            self._own_last_column()
+            low, high = self.columns[-1]
+            self._write(new, 0, head, [row[-1] for row in self.table], high)
+            self.columns[-1] = (low, high + head)
+        full, tail = divmod(count - head, self.page_size)
+        if full:
+            self._write_full(new, head, full)
+        if tail:
+            self._add_columns(1, tail)
+            self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
+        self.length += count
+
+    def drop(self, start: int, stop: int) -> None:
+        if stop <= start:
+            return
+        kept: list[tuple[int, tuple[int, int]]] = []  # (old column, what stays of it)
+        first = 0
+        for column, (low, high) in enumerate(self.columns):
+            last = first + high - low
+            if first < start:
+                kept.append((column, (low, low + min(last, start) - first)))
+            if last > stop:
+                kept.append((column, (high - (last - max(first, stop)), high)))
+            first = last
+        self.columns = [span for _, span in kept]
+        self._retable([[row[column] for column, _ in kept] for row in self.table])
+        self.length -= stop - start
+        self._shrink()
+
+    def select(self, rows: torch.Tensor) -> None:
+        self._retable([list(self.table[row]) for row in rows.tolist()])
+
+    def read(self) -> Planes:
+        ids = self._block_table()
+        tokens = self._token_index()
+        held = []
+        for plane in self.planes:
+            pages = plane[ids.to(plane.device)].transpose(1, 2).flatten(2, 3)  # [B, H, columns * P, d]
+            pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
+            held.append(pages.to(self.device, non_blocking=True) if self.offload else pages)
+        return tuple(held)
+
+    def held_bytes(self) -> int:
+        spans = {(page, span) for row in self.table for page, span in zip(row, self.columns, strict=True)}
+        tokens = sum(high - low for _, (low, high) in spans)
+        return tokens * sum(plane.shape[1] * plane.shape[3] * plane.element_size() for plane in self.planes)
+
+    def _room(self) -> int:
+        return self.page_size - self.columns[-1][1] if self.columns else 0
+
+    def _own_last_column(self) -> None:
+        """Gives every row its own last page, copying those that are shared."""
+        shared = [row for row in self.table if self.blocks.is_shared(row[-1])]
+        # Of the holders of one page the last may keep it.
+        owners = {row[-1]: row for row in shared if self._holders_are_last(row[-1])}
+        copies = [row for row in shared if owners.get(row[-1]) is not row]
+        if not copies:
+            return
+        old = [row[-1] for row in copies]
+        fresh = self._take(len(copies))
+        for plane in self.planes:
+            plane[fresh] = plane[old]
+        self.blocks.release(old)
+        for row, page in zip(copies, fresh, strict=True):
+            row[-1] = page
+        self._ids = None
+
+    def _holders_are_last(self, page: int) -> bool:
+        return self.blocks.refcounts[page] == sum(row[-1] == page for row in self.table)
+
+    def _write(self, new: Planes, first: int, last: int, pages: list[int], offset: int) -> None:
+        for plane, tokens in zip(self.planes, new, strict=True):
+            plane[pages, :, offset : offset + last - first] = tokens[:, :, first:last].to(plane.device)
+
+    def _write_full(self, new: Planes, first: int, count: int) -> None:
+        pages = self._add_columns(count, self.page_size)
+        for plane, tokens in zip(self.planes, new, strict=True):
+            whole = tokens[:, :, first : first + count * self.page_size].unflatten(2, (count, self.page_size))
+            plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
+
+    def _add_columns(self, count: int, filled: int) -> list[int]:
+        """Adds columns of new pages with `filled` tokens each; returns the pages, row by row."""
+        pages = self._take(count * len(self.table))
+        for index, row in enumerate(self.table):
+            row.extend(pages[index * count : (index + 1) * count])
+        self.columns.extend([(0, filled)] * count)
+        self._ids = None
+        return pages
+
+    def _take(self, count: int) -> list[int]:
+        needed = self.blocks.used + count
+        if needed > self.blocks.size:
+            reserved = len(self.table) * -(-self._reserved_tokens() // self.page_size)
+            self._resize(max(needed, int(self.blocks.size * GROWTH), reserved))
+        return self.blocks.take(count)
+
+    def _reserved_tokens(self) -> int:
+        return self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
+
+    def _resize(self, size: int) -> None:
+        count = min(size, self.blocks.size)
+        for index, old in enumerate(self.planes):
+            plane = self.allocate((size, *old.shape[1:]), like=old)
+            plane[:count] = old[:count]
+            self.planes[index] = plane
+        self.blocks.grow(size)
+
+    def _shrink(self) -> None:
+        """After a long prefill under a window: moves the pages in use to the front of smaller planes."""
+        size = self.blocks.used + len(self.table)
+        if self.bound is None or self.blocks.size <= GROWTH * size + len(self.table):
+            return
+        used = sorted({page for row in self.table for page in row})
+        place = {page: index for index, page in enumerate(used)}
+        for index, old in enumerate(self.planes):
+            plane = self.allocate((size, *old.shape[1:]), like=old)
+            plane[: len(used)] = old[used]
+            self.planes[index] = plane
+        refcounts = [self.blocks.refcounts[page] for page in used]
+        self.blocks = BlockPool()
+        self.blocks.refcounts = refcounts
+        self.blocks.grow(size)
+        self.table = [[place[page] for page in row] for row in self.table]
+        self._ids = None
+
+    def _retable(self, table: list[list[int]]) -> None:
+        for row in table:
+            self.blocks.retain(row)
+        for row in self.table:
+            self.blocks.release(row)
+        self.table = table
+        self._ids = None
+
+    def _block_table(self) -> torch.Tensor:
+        if self._ids is None:
+            self._ids = torch.tensor(self.table, dtype=torch.long).view(len(self.table), len(self.columns))
+        return self._ids
+
+    def _token_index(self) -> torch.Tensor | None:
+        """Which of the gathered pages' tokens are held, or None where they are simply the first ones."""
+        if all(span == (0, self.page_size) for span in self.columns[:-1]) and (
+            not self.columns or self.columns[-1][0] == 0
+        ):
+            return None
+        spans = enumerate(self.columns)
+        return torch.cat([torch.arange(low, high) + column * self.page_size for column, (low, high) in spans])

@@ -1,0 +1,124 @@
+"""`patch` and `unpatch`: the one line, and its complete undo."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hfkv.cache import KVCache
+from hfkv.config import KVConfig
+from hfkv.patches.attention import set_attention
+from hfkv.patches.generate import check_generate, set_cache_hook
+from hfkv.patches.prompt import set_prompt_hook
+from hfkv.patches.undo import Undo
+
+logger = logging.getLogger("hfkv")
+
+
+class Patch:
+    """A patched model: ``model.hfkv``. Leaving it as a context manager, or `undo`, takes the patch off.
+
+    Attributes:
+        model: the patched `PreTrainedModel` (the base model, where a `PeftModel` was given).
+        kv: the policies every new cache gets.
+        own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
+        own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
+    """
+
+    def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
+        self.model = model
+        self.kv = kv
+        self.own_attention: str | None = None
+        self.own_layers: dict[int, str] = {}
+        self._undo = Undo()
+
+    def undo(self) -> None:
+        """Puts the model back as it was. Calling it twice is harmless."""
+        self._undo.restore()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        attention = "hfkv attention" if self.own_attention is None else f"its own attention ({self.own_attention})"
+        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention})"
+
+
+def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
+    """Gives every `generate` call of `model` a fresh hfkv cache, and the model the attention that reads it.
+
+    Without `kv` nothing is lost: no token changes. Pipelines, PEFT adapters, streamers, beams and assistants
+    go on as before. A cache passed as ``past_key_values`` is used as it is.
+
+    Args:
+        model: a transformers model that can generate, or a `PeftModel` around one.
+        kv: a `KVConfig`, its string form such as ``"int8+window:4096"``, or None.
+
+    Returns:
+        The handle: ``handle.undo()``, or use it in a ``with`` statement.
+
+    Raises:
+        TypeError: not such a model, or not a `kv`.
+        ValueError: the model has no layered KV cache, or `kv` does not fit its layers.
+        RuntimeError: the model is patched already.
+        NotImplementedError: a private method of transformers that this overrides has changed.
+    """
+    base = _base_model(model)
+    if "hfkv" in vars(base):
+        raise RuntimeError(
+            f"{type(base).__name__} is already patched ({base.hfkv!r}); take that off first: hfkv.unpatch(model)"
+        )
+    handle = Patch(base, KVConfig.of(kv))
+    check_generate(base)
+    probe = KVCache(base, handle.kv)
+    ours = probe.kv_layers
+    handle.own_layers = {i: type(layer).__name__ for i, layer in enumerate(probe.layers) if layer not in ours}
+    try:
+        handle.own_attention = set_attention(base, handle._undo)
+        if handle.own_attention is not None:
+            _accept_own_attention(handle)
+        set_cache_hook(base, handle._undo)
+        if model is not base:
+            set_prompt_hook(model, handle._undo)
+        handle._undo.set(base, "hfkv", handle)
+    except BaseException:
+        handle.undo()
+        raise
+    if handle.own_layers:
+        kinds = sorted(set(handle.own_layers.values()))
+        logger.warning("%s: layers of kind %s keep transformers' own cache", type(base).__name__, ", ".join(kinds))
+    return handle
+
+
+def unpatch(model: Any) -> None:
+    """Takes the patch off a model.
+
+    Raises:
+        RuntimeError: the model is not patched.
+    """
+    base = _base_model(model)
+    if "hfkv" not in vars(base):
+        raise RuntimeError(f"{type(base).__name__} is not patched")
+    base.hfkv.undo()
+
+
+def _accept_own_attention(handle: Patch) -> None:
+    name = type(handle.model).__name__
+    if handle.kv.window is not None or any(kv.window is not None for kv in handle.kv.layers.values()):
+        raise ValueError(
+            f"{name} keeps its own attention ({handle.own_attention}), which knows nothing of a window; leave the "
+            "window out"
+        )
+    logger.warning("%s keeps its own attention: %s; it reads decoded caches", name, handle.own_attention)
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}")
+    return base
