@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import output_capturing
 
-from hfkv.layer import HeldTokens
+from hfkv.held import HeldTokens
 from hfkv.view import KVView
 
 NAME = "hfkv"
@@ -77,9 +77,8 @@ def hfkv_attention(
                 "model's own attention (hfkv.patch does so for models it knows) and its cache is decoded for it"
             )
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if isinstance(key, KVView) and key.snapshot.is_windowed:
-        held: HeldTokens = key.snapshot  # type: ignore[assignment]
-        attention_mask, position_bias = _apply_window(held, query.shape[2], attention_mask, position_bias)
+    if isinstance(key, KVView) and key.held.is_windowed:
+        attention_mask, position_bias = _apply_window(key.held, query.shape[2], attention_mask, position_bias)
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
 
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
@@ -183,7 +182,7 @@ def _additive(
 
 
 @functools.cache
-def _modelling(module_class: type) -> Any:
+def _modelling(module_class: Any) -> Any:
     """The modelling file of an attention class: where its eager attention function is."""
     for base in module_class.__mro__:
         modelling = sys.modules.get(base.__module__)
@@ -192,7 +191,7 @@ def _modelling(module_class: type) -> Any:
     return sys.modules[module_class.__module__]
 
 
-def _own_eager(module_class: type) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _own_eager(module_class: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     eager = getattr(_modelling(module_class), "eager_attention_forward", None)
     if eager is None:
         raise NotImplementedError(
@@ -203,18 +202,15 @@ def _own_eager(module_class: type) -> Callable[..., tuple[torch.Tensor, torch.Te
 
 
 @functools.cache
-def _has_sdpa(module_class: type) -> bool:
+def _has_sdpa(module_class: Any) -> bool:
     """Whether the model may use scaled_dot_product_attention; gpt_oss, for one, may not."""
-    models = [
-        value
-        for value in vars(_modelling(module_class)).values()
-        if inspect.isclass(value) and issubclass(value, PreTrainedModel) and value is not PreTrainedModel
-    ]
+    found: list[Any] = [value for value in vars(_modelling(module_class)).values() if inspect.isclass(value)]
+    models = [value for value in found if issubclass(value, PreTrainedModel) and value is not PreTrainedModel]
     return not models or any(model._supports_sdpa for model in models)
 
 
 @functools.cache
-def _calls_attention_functions(config_class: type[PreTrainedConfig]) -> bool:
+def _calls_attention_functions(config_class: Any) -> bool:
     if config_class not in MODEL_MAPPING:
         return True
     model_class = MODEL_MAPPING[config_class]

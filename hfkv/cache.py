@@ -36,7 +36,7 @@ class KVCache(DynamicCache):
         super().__init__(config=config)
         # Some multimodal decoders (mllama) cache cross-attention in the same list.
         cross = set(getattr(config, "cross_attention_layers", None) or ())
-        self.layers = [
+        self.layers: list[Any] = [
             layer if index in cross else _replace(layer, self.kv.for_layer(index))
             for index, layer in enumerate(self.layers)
         ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
+from hfkv.held import HeldTokens, Part
 from hfkv.stores import ContiguousStore, PagedStore, Store
-from hfkv.view import Part, make_views
+from hfkv.view import make_views
 from hfkv.window import Window
 
 # While a layer records its past (assisted decoding), this many tokens below the window stay, so that a
@@ -89,7 +89,7 @@ class KVLayer(CacheLayerMixin):
         if self.record_past and self._recorded_to is None:
             self._recorded_to = self.seen
         first = 0 if visible is None else self.store.length - count - visible
-        return make_views(self._snapshot(first), key_states, value_states)
+        return make_views(self._held(first), key_states, value_states)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         keys = self.codec.encode(key_states.detach())
@@ -126,7 +126,7 @@ class KVLayer(CacheLayerMixin):
         assert self._store is not None, "the layer has not seen a key yet"
         return self._store
 
-    def _snapshot(self, first: int = 0) -> HeldTokens:
+    def _held(self, first: int) -> HeldTokens:
         return HeldTokens(self, self.version, first, self.store.length, self.seen, self.held_from)
 
     def decode(self, part: Part, first: int, last: int) -> torch.Tensor:
@@ -281,45 +281,3 @@ class KVLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Nothing: see `offload`."""
-
-
-@dataclass(frozen=True, eq=False)
-class HeldTokens:
-    """What a layer held at one moment: the snapshot behind its views."""
-
-    layer: KVLayer
-    version: int
-    first: int  # index among the held tokens of the first one the views show
-    last: int
-    seen: int
-    held_from: int
-
-    @property
-    def is_windowed(self) -> bool:
-        """Whether a window of ours decides what is visible (the model's masks do for its own)."""
-        return self.layer.window is not None and not self.layer.is_sliding
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.device
-
-    def shape(self, part: Part) -> tuple[int, int, int, int]:
-        heads, head_dim = self.layer._shapes[part]
-        return self.layer._batch, heads, self.last - self.first, head_dim
-
-    def decode(self, part: Part) -> torch.Tensor:
-        """The tokens as plain `[B, H, T, D]`."""
-        if self.version != self.layer.version:
-            raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
-        return self.layer.decode(part, self.first, self.last)
-
-    def positions(self) -> torch.Tensor:
-        """The position of every held token, int64 `[T]` on the layer's device."""
-        window = self.layer.window
-        sinks = min(window.sinks, self.seen) if window else 0
-        start = torch.arange(sinks, device=self.device)
-        return torch.cat((start, torch.arange(max(self.held_from, sinks), self.seen, device=self.device)))

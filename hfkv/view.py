@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_iter, tree_map_only
 
-Part = Literal["key", "value"]
-
-
-class Snapshot(Protocol):
-    """What a layer held when its views were made."""
-
-    is_windowed: bool
-
-    def shape(self, part: Part) -> tuple[int, int, int, int]: ...
-
-    def decode(self, part: Part) -> torch.Tensor: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def device(self) -> torch.device: ...
+from hfkv.held import HeldTokens, Part
 
 
 class KVView(torch.Tensor):
     """Keys or values `[B, H, T, D]` of one layer, decoded when they are read.
 
-    The ``hfkv`` attention reads the snapshot behind it. Any other code sees an ordinary tensor: every torch
+    The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
     operation decodes it first. Its length is fixed when it is made; it may be read several times until the
     layer drops, reorders or resets tokens. Writing to it raises.
 
@@ -38,15 +22,23 @@ class KVView(torch.Tensor):
             attention knows which of the tokens to attend to), on a write, on a backward pass.
     """
 
-    snapshot: Snapshot
+    held: HeldTokens
     part: Part
 
     @staticmethod
-    def __new__(cls, snapshot: Snapshot, part: Part) -> KVView:
+    def __new__(cls, held: HeldTokens, part: Part) -> KVView:
+        # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
+        strides, offset = held.layout(part)
         view = torch.Tensor._make_wrapper_subclass(
-            cls, snapshot.shape(part), dtype=snapshot.dtype, device=snapshot.device, requires_grad=False
+            cls,
+            held.shape(part),
+            strides=strides,
+            storage_offset=offset,
+            dtype=held.dtype,
+            device=held.device,
+            requires_grad=False,
         )
-        view.snapshot, view.part = snapshot, part
+        view.held, view.part = held, part
         return view
 
     def __init__(self, *args: Any) -> None:
@@ -68,19 +60,19 @@ class KVView(torch.Tensor):
     def decoded(self) -> torch.Tensor:
         """The plain tensor, for code that applies the window itself."""
         if self.requires_grad:
-            return torch.ops.aten.alias.default(self)  # keeps the autograd edge that refuses a backward pass
-        return self.snapshot.decode(self.part)
+            return _Decode.apply(self)
+        return self.held.decode(self.part)
 
 
 def make_views(
-    snapshot: Snapshot, key_states: torch.Tensor, value_states: torch.Tensor
+    held: HeldTokens, key_states: torch.Tensor, value_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key and value views of `snapshot`; `key_states`, `value_states` are what the model just computed."""
+    """The key and value views of `held`; `key_states`, `value_states` are what the model just computed."""
     parts: tuple[tuple[Part, torch.Tensor], ...] = (("key", key_states), ("value", value_states))
     key, value = (
-        _InferenceOnly.apply(states, snapshot, part)
+        _InferenceOnly.apply(states, held, part)
         if torch.is_grad_enabled() and states.requires_grad
-        else KVView(snapshot, part)
+        else KVView(held, part)
         for part, states in parts
     )
     return key, value
@@ -90,8 +82,8 @@ class _InferenceOnly(torch.autograd.Function):
     """Lets a forward pass run with gradients enabled and refuses the backward pass through the cache."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, snapshot: Snapshot, part: Part) -> torch.Tensor:
-        return KVView(snapshot, part)
+    def forward(ctx: Any, states: torch.Tensor, held: HeldTokens, part: Part) -> torch.Tensor:
+        return KVView(held, part)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
@@ -101,14 +93,27 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
+class _Decode(torch.autograd.Function):
+    """Decodes with the autograd edge that leads to `_InferenceOnly` kept."""
+
+    @staticmethod
+    def forward(ctx: Any, view: KVView) -> torch.Tensor:
+        return view.held.decode(view.part)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0]
+
+
 def _decode_for_others(view: KVView) -> torch.Tensor:
-    if view.snapshot.is_windowed:
+    if view.held.is_windowed:
         raise RuntimeError(
             "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
             'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
             "take that attention cannot have a window (window=None)"
         )
-    return view.snapshot.decode(view.part)
+    decoded = view.held.decode(view.part)
+    return decoded if decoded.stride() == view.stride() else decoded.contiguous()
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from hfkv.patches.undo import Undo
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfkv.attention import NAME
-from hfkv.patches.undo import Undo
 
 # Models whose attention function does more than attend, and does it only under transformers' own names.
 _SPARSE = "it applies its sparse index only under transformers' own attentions"

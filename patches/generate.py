@@ -7,11 +7,11 @@ import logging
 from types import MethodType
 from typing import Any
 
+from hfkv.patches.undo import Undo
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache import KVCache
-from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
 
@@ -38,14 +38,18 @@ def check_generate(model: PreTrainedModel) -> None:
         )
     if not model._supports_default_dynamic_cache():
         raise ValueError(f"{name} does not use a layered KV cache; hfkv has nothing to replace in it")
-    own = type(model).generate
-    if own is not GenerationMixin.generate:
-        source = inspect.getsource(own)
-        if "super().generate" not in source and HOOK not in source:
-            raise ValueError(
-                f"{name} has a generate() of its own that never asks for a layered KV cache; if it holds a text "
-                "decoder that does (model.text_decoder, say), patch that"
-            )
+    if type(model).generate is not GenerationMixin.generate and not _reaches_hook(type(model)):
+        raise ValueError(
+            f"{name} has a generate() of its own that never asks for a layered KV cache; if it holds a text "
+            "decoder that does (model.text_decoder, say), patch that"
+        )
+
+
+def _reaches_hook(model_class: type) -> bool:
+    """Whether a class that overrides `generate` still goes through transformers' own, or calls the hook itself."""
+    own = model_class.__mro__[: model_class.__mro__.index(GenerationMixin)]
+    sources = [inspect.getsource(base) for base in own if "generate" in vars(base)]
+    return any("super().generate(" in source or HOOK in source for source in sources)
 
 
 def set_cache_hook(model: PreTrainedModel, undo: Undo) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from hfkv.cache import KVCache
-from hfkv.config import KVConfig
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_cache_hook
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.undo import Undo
+from transformers import PreTrainedModel
+
+from hfkv.cache import KVCache
+from hfkv.config import KVConfig
 
 logger = logging.getLogger("hfkv")
 

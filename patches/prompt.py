@@ -6,11 +6,11 @@ from types import MethodType
 from typing import Any
 
 import torch
+from hfkv.patches.undo import Undo
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
-from hfkv.patches.undo import Undo
 
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:

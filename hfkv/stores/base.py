@@ -32,6 +32,11 @@ class Store(ABC):
         self.planes: list[torch.Tensor] = []
         self.device: torch.device | None = None
 
+    @property
+    def reads_slices(self) -> bool:
+        """Whether `read` returns slices of the planes themselves: free, and not contiguous."""
+        return False
+
     @abstractmethod
     def append(self, new: Planes) -> None:
         """Adds tokens at the end of every row: planes `[B, H_i, T, d_i]`, T may be 0."""

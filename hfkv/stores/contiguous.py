@@ -24,6 +24,10 @@ class ContiguousStore(Store):
         self.start = 0
 
     @property
+    def reads_slices(self) -> bool:
+        return not self.offload
+
+    @property
     def capacity(self) -> int:
         return self.planes[0].shape[2] if self.planes else 0
 
@@ -73,7 +77,8 @@ class ContiguousStore(Store):
         return tokens if self.bound is None else min(tokens, self._limit())
 
     def _make_room(self, needed: int) -> None:
-        if needed <= self.capacity:
+        # Below its limit a window's buffer grows instead: moving with too little slack would copy at every step.
+        if needed <= self.capacity and (self.bound is None or self.capacity >= self._limit()):
             self._move(self.start, 0, self.length)
             self.start = 0
         else:

@@ -1,0 +1,33 @@
+"""The bundled model: a small byte-level Llama for demos, tests and examples that need no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PATH = Path(__file__).parent / "assets" / "tiny-lm"
+
+
+def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the bundled model and its tokenizer, one token a byte.
+
+    Args:
+        dtype: dtype of the weights; None for the one they are stored in.
+
+    Returns:
+        The model, in evaluation mode on the CPU, and the tokenizer, which puts BOS before a text.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(PATH, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(PATH, dtype=dtype or "auto", local_files_only=True)
+    return model.eval(), tokenizer
+
+
+def held_out_text() -> str:
+    """The Python source files the model was not trained on, one after the other: ASCII, one byte a token."""
+    return (PATH / "held_out.txt").read_text(encoding="ascii")

@@ -1,0 +1,63 @@
+"""Who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# file or folder -> what it must not import
+FORBIDDEN = {
+    "hfkv/config.py": ("torch", "transformers"),
+    "hfkv/window.py": ("torch", "transformers"),
+    "hfkv/codecs": ("transformers", "hfkv.stores", "hfkv.layer", "hfkv.view", "hfkv.config"),
+    "hfkv/stores": ("transformers", "hfkv.codecs", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.window"),
+    "hfkv/view.py": ("transformers", "hfkv.stores", "hfkv.codecs", "hfkv.layer", "hfkv.cache"),
+    "hfkv/layer.py": ("hfkv.cache", "hfkv.attention", "hfkv.patches"),
+    "hfkv/cache.py": ("hfkv.attention", "hfkv.patches"),
+    "hfkv/attention.py": ("hfkv.cache", "hfkv.patches", "hfkv.stores", "hfkv.codecs"),
+    "hfkv/eval": ("hfkv.cli", "hfkv.patches"),
+    "patches": ("hfkv.cli", "hfkv.stores", "hfkv.codecs"),
+}
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+@pytest.mark.parametrize("place", FORBIDDEN)
+def test_imports_go_one_way(place: str) -> None:
+    path = ROOT / place
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    assert files
+    for file in files:
+        for name in imports(file):
+            for forbidden in FORBIDDEN[place]:
+                assert name != forbidden and not name.startswith(f"{forbidden}."), f"{file} imports {name}"
+
+
+def test_files_hold_one_noun_each() -> None:
+    for folder in ("hfkv", "patches", "examples", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert len(file.read_text().splitlines()) <= 320, f"{file} has grown past 320 lines"
+
+
+def test_importing_hfkv_registers_the_attention_and_nothing_else() -> None:
+    code = (
+        "from transformers import AttentionInterface as A, DynamicCache as D\n"
+        "from transformers.masking_utils import AttentionMaskInterface as M\n"
+        "import transformers.cache_utils as c\n"
+        "layers = dict(c.DYNAMIC_LAYER_TYPE_MAPPING); before = set(A().valid_keys()), set(M().valid_keys())\n"
+        "import hfkv\n"
+        "assert set(A().valid_keys()) - before[0] == {'hfkv'}; assert set(M().valid_keys()) - before[1] == {'hfkv'}\n"
+        "assert c.DYNAMIC_LAYER_TYPE_MAPPING == layers\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,48 @@
+"""A tiny random Llama whose greedy text varies, for tests that need any model at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def llama_config(**changes: Any) -> LlamaConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": 99,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+    }
+    return LlamaConfig(**{**fields, **changes})
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(**changes)).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def prompt(batch: int = 2, length: int = 9, padding: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids `[batch, length]`, the first row with `padding` pad tokens on its left."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 99, (batch, length))
+    mask = torch.ones_like(ids)
+    ids[0, :padding] = 0
+    mask[0, :padding] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int = 12, **options: Any) -> torch.Tensor:
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)

@@ -1,0 +1,117 @@
+"""KVConfig and Window: what is refused, and with which words."""
+
+import copy
+import pickle
+
+import pytest
+
+from hfkv import KVConfig, Window
+
+
+def test_the_string_form_says_the_same_as_the_fields() -> None:
+    assert KVConfig.parse("int8+window:4096+sinks:8+offload+paged+page_size:64") == KVConfig(
+        codec="int8", window=Window(4096, 8), offload=True, store="paged", page_size=64
+    )
+    assert KVConfig.parse("none") == KVConfig()
+    assert KVConfig(window=100).window == Window(100, 4)
+    assert KVConfig(window=2).window == Window(2, 1)
+
+
+@pytest.mark.parametrize(
+    "kv",
+    [
+        KVConfig(),
+        KVConfig("int4", window=Window(9, 0)),
+        KVConfig("fp8", store="paged", page_size=4, offload=True),
+        KVConfig(store="contiguous"),
+    ],
+)
+def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
+    assert KVConfig.parse(str(kv)) == kv
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("int9", "unknown word 'int9'; allowed: none, int8, int4, fp8, window:SIZE"),
+        ("", "unknown word ''"),
+        ("int8+int4", "gives codec twice"),
+        ("sinks:4", "sinks need a window"),
+        ("window:x", "window takes a whole number, got 'x'"),
+        ("window:-5", "Window.size must be at least 1 token, got -5"),
+        ("window:4+sinks:4", r"Window.sinks must be at least 0 and less than size \(4\), got 4"),
+        ("page_size:64", 'page_size needs store="paged"'),
+        ("paged+page_size:48", "must be a power of two, got 48"),
+        ("reuse", "unknown word 'reuse'"),
+    ],
+)
+def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        KVConfig.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "words"),
+    [
+        ({"codec": "int2"}, ValueError, "KVConfig.codec must be one of none, int8, int4, fp8, got 'int2'"),
+        ({"store": "disk"}, ValueError, "KVConfig.store must be one of auto, contiguous, paged, got 'disk'"),
+        ({"window": -1}, ValueError, "at least 1 token, got -1"),
+        ({"window": True}, TypeError, "KVConfig.window must be None, an int or an hfkv.Window, got True"),
+        ({"window": "4"}, TypeError, "KVConfig.window"),
+        ({"offload": 1}, TypeError, "KVConfig.offload must be True or False"),
+        ({"page_size": 0, "store": "paged"}, ValueError, "power of two, got 0"),
+        ({"page_size": 1.5, "store": "paged"}, TypeError, "KVConfig.page_size"),
+        ({"layers": {"a": KVConfig()}}, ValueError, "keys such as"),
+        ({"layers": {"3-1": KVConfig()}}, ValueError, "ends before it starts"),
+        ({"layers": {"0-2": KVConfig(), "2": KVConfig()}}, ValueError, "names layer 2 twice"),
+        ({"layers": {"0": "int8"}}, TypeError, r"KVConfig.layers\['0'\] must be a KVConfig"),
+        ({"layers": {"0": KVConfig(layers={"1": KVConfig()})}}, ValueError, "must not itself have layers"),
+        ({"layers": 3}, TypeError, "KVConfig.layers must map"),
+    ],
+)
+def test_a_bad_field_is_named(fields: dict, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        KVConfig(**fields)
+
+
+def test_an_unknown_keyword_raises() -> None:
+    with pytest.raises(TypeError, match="codecs"):
+        KVConfig(codecs="int8")  # type: ignore[call-arg]
+
+
+def test_layers_override_by_range() -> None:
+    kv = KVConfig("int4", layers={"0-1": KVConfig(), "5": KVConfig("int8")})
+    assert [kv.for_layer(i).codec for i in range(6)] == ["none", "none", "int4", "int4", "int4", "int8"]
+    assert kv.last_named_layer == 5
+
+
+def test_only_the_lossless_configs_say_so() -> None:
+    assert KVConfig(store="paged", offload=True).is_lossless
+    assert not KVConfig("int8").is_lossless
+    assert not KVConfig(window=9).is_lossless
+    assert not KVConfig(layers={"0": KVConfig("int8")}).is_lossless
+
+
+def test_configs_are_values() -> None:
+    kv = KVConfig("int8", window=8, layers={"0": KVConfig()})
+    assert copy.deepcopy(kv) == kv
+    assert pickle.loads(pickle.dumps(kv)) == kv
+    assert len({kv, copy.deepcopy(kv), KVConfig()}) == 2
+    with pytest.raises(AttributeError):
+        kv.codec = "int4"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        kv.layers["1"] = KVConfig()  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"size": 0}, ValueError),
+        ({"size": 4, "sinks": -1}, ValueError),
+        ({"size": 4.0}, TypeError),
+        ({"size": 5, "sinks": 5}, ValueError),
+    ],
+)
+def test_a_bad_window_raises(fields: dict, error: type[Exception]) -> None:
+    with pytest.raises(error, match="Window"):
+        Window(**fields)
