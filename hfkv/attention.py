@@ -20,6 +20,22 @@ from hfkv.view import KVView
 
 NAME = "hfkv"
 
+# Models that must keep their own attention although their code would take another name for it.
+_SPARSE = "it applies its sparse index only under transformers' own attentions"
+OWN_ATTENTION = {
+    "axk2": _SPARSE,
+    "deepseek_v32": _SPARSE,
+    "deepseek_v4": _SPARSE,
+    "dots3_note": _SPARSE,
+    "glm_moe_dsa": _SPARSE,
+    "hy_v4": _SPARSE,
+    "minimax_m3": _SPARSE,
+    "mistral_large4": _SPARSE,
+    "bigbird_pegasus": "its encoder computes its attention itself and would misread the mask",
+    "git": "it changes its keys and values between the cache and the attention",
+    "inkling2": "it passes a keyword to its attention that only its own functions know",
+}
+
 # Keywords that reach an attention function and do not change its result: flags of the model's forward, and
 # `sliding_window`, which the mask already says.
 _WITHOUT_EFFECT = {
@@ -108,12 +124,24 @@ def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         ValueError: the model's code computes its attention itself and would misread this mask.
     """
     config = kwargs.get("config")
-    if config is not None and not _calls_attention_functions(type(config)):
+    reason = own_attention_reason(config) if config is not None else None
+    if reason is not None:
         raise ValueError(
-            f'{config.model_type!r} computes its attention itself and cannot take attn_implementation="hfkv"; load it '
-            "without that, and use hfkv.patch(model): its caches are decoded for the model's own attention"
+            f'{config.model_type!r} cannot take attn_implementation="hfkv": {reason}. Load it without that, and use '
+            "hfkv.patch(model): its caches are decoded for the model's own attention"
         )
     return sdpa_mask(*args, **kwargs)
+
+
+def own_attention_reason(config: Any) -> str | None:
+    """Why models of this config must keep their own attention, or None where they may take ours."""
+    model_type = config.model_type
+    for kind, reason in OWN_ATTENTION.items():
+        if model_type == kind or model_type.startswith(f"{kind}_"):
+            return reason
+    if not _calls_attention_functions(type(config)):
+        return "its code does not go through transformers' attention functions"
+    return None
 
 
 def register() -> None:

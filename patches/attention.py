@@ -8,22 +8,7 @@ from typing import Any
 from hfkv.patches.undo import Undo
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkv.attention import NAME
-
-# Models whose attention function does more than attend, and does it only under transformers' own names.
-_SPARSE = "it applies its sparse index only under transformers' own attentions"
-OWN_ATTENTION = {
-    "axk2": _SPARSE,
-    "deepseek_v32": _SPARSE,
-    "deepseek_v4": _SPARSE,
-    "dots3_note": _SPARSE,
-    "glm_moe_dsa": _SPARSE,
-    "hy_v4": _SPARSE,
-    "minimax_m3": _SPARSE,
-    "mistral_large4": _SPARSE,
-    "git": "it changes its keys and values between the cache and the attention",
-    "inkling2": "it passes a keyword to its attention that only its own functions know",
-}
+from hfkv.attention import NAME, own_attention_reason
 
 
 def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
@@ -34,25 +19,29 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
     Returns:
         None, or the reason for which the model keeps its own attention.
     """
-    decoder = model.config.get_text_config(decoder=True)
-    for config in (model.config, decoder):
-        reason = next((why for kind, why in OWN_ATTENTION.items() if _is_kind(config, kind)), None)
-        if reason is not None:
-            return reason
-    submodels = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    own_code = [module for module in submodels if not module._can_set_attn_implementation()]
-    if any(module.config.get_text_config(decoder=True) is decoder for module in own_code):
+    decoder = _decoder_config(model.config)
+    reason = own_attention_reason(model.config) or own_attention_reason(decoder)
+    if reason is not None:
+        return reason
+    decoders = [
+        module for module in model.modules() if isinstance(module, PreTrainedModel) and module.config is decoder
+    ]
+    if not all(module._can_set_attn_implementation() for module in decoders):
         return "its code does not go through transformers' attention functions"
     _copy_configs(model, undo)
-    decoder = model.config.get_text_config(decoder=True)
+    decoder = _decoder_config(model.config)
     model.set_attn_implementation(_request(model.config, decoder))
     if decoder._attn_implementation != NAME:
         return f"it insists on its {decoder._attn_implementation!r} attention"
     return None
 
 
-def _is_kind(config: PreTrainedConfig, kind: str) -> bool:
-    return config.model_type == kind or config.model_type.startswith(f"{kind}_")
+def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config object the decoder's modules hold: encoder-decoders answer with a copy of the one they share."""
+    decoder = config.get_text_config(decoder=True)
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    nested = [getattr(part, name, None) for part in parts if part is not None for name in part.sub_configs]
+    return decoder if any(decoder is part for part in (*parts, *nested)) else config
 
 
 def _request(config: PreTrainedConfig, decoder: PreTrainedConfig) -> Any:
