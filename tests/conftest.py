@@ -20,6 +20,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-docs", action="store_true", help="write docs/architectures.md from what the zoo shows")
+
+
+_rows: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Collects the zoo's rows; with workers this runs in the process that started them."""
+    if report.when == "call" and report.passed:
+        _rows.extend(value for name, value in report.user_properties if name == "architecture")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.getoption("--write-docs") and _rows and not hasattr(session.config, "workerinput"):
+        from tests.model.test_zoo import write_docs
+
+        write_docs(_rows)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

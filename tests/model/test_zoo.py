@@ -103,7 +103,7 @@ def test_loading_with_the_attention_gives_the_same_tokens_or_raises(architecture
     torch.manual_seed(0)
     try:
         ours, _ = generate(loaded_with_hfkv(model), inputs)
-    except (ValueError, NotImplementedError) as refusal:
+    except (ValueError, NotImplementedError, KeyError) as refusal:  # KeyError: from tables of the model's own
         assert "hfkv" in str(refusal)  # noqa: PT017
         return
     assert torch.equal(ours, tokens)

@@ -229,8 +229,8 @@ def test_a_cache_from_another_model_is_refused() -> None:
     model = llama()
     with pytest.raises(ValueError, match="built for 1 layers and was given keys of layer 1"):
         greedy(model, prompt(), past_key_values=KVCache(llama_config(num_hidden_layers=1)))
+    config = GemmaConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=64)
     with hfkv.patch(model), pytest.raises(ValueError, match="'gemma' model of 2 layers"):
-        config = GemmaConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=64)
         greedy(model, prompt(), past_key_values=KVCache(config))
     used = KVCache(model)
     greedy(model, prompt(), past_key_values=used)
