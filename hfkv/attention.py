@@ -12,7 +12,6 @@ import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import output_capturing
 
 from hfkv.held import HeldTokens
@@ -84,25 +83,28 @@ def hfkv_attention(
         The output `[B, q, Hq, D]`, and the weights where they were asked for (``output_attentions=True``).
 
     Raises:
+        ValueError: a model that must keep its own attention was loaded with this one.
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
+    _refuse_own_attention(getattr(module, "config", None))
     for name, given in kwargs.items():
         if given is not None and name not in _WITHOUT_EFFECT | _EAGER_ONLY:
             raise NotImplementedError(
                 f'the "hfkv" attention does not implement {name!r}, which {type(module).__name__} passed; keep the '
                 "model's own attention (hfkv.patch does so for models it knows) and its cache is decoded for it"
             )
+    attention_class: Any = type(module)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if isinstance(key, KVView) and key.held.is_windowed:
         attention_mask, position_bias = _apply_window(key.held, query.shape[2], attention_mask, position_bias)
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
 
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
-    if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(type(module)):
+    if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(attention_class):
         mask = _additive(attention_mask, query, key, is_causal)
         if position_bias is not None:
             extra["position_bias"] = position_bias
-        eager = _own_eager(type(module))
+        eager = _own_eager(attention_class)
         return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
     return sdpa_attention_forward(
         module,
@@ -123,23 +125,31 @@ def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     Raises:
         ValueError: the model's code computes its attention itself and would misread this mask.
     """
-    config = kwargs.get("config")
+    _refuse_own_attention(kwargs.get("config"))
+    return sdpa_mask(*args, **kwargs)
+
+
+def _refuse_own_attention(config: Any) -> None:
     reason = own_attention_reason(config) if config is not None else None
     if reason is not None:
         raise ValueError(
             f'{config.model_type!r} cannot take attn_implementation="hfkv": {reason}. Load it without that, and use '
             "hfkv.patch(model): its caches are decoded for the model's own attention"
         )
-    return sdpa_mask(*args, **kwargs)
 
 
 def own_attention_reason(config: Any) -> str | None:
     """Why models of this config must keep their own attention, or None where they may take ours."""
-    model_type = config.model_type
+    config_class: Any = type(config)
+    return _own_attention_reason(config_class, config.model_type)
+
+
+@functools.cache
+def _own_attention_reason(config_class: Any, model_type: str) -> str | None:
     for kind, reason in OWN_ATTENTION.items():
         if model_type == kind or model_type.startswith(f"{kind}_"):
             return reason
-    if not _calls_attention_functions(type(config)):
+    if not _calls_attention_functions(config_class):
         return "its code does not go through transformers' attention functions"
     return None
 
@@ -239,8 +249,9 @@ def _has_sdpa(module_class: Any) -> bool:
 
 @functools.cache
 def _calls_attention_functions(config_class: Any) -> bool:
-    if config_class not in MODEL_MAPPING:
-        return True
-    model_class = MODEL_MAPPING[config_class]
-    model_class = model_class[0] if isinstance(model_class, tuple | list) else model_class
-    return model_class._can_set_attn_implementation()
+    """Whether the models of a config go through transformers' attention functions (and so reach ours)."""
+    package = config_class.__module__.rpartition(".")[0]
+    modelling = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.modeling")]
+    found: list[Any] = [value for module in modelling for value in vars(module).values() if inspect.isclass(value)]
+    models = [value for value in found if issubclass(value, PreTrainedModel) and value.config_class is config_class]
+    return all(model._can_set_attn_implementation() for model in models)

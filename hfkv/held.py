@@ -47,7 +47,7 @@ class HeldTokens:
             _, heads, count, head_dim = self.shape(part)
             return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
         decoded = self.decode(part)
-        return decoded.stride(), decoded.storage_offset()
+        return decoded.stride(), int(decoded.storage_offset())
 
     def decode(self, part: Part) -> torch.Tensor:
         """The tokens as plain `[B, H, T, D]`."""

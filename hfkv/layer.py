@@ -104,12 +104,15 @@ class KVLayer(CacheLayerMixin):
         return ContiguousStore(offload=self.kv.offload, bound=bound)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.shape[2] != value_states.shape[2]:
+            raise ValueError(
+                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} are of different lengths"
+            )
         for part, states in (("key", key_states), ("value", value_states)):
             heads, head_dim = self._shapes[part]  # type: ignore[index]
-            batch, count = self._batch, key_states.shape[2]
-            if states.shape != (batch, heads, count, head_dim):
+            if (states.shape[0], states.shape[1], states.shape[3]) != (self._batch, heads, head_dim):
                 raise ValueError(
-                    f"this cache holds {part}s of batch {batch}, {heads} heads of {head_dim}, and was given "
+                    f"this cache holds {part}s of batch {self._batch}, {heads} heads of {head_dim}, and was given "
                     f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new "
                     "one, or call cache.reset(), or cache.batch_select_indices() to change the batch"
                 )
@@ -157,7 +160,7 @@ class KVLayer(CacheLayerMixin):
             self.update(assigned["key"], assigned["value"])
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """All keys held, decoded; assigning replaces them. None before the first update."""
         return self._whole("key")
 
@@ -166,7 +169,7 @@ class KVLayer(CacheLayerMixin):
         self._assign("key", states)
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """All values held, decoded; assigning replaces them. None before the first update."""
         return self._whole("value")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hfkv.patches.undo import Undo
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfkv.attention import NAME, own_attention_reason
+from hfkv.patches.undo import Undo
 
 
 def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:

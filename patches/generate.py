@@ -7,16 +7,22 @@ import logging
 from types import MethodType
 from typing import Any
 
-from hfkv.patches.undo import Undo
+import torch
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache import KVCache
+from hfkv.patches.prompt import expect_prefix
+from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
 
 HOOK = "_prepare_cache_for_generation"
-_SIGNATURE = ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"]
+# Private methods of transformers that are overridden on the instance, as they were when this was written.
+SIGNATURES = {
+    HOOK: ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"],
+    "_prefill": ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"],
+}
 
 
 def check_generate(model: PreTrainedModel) -> None:
@@ -30,12 +36,13 @@ def check_generate(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not isinstance(model, GenerationMixin):
         raise TypeError(f"{name} has no generate(); patch the model that has one (AutoModelForCausalLM, say)")
-    given = list(inspect.signature(getattr(type(model), HOOK)).parameters)
-    if given != _SIGNATURE:
-        raise NotImplementedError(
-            f"{name}.{HOOK} takes {given}; hfkv knows {_SIGNATURE}. Use an explicit cache: "
-            "model.generate(past_key_values=hfkv.KVCache(model, kv=...))"
-        )
+    for method, expected in SIGNATURES.items():
+        given = list(inspect.signature(getattr(type(model), method)).parameters)
+        if given != expected:
+            raise NotImplementedError(
+                f"{name}.{method} takes {given}; hfkv knows {expected}. Use an explicit cache: "
+                "model.generate(past_key_values=hfkv.KVCache(model, kv=...))"
+            )
     if not model._supports_default_dynamic_cache():
         raise ValueError(f"{name} does not use a layered KV cache; hfkv has nothing to replace in it")
     if type(model).generate is not GenerationMixin.generate and not _reaches_hook(type(model)):
@@ -52,9 +59,22 @@ def _reaches_hook(model_class: type) -> bool:
     return any("super().generate(" in source or HOOK in source for source in sources)
 
 
-def set_cache_hook(model: PreTrainedModel, undo: Undo) -> None:
-    """Overrides `_prepare_cache_for_generation` on this instance."""
+def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
+    """Overrides `_prepare_cache_for_generation` and `_prefill` on this instance."""
     undo.set(model, HOOK, MethodType(_prepare_cache, model))
+    undo.set(model, "_prefill", MethodType(_prefill, model))
+
+
+def _prefill(
+    self: Any,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool = True,
+) -> Any:
+    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+        raise ValueError("the prompt is empty: give at least one token (the bos token, say)")
+    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration)
 
 
 def _prepare_cache(
@@ -71,14 +91,16 @@ def _prepare_cache(
     )
     if given is not None:
         _check_fits(given, self)
+        expect_prefix(self, given if isinstance(given, KVCache) else None)
         return result
     cache = model_kwargs.get("past_key_values")
     if cache is None or generation_config.cache_implementation not in (None, "dynamic"):
         logger.info("use_cache=False or cache_implementation was asked for: hfkv leaves this call alone")
+        expect_prefix(self, None)
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
-    own.reserve(max_cache_length)
+    own.reserve(max_cache_length + expect_prefix(self, own))
     if generation_config.is_assistant:
         own.activate_past_recording()
     return result

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hfkv.patches.attention import set_attention
-from hfkv.patches.generate import check_generate, set_cache_hook
-from hfkv.patches.prompt import set_prompt_hook
-from hfkv.patches.undo import Undo
 from transformers import PreTrainedModel
 
 from hfkv.cache import KVCache
 from hfkv.config import KVConfig
+from hfkv.patches.attention import set_attention
+from hfkv.patches.generate import check_generate, set_generate_hooks
+from hfkv.patches.prompt import set_prompt_hook
+from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
 
@@ -82,7 +82,7 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
         handle.own_attention = set_attention(base, handle._undo)
         if handle.own_attention is not None:
             _accept_own_attention(handle)
-        set_cache_hook(base, handle._undo)
+        set_generate_hooks(base, handle._undo)
         if model is not base:
             set_prompt_hook(model, handle._undo)
         handle._undo.set(base, "hfkv", handle)

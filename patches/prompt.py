@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from types import MethodType
 from typing import Any
 
 import torch
-from hfkv.patches.undo import Undo
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
+from hfkv.patches.undo import Undo
+
+# PEFT asks for the prefix deep inside `generate` and names no cache. `.cache` refers weakly to the one of this
+# thread's running call.
+_call = threading.local()
+
+
+def expect_prefix(model: Any, cache: KVCache | None) -> int:
+    """Notes the cache a learned prefix goes into, or None where the call has none of ours.
+
+    Returns:
+        How many virtual tokens PEFT will add to the prompt.
+    """
+    _call.cache = (lambda: None) if cache is None else weakref.ref(cache)
+    # PEFT puts its own method here while it generates: so a model that was wrapped after `patch` is found too.
+    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    config = getattr(peft_model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return 0
+    if "get_prompt" not in vars(peft_model):
+        set_prompt_hook(peft_model, model.hfkv._undo)
+    return config.num_virtual_tokens
 
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:
@@ -31,7 +54,9 @@ def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refill(peft_model: Any, prefix: DynamicCache) -> KVCache:
     base = peft_model.get_base_model()
-    cache = KVCache(base, base.hfkv.kv)
+    cache = getattr(_call, "cache", lambda: None)()
+    if cache is None or cache.get_seq_length():
+        cache = KVCache(base, base.hfkv.kv)
     for layer_idx, layer in enumerate(prefix.layers):
         if layer.is_initialized:
             cache.update(layer.keys, layer.values, layer_idx)
