@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from types import MethodType
@@ -95,7 +96,10 @@ def _prepare_cache(
         return result
     cache = model_kwargs.get("past_key_values")
     if cache is None or generation_config.cache_implementation not in (None, "dynamic"):
-        logger.info("use_cache=False or cache_implementation was asked for: hfkv leaves this call alone")
+        asked = (
+            "use_cache=False" if cache is None else f"cache_implementation={generation_config.cache_implementation!r}"
+        )
+        _warn_once(f"{type(self).__name__} was asked for {asked}: hfkv leaves such calls alone, and kv has no effect")
         expect_prefix(self, None)
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
@@ -116,6 +120,11 @@ def fresh_cache(model: Any, stock: Cache) -> Cache:
             "call hfkv.unpatch(model)"
         )
     return KVCache(model, model.hfkv.kv)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _check_fits(cache: Any, model: Any) -> None:

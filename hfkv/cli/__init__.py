@@ -1,1 +1,24 @@
-"""The hfkv command."""
+"""The ``hfkv`` command. Each command is one module, and its work a function that needs no terminal."""
+
+from __future__ import annotations
+
+import typer
+
+from hfkv.cli.demo import demo
+from hfkv.cli.generate import generate
+
+app = typer.Typer(
+    name="hfkv",
+    help="Smaller, faster KV caches for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(generate)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -65,6 +65,7 @@ def assert_same(stock: tuple[str, Any], ours: tuple[str, Any]) -> None:
     torch.testing.assert_close(ours[1][1], stock[1][1], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", NAMED)
 def test_the_decoded_view_is_bit_equal_under_stock_attention(
@@ -86,6 +87,7 @@ def test_the_decoded_view_is_bit_equal_under_stock_attention(
         model.set_attn_implementation(before)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMED)
 def test_every_generation_mode_gives_the_same_tokens(samples: dict[str, Sample], name: str, mode: str) -> None:
@@ -98,6 +100,7 @@ def test_every_generation_mode_gives_the_same_tokens(samples: dict[str, Sample],
             assert_same(stock, outcome(model, inputs, **MODES[mode]))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", NAMED)
 def test_assisted_decoding_gives_the_same_tokens(samples: dict[str, Sample], name: str) -> None:
     model, inputs = sample(samples, name).model, one_row(sample(samples, name).inputs)

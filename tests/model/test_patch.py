@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 import hfkv
+from hfkv.patches.generate import _warn_once
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED, generate
 
@@ -127,13 +128,16 @@ def test_a_deep_copy_is_patched_on_its_own() -> None:
         assert model.config._attn_implementation == "hfkv"
 
 
-def test_calls_that_ask_for_something_else_are_left_alone() -> None:
+def test_calls_that_ask_for_something_else_are_left_alone_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     model = llama()
     inputs = prompt()
     expected = greedy(model, inputs)
+    _warn_once.cache_clear()
     with hfkv.patch(model, "int4"):
         assert torch.equal(greedy(model, inputs, use_cache=False), expected)
         assert torch.equal(greedy(model, inputs, cache_implementation="static"), expected)
+        assert "asked for use_cache=False: hfkv leaves such calls alone" in caplog.text
+        assert "asked for cache_implementation='static'" in caplog.text
         own = hfkv.KVCache(model, "none")
         assert torch.equal(greedy(model, inputs, past_key_values=own), expected)
         assert own.get_seq_length() == expected.shape[1] - 1

@@ -33,6 +33,7 @@ def feed(cache: KVCache, batch: int, tokens: int, head_dim: int = 16) -> None:
         cache.update(torch.randn(batch, 2, tokens, head_dim), torch.randn(batch, 2, tokens, head_dim), layer_idx)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kv", PRODUCT)
 def test_every_product_of_policies_generates_alike_whole_in_chunks_and_by_token(kv: str) -> None:
     model = llama()
@@ -43,6 +44,7 @@ def test_every_product_of_policies_generates_alike_whole_in_chunks_and_by_token(
         assert torch.equal(whole, greedy(model, inputs, prefill_chunk_size=1))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kv", PRODUCT)
 def test_every_method_works_on_every_product(kv: str) -> None:
     cache = filled(kv)

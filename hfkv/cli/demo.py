@@ -1,0 +1,53 @@
+"""``hfkv demo``: the bundled model under every cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import TaskProgressColumn
+
+from hfkv.cli.demo_runs import Setting, measure, num_steps
+from hfkv.cli.demo_screen import show
+from hfkv.cli.errors import CommandError, told_in_one_line
+from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
+
+
+def demo(
+    prompt_bytes: Annotated[int, typer.Option(help="Length of the prompt.")] = Setting.prompt_bytes,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate; one is a byte.")] = Setting.max_new_tokens,
+    window: Annotated[int, typer.Option(help="Tokens a sliding window keeps.")] = Setting.window,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each cache.")] = Setting.rounds,
+    loss_bytes: Annotated[int, typer.Option(help="Held-out text to measure the loss on.")] = Setting.loss_bytes,
+    dtype: Annotated[str, typer.Option(help="auto (as stored: bfloat16), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda …")] = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+) -> None:
+    """Show every cache at work on a small bundled model: bytes, speed, tokens and loss. No network.
+
+    The model continues Python source code it was not trained on.
+    """
+    from hfkv import tiny_lm
+
+    with told_in_one_line():
+        setting = Setting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
+        if json_path is not None and not json_path.parent.is_dir():
+            raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
+        chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
+        bars = Console(stderr=True, highlight=False)
+        with loading_bars(bars):
+            model, tokenizer = load(None, chosen_dtype, chosen_device)
+        with progress_on(bars, TaskProgressColumn()) as progress:
+            task = progress.add_task("", total=num_steps(setting))
+            report = measure(
+                model,
+                tokenizer,
+                tiny_lm.held_out_text(),
+                setting,
+                lambda what: progress.update(task, advance=1, description=f"{what:<38}"),
+            )
+        show(report, Console(highlight=False))
+        if json_path is not None:
+            report.write_json(json_path)

@@ -1,0 +1,110 @@
+"""What ``hfkv demo`` shows: the text in a panel, the numbers in a table, and how they were measured."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from hfkv.cli.demo_runs import Report, Row
+
+PROMPT_LINES = 8
+# From this width on there is room for the caches' classes and for bars.
+WIDE = 116
+BAR_WIDTH = 12
+# A loss this much higher, in %, is coloured as good or as bearable.
+GOOD_CHANGE, BEARABLE_CHANGE = 0.5, 5.0
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report, at the console's width."""
+    console.print()
+    console.print(_panel(report))
+    console.print(_table(report, is_wide=console.width >= WIDE))
+    console.print(Padding(_caption(report), (0, 1)))
+
+
+def _panel(report: Report) -> Panel:
+    end = "".join(report.prompt.splitlines(keepends=True)[-PROMPT_LINES:])
+    body = Text.assemble((end, "dim"), (report.text.rstrip(), "bold green"))
+    return Panel(
+        body,
+        title="the end of the prompt, and [bold green]the model's words[/]",
+        subtitle=f"under {report.rows[0].cache}",
+        title_align="left",
+        subtitle_align="right",
+        border_style="cyan",
+        padding=(0, 1),
+    )
+
+
+def _table(report: Report, is_wide: bool) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    for header in ("cache\n", "kv\n", "held, of\nDynamicCache") if is_wide else ("cache\n",):
+        table.add_column(header, no_wrap=True)
+    num_tokens = f"same, of\n{report.rows[0].num_new_tokens} tokens"
+    for header in ("KV\nKiB", "held\nKiB", "ratio\n", "decode\ntokens/s", num_tokens, "loss\nnats/B", "change\n%"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in report.rows:
+        name = Text(row.kv or row.cache, "bold")
+        label = [Text(row.cache), Text(row.kv or "-", "bold"), _bar(row.held_ratio)] if is_wide else [name]
+        table.add_row(
+            *label,
+            Text(f"{row.allocated_bytes / 1024:,.0f}"),
+            Text(f"{row.held_bytes / 1024:,.0f}"),
+            Text(f"{row.held_ratio:.3f}"),
+            Text(f"{row.tokens_per_second:,.0f}"),
+            _same_tokens(row),
+            Text(f"{row.nats_per_byte:.4f}"),
+            _change(row),
+            end_section=row.kv is None,
+        )
+    return table
+
+
+def _bar(ratio: float) -> Text:
+    eighths = max(round(min(ratio, 1.0) * BAR_WIDTH * 8), 1)
+    full, rest = divmod(eighths, 8)
+    return Text("█" * full + " ▏▎▍▌▋▊▉"[rest].strip(), "cyan")
+
+
+def _same_tokens(row: Row) -> Text:
+    if row.kv is None:
+        return Text("-", "dim")
+    if row.num_same_tokens == row.num_new_tokens:
+        return Text("all", "green")
+    return Text(f"first {row.num_same_tokens}", "yellow")
+
+
+def _change(row: Row) -> Text:
+    if row.kv is None:
+        return Text("-", "dim")
+    change = row.loss_change_percent
+    style = "green" if change <= GOOD_CHANGE else "yellow" if change <= BEARABLE_CHANGE else "red"
+    return Text(f"{change:+.2f}", style)
+
+
+def _caption(report: Report) -> Table:
+    setting, machine = report.setting, report.machine
+    rounds = "one run" if setting.rounds == 1 else f"the best of {setting.rounds} runs"
+    notes = {
+        "where": f"{machine['processor']}, {machine['device']}, {machine['threads']} thread"
+        f"{'s' if machine['threads'] != 1 else ''}, {machine['dtype']}; hfkv {machine['hfkv']}, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}",
+        "run": f"one row, {setting.prompt_bytes:,} prompt bytes and {setting.max_new_tokens:,} new ones, greedy; "
+        "a token is a byte",
+        "KV, held": "bytes allocated at the end, and bytes of the tokens kept; ratio: held to "
+        f"{report.rows[0].cache}'s",
+        "decode": f"without the prefill; {rounds} that took turns in one process. The model is tiny: no measure of "
+        "a large one's speed",
+        "same": f"new tokens before the first that differs from {report.rows[0].cache}'s",
+        "loss": f"{setting.loss_bytes:,} bytes of held-out Python source in blocks of "
+        f"{min(setting.loss_context, setting.loss_bytes):,}; change from {report.rows[0].cache}'s",
+    }
+    caption = Table.grid(padding=(0, 2, 0, 0))
+    for name, note in notes.items():
+        caption.add_row(Text(name, "cyan"), Text(note, "dim"))
+    return caption

@@ -1,0 +1,32 @@
+"""Mistakes of the user's, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+EXIT_CODE = 2
+
+
+class CommandError(Exception):
+    """What was given, what is wrong with it and the remedy, in one line."""
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Turns a `CommandError` into one red line on stderr and exit code 2; other errors are bugs and pass."""
+    try:
+        yield
+    except CommandError as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
+        raise typer.Exit(EXIT_CODE) from None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or the error's name."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
