@@ -221,6 +221,7 @@ class KVLayer(CacheLayerMixin):
             ValueError: `tokens_to_remove` is positive.
             RuntimeError: a window has dropped tokens that the remaining text would need.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor at times
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, or 0; got {tokens_to_remove}")
         left = max(self.seen + tokens_to_remove, 0)
