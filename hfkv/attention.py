@@ -164,7 +164,7 @@ def _apply_window(
     held: HeldTokens, num_queries: int, mask: torch.Tensor | None, position_bias: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Brings a mask and a bias over all positions down to the held ones and adds the window's rule."""
-    window = held.layer.window
+    window = held.window
     assert window is not None
     if mask is not None:
         _refuse_padding(mask, held)

@@ -2,62 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-if TYPE_CHECKING:
-    from hfkv.layer import KVLayer
+from hfkv.codecs import Codec
+from hfkv.stores import Store
+from hfkv.window import Window
 
 Part = Literal["key", "value"]
+
+
+class PartShape(NamedTuple):
+    """Which of a store's planes are the keys or the values, and what they decode to."""
+
+    planes: slice
+    heads: int
+    head_dim: int
 
 
 @dataclass(frozen=True, eq=False)
 class HeldTokens:
     """The tokens of one layer that its views show, by reference: nothing is copied or decoded yet."""
 
-    layer: KVLayer
-    version: int
+    store: Store
+    codec: Codec
+    parts: Mapping[Part, PartShape]
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    window: Window | None  # ours; None where the model's masks say what is visible
     first: int  # index among the held tokens of the first one the views show
     last: int
-    seen: int
-    held_from: int
+    seen: int  # tokens since the start, padding included
+    held_from: int  # first position held above the sinks
+    version: int  # of the store
 
     @property
     def is_windowed(self) -> bool:
-        """Whether a window of ours decides what is visible (the model's masks do for its own)."""
-        return self.layer.window is not None and not self.layer.is_sliding
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.layer.device
+        """Whether a window of ours decides what is visible."""
+        return self.window is not None
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
-        heads, head_dim = self.layer._shapes[part]
-        return self.layer._batch, heads, self.last - self.first, head_dim
+        """`[B, H, T, D]` of the keys or values."""
+        return self.batch, self.parts[part].heads, self.last - self.first, self.parts[part].head_dim
 
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
         """Strides and storage offset of what `decode` returns, or of a contiguous tensor where it is made anew."""
-        if self.layer.codec.name != "none" or not self.layer.store.reads_slices:
-            _, heads, count, head_dim = self.shape(part)
-            return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
-        decoded = self.decode(part)
-        return decoded.stride(), int(decoded.storage_offset())
+        if self.codec.name == "none" and self.store.reads_slices:
+            decoded = self.decode(part)
+            return decoded.stride(), int(decoded.storage_offset())
+        _, heads, count, head_dim = self.shape(part)
+        return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
 
     def decode(self, part: Part) -> torch.Tensor:
-        """The tokens as plain `[B, H, T, D]`."""
-        if self.version != self.layer.version:
+        """The tokens as a plain `[B, H, T, D]`.
+
+        Raises:
+            RuntimeError: the store has dropped, reordered or cropped tokens since.
+        """
+        if self.version != self.store.version:
             raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
-        return self.layer.decode(part, self.first, self.last)
+        planes = self.store.read(self.parts[part].planes)
+        held = tuple(plane[:, :, self.first : self.last] for plane in planes)
+        return self.codec.decode(held, self.parts[part].head_dim, self.dtype)
 
     def positions(self) -> torch.Tensor:
         """The position of every held token, int64 `[T]` on the layer's device."""
-        window = self.layer.window
-        sinks = min(window.sinks, self.seen) if window else 0
+        sinks = min(self.window.sinks, self.seen) if self.window else 0
         start = torch.arange(sinks, device=self.device)
         return torch.cat((start, torch.arange(max(self.held_from, sinks), self.seen, device=self.device)))

@@ -9,7 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
-from hfkv.held import HeldTokens, Part
+from hfkv.held import HeldTokens, Part, PartShape
 from hfkv.stores import ContiguousStore, PagedStore, Store
 from hfkv.view import make_views
 from hfkv.window import Window
@@ -48,9 +48,8 @@ class KVLayer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = 0  # tokens since the start, padding included: the position of the next one
         self.held_from = self.window.sinks if self.window else 0  # first position held above the sinks
-        self.version = 0  # changes when a token that was held moves or goes: views made before are stale
         self._recorded_to: int | None = None
-        self._shapes: dict[Part, tuple[int, int]] = {}  # (heads, head_dim)
+        self._parts: dict[Part, PartShape] = {}
 
     def __repr__(self) -> str:
         return f"KVLayer({self.kv}{f', sliding={self.window.size}' if self.is_sliding and self.window else ''})"
@@ -61,9 +60,10 @@ class KVLayer(CacheLayerMixin):
         """Takes batch, heads, head dims, dtype and device from the first keys and values."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._batch = key_states.shape[0]
-        self._shapes = {
-            "key": (key_states.shape[1], key_states.shape[3]),
-            "value": (value_states.shape[1], value_states.shape[3]),
+        keys = self.codec.encode(key_states[:, :, :0].detach())
+        self._parts = {
+            "key": PartShape(slice(0, len(keys)), key_states.shape[1], key_states.shape[3]),
+            "value": PartShape(slice(len(keys), None), value_states.shape[1], value_states.shape[3]),
         }
         self._store = self._make_store()
         self._store.reserve(self._reserved)
@@ -92,9 +92,7 @@ class KVLayer(CacheLayerMixin):
         return make_views(self._held(first), key_states, value_states)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        keys = self.codec.encode(key_states.detach())
-        self._num_key_planes = len(keys)
-        self.store.append(keys + self.codec.encode(value_states.detach()))
+        self.store.append(self.codec.encode(key_states.detach()) + self.codec.encode(value_states.detach()))
 
     def _make_store(self) -> Store:
         bound = self.window.capacity() if self.window else None
@@ -109,7 +107,7 @@ class KVLayer(CacheLayerMixin):
                 f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} are of different lengths"
             )
         for part, states in (("key", key_states), ("value", value_states)):
-            heads, head_dim = self._shapes[part]  # type: ignore[index]
+            _, heads, head_dim = self._parts[part]  # type: ignore[index]
             if (states.shape[0], states.shape[1], states.shape[3]) != (self._batch, heads, head_dim):
                 raise ValueError(
                     f"this cache holds {part}s of batch {self._batch}, {heads} heads of {head_dim}, and was given "
@@ -129,22 +127,28 @@ class KVLayer(CacheLayerMixin):
         assert self._store is not None, "the layer has not seen a key yet"
         return self._store
 
-    def _held(self, first: int) -> HeldTokens:
-        return HeldTokens(self, self.version, first, self.store.length, self.seen, self.held_from)
-
-    def decode(self, part: Part, first: int, last: int) -> torch.Tensor:
-        """The held tokens `first .. last` of one part, decoded: `[B, H, last - first, D]`."""
-        planes = self.store.read()
-        mine = planes[: self._num_key_planes] if part == "key" else planes[self._num_key_planes :]
-        held = tuple(plane[:, :, first:last] for plane in mine)
-        return self.codec.decode(held, self._shapes[part][1], self.dtype)
+    def _held(self, first: int = 0) -> HeldTokens:
+        return HeldTokens(
+            store=self.store,
+            codec=self.codec,
+            parts=self._parts,
+            batch=self._batch,
+            dtype=self.dtype,
+            device=self.device,
+            window=None if self.is_sliding else self.window,
+            first=first,
+            last=self.store.length,
+            seen=self.seen,
+            held_from=self.held_from,
+            version=self.store.version,
+        )
 
     def _whole(self, part: Part) -> torch.Tensor | None:
         if part in self._assigned:
             return self._assigned[part]
         if not self.is_initialized:
             return None
-        return self.decode(part, 0, self.store.length)
+        return self._held().decode(part)
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
         """Replaces what is held once both parts have been assigned (or one, of the same length)."""
@@ -153,7 +157,7 @@ class KVLayer(CacheLayerMixin):
         self._assigned[part] = states
         other: Part = "value" if part == "key" else "key"
         if other not in self._assigned and self.is_initialized and states.shape[2] == self.store.length:
-            self._assigned[other] = self.decode(other, 0, self.store.length)
+            self._assigned[other] = self._held().decode(other)
         if other in self._assigned:
             assigned, self._assigned = self._assigned, {}
             self.reset()
@@ -212,7 +216,6 @@ class KVLayer(CacheLayerMixin):
             sinks = self.window.sinks
             self.store.drop(sinks, sinks + first - self.held_from)
             self.held_from = first
-            self.version += 1
 
     def length_after_crop(self, tokens_to_remove: int) -> int:
         """How many tokens remain seen after `crop`.
@@ -238,7 +241,6 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized and left < self.seen:
             self.store.truncate(self.store.length - (self.seen - left))
             self.seen = left
-            self.version += 1
         if self.record_past:
             self._recorded_to = None
             self._forget_unseen()
@@ -265,7 +267,6 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized:
             self.store.select(rows)
             self._batch = len(rows)
-            self.version += 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""

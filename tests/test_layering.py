@@ -14,6 +14,7 @@ FORBIDDEN = {
     "hfkv/window.py": ("torch", "transformers"),
     "hfkv/codecs": ("transformers", "hfkv.stores", "hfkv.layer", "hfkv.view", "hfkv.config"),
     "hfkv/stores": ("transformers", "hfkv.codecs", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.window"),
+    "hfkv/held.py": ("transformers", "hfkv.layer", "hfkv.view", "hfkv.cache", "hfkv.config"),
     "hfkv/view.py": ("transformers", "hfkv.stores", "hfkv.codecs", "hfkv.layer", "hfkv.cache"),
     "hfkv/layer.py": ("hfkv.cache", "hfkv.attention", "hfkv.patches"),
     "hfkv/cache.py": ("hfkv.attention", "hfkv.patches"),

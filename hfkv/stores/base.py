@@ -29,6 +29,7 @@ class Store(ABC):
         self.bound = bound
         self.length = 0
         self.reserved = 0
+        self.version = 0  # changes when a token that was held moves or goes
         self.planes: list[torch.Tensor] = []
         self.device: torch.device | None = None
 
@@ -50,8 +51,12 @@ class Store(ABC):
         """Makes row i a copy of the present row `rows[i]`; `rows` is int64 `[B']` on any device."""
 
     @abstractmethod
-    def read(self) -> Planes:
-        """The held tokens in order, `[B, H_i, length, d_i]`, on the compute device; not to be written to."""
+    def read(self, which: slice = slice(None)) -> Planes:
+        """The held tokens in order, `[B, H_i, length, d_i]`, on the compute device; not to be written to.
+
+        Args:
+            which: the planes to read.
+        """
 
     @abstractmethod
     def held_bytes(self) -> int:
@@ -64,10 +69,6 @@ class Store(ABC):
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that the next allocation is the last."""
         self.reserved = max(self.reserved, tokens)
-
-    def reset(self) -> None:
-        """Forgets tokens, allocations, shapes and devices."""
-        self.__init__(offload=self.offload, bound=self.bound)  # type: ignore[misc]
 
     def nbytes(self) -> int:
         """Bytes allocated."""

@@ -47,6 +47,7 @@ class ContiguousStore(Store):
         gap = stop - start
         if gap <= 0:
             return
+        self.version += 1
         before, after = start, self.length - stop
         if before < after:
             self._move(self.start, self.start + gap, before)
@@ -58,11 +59,12 @@ class ContiguousStore(Store):
             self._reallocate(self._limit())
 
     def select(self, rows: torch.Tensor) -> None:
+        self.version += 1
         self.planes = [plane.index_select(0, rows.to(plane.device)) for plane in self.planes]
 
-    def read(self) -> Planes:
+    def read(self, which: slice = slice(None)) -> Planes:
         end = self.start + self.length
-        held = (plane[:, :, self.start : end] for plane in self.planes)
+        held = (plane[:, :, self.start : end] for plane in self.planes[which])
         return tuple(plane.to(self.device, non_blocking=True) for plane in held) if self.offload else tuple(held)
 
     def held_bytes(self) -> int:

@@ -27,9 +27,6 @@ class PagedStore(Store):
         self.columns: list[tuple[int, int]] = []
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
 
-    def reset(self) -> None:
-        self.__init__(self.page_size, offload=self.offload, bound=self.bound)  # type: ignore[misc]
-
     def append(self, new: Planes) -> None:
         batch, count = new[0].shape[0], new[0].shape[2]
         if not self.planes:
@@ -53,6 +50,7 @@ class PagedStore(Store):
     def drop(self, start: int, stop: int) -> None:
         if stop <= start:
             return
+        self.version += 1
         kept: list[tuple[int, tuple[int, int]]] = []  # (old column, what stays of it)
         first = 0
         for column, (low, high) in enumerate(self.columns):
@@ -68,13 +66,14 @@ class PagedStore(Store):
         self._shrink()
 
     def select(self, rows: torch.Tensor) -> None:
+        self.version += 1
         self._retable([list(self.table[row]) for row in rows.tolist()])
 
-    def read(self) -> Planes:
+    def read(self, which: slice = slice(None)) -> Planes:
         ids = self._block_table()
         tokens = self._token_index()
         held = []
-        for plane in self.planes:
+        for plane in self.planes[which]:
             pages = plane[ids.to(plane.device)].transpose(1, 2).flatten(2, 3)  # [B, H, columns * P, d]
             pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
             held.append(pages.to(self.device, non_blocking=True) if self.offload else pages)

@@ -192,17 +192,6 @@ def test_rows_selected_twice_share_pages_until_they_are_written() -> None:
     assert store.blocks.used == 3
 
 
-def test_reset_forgets_shapes() -> None:
-    for kind in KINDS:
-        store = make(kind)
-        store.append(tokens(2, 5))
-        store.reset()
-        assert store.nbytes() == 0
-        store.append(tokens(4, 3))
-        assert store.read()[0].shape[0] == 4
-        assert store.length == 3
-
-
 def test_nbytes_is_the_sum_of_the_real_storages() -> None:
     for kind in KINDS:
         store = make(kind)
