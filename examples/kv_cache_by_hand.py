@@ -46,7 +46,7 @@ def held(cache):
 
 
 def main():
-    model, tokenizer = tiny_lm.load(torch.bfloat16)
+    model, tokenizer = tiny_lm.load(torch.float32)
     model.set_attn_implementation("hfkv")
     config = model.config
     kinds = {
@@ -79,7 +79,7 @@ def main():
     console.print(table)
     console.print(
         f"{config.num_hidden_layers} layers, {config.num_attention_heads} query heads, {config.num_key_value_heads} kv "
-        f"heads of {config.head_dim}, bf16; {NEW_TOKENS} new tokens; {torch.get_num_threads()} threads; "
+        f"heads of {config.head_dim}, fp32; {NEW_TOKENS} new tokens; {torch.get_num_threads()} threads; "
         f"torch {torch.__version__}, transformers {transformers.__version__}, hfkv {hfkv.__version__}"
     )
 

@@ -74,7 +74,10 @@ class PagedStore(Store):
         tokens = self._token_index()
         held = []
         for plane in self.planes[which]:
-            pages = plane[ids.to(plane.device)].transpose(1, 2).flatten(2, 3)  # [B, H, columns * P, d]
+            # Gathered with the heads in front: half the copies of gathering pages and bringing the heads forward.
+            pages = (
+                plane.transpose(0, 1)[:, ids.to(plane.device)].transpose(0, 1).flatten(2, 3)
+            )  # [B, H, columns * P, d]
             pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
             held.append(pages.to(self.device, non_blocking=True) if self.offload else pages)
         return tuple(held)

@@ -31,9 +31,12 @@ def full(bundled: tuple[Any, Any, torch.Tensor]) -> LossReport:
     return held_out_loss(model, ids, CONTEXT)
 
 
-def test_the_bundled_model_predicts_text_it_has_not_seen(full: LossReport) -> None:
-    assert full.num_tokens == NUM_BYTES
-    assert full.nats <= 1.0
+def test_the_bundled_model_predicts_text_it_has_not_seen(bundled: tuple[Any, Any, torch.Tensor]) -> None:
+    model, tokenizer, _ = bundled
+    ids = tokenizer(tiny_lm.held_out_text(), add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    report = held_out_loss(model, ids, CONTEXT)
+    assert report.num_tokens == 168_758
+    assert report.nats <= 0.95  # 0.9333 was measured; the bound asked for is 1.0
 
 
 @pytest.mark.parametrize(
