@@ -35,8 +35,8 @@ OWN_ATTENTION = {
     "inkling2": "it passes a keyword to its attention that only its own functions know",
 }
 
-# Keywords that reach an attention function and do not change its result: flags of the model's forward, and
-# `sliding_window`, which the mask already says.
+# Keywords that reach an attention function and do not change its result: flags and inputs of the model's forward,
+# and `sliding_window`, which the mask already says.
 _WITHOUT_EFFECT = {
     "cache_position",
     "logits_to_keep",
@@ -48,6 +48,7 @@ _WITHOUT_EFFECT = {
     "position_ids",
     "return_dict",
     "sliding_window",
+    "token_type_ids",
     "use_cache",
 }
 # Keywords the model's own eager attention implements and scaled_dot_product_attention does not.
@@ -96,7 +97,12 @@ def hfkv_attention(
     attention_class: Any = type(module)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if isinstance(key, KVView) and key.held.is_windowed:
-        attention_mask, position_bias = _apply_window(key.held, query.shape[2], attention_mask, position_bias)
+        if position_bias is not None:
+            raise NotImplementedError(
+                f"{type(module).__name__} adds a position bias for consecutive positions, which a windowed cache does "
+                "not hold; leave the window out"
+            )
+        attention_mask = _apply_window(key.held, query.shape[2], attention_mask)
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
 
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
@@ -160,40 +166,36 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, hfkv_mask)
 
 
-def _apply_window(
-    held: HeldTokens, num_queries: int, mask: torch.Tensor | None, position_bias: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Brings a mask and a bias over all positions down to the held ones and adds the window's rule."""
+def _apply_window(held: HeldTokens, num_queries: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The window's rule over the held positions, in place of a causal mask over all of them.
+
+    Returns:
+        A bool mask `[1, 1, q, T]`, or None where a causal mask, or none for a single query, says the same.
+    """
     window = held.window
     assert window is not None
     if mask is not None:
-        _refuse_padding(mask, held)
-    all_visible = held.seen <= window.size or (num_queries == 1 and held.held_from >= held.seen - window.size)
-    if mask is None and position_bias is None and all_visible:
-        return None, None
+        _refuse_all_but_causal(mask, held, num_queries)
+    is_first = held.seen == num_queries
+    if (is_first and held.seen <= window.size) or (num_queries == 1 and held.held_from >= held.seen - window.size):
+        return None
     positions = held.positions()
-    if position_bias is not None:
-        position_bias = position_bias[..., positions]
     t = torch.arange(held.seen - num_queries, held.seen, device=held.device)[:, None]
-    seen = (positions > t - window.size) | (positions < window.sinks)
-    if mask is None:
-        return (seen & (positions <= t))[None, None], position_bias
-    mask = mask[..., positions]
-    if mask.dtype == torch.bool:
-        return mask & seen, position_bias
-    return mask.masked_fill(~seen, torch.finfo(mask.dtype).min), position_bias
+    visible = (positions <= t) & ((positions > t - window.size) | (positions < window.sinks))
+    return visible[None, None]
 
 
-def _refuse_padding(mask: torch.Tensor, held: HeldTokens) -> None:
-    """Raises unless the newest query may see every token: windows count positions from the first token."""
+def _refuse_all_but_causal(mask: torch.Tensor, held: HeldTokens, num_queries: int) -> None:
+    """Raises unless `mask` is the plain causal one: windows count positions from the first token."""
     if mask.shape[-1] != held.seen:
         raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {held.seen}")
-    newest = mask[:, :, -1]
-    visible = newest if mask.dtype == torch.bool else newest > torch.finfo(mask.dtype).min / 2
-    if not bool(visible.all()):
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    causal = torch.ones(num_queries, held.seen, dtype=torch.bool, device=mask.device).tril(held.seen - num_queries)
+    if not bool((visible == causal).all()):
         raise NotImplementedError(
-            "a windowed hfkv cache was given a mask that hides tokens (padding or gaps): its window and sinks would "
-            "be counted wrongly. Batch prompts of equal length without padding, or leave the window out"
+            "a windowed hfkv cache was given a mask that is not plainly causal (padding, gaps or tokens that see what "
+            "follows them): its window and sinks would be counted wrongly. Batch prompts of equal length without "
+            "padding, or leave the window out"
         )
 
 

@@ -55,6 +55,17 @@ class KVCache(DynamicCache):
                 f"KVConfig.layers names layer {self.kv.last_named_layer}; {config.model_type!r} has layers "
                 f"0-{len(self.layers) - 1}"
             )
+        for index, layer in enumerate(self.layers):
+            override = self.kv.for_layer(index) if self.kv.names_layer(index) else None
+            if override is not None and not isinstance(layer, KVLayer):
+                raise ValueError(
+                    f"KVConfig.layers names layer {index}, which stays transformers' own ({type(layer).__name__})"
+                )
+            if override is not None and override.window is not None and layer.is_sliding:
+                raise ValueError(
+                    f"KVConfig.layers gives layer {index} a window, but it slides over {layer.window.size} tokens "
+                    "already"
+                )
         if self.kv.window is not None and all(layer.is_sliding for layer in ours):
             raise ValueError(
                 f"a window was asked for, but every attention layer of {config.model_type!r} already slides over "
@@ -78,10 +89,12 @@ class KVCache(DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one cannot, from none."""
-        for layer in self.kv_layers:
+        """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
+        ours = self.kv_layers
+        for layer in ours:
             layer.length_after_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
+            layer.crop(tokens_to_remove)
 
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that memory is allocated once."""

@@ -64,16 +64,17 @@ class KVConfig:
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
             raise TypeError(f'KVConfig.layers must map "0-1" or "3" to a KVConfig, got {self.layers!r}')
-        seen: set[int] = set()
+        seen: list[range] = []
         for key, override in self.layers.items():
             indices = _layer_range(key)
             if not isinstance(override, KVConfig):
                 raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
             if override.layers:
                 raise ValueError(f"KVConfig.layers[{key!r}] must not itself have layers")
-            if seen & set(indices):
-                raise ValueError(f"KVConfig.layers names layer {min(seen & set(indices))} twice")
-            seen |= set(indices)
+            for other in seen:
+                if indices.start < other.stop and other.start < indices.stop:
+                    raise ValueError(f"KVConfig.layers names layer {max(indices.start, other.start)} twice")
+            seen.append(indices)
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __hash__(self) -> int:
@@ -91,6 +92,16 @@ class KVConfig:
             if layer_idx in _layer_range(key):
                 return override
         return replace(self, layers={}) if self.layers else self
+
+    def names_layer(self, layer_idx: int) -> bool:
+        """Whether `layers` has an override for this layer."""
+        return any(layer_idx in _layer_range(key) for key in self.layers)
+
+    def first_layers(self, count: int) -> KVConfig:
+        """This config for a model of which only the first `count` layers run."""
+        named = {key: _layer_range(key) for key in self.layers}
+        kept = {f"{r.start}-{min(r.stop, count) - 1}": self.layers[key] for key, r in named.items() if r.start < count}
+        return replace(self, layers=kept)
 
     @property
     def last_named_layer(self) -> int:

@@ -21,6 +21,7 @@ class PartShape(NamedTuple):
     planes: slice
     heads: int
     head_dim: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,6 @@ class HeldTokens:
     codec: Codec
     parts: Mapping[Part, PartShape]
     batch: int
-    dtype: torch.dtype
     device: torch.device
     window: Window | None  # ours; None where the model's masks say what is visible
     first: int  # index among the held tokens of the first one the views show
@@ -67,10 +67,11 @@ class HeldTokens:
             raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
         planes = self.store.read(self.parts[part].planes)
         held = tuple(plane[:, :, self.first : self.last] for plane in planes)
-        return self.codec.decode(held, self.parts[part].head_dim, self.dtype)
+        return self.codec.decode(held, self.parts[part].head_dim, self.parts[part].dtype)
 
     def positions(self) -> torch.Tensor:
         """The position of every held token, int64 `[T]` on the layer's device."""
         sinks = min(self.window.sinks, self.seen) if self.window else 0
+        above = range(min(max(self.held_from, sinks), self.seen), self.seen)
         start = torch.arange(sinks, device=self.device)
-        return torch.cat((start, torch.arange(max(self.held_from, sinks), self.seen, device=self.device)))
+        return torch.cat((start, torch.arange(above.start, above.stop, device=self.device)))

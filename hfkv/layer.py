@@ -40,8 +40,6 @@ class KVLayer(CacheLayerMixin):
         self.is_sliding = sliding is not None
         self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
         self.record_past = False
-        self._reserved = 0
-        self._assigned: dict[Part, torch.Tensor] = {}
         self._forget_all()
 
     def _forget_all(self) -> None:
@@ -50,6 +48,9 @@ class KVLayer(CacheLayerMixin):
         self.held_from = self.window.sinks if self.window else 0  # first position held above the sinks
         self._recorded_to: int | None = None
         self._parts: dict[Part, PartShape] = {}
+        self._reserved = 0
+        self._assigned: dict[Part, torch.Tensor] = {}
+        self._tracked: torch.Tensor | None = None  # some states that autograd follows: see hfkv.view
 
     def __repr__(self) -> str:
         return f"KVLayer({self.kv}{f', sliding={self.window.size}' if self.is_sliding and self.window else ''})"
@@ -58,12 +59,14 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes batch, heads, head dims, dtype and device from the first keys and values."""
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self._batch = key_states.shape[0]
         keys = self.codec.encode(key_states[:, :, :0].detach())
         self._parts = {
-            "key": PartShape(slice(0, len(keys)), key_states.shape[1], key_states.shape[3]),
-            "value": PartShape(slice(len(keys), None), value_states.shape[1], value_states.shape[3]),
+            "key": PartShape(slice(0, len(keys)), key_states.shape[1], key_states.shape[3], key_states.dtype),
+            "value": PartShape(
+                slice(len(keys), None), value_states.shape[1], value_states.shape[3], value_states.dtype
+            ),
         }
         self._store = self._make_store()
         self._store.reserve(self._reserved)
@@ -78,6 +81,8 @@ class KVLayer(CacheLayerMixin):
         Raises:
             ValueError: their shape, dtype or device does not continue what the layer holds.
         """
+        if self._assigned:
+            raise RuntimeError(f"{next(iter(self._assigned))}s were assigned to this layer without the other half")
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
@@ -89,17 +94,25 @@ class KVLayer(CacheLayerMixin):
         if self.record_past and self._recorded_to is None:
             self._recorded_to = self.seen
         first = 0 if visible is None else self.store.length - count - visible
-        return make_views(self._held(first), key_states, value_states)
+        return make_views(self._held(first), self._tracked)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._tracked = key_states if key_states.requires_grad else value_states
         self.store.append(self.codec.encode(key_states.detach()) + self.codec.encode(value_states.detach()))
 
     def _make_store(self) -> Store:
         bound = self.window.capacity() if self.window else None
         if self.kv.store == "paged":
-            default = CPU_PAGE_SIZE if self.device.type == "cpu" else ACCELERATOR_PAGE_SIZE
-            return PagedStore(self.kv.page_size or default, offload=self.kv.offload, bound=bound)
+            return PagedStore(self.kv.page_size or self._page_size(), offload=self.kv.offload, bound=bound)
         return ContiguousStore(offload=self.kv.offload, bound=bound)
+
+    def _page_size(self) -> int:
+        default = CPU_PAGE_SIZE if self.device.type == "cpu" else ACCELERATOR_PAGE_SIZE
+        if self.window is None:
+            return default
+        # Up to three pages of a window are partly filled: the sinks', the oldest and the newest.
+        return min(default, 1 << max(self.window.size // 16, 1).bit_length())
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape[2] != value_states.shape[2]:
@@ -107,18 +120,18 @@ class KVLayer(CacheLayerMixin):
                 f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} are of different lengths"
             )
         for part, states in (("key", key_states), ("value", value_states)):
-            _, heads, head_dim = self._parts[part]  # type: ignore[index]
+            _, heads, head_dim, dtype = self._parts[part]  # type: ignore[index]
             if (states.shape[0], states.shape[1], states.shape[3]) != (self._batch, heads, head_dim):
                 raise ValueError(
                     f"this cache holds {part}s of batch {self._batch}, {heads} heads of {head_dim}, and was given "
                     f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new "
                     "one, or call cache.reset(), or cache.batch_select_indices() to change the batch"
                 )
-        if key_states.dtype != self.dtype or key_states.device != self.device:
-            raise ValueError(
-                f"this cache holds {self.dtype} on {self.device} and was given {key_states.dtype} on "
-                f"{key_states.device}; build a new cache or call cache.reset()"
-            )
+            if states.dtype != dtype or states.device != self.device:
+                raise ValueError(
+                    f"this cache holds {part}s of {dtype} on {self.device} and was given {states.dtype} on "
+                    f"{states.device}; build a new cache or call cache.reset()"
+                )
 
     # Reading.
 
@@ -133,7 +146,6 @@ class KVLayer(CacheLayerMixin):
             codec=self.codec,
             parts=self._parts,
             batch=self._batch,
-            dtype=self.dtype,
             device=self.device,
             window=None if self.is_sliding else self.window,
             first=first,
@@ -148,20 +160,38 @@ class KVLayer(CacheLayerMixin):
             return self._assigned[part]
         if not self.is_initialized:
             return None
-        return self._held().decode(part)
+        decoded = self._held().decode(part)
+        # What the caller keeps must not change with the cache.
+        return decoded.clone() if self.store.reads_slices and self.codec.name == "none" else decoded
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
-        """Replaces what is held once both parts have been assigned (or one, of the same length)."""
+        """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
         self._assigned[part] = states
         other: Part = "value" if part == "key" else "key"
-        if other not in self._assigned and self.is_initialized and states.shape[2] == self.store.length:
+        same = self.is_initialized and (states.shape[0], states.shape[2]) == (self._batch, self.store.length)
+        if other not in self._assigned and same:
             self._assigned[other] = self._held().decode(other)
-        if other in self._assigned:
-            assigned, self._assigned = self._assigned, {}
-            self.reset()
-            self.update(assigned["key"], assigned["value"])
+        if other not in self._assigned:
+            return
+        keys, values = self._assigned.pop("key"), self._assigned.pop("value")
+        if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
+            raise ValueError(
+                f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
+                "or tokens"
+            )
+        length, seen, held_from = keys.shape[2], self.seen, self.held_from
+        holds_all = not self.is_initialized or self.store.length == self.seen
+        if not holds_all and length != self.store.length:
+            raise ValueError(
+                f"this layer holds {self.store.length} of {self.seen} tokens seen and was assigned {length}: their "
+                "positions are unknown. Assign as many as it holds, or call reset() first"
+            )
+        self.reset()
+        self.update(keys, values)
+        if not holds_all:
+            self.seen, self.held_from = seen, held_from
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -263,8 +293,10 @@ class KVLayer(CacheLayerMixin):
 
     # Rows.
 
-    def _select(self, rows: torch.Tensor) -> None:
+    def _select(self, index: Any) -> None:
+        """Keeps the rows `index` names, in whatever way a tensor can be indexed."""
         if self.is_initialized:
+            rows = torch.arange(self._batch)[index.cpu() if isinstance(index, torch.Tensor) else index]
             self.store.select(rows)
             self._batch = len(rows)
 
@@ -272,14 +304,14 @@ class KVLayer(CacheLayerMixin):
         """Row i becomes a copy of row `beam_idx[i]`."""
         self._select(beam_idx)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices`: int64 positions or a bool mask."""
-        self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps the rows `indices`: positions, a bool mask or a slice."""
+        self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times."""
         if self.is_initialized:
-            self._select(torch.arange(self._batch, device=self.device).repeat_interleave(repeats))
+            self._select(torch.arange(self._batch).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing: `KVConfig.offload` decides where the bytes live."""

@@ -9,13 +9,18 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from hfkv.held import HeldTokens, Part
 
+_WRITE = (
+    "{} writes to the keys or values of an hfkv cache; the write would be lost. Clone them first, or assign to "
+    "layer.keys / layer.values"
+)
+
 
 class KVView(torch.Tensor):
     """Keys or values `[B, H, T, D]` of one layer, decoded when they are read.
 
     The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
     operation decodes it first. Its length is fixed when it is made; it may be read several times until the
-    layer drops, reorders or resets tokens. Writing to it raises.
+    layer drops, reorders or resets tokens. Writing to it raises; slices of it are not to be written to either.
 
     Raises:
         RuntimeError: on an operation outside the ``hfkv`` attention where a window is set (no other
@@ -34,7 +39,7 @@ class KVView(torch.Tensor):
             held.shape(part),
             strides=strides,
             storage_offset=offset,
-            dtype=held.dtype,
+            dtype=held.parts[part].dtype,
             device=held.device,
             requires_grad=False,
         )
@@ -59,6 +64,29 @@ class KVView(torch.Tensor):
         args, kwargs = tree_map_only(KVView, _decode_for_others, (args, kwargs))
         return func(*args, **kwargs)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # Torch would write to a slice of what is decoded.
+        raise RuntimeError(_WRITE.format("__setitem__"))
+
+    def share_memory_(self, *args: Any) -> torch.Tensor:
+        raise RuntimeError(_WRITE.format("share_memory_"))
+
+    def apply_(self, *args: Any) -> torch.Tensor:
+        raise RuntimeError(_WRITE.format("apply_"))
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return _decode_for_others(self).clone().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return _decode_for_others(self).tolist()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return _decode_for_others(self).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A pickled view is the tensor it stands for, without the cache behind it.
+        return _decode_for_others(self).clone().__reduce_ex__(protocol)
+
     def decoded(self) -> torch.Tensor:
         """The plain tensor, for code that applies the window itself."""
         if self.requires_grad:
@@ -66,17 +94,18 @@ class KVView(torch.Tensor):
         return self.held.decode(self.part)
 
 
-def make_views(
-    held: HeldTokens, key_states: torch.Tensor, value_states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key and value views of `held`; `key_states`, `value_states` are what the model just computed."""
-    parts: tuple[tuple[Part, torch.Tensor], ...] = (("key", key_states), ("value", value_states))
-    key, value = (
-        _InferenceOnly.apply(states, held, part)
-        if torch.is_grad_enabled() and states.requires_grad
-        else KVView(held, part)
-        for part, states in parts
-    )
+def make_views(held: HeldTokens, tracked: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key and value views of `held`.
+
+    Args:
+        held: the tokens.
+        tracked: some keys or values among them that autograd follows, or None.
+    """
+    parts: tuple[Part, Part] = ("key", "value")
+    if tracked is None or not torch.is_grad_enabled():
+        key, value = (KVView(held, part) for part in parts)
+    else:
+        key, value = (_InferenceOnly.apply(tracked, held, part) for part in parts)
     return key, value
 
 
@@ -84,7 +113,7 @@ class _InferenceOnly(torch.autograd.Function):
     """Lets a forward pass run with gradients enabled and refuses the backward pass through the cache."""
 
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, held: HeldTokens, part: Part) -> torch.Tensor:
+    def forward(ctx: Any, tracked: torch.Tensor, held: HeldTokens, part: Part) -> torch.Tensor:
         return KVView(held, part)
 
     @staticmethod
@@ -124,7 +153,4 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
             continue
         given = args[index] if index < len(args) else kwargs.get(argument.name)
         if any(isinstance(leaf, KVView) for leaf in tree_iter(given)):
-            raise RuntimeError(
-                f"{func} writes to the keys or values of an hfkv cache; the write would be lost. "
-                "Clone them first, or assign to layer.keys / layer.values"
-            )
+            raise RuntimeError(_WRITE.format(func))

@@ -28,9 +28,11 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
     ]
     if not all(module._can_set_attn_implementation() for module in decoders):
         return "its code does not go through transformers' attention functions"
-    _copy_configs(model, undo)
+    copies = _copy_configs(model, undo)
     decoder = _decoder_config(model.config)
     model.set_attn_implementation(_request(model.config, decoder))
+    for original, copied in copies:
+        undo.stands_in(original, copied)
     if decoder._attn_implementation != NAME:
         return f"it insists on its {decoder._attn_implementation!r} attention"
     return None
@@ -50,9 +52,13 @@ def _request(config: PreTrainedConfig, decoder: PreTrainedConfig) -> Any:
     return {parts[0]: NAME} if decoder is not config and parts else NAME
 
 
-def _copy_configs(model: PreTrainedModel, undo: Undo) -> None:
+def _copy_configs(model: PreTrainedModel, undo: Undo) -> list[tuple[PreTrainedConfig, PreTrainedConfig]]:
+    """Gives every module of `model` copies of its configs; returns each original with its copy."""
     memo: dict[int, Any] = {}
+    originals: dict[int, PreTrainedConfig] = {}
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, PreTrainedConfig):
                 undo.set(module, name, copy.deepcopy(value, memo))
+                originals[id(value)] = value
+    return [(original, memo[key]) for key, original in originals.items()]

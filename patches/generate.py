@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from types import MethodType
 from typing import Any
 
 import torch
@@ -62,8 +61,9 @@ def _reaches_hook(model_class: type) -> bool:
 
 def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
     """Overrides `_prepare_cache_for_generation` and `_prefill` on this instance."""
-    undo.set(model, HOOK, MethodType(_prepare_cache, model))
-    undo.set(model, "_prefill", MethodType(_prefill, model))
+    # Partials, not bound methods: those would be pickled by name and come back as the class's own.
+    undo.set(model, HOOK, functools.partial(_prepare_cache, model))
+    undo.set(model, "_prefill", functools.partial(_prefill, model))
 
 
 def _prefill(
@@ -112,14 +112,16 @@ def _prepare_cache(
 
 def fresh_cache(model: Any, stock: Cache) -> Cache:
     """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
+    # While an assistant exits early, the config names fewer layers than the patch was made for.
+    kv = model.hfkv.kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
     if isinstance(stock, EncoderDecoderCache):
-        return EncoderDecoderCache(KVCache(model, model.hfkv.kv), stock.cross_attention_cache)
+        return EncoderDecoderCache(KVCache(model, kv), stock.cross_attention_cache)
     if type(stock) is not DynamicCache:
         raise NotImplementedError(
             f"{type(model).__name__} prepared a {type(stock).__name__}, which hfkv does not know how to replace; "
             "call hfkv.unpatch(model)"
         )
-    return KVCache(model, model.hfkv.kv)
+    return KVCache(model, kv)
 
 
 @functools.cache
@@ -132,8 +134,9 @@ def _check_fits(cache: Any, model: Any) -> None:
     if not isinstance(own, KVCache):
         return
     expected = model.config.get_text_config(decoder=True)
-    if (own.model_type, len(own.layers)) != (expected.model_type, expected.num_hidden_layers):
+    num_layers = len(DynamicCache(config=expected).layers)
+    if (own.model_type, len(own.layers)) != (expected.model_type, num_layers):
         raise ValueError(
             f"past_key_values was built for a {own.model_type!r} model of {len(own.layers)} layers, and this is a "
-            f"{expected.model_type!r} model of {expected.num_hidden_layers}; build it with KVCache(model, kv=...)"
+            f"{expected.model_type!r} model of {num_layers}; build it with KVCache(model, kv=...)"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -15,6 +16,9 @@ from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
+
+# Every model inside a patched one: a second patch over a part of it could not be undone in any order.
+_inside: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 
 
 class Patch:
@@ -37,6 +41,7 @@ class Patch:
     def undo(self) -> None:
         """Puts the model back as it was. Calling it twice is harmless."""
         self._undo.restore()
+        _inside.difference_update(_models(self.model))
 
     def __enter__(self) -> Patch:
         return self
@@ -73,6 +78,12 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
         raise RuntimeError(
             f"{type(base).__name__} is already patched ({base.hfkv!r}); take that off first: hfkv.unpatch(model)"
         )
+    overlapping = [part for part in _models(base) if part in _inside or "hfkv" in vars(part)]
+    if overlapping:
+        raise RuntimeError(
+            f"{type(base).__name__} is part of a patched model, or a part of it ({type(overlapping[0]).__name__}) is "
+            "patched already; take that patch off first"
+        )
     handle = Patch(base, KVConfig.of(kv))
     check_generate(base)
     probe = KVCache(base, handle.kv)
@@ -86,6 +97,7 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
         if model is not base:
             set_prompt_hook(model, handle._undo)
         handle._undo.set(base, "hfkv", handle)
+        _inside.update(_models(base))
     except BaseException:
         handle.undo()
         raise
@@ -115,6 +127,10 @@ def _accept_own_attention(handle: Patch) -> None:
             "window out"
         )
     logger.warning("%s keeps its own attention: %s; it reads decoded caches", name, handle.own_attention)
+
+
+def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _base_model(model: Any) -> PreTrainedModel:

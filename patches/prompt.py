@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
-from types import MethodType
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def expect_prefix(model: Any, cache: KVCache | None) -> int:
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:
     """Overrides `get_prompt` on this `PeftModel`, which would put its own cache in place of ours."""
-    undo.set(peft_model, "get_prompt", MethodType(_get_prompt, peft_model))
+    undo.set(peft_model, "get_prompt", functools.partial(_get_prompt, peft_model))
 
 
 def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:

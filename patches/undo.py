@@ -15,11 +15,16 @@ class Undo:
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []
+        self._copies: list[tuple[Any, Any, dict[str, Any]]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembering what the instance had."""
         self._before.append((owner, name, vars(owner).get(name, _ABSENT)))
         setattr(owner, name, value)
+
+    def stands_in(self, original: Any, copied: Any) -> None:
+        """Notes that `copied` is used in place of `original`: what its owner changes in it is carried back."""
+        self._copies.append((original, copied, dict(vars(copied))))
 
     def restore(self) -> None:
         """Puts everything back."""
@@ -29,3 +34,8 @@ class Undo:
                 delattr(owner, name)
             else:
                 setattr(owner, name, value)
+        while self._copies:
+            original, copied, at_first = self._copies.pop()
+            for name, value in vars(copied).items():
+                if name not in at_first or at_first[name] != value:
+                    vars(original)[name] = value

@@ -35,6 +35,8 @@ def demo(
         setting = Setting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
         if json_path is not None and not json_path.parent.is_dir():
             raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
+        if json_path is not None and json_path.is_dir():
+            raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         bars = Console(stderr=True, highlight=False)
         with loading_bars(bars):

@@ -137,6 +137,20 @@ def _prefill_bar(model: Any, num_prompt: int, console: Console) -> Iterator[Any]
             hook.remove()
 
 
+def _read_prompt(prompt: str) -> str:
+    """The prompt itself, or what stdin holds where it is ``-``.
+
+    Raises:
+        CommandError: it is not UTF-8.
+    """
+    # Python hides bytes it cannot decode in lone surrogates.
+    text = sys.stdin.buffer.read() if prompt == "-" else prompt.encode(errors="surrogateescape")
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"the prompt is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from error
+
+
 def check_kv(kv: str) -> None:
     """Refuses a `kv` that does not parse, before a model is loaded for it.
 
@@ -168,7 +182,7 @@ def generate(
     """
     with told_in_one_line():
         check_kv(kv)
-        text = sys.stdin.read() if prompt == "-" else prompt
+        text = _read_prompt(prompt)
         if not text.strip():
             raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)

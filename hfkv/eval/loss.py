@@ -49,10 +49,14 @@ def held_out_loss(
         The loss, the number of tokens and the predictions in the order of `ids`.
 
     Raises:
-        ValueError: `ids` is empty or not one-dimensional.
+        ValueError: `ids` is empty or not one-dimensional, a size is below 1, or the model has no BOS.
     """
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"ids must be one non-empty row of tokens, not of shape {tuple(ids.shape)}")
+    if context < 1 or batch_size < 1:
+        raise ValueError(f"context and batch_size must be at least 1, got {context} and {batch_size}")
+    if model.config.bos_token_id is None:
+        raise ValueError(f"{model.config.model_type!r} has no bos_token_id in its config to put before each block")
     num_whole = len(ids) // context * context
     batches = list(ids[:num_whole].view(-1, context).split(batch_size)) if num_whole else []
     if num_whole < len(ids):

@@ -71,7 +71,12 @@ def pass_key_accuracy(
 
     Returns:
         The share of prompts continued with all digits of their key, 0 to 1.
+
+    Raises:
+        ValueError: `trials` or `batch_size` is below 1, or see `pass_key_prompt`.
     """
+    if trials < 1 or batch_size < 1:
+        raise ValueError(f"trials and batch_size must be at least 1, got {trials} and {batch_size}")
     rng = random.Random(seed)
     cases = [pass_key_prompt(rng, filler, length, (i + 0.5) / trials) for i in range(trials)]
     num_right = 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+
+logger = logging.getLogger("hfkv")
 
 Planes = tuple[torch.Tensor, ...]
 
@@ -75,18 +78,35 @@ class Store(ABC):
         return storage_bytes(self.planes)
 
     def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised plane of `like`'s dtype in this store's memory."""
-        if not self.offload:
-            return torch.empty(shape, dtype=like.dtype, device=self.device)
-        pinned = self.device is not None and self.device.type != "cpu"
+        """An uninitialised plane of `like`'s dtype in this store's memory.
+
+        Raises:
+            MemoryError: there is not that much.
+        """
+        pinned = self.offload and self.device is not None and self.device.type != "cpu"
+        # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
+        with torch.inference_mode(False):
+            try:
+                device = torch.device("cpu") if self.offload else self.device
+                return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
+            except RuntimeError as error:
+                num_bytes = torch.Size(shape).numel() * like.element_size()
+                raise MemoryError(
+                    f"could not allocate {num_bytes:,} bytes for keys and values in "
+                    f"{'pinned host memory' if pinned else device} ({str(error).splitlines()[0]}); use a smaller "
+                    "codec, a window, offload or a shorter context"
+                ) from error
+
+    def allocate_reserved(self, needed: int, wanted: int, allocate: Callable[[int], None]) -> None:
+        """Calls `allocate(wanted)`, or, where the memory for a reservation is not there, `allocate(needed)`."""
         try:
-            return torch.empty(shape, dtype=like.dtype, pin_memory=pinned)
-        except RuntimeError as error:
-            num_bytes = torch.Size(shape).numel() * like.element_size()
-            raise MemoryError(
-                f"offload: could not allocate {num_bytes} bytes of {'pinned ' if pinned else ''}host memory "
-                f"({error}); use a smaller codec, a window or a shorter context"
-            ) from error
+            allocate(wanted)
+        except MemoryError as error:
+            if wanted <= needed:
+                raise
+            logger.warning("no room to reserve what max_length asks for, growing step by step instead: %s", error)
+            self.reserved = 0
+            allocate(needed)
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

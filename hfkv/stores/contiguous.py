@@ -35,7 +35,8 @@ class ContiguousStore(Store):
         count = new[0].shape[2]
         if not self.planes:
             self.device = new[0].device
-            self._allocate(new, max(count, self._cap(self.reserved)))
+            wanted = max(count, self._cap(self.reserved))
+            self.allocate_reserved(count, wanted, lambda capacity: self._allocate(new, capacity))
         elif self.start + self.length + count > self.capacity:
             self._make_room(self.length + count)
         end = self.start + self.length
@@ -60,7 +61,11 @@ class ContiguousStore(Store):
 
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
-        self.planes = [plane.index_select(0, rows.to(plane.device)) for plane in self.planes]
+        selected = []
+        for plane in self.planes:
+            target = self.allocate((len(rows), *plane.shape[1:]), like=plane)
+            selected.append(torch.index_select(plane, 0, rows.to(plane.device), out=target))
+        self.planes = selected
 
     def read(self, which: slice = slice(None)) -> Planes:
         end = self.start + self.length
@@ -85,7 +90,7 @@ class ContiguousStore(Store):
             self.start = 0
         else:
             grown = max(int(self.capacity * GROWTH), self.reserved)
-            self._reallocate(max(needed, self._cap(grown)))
+            self.allocate_reserved(needed, max(needed, self._cap(grown)), self._reallocate)
 
     def _reallocate(self, capacity: int) -> None:
         old, first = self.planes, self.start

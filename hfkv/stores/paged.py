@@ -67,7 +67,11 @@ class PagedStore(Store):
 
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
-        self._retable([list(self.table[row]) for row in rows.tolist()])
+        chosen = rows.tolist()
+        if len(set(chosen)) < len(chosen):
+            self.reserved = 0  # rows that share pages need fewer of them, nobody knows how many
+        self._retable([list(self.table[row]) for row in chosen])
+        self._shrink()
 
     def read(self, which: slice = slice(None)) -> Planes:
         ids = self._block_table()
@@ -132,25 +136,28 @@ class PagedStore(Store):
     def _take(self, count: int) -> list[int]:
         needed = self.blocks.used + count
         if needed > self.blocks.size:
-            reserved = len(self.table) * -(-self._reserved_tokens() // self.page_size)
-            self._resize(max(needed, int(self.blocks.size * GROWTH), reserved))
+            wanted = max(needed, int(self.blocks.size * GROWTH), self._reserved_pages())
+            self.allocate_reserved(needed, wanted, self._resize)
         return self.blocks.take(count)
 
-    def _reserved_tokens(self) -> int:
-        return self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
+    def _reserved_pages(self) -> int:
+        tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
+        return len(self.table) * -(-tokens // self.page_size)
 
     def _resize(self, size: int) -> None:
         count = min(size, self.blocks.size)
-        for index, old in enumerate(self.planes):
+        grown = []
+        for old in self.planes:
             plane = self.allocate((size, *old.shape[1:]), like=old)
             plane[:count] = old[:count]
-            self.planes[index] = plane
+            grown.append(plane)
+        self.planes = grown
         self.blocks.grow(size)
 
     def _shrink(self) -> None:
-        """After a long prefill under a window: moves the pages in use to the front of smaller planes."""
-        size = self.blocks.used + len(self.table)
-        if self.bound is None or self.blocks.size <= GROWTH * size + len(self.table):
+        """Where many pages have become free (a window filled, rows went): moves those in use to smaller planes."""
+        size = max(self.blocks.used + len(self.table), self._reserved_pages())
+        if self.blocks.size <= GROWTH * size + len(self.table):
             return
         used = sorted({page for row in self.table for page in row})
         place = {page: index for index, page in enumerate(used)}

@@ -253,7 +253,7 @@ def test_a_batch_size_changed_midway_is_refused() -> None:
 def test_a_dtype_changed_midway_is_refused() -> None:
     cache = filled("none")
     states = torch.randn(2, 2, 1, 16, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"holds torch.float32 on cpu and was given torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"holds keys of torch.float32 on cpu and was given torch.bfloat16"):
         cache.update(states, states, 0)
 
 
