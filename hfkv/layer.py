@@ -112,7 +112,7 @@ class KVLayer(CacheLayerMixin):
         if self.window is None:
             return default
         # Up to three pages of a window are partly filled: the sinks', the oldest and the newest.
-        return min(default, 1 << max(self.window.size // 16, 1).bit_length())
+        return min(default, 1 << (max(self.window.size // 16, 1).bit_length() - 1))
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape[2] != value_states.shape[2]:

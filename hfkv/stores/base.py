@@ -23,7 +23,8 @@ class Store(ABC):
 
     Args:
         offload: allocate in host memory (pinned, where an accelerator is present); `read` brings the
-            planes to the device the appended ones came from, and appending sends the new tokens only.
+            planes to the device the appended ones came from, and appending sends the new tokens only. Both
+            wait for the copy: host code moves these bytes about.
         bound: the number of tokens held between two steps, where a window limits it; None without a limit.
     """
 

@@ -41,7 +41,7 @@ class ContiguousStore(Store):
             self._make_room(self.length + count)
         end = self.start + self.length
         for plane, tokens in zip(self.planes, new, strict=True):
-            plane[:, :, end : end + count].copy_(tokens, non_blocking=self.offload)
+            plane[:, :, end : end + count].copy_(tokens)
         self.length += count
 
     def drop(self, start: int, stop: int) -> None:
@@ -70,7 +70,7 @@ class ContiguousStore(Store):
     def read(self, which: slice = slice(None)) -> Planes:
         end = self.start + self.length
         held = (plane[:, :, self.start : end] for plane in self.planes[which])
-        return tuple(plane.to(self.device, non_blocking=True) for plane in held) if self.offload else tuple(held)
+        return tuple(plane.to(self.device) for plane in held) if self.offload else tuple(held)
 
     def held_bytes(self) -> int:
         return sum(plane[:, :, : self.length].numel() * plane.element_size() for plane in self.planes)

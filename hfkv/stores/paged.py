@@ -83,7 +83,7 @@ class PagedStore(Store):
                 plane.transpose(0, 1)[:, ids.to(plane.device)].transpose(0, 1).flatten(2, 3)
             )  # [B, H, columns * P, d]
             pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
-            held.append(pages.to(self.device, non_blocking=True) if self.offload else pages)
+            held.append(pages.to(self.device) if self.offload else pages)
         return tuple(held)
 
     def held_bytes(self) -> int:

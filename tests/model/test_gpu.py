@@ -1,0 +1,62 @@
+"""On a GPU: the same tokens, pinned host memory, and only one layer at a time on the device."""
+
+import pytest
+import torch
+
+import hfkv
+from tests.tiny import greedy, llama, prompt
+from tests.zoo import NAMED, generate
+
+pytestmark = pytest.mark.gpu
+
+LOSSLESS = ("none", "paged+page_size:4", "offload", "offload+paged+page_size:4")
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_lossless_caches_give_the_tokens_of_dynamic_cache(name: str) -> None:
+    sample = NAMED[name]()
+    model = sample.model.cuda()
+    inputs = {key: value.cuda() for key, value in sample.inputs.items()}
+    expected, _ = generate(model, inputs)
+    for kv in LOSSLESS:
+        with hfkv.patch(model, kv):
+            assert torch.equal(generate(model, inputs)[0], expected), kv
+
+
+@pytest.mark.parametrize("kv", ["int8", "int4", "fp8", "window:8+sinks:2", "int8+window:8+sinks:2+offload+paged"])
+def test_lossy_caches_give_the_tokens_of_the_cpu(kv: str) -> None:
+    model, inputs = llama(), prompt()
+    with hfkv.patch(model, kv):
+        expected = greedy(model, inputs)
+        model.cuda()
+        on_gpu = greedy(model, {key: value.cuda() for key, value in inputs.items()})
+    assert torch.equal(on_gpu.cpu(), expected)
+
+
+@pytest.mark.parametrize("store", ["contiguous", "paged"])
+def test_offloaded_planes_lie_in_pinned_memory(store: str) -> None:
+    model = llama().cuda()
+    inputs = {key: value.cuda() for key, value in prompt().items()}
+    with hfkv.patch(model, f"offload+{store}"):
+        cache = greedy(model, inputs, return_dict_in_generate=True).past_key_values
+    planes = [plane for layer in cache.kv_layers for plane in layer.store.planes]
+    assert planes
+    assert all(plane.is_pinned() for plane in planes)
+    assert all(layer.store.read()[0].is_cuda for layer in cache.kv_layers)
+
+
+def test_an_offloaded_cache_takes_one_layer_of_device_memory() -> None:
+    model = llama(num_hidden_layers=8, max_position_embeddings=20_000).cuda()
+    ids = torch.randint(3, 99, (1, 16_000), device="cuda")
+    peaks = {}
+    for kv in ("none", "offload"):
+        with hfkv.patch(model, kv):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            cache = model.generate(ids, max_new_tokens=4, prefill_chunk_size=500, return_dict_in_generate=True)
+            peaks[kv] = torch.cuda.max_memory_allocated() - before
+            held = cache.past_key_values.held_bytes()
+            del cache
+    # Seven of eight layers are elsewhere.
+    assert peaks["none"] - peaks["offload"] >= held * 6 / 8
