@@ -12,6 +12,7 @@ import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.layer import ROLLBACK_MARGIN
 from tests.tiny import greedy, llama, llama_config, prompt
+from tests.unit.test_stores import CopiedBytes
 
 CODECS = ("none", "int8", "int4", "fp8")
 STORES = ("contiguous", "paged+page_size:4")
@@ -76,6 +77,19 @@ def test_every_method_works_on_every_product(kv: str) -> None:
     assert layer.keys is None
     feed(cache, 3, 4)
     assert layer.keys.shape[0] == 3
+
+
+@pytest.mark.parametrize("kv", [kv for kv in PRODUCT if "offload" not in kv])
+def test_updating_token_by_token_copies_a_constant_number_of_bytes_a_token(kv: str) -> None:
+    copied = []
+    for count in (100, 400):
+        cache = KVCache(llama_config(num_hidden_layers=1), kv)
+        states = torch.randn(1, 2, 1, 16)
+        with CopiedBytes() as counter:
+            for _ in range(count):
+                cache.layers[0].update(states, states)
+        copied.append(counter.total / count)
+    assert copied[1] <= 1.25 * copied[0]
 
 
 @pytest.mark.parametrize("kv", ["none", "int8", "none+paged+page_size:4"])
