@@ -92,7 +92,7 @@ class KVCache(DynamicCache):
         """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
         ours = self.kv_layers
         for layer in ours:
-            layer.length_after_crop(tokens_to_remove)
+            layer.span.after_crop(int(tokens_to_remove))
         for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
             layer.crop(tokens_to_remove)
 

@@ -10,13 +10,11 @@ from transformers.cache_utils import CacheLayerMixin
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
 from hfkv.held import HeldTokens, Part, PartShape
+from hfkv.span import Span
 from hfkv.stores import ContiguousStore, PagedStore, Store
 from hfkv.view import make_views
 from hfkv.window import Window
 
-# While a layer records its past (assisted decoding), this many tokens below the window stay, so that a
-# crop may go a little further back than the forwards since the last one.
-ROLLBACK_MARGIN = 64
 CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
 
 
@@ -33,23 +31,23 @@ class KVLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, kv: KVConfig, sliding: int | None = None) -> None:
-        self._store: Store | None = None
+        self._assigned: dict[Part, torch.Tensor] = {}
         super().__init__()
         self.kv = kv
         self.codec = CODECS[kv.codec]
         self.is_sliding = sliding is not None
         self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
-        self.record_past = False
-        self._forget_all()
+        self.span = Span(self.window)
+        self.reset()
 
-    def _forget_all(self) -> None:
+    def reset(self) -> None:
+        """Forgets everything: the next key may have another batch size, dtype or device."""
         self.is_initialized = False
-        self.seen = 0  # tokens since the start, padding included: the position of the next one
-        self.held_from = self.window.sinks if self.window else 0  # first position held above the sinks
-        self._recorded_to: int | None = None
+        self.span.restart()
+        self._store: Store | None = None
         self._parts: dict[Part, PartShape] = {}
         self._reserved = 0
-        self._assigned: dict[Part, torch.Tensor] = {}
+        self._assigned = {}
         self._tracked: torch.Tensor | None = None  # some states that autograd follows: see hfkv.view
 
     def __repr__(self) -> str:
@@ -87,13 +85,12 @@ class KVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
         self._forget_unseen()
-        visible = min(self.seen - self.held_from, self.window.size - 1) if self.is_sliding and self.window else None
-        self._append(key_states, value_states)
         count = key_states.shape[2]
-        self.seen += count
-        if self.record_past and self._recorded_to is None:
-            self._recorded_to = self.seen
-        first = 0 if visible is None else self.store.length - count - visible
+        shown = self.get_mask_sizes(count)[0]
+        self._append(key_states, value_states)
+        self.span.advance(count)
+        # While recording, a sliding layer holds more than the model's masks are made for.
+        first = self.store.length - shown if self.is_sliding else 0
         return make_views(self._held(first), self._tracked)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -150,8 +147,8 @@ class KVLayer(CacheLayerMixin):
             window=None if self.is_sliding else self.window,
             first=first,
             last=self.store.length,
-            seen=self.seen,
-            held_from=self.held_from,
+            seen=self.span.seen,
+            held_from=self.span.held_from,
             version=self.store.version,
         )
 
@@ -181,17 +178,17 @@ class KVLayer(CacheLayerMixin):
                 f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
                 "or tokens"
             )
-        length, seen, held_from = keys.shape[2], self.seen, self.held_from
-        holds_all = not self.is_initialized or self.store.length == self.seen
+        length, seen, held_from = keys.shape[2], self.span.seen, self.span.held_from
+        holds_all = not self.is_initialized or self.store.length == seen
         if not holds_all and length != self.store.length:
             raise ValueError(
-                f"this layer holds {self.store.length} of {self.seen} tokens seen and was assigned {length}: their "
+                f"this layer holds {self.store.length} of {seen} tokens seen and was assigned {length}: their "
                 "positions are unknown. Assign as many as it holds, or call reset() first"
             )
         self.reset()
         self.update(keys, values)
         if not holds_all:
-            self.seen, self.held_from = seen, held_from
+            self.span.seen, self.span.held_from = seen, held_from
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -212,7 +209,7 @@ class KVLayer(CacheLayerMixin):
         self._assign("value", states)
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return self.span.seen
 
     def get_max_length(self) -> int:
         return self.window.size if self.is_sliding and self.window else -1
@@ -220,9 +217,9 @@ class KVLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys a mask is made for; our own windows get masks over all positions."""
         if not self.is_sliding or self.window is None:
-            return self.seen + query_length, 0
-        offset = max(self.seen - self.window.size + 1, 0)
-        return self.seen - offset + query_length, offset
+            return self.span.seen + query_length, 0
+        offset = max(self.span.seen - self.window.size + 1, 0)
+        return self.span.seen - offset + query_length, offset
 
     def nbytes(self) -> int:
         """Bytes allocated."""
@@ -234,62 +231,38 @@ class KVLayer(CacheLayerMixin):
 
     # Letting go.
 
-    def _forget_unseen(self) -> None:
-        """Drops what no later query can see."""
-        if self.window is None or not self.is_initialized:
-            return
-        next_query = self.seen
-        if self.record_past:
-            next_query = max(min(self.seen, self._recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
-        first = min(self.window.first_visible(next_query), self.seen)
-        if first > self.held_from:
-            sinks = self.window.sinks
-            self.store.drop(sinks, sinks + first - self.held_from)
-            self.held_from = first
+    @property
+    def record_past(self) -> bool:
+        """Whether what the forwards since the last `crop` added can be cropped again; transformers resets it."""
+        return self.span.record_past
 
-    def length_after_crop(self, tokens_to_remove: int) -> int:
-        """How many tokens remain seen after `crop`.
-
-        Raises:
-            ValueError: `tokens_to_remove` is positive.
-            RuntimeError: a window has dropped tokens that the remaining text would need.
-        """
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor at times
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a negative number of tokens to remove, or 0; got {tokens_to_remove}")
-        left = max(self.seen + tokens_to_remove, 0)
-        if self.window and self.held_from > max(self.window.sinks, self.window.first_visible(left)):
-            raise RuntimeError(
-                f"cannot crop to {left} tokens: the window ({self.window.size} tokens) has dropped tokens below "
-                f"position {self.held_from} that the remaining text attends to. Call cache.reset() and prefill again"
-            )
-        return left
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept."""
-        left = self.length_after_crop(tokens_to_remove)
-        if self.is_initialized and left < self.seen:
-            self.store.truncate(self.store.length - (self.seen - left))
-            self.seen = left
-        if self.record_past:
-            self._recorded_to = None
-            self._forget_unseen()
+    @record_past.setter
+    def record_past(self, record: bool) -> None:
+        self.span.record_past = record
 
     def activate_past_recording(self) -> None:
         """From here on, what the forwards since the last `crop` added can be cropped again."""
-        self.record_past = True
-        self._recorded_to = None
+        self.span.start_recording()
+
+    def _forget_unseen(self) -> None:
+        dropped = self.span.forget()
+        if dropped:
+            self.store.drop(dropped.start, dropped.stop)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
+        seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove))  # 5.17 passes a tensor at times
+        if self.is_initialized and left < seen:
+            self.store.truncate(self.store.length - (seen - left))
+        self.span.crop(left)
+        if self.record_past:
+            self._forget_unseen()
 
     def reserve(self, tokens: int) -> None:
         """Says how many tokens there will be in all, so that memory is allocated once."""
         self._reserved = tokens
         if self._store:
             self._store.reserve(tokens)
-
-    def reset(self) -> None:
-        """Forgets everything: the next key may have another batch size, dtype or device."""
-        self._store = None
-        self._forget_all()
 
     # Rows.
 

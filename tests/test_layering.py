@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "hfkv/config.py": ("torch", "transformers"),
     "hfkv/window.py": ("torch", "transformers"),
+    "hfkv/span.py": ("torch", "transformers"),
     "hfkv/codecs": ("transformers", "hfkv.stores", "hfkv.layer", "hfkv.view", "hfkv.config"),
     "hfkv/stores": ("transformers", "hfkv.codecs", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.window"),
     "hfkv/held.py": ("transformers", "hfkv.layer", "hfkv.view", "hfkv.cache", "hfkv.config"),

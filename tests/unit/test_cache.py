@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import hfkv
 from hfkv import KVCache, KVConfig, Window
-from hfkv.layer import ROLLBACK_MARGIN
+from hfkv.span import ROLLBACK_MARGIN
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.unit.test_stores import CopiedBytes
 
