@@ -29,6 +29,8 @@ def demo(
 
     The model continues Python source code it was not trained on.
     """
+    import torch
+
     from hfkv import tiny_lm
 
     with told_in_one_line():
@@ -38,6 +40,9 @@ def demo(
         if json_path is not None and json_path.is_dir():
             raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
+        # The model is too small for more threads to pay, and they stall each other where other work runs: a demo of
+        # 45 s with one thread took 170 s with two beside one busy process on two cores.
+        torch.set_num_threads(1)
         bars = Console(stderr=True, highlight=False)
         with loading_bars(bars):
             model, tokenizer = load(None, chosen_dtype, chosen_device)
