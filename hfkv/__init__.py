@@ -1,8 +1,9 @@
-"""hfkv: KV caches for Hugging Face transformers that are smaller, faster, exact and combinable.
+"""hfkv: KV caches for Hugging Face transformers that are smaller, exact where they say so, and combinable.
 
 Importing it registers the attention ``"hfkv"`` with transformers and changes nothing else.
 """
 
+from hfkv import tiny_lm
 from hfkv.attention import register as _register
 from hfkv.cache import KVCache, OffloadedCache, PagedCache, QuantizedCache, SlidingWindowCache
 from hfkv.config import KVConfig
@@ -21,6 +22,7 @@ __all__ = [
     "SlidingWindowCache",
     "Window",
     "patch",
+    "tiny_lm",
     "unpatch",
 ]
 

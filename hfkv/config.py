@@ -177,6 +177,8 @@ def _parse_word(word: str, text: str) -> tuple[str, object]:
             return "store", word
         if word == "offload":
             return "offload", True
+    if word in ("window", "sinks", "page_size"):
+        raise ValueError(f"{text!r}: {word} takes a number of tokens: {word}:64, say")
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(_WORDS)}")
 
 

@@ -136,5 +136,6 @@ def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
 def _base_model(model: Any) -> PreTrainedModel:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, PreTrainedModel):
-        raise TypeError(f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}")
+        hint = "; give its .model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
+        raise TypeError(f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}{hint}")
     return base

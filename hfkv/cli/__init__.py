@@ -9,7 +9,7 @@ from hfkv.cli.generate import generate
 
 app = typer.Typer(
     name="hfkv",
-    help="Smaller, faster KV caches for Hugging Face transformers.",
+    help="Smaller KV caches for Hugging Face transformers, exact where they say so.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
