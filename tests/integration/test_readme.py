@@ -1,0 +1,19 @@
+"""The README's Python runs as it stands."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import hfkv
+
+README = Path(__file__).parent.parent.parent / "README.md"
+
+
+def test_the_readmes_examples_run(capsys: Any) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    assert "def parse(" in capsys.readouterr().out
+    hfkv.unpatch(names["model"])
+    exec(second, names)
+    assert 0 < names["cache"].held_bytes() <= names["cache"].nbytes()
