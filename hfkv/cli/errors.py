@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,14 @@ class CommandError(Exception):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turns a `CommandError` into one red line on stderr and exit code 2; other errors are bugs and pass."""
+    """Turns a `CommandError` or a full disk into one red line on stderr and exit code 2; other errors pass."""
     try:
-        yield
+        try:
+            yield
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise CommandError(f"could not write the output: {error.strerror}") from error
     except CommandError as error:
         line = " ".join(str(error).split())
         Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)

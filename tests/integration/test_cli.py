@@ -13,6 +13,7 @@ from rich.console import Console
 from transformers import MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
+import hfkv
 from hfkv import tiny_lm
 from hfkv.cli import app
 from hfkv.cli.demo_runs import Report, Setting
@@ -48,6 +49,25 @@ def assert_one_line(result, *words: str) -> None:
     assert result.stderr.count("\n") == 1
     for word in words:
         assert word in result.stderr
+
+
+def test_the_version_is_the_packages() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hfkv {hfkv.__version__}\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_told_in_one_line() -> None:
+    code = "from hfkv.cli import main; main()"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "generate", "--max-new-tokens", "4", PROMPT],
+            stdout=full,
+            stderr=subprocess.PIPE,
+        )
+    assert done.returncode == 2
+    assert b"error: could not write the output: No space left on device" in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_the_console_script_names_its_commands() -> None:
