@@ -53,6 +53,7 @@ _WITHOUT_EFFECT = {
 }
 # Keywords the model's own eager attention implements and scaled_dot_product_attention does not.
 _EAGER_ONLY = {"softcap", "s_aux"}
+_UNDERSTOOD = _WITHOUT_EFFECT | _EAGER_ONLY
 
 
 def hfkv_attention(
@@ -89,7 +90,7 @@ def hfkv_attention(
     """
     _refuse_own_attention(getattr(module, "config", None))
     for name, given in kwargs.items():
-        if given is not None and name not in _WITHOUT_EFFECT | _EAGER_ONLY:
+        if given is not None and name not in _UNDERSTOOD:
             raise NotImplementedError(
                 f'the "hfkv" attention does not implement {name!r}, which {type(module).__name__} passed; keep the '
                 "model's own attention (hfkv.patch does so for models it knows) and its cache is decoded for it"
@@ -190,13 +191,17 @@ def _refuse_all_but_causal(mask: torch.Tensor, held: HeldTokens, num_queries: in
     if mask.shape[-1] != held.seen:
         raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {held.seen}")
     visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    causal = torch.ones(num_queries, held.seen, dtype=torch.bool, device=mask.device).tril(held.seen - num_queries)
-    if not bool((visible == causal).all()):
+    if not bool((visible == _causal(num_queries, held.seen, mask.device)).all()):
         raise NotImplementedError(
             "a windowed hfkv cache was given a mask that is not plainly causal (padding, gaps or tokens that see what "
             "follows them): its window and sinks would be counted wrongly. Batch prompts of equal length without "
             "padding, or leave the window out"
         )
+
+
+def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    """The plain causal mask of the newest queries, bool `[q, kv]`."""
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
 
 
 def _weights_wanted(extra: dict[str, Any]) -> bool:
@@ -214,7 +219,7 @@ def _additive(
     if mask is None:
         if q == 1 or not is_causal:
             return None
-        mask = torch.ones(q, kv, dtype=torch.bool, device=query.device).tril(kv - q)[None, None]
+        mask = _causal(q, kv, query.device)[None, None]
     if mask.dtype != torch.bool:
         return mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)

@@ -45,13 +45,18 @@ class HeldTokens:
         """Whether a window of ours decides what is visible."""
         return self.window is not None
 
+    @property
+    def is_slice(self) -> bool:
+        """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and alive."""
+        return self.codec.name == "none" and self.store.reads_slices
+
     def shape(self, part: Part) -> tuple[int, int, int, int]:
         """`[B, H, T, D]` of the keys or values."""
         return self.batch, self.parts[part].heads, self.last - self.first, self.parts[part].head_dim
 
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
         """Strides and storage offset of what `decode` returns, or of a contiguous tensor where it is made anew."""
-        if self.codec.name == "none" and self.store.reads_slices:
+        if self.is_slice:
             decoded = self.decode(part)
             return decoded.stride(), int(decoded.storage_offset())
         _, heads, count, head_dim = self.shape(part)

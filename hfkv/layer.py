@@ -31,7 +31,6 @@ class KVLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, kv: KVConfig, sliding: int | None = None) -> None:
-        self._assigned: dict[Part, torch.Tensor] = {}
         super().__init__()
         self.kv = kv
         self.codec = CODECS[kv.codec]
@@ -47,7 +46,7 @@ class KVLayer(CacheLayerMixin):
         self._store: Store | None = None
         self._parts: dict[Part, PartShape] = {}
         self._reserved = 0
-        self._assigned = {}
+        self._assigned: dict[Part, torch.Tensor] = {}
         self._tracked: torch.Tensor | None = None  # some states that autograd follows: see hfkv.view
 
     def __repr__(self) -> str:
@@ -157,9 +156,9 @@ class KVLayer(CacheLayerMixin):
             return self._assigned[part]
         if not self.is_initialized:
             return None
-        decoded = self._held().decode(part)
+        held = self._held()
         # What the caller keeps must not change with the cache.
-        return decoded.clone() if self.store.reads_slices and self.codec.name == "none" else decoded
+        return held.decode(part).clone() if held.is_slice else held.decode(part)
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
         """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""

@@ -79,9 +79,8 @@ class PagedStore(Store):
         held = []
         for plane in self.planes[which]:
             # Gathered with the heads in front: half the copies of gathering pages and bringing the heads forward.
-            pages = (
-                plane.transpose(0, 1)[:, ids.to(plane.device)].transpose(0, 1).flatten(2, 3)
-            )  # [B, H, columns * P, d]
+            pages = plane.transpose(0, 1)[:, ids.to(plane.device)]  # [H, B, columns, P, d]
+            pages = pages.transpose(0, 1).flatten(2, 3)  # [B, H, columns * P, d]
             pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
             held.append(pages.to(self.device) if self.offload else pages)
         return tuple(held)
