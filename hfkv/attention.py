@@ -6,16 +6,21 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
 from hfkv.held import HeldTokens
+from hfkv.mask import CausalMask, hfkv_mask, left_padding
+from hfkv.segments import Scoring
+from hfkv.split import SplitTokens
 from hfkv.view import KVView
+from hfkv.windowed import windowed_attention
 
 NAME = "hfkv"
 
@@ -97,16 +102,24 @@ def hfkv_attention(
             )
     attention_class: Any = type(module)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if isinstance(key, KVView) and key.held.is_windowed:
+    extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
+    if isinstance(key, KVView) and isinstance(value, KVView) and key.held.is_windowed:
         if position_bias is not None:
             raise NotImplementedError(
                 f"{type(module).__name__} adds a position bias for consecutive positions, which a windowed cache does "
                 "not hold; leave the window out"
             )
-        attention_mask = _apply_window(key.held, query.shape[2], attention_mask)
+        pads = left_padding(attention_mask, key.held.batch, query.shape[2], key.held.seen)
+        key.held.padding.learn(pads, key.held.seen - query.shape[2])
+        scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
+        if isinstance(key.held, SplitTokens):
+            return _split(query, key.held, pads, scoring)
+        if isinstance(key.held, HeldTokens) and key.held.hides_tokens(pads):
+            return _windowed(query, key, value, pads, scoring)
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
+    if isinstance(attention_mask, CausalMask):
+        attention_mask = attention_mask.written()
 
-    extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
     if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(attention_class):
         mask = _additive(attention_mask, query, key, is_causal)
         if position_bias is not None:
@@ -126,14 +139,14 @@ def hfkv_attention(
     )
 
 
-def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+def hfkv_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """The bool mask of the sdpa attention, refused for models that would never call ours.
 
     Raises:
         ValueError: the model's code computes its attention itself and would misread this mask.
     """
     _refuse_own_attention(kwargs.get("config"))
-    return sdpa_mask(*args, **kwargs)
+    return hfkv_mask(*args, **kwargs)
 
 
 def _refuse_own_attention(config: Any) -> None:
@@ -164,44 +177,44 @@ def _own_attention_reason(config_class: Any, model_type: str) -> str | None:
 def register() -> None:
     """Makes ``attn_implementation="hfkv"`` known to transformers."""
     AttentionInterface.register(NAME, hfkv_attention)
-    AttentionMaskInterface.register(NAME, hfkv_mask)
+    AttentionMaskInterface.register(NAME, hfkv_attention_mask)
 
 
-def _apply_window(held: HeldTokens, num_queries: int, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The window's rule over the held positions, in place of a causal mask over all of them.
-
-    Returns:
-        A bool mask `[1, 1, q, T]`, or None where a causal mask, or none for a single query, says the same.
-    """
-    window = held.window
-    assert window is not None
-    if mask is not None:
-        _refuse_all_but_causal(mask, held, num_queries)
-    is_first = held.seen == num_queries
-    if (is_first and held.seen <= window.size) or (num_queries == 1 and held.held_from >= held.seen - window.size):
-        return None
-    positions = held.positions()
-    t = torch.arange(held.seen - num_queries, held.seen, device=held.device)[:, None]
-    visible = (positions <= t) & ((positions > t - window.size) | (positions < window.sinks))
-    return visible[None, None]
+def _scoring(query: torch.Tensor, scaling: float | None, dropout: float, extra: dict[str, Any]) -> Scoring:
+    return Scoring(
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=extra.get("softcap"),
+        sink_logits=extra.get("s_aux"),
+        dropout=dropout,
+        weights=_weights_wanted(extra),
+    )
 
 
-def _refuse_all_but_causal(mask: torch.Tensor, held: HeldTokens, num_queries: int) -> None:
-    """Raises unless `mask` is the plain causal one: windows count positions from the first token."""
-    if mask.shape[-1] != held.seen:
-        raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {held.seen}")
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if not bool((visible == _causal(num_queries, held.seen, mask.device)).all()):
-        raise NotImplementedError(
-            "a windowed hfkv cache was given a mask that is not plainly causal (padding, gaps or tokens that see what "
-            "follows them): its window and sinks would be counted wrongly. Batch prompts of equal length without "
-            "padding, or leave the window out"
-        )
+def _windowed(
+    query: torch.Tensor, key: KVView, value: KVView, pads: tuple[int, ...], scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    assert isinstance(key.held, HeldTokens)
+    output, weights = windowed_attention(query, key.held, key.decoded(), value.decoded(), pads, scoring)
+    return output.transpose(1, 2).contiguous(), weights
 
 
-def _causal(num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
-    """The plain causal mask of the newest queries, bool `[q, kv]`."""
-    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(num_keys - num_queries)
+def _split(
+    query: torch.Tensor, tokens: SplitTokens, pads: tuple[int, ...], scoring: Scoring
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of each group of heads on its own."""
+    group_size = query.shape[1] // tokens.parts["key"].heads
+    outputs, weights, order = [], [], []
+    for group in tokens.groups:
+        heads = [group_size * head + i for head in group.heads for i in range(group_size)]
+        logits = scoring.sink_logits if scoring.sink_logits is None else scoring.sink_logits[heads]
+        own = replace(scoring, sink_logits=logits)
+        output, its_weights = _windowed(query[:, heads], group.key, group.value, pads, own)
+        outputs.append(output)
+        weights.append(its_weights)
+        order += heads
+    back = torch.tensor(order, device=query.device).argsort()
+    all_weights = torch.cat(weights, dim=1)[:, back] if scoring.weights else None  # type: ignore[arg-type]
+    return torch.cat(outputs, dim=2)[:, :, back], all_weights
 
 
 def _weights_wanted(extra: dict[str, Any]) -> bool:
@@ -219,7 +232,7 @@ def _additive(
     if mask is None:
         if q == 1 or not is_causal:
             return None
-        mask = _causal(q, kv, query.device)[None, None]
+        mask = torch.ones(1, 1, q, kv, dtype=torch.bool, device=query.device).tril(kv - q)
     if mask.dtype != torch.bool:
         return mask
     zero = torch.zeros((), dtype=query.dtype, device=query.device)

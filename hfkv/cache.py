@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +12,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hfkv.config import KVConfig
 from hfkv.layer import KVLayer
+from hfkv.probe import probe_rotary
+from hfkv.rotary import Rotary
+from hfkv.split import SplitLayer
 from hfkv.stores.base import storage_bytes
 from hfkv.window import Window
+
+OURS = (KVLayer, SplitLayer)
 
 
 class KVCache(DynamicCache):
@@ -21,61 +28,78 @@ class KVCache(DynamicCache):
     cross-attention stay transformers' own.
 
     Args:
-        config_or_model: a model, or its config.
+        config_or_model: a model, or its config. ``sink_positions="cache"`` and summaries need the model: how it
+            rotates its keys is found out by a forward pass over a few tokens.
         kv: a `KVConfig`, its string form, or None: lossless.
+        rotary: what `probe_rotary` has found out about the model already, by layer.
 
     Raises:
         TypeError: the first argument is neither (DataParallel rebuilds caches from data: use DDP).
         ValueError: the model has no layer this can hold, or `kv` does not fit its layers.
     """
 
-    def __init__(self, config_or_model: Any, kv: KVConfig | str | None = None) -> None:
+    def __init__(
+        self,
+        config_or_model: Any,
+        kv: KVConfig | str | None = None,
+        rotary: Mapping[int, Rotary | None] | None = None,
+    ) -> None:
         config = _decoder_config(config_or_model)
         self.kv = KVConfig.of(kv)
         self.model_type: str = config.model_type
         super().__init__(config=config)
         # Some multimodal decoders (mllama) cache cross-attention in the same list.
         cross = set(getattr(config, "cross_attention_layers", None) or ())
+        if rotary is None and self.kv.needs_rotary:
+            rotary = _probe(config_or_model)
         self.layers: list[Any] = [
-            layer if index in cross else _replace(layer, self.kv.for_layer(index))
+            layer if index in cross else _replace(layer, index, self.kv.for_layer(index), (rotary or {}).get(index))
             for index, layer in enumerate(self.layers)
         ]
-        self._check(config)
+        self._check_layers()
+        self._check_windows()
 
-    def _check(self, config: PreTrainedConfig) -> None:
-        ours = self.kv_layers
-        if not ours:
+    def _check_layers(self) -> None:
+        if not self.kv_layers:
             kinds = sorted({type(layer).__name__ for layer in self.layers})
             raise ValueError(
-                f"{config.model_type!r} has no plain attention layer for an hfkv cache to hold (its layers are: "
+                f"{self.model_type!r} has no plain attention layer for an hfkv cache to hold (its layers are: "
                 f"{', '.join(kinds) or 'none'}); use transformers' own cache"
             )
-        if self.kv.last_named_layer >= len(self.layers):
-            raise ValueError(
-                f"KVConfig.layers names layer {self.kv.last_named_layer}; {config.model_type!r} has layers "
-                f"0-{len(self.layers) - 1}"
-            )
+        window = self.kv.window
+        named = {"KVConfig.layers": self.kv.last_named_layer}
+        if isinstance(window, Window):
+            named["Window.global_layers"] = max(window.global_layers, default=-1)
+            named["Window.global_heads"] = max(window.global_heads, default=-1)
+        for field, last in named.items():
+            if last >= len(self.layers):
+                raise ValueError(f"{field} names layer {last}; {self.model_type!r} has layers 0-{len(self.layers) - 1}")
         for index, layer in enumerate(self.layers):
-            override = self.kv.for_layer(index) if self.kv.names_layer(index) else None
-            if override is not None and not isinstance(layer, KVLayer):
+            if self.kv.names_layer(index) and layer not in self.kv_layers:
                 raise ValueError(
                     f"KVConfig.layers names layer {index}, which stays transformers' own ({type(layer).__name__})"
                 )
-            if override is not None and override.window is not None and layer.is_sliding:
-                raise ValueError(
-                    f"KVConfig.layers gives layer {index} a window, but it slides over {layer.window.size} tokens "
-                    "already"
-                )
-        if self.kv.window is not None and all(layer.is_sliding for layer in ours):
+
+    def _check_windows(self) -> None:
+        window = self.kv.window
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, KVLayer) or not layer.is_sliding:
+                continue
+            slides = f"it slides over {layer.sliding} tokens already"
+            if self.kv.names_layer(index) and self.kv.for_layer(index).window is not None:
+                raise ValueError(f"KVConfig.layers gives layer {index} a window, but {slides}")
+            if isinstance(window, Window) and index in {*window.global_layers, *window.global_heads}:
+                raise ValueError(f"Window.global_layers or global_heads names layer {index}, but {slides}")
+        if window is not None and not any(layer.window and not layer.is_sliding for layer in self.kv_layers):
             raise ValueError(
-                f"a window was asked for, but every attention layer of {config.model_type!r} already slides over "
-                f"{ours[0].window.size if ours[0].window else 0} tokens; leave the window out"
+                f"a window was asked for, but no attention layer of {self.model_type!r} is left for it: each already "
+                "slides over tokens of its own, or global_layers or KVConfig.layers keep it whole; leave the window out"
             )
 
     @property
-    def kv_layers(self) -> list[KVLayer]:
+    def kv_layers(self) -> list[KVLayer | SplitLayer]:
         """The layers that are ours."""
-        return [layer for layer in self.layers if isinstance(layer, KVLayer)]
+        return [layer for layer in self.layers if isinstance(layer, OURS)]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -92,7 +116,7 @@ class KVCache(DynamicCache):
         """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
         ours = self.kv_layers
         for layer in ours:
-            layer.span.after_crop(int(tokens_to_remove))
+            layer.check_crop(tokens_to_remove)
         for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
             layer.crop(tokens_to_remove)
 
@@ -103,12 +127,12 @@ class KVCache(DynamicCache):
 
     def nbytes(self) -> int:
         """Bytes allocated: the sum over unique storages, layers of transformers' own included."""
-        others = [layer for layer in self.layers if not isinstance(layer, KVLayer)]
+        others = [layer for layer in self.layers if not isinstance(layer, OURS)]
         return sum(layer.nbytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held, shared ones counted once."""
-        others = [layer for layer in self.layers if not isinstance(layer, KVLayer)]
+        others = [layer for layer in self.layers if not isinstance(layer, OURS)]
         return sum(layer.held_bytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
 
     @property
@@ -118,10 +142,20 @@ class KVCache(DynamicCache):
 
 
 class SlidingWindowCache(KVCache):
-    """Keeps the newest `window` tokens and the first `sinks`; other policies as keywords of `KVConfig`."""
+    """Keeps the newest `window` tokens, or those a `Window` says; other policies as keywords of `KVConfig`.
 
-    def __init__(self, config_or_model: Any, window: int, sinks: int = 4, **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(window=Window(window, sinks), **policies))
+    Args:
+        config_or_model: see `KVCache`.
+        window: a size in tokens, or a `Window`.
+        sinks: how many of the first tokens stay for good; only where `window` is a size.
+    """
+
+    def __init__(self, config_or_model: Any, window: Window | int, sinks: int | None = None, **policies: Any) -> None:
+        if isinstance(window, Window) and sinks is not None:
+            raise ValueError("SlidingWindowCache was given a Window and sinks; say the sinks in the Window")
+        if not isinstance(window, Window):
+            window = Window(window) if sinks is None else Window(window, sinks)
+        super().__init__(config_or_model, KVConfig(window=window, **policies))
 
 
 class QuantizedCache(KVCache):
@@ -160,13 +194,27 @@ def _decoder_config(config_or_model: Any) -> PreTrainedConfig:
     return decoder
 
 
-def _replace(layer: Any, kv: KVConfig) -> Any:
-    """A `KVLayer` in place of a plain full or sliding layer; any other layer as it is."""
-    if type(layer) is DynamicLayer:
-        return KVLayer(kv)
+def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
+    if not isinstance(config_or_model, torch.nn.Module):
+        raise ValueError(
+            'sink_positions="cache" and summaries need to know how the model rotates its keys: build the cache from '
+            "the model itself, not from its config, or use hfkv.patch(model, kv=...)"
+        )
+    return probe_rotary(config_or_model)
+
+
+def _replace(layer: Any, index: int, kv: KVConfig, rotary: Rotary | None) -> Any:
+    """A layer of ours in place of a plain full or sliding one; any other layer as it is."""
     if type(layer) is DynamicSlidingWindowLayer:
         return KVLayer(kv, sliding=layer.sliding_window)
-    return layer
+    if type(layer) is not DynamicLayer:
+        return layer
+    window = kv.window
+    if isinstance(window, Window) and index in window.global_layers:
+        return KVLayer(replace(kv, window=None))
+    if isinstance(window, Window) and index in window.global_heads:
+        return SplitLayer(kv, window.global_heads[index], rotary)
+    return KVLayer(kv, rotary=rotary)
 
 
 def _tensors(layers: list[Any]) -> list[torch.Tensor]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from hfkv.window import Window
+from hfkv.words import CODECS, STORES, read_words, words_of
 
-CODECS = ("none", "int8", "int4", "fp8")
-STORES = ("auto", "contiguous", "paged")
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
 
@@ -41,7 +40,7 @@ class KVConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
-            object.__setattr__(self, "window", Window(self.window, sinks=min(4, max(self.window - 1, 0))))
+            object.__setattr__(self, "window", Window(self.window))
         _check_choice("codec", self.codec, CODECS)
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
@@ -71,6 +70,10 @@ class KVConfig:
                 raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
             if override.layers:
                 raise ValueError(f"KVConfig.layers[{key!r}] must not itself have layers")
+            if isinstance(override.window, Window) and (override.window.global_layers or override.window.global_heads):
+                raise ValueError(
+                    f"KVConfig.layers[{key!r}] must not name global layers or heads; name them in KVConfig.window"
+                )
             for other in seen:
                 if indices.start < other.stop and other.start < indices.stop:
                     raise ValueError(f"KVConfig.layers names layer {max(indices.start, other.start)} twice")
@@ -101,12 +104,19 @@ class KVConfig:
         """This config for a model of which only the first `count` layers run."""
         named = {key: _layer_range(key) for key in self.layers}
         kept = {f"{r.start}-{min(r.stop, count) - 1}": self.layers[key] for key, r in named.items() if r.start < count}
-        return replace(self, layers=kept)
+        window = self.window.first_layers(count) if isinstance(self.window, Window) else None
+        return replace(self, layers=kept, window=window)
 
     @property
     def last_named_layer(self) -> int:
         """The highest layer index `layers` names, or -1."""
         return max((_layer_range(key)[-1] for key in self.layers), default=-1)
+
+    @property
+    def needs_rotary(self) -> bool:
+        """Whether a window needs to know how the model rotates its keys."""
+        configs = (self, *self.layers.values())
+        return any(isinstance(config.window, Window) and config.window.needs_rotary for config in configs)
 
     @property
     def is_lossless(self) -> bool:
@@ -119,25 +129,19 @@ class KVConfig:
         """Reads ``"int8+window:4096+sinks:4+offload+paged"``; words in any order, each at most once.
 
         Args:
-            text: words joined by ``+``: a codec (none, int8, int4, fp8), ``window:SIZE``, ``sinks:COUNT``,
-                ``contiguous`` or ``paged``, ``page_size:TOKENS``, ``offload``.
+            text: words joined by ``+``: a codec (none, int8, int4, fp8), ``contiguous`` or ``paged``,
+                ``page_size:TOKENS``, ``offload``, and ``window:SIZE`` or ``window:dynamic``, which the fields of
+                `Window` may follow: ``sinks:COUNT``, ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic
+                window shows), ``global_layers:0.5`` (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1
+                of layer 2, head 3 of layer 5), ``summary:mean``, ``summary_pages:COUNT``,
+                ``summary_page_size:TOKENS``.
 
         Raises:
             ValueError: naming the word and what is allowed.
         """
         if not isinstance(text, str):
             raise TypeError(f"KVConfig.parse takes a str, got {type(text).__name__}")
-        given: dict[str, object] = {}
-        for word in text.strip().split("+"):
-            name, value = _parse_word(word.strip(), text)
-            if name in given:
-                raise ValueError(f"{text!r} gives {name} twice")
-            given[name] = value
-        if "sinks" in given:
-            if "window" not in given:
-                raise ValueError(f"{text!r}: sinks need a window; write window:SIZE+sinks:{given['sinks']}")
-            given["window"] = Window(given["window"], sinks=given.pop("sinks"))  # type: ignore[arg-type]
-        return cls(**given)  # type: ignore[arg-type]
+        return cls(**read_words(text))
 
     @classmethod
     def of(cls, kv: KVConfig | str | None) -> KVConfig:
@@ -151,35 +155,7 @@ class KVConfig:
         raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}')
 
     def __str__(self) -> str:
-        words = [self.codec]
-        if isinstance(self.window, Window):
-            words += [f"window:{self.window.size}", f"sinks:{self.window.sinks}"]
-        words += [self.store] if self.store != "auto" else []
-        words += [f"page_size:{self.page_size}"] if self.page_size is not None else []
-        words += ["offload"] if self.offload else []
-        return "+".join(words)
-
-
-_WORDS = (*CODECS, "window:SIZE", "sinks:COUNT", "contiguous", "paged", "page_size:TOKENS", "offload")
-
-
-def _parse_word(word: str, text: str) -> tuple[str, object]:
-    name, colon, number = word.partition(":")
-    if name in ("window", "sinks", "page_size") and colon:
-        try:
-            return name, int(number)
-        except ValueError:
-            raise ValueError(f"{text!r}: {name} takes a whole number, got {number!r}") from None
-    if not colon:
-        if word in CODECS:
-            return "codec", word
-        if word in STORES:
-            return "store", word
-        if word == "offload":
-            return "offload", True
-    if word in ("window", "sinks", "page_size"):
-        raise ValueError(f"{text!r}: {word} takes a number of tokens: {word}:64, say")
-    raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(_WORDS)}")
+        return "+".join(words_of(self))
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from hfkv.codecs import Codec
+from hfkv.padding import LeftPadding
+from hfkv.rotary import Rotary
+from hfkv.slots import Slots
 from hfkv.stores import Store
 from hfkv.window import Window
 
@@ -23,6 +26,40 @@ class PartShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
 
+    def check(self, part: Part, states: torch.Tensor, batch: int, device: torch.device) -> None:
+        """Raises ValueError unless `states` continue what is held for `batch` rows on `device`."""
+        if (states.shape[0], states.shape[1], states.shape[3]) != (batch, self.heads, self.head_dim):
+            raise ValueError(
+                f"this cache holds {part}s of batch {batch}, {self.heads} heads of {self.head_dim}, and was given "
+                f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new one, or "
+                "call cache.reset(), or cache.batch_select_indices() to change the batch"
+            )
+        if states.dtype != self.dtype or states.device != device:
+            raise ValueError(
+                f"this cache holds {part}s of {self.dtype} on {device} and was given {states.dtype} on "
+                f"{states.device}; build a new cache or call cache.reset()"
+            )
+
+
+class Tokens(Protocol):
+    """What a view stands for."""
+
+    @property
+    def parts(self) -> Mapping[Part, PartShape]: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def seen(self) -> int: ...
+    @property
+    def padding(self) -> LeftPadding: ...
+    @property
+    def is_windowed(self) -> bool: ...
+    def shape(self, part: Part) -> tuple[int, int, int, int]: ...
+    def layout(self, part: Part) -> tuple[tuple[int, ...], int]: ...
+    def decode(self, part: Part) -> torch.Tensor: ...
+
 
 @dataclass(frozen=True, eq=False)
 class HeldTokens:
@@ -34,10 +71,13 @@ class HeldTokens:
     batch: int
     device: torch.device
     window: Window | None  # ours; None where the model's masks say what is visible
+    rotary: Rotary | None  # how keys are rotated by position, where the window needs to know
+    padding: LeftPadding  # the layer's own: the attention tells it what the mask says
     first: int  # index among the held tokens of the first one the views show
     last: int
     seen: int  # tokens since the start, padding included
-    held_from: int  # first position held above the sinks
+    held_from: int  # the oldest position held, slots apart
+    gone_below: int
     version: int  # of the store
 
     @property
@@ -74,9 +114,15 @@ class HeldTokens:
         held = tuple(plane[:, :, self.first : self.last] for plane in planes)
         return self.codec.decode(held, self.parts[part].head_dim, self.parts[part].dtype)
 
-    def positions(self) -> torch.Tensor:
-        """The position of every held token, int64 `[T]` on the layer's device."""
-        sinks = min(self.window.sinks, self.seen) if self.window else 0
-        above = range(min(max(self.held_from, sinks), self.seen), self.seen)
-        start = torch.arange(sinks, device=self.device)
-        return torch.cat((start, torch.arange(above.start, above.stop, device=self.device)))
+    def hides_tokens(self, pads: tuple[int, ...]) -> bool:
+        """Whether the window has moved, so that the newest query of some row no longer sees all of its text."""
+        return self.window is not None and any(self.window.lower_bound(self.seen - 1 - pad) for pad in set(pads))
+
+    def slots(self, pads: tuple[int, ...]) -> Slots:
+        """What stands before the newest tokens.
+
+        Args:
+            pads: pad tokens of each row.
+        """
+        assert self.window is not None
+        return Slots(self.window, pads, self.held_from, self.gone_below)

@@ -10,12 +10,12 @@ from transformers.cache_utils import CacheLayerMixin
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
 from hfkv.held import HeldTokens, Part, PartShape
+from hfkv.keep import keep
+from hfkv.rotary import Rotary
 from hfkv.span import Span
-from hfkv.stores import ContiguousStore, PagedStore, Store
+from hfkv.stores import Store, make_store
 from hfkv.view import make_views
 from hfkv.window import Window
-
-CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
 
 
 class KVLayer(CacheLayerMixin):
@@ -25,17 +25,21 @@ class KVLayer(CacheLayerMixin):
         kv: the policies; `kv.layers` is not looked at.
         sliding: the model's own sliding window for this layer, in tokens. The model's masks apply it; the
             layer only lets go of what they hide. It takes the place of `kv.window`.
+        rotary: how the model rotates this layer's keys by their position, for windows that need to know.
     """
 
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, kv: KVConfig, sliding: int | None = None) -> None:
+    def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.kv = kv
         self.codec = CODECS[kv.codec]
+        self.rotary = rotary
+        self.sliding = sliding
         self.is_sliding = sliding is not None
         self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
+        self._num_slots = self.window.num_slots if self.window else 0
         self.span = Span(self.window)
         self.reset()
 
@@ -45,12 +49,13 @@ class KVLayer(CacheLayerMixin):
         self.span.restart()
         self._store: Store | None = None
         self._parts: dict[Part, PartShape] = {}
+        self._batch = 1
         self._reserved = 0
         self._assigned: dict[Part, torch.Tensor] = {}
         self._tracked: torch.Tensor | None = None  # some states that autograd follows: see hfkv.view
 
     def __repr__(self) -> str:
-        return f"KVLayer({self.kv}{f', sliding={self.window.size}' if self.is_sliding and self.window else ''})"
+        return f"KVLayer({self.kv}{f', sliding={self.sliding}' if self.is_sliding else ''})"
 
     # Writing.
 
@@ -65,9 +70,14 @@ class KVLayer(CacheLayerMixin):
                 slice(len(keys), None), value_states.shape[1], value_states.shape[3], value_states.dtype
             ),
         }
-        self._store = self._make_store()
-        self._store.reserve(self._reserved)
-        self._append(key_states[:, :, :0], value_states[:, :, :0])
+        bound = self.window.capacity() if self.window else None
+        self._store = make_store(self.kv.store, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
+        self._store.reserve(self._reserved + self._num_slots)
+        slots = (
+            torch.zeros_like(states[:, :, :1]).expand(-1, -1, self._num_slots, -1)
+            for states in (key_states.detach(), value_states.detach())
+        )
+        self._append(*slots)
         self.is_initialized = True
 
     def update(
@@ -89,45 +99,21 @@ class KVLayer(CacheLayerMixin):
         self._append(key_states, value_states)
         self.span.advance(count)
         # While recording, a sliding layer holds more than the model's masks are made for.
-        first = self.store.length - shown if self.is_sliding else 0
-        return make_views(self._held(first), self._tracked)
+        held = self._held(self.store.length - shown) if self.is_sliding else self._shown()
+        return make_views(held, self._tracked)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._tracked = key_states if key_states.requires_grad else value_states
         self.store.append(self.codec.encode(key_states.detach()) + self.codec.encode(value_states.detach()))
 
-    def _make_store(self) -> Store:
-        bound = self.window.capacity() if self.window else None
-        if self.kv.store == "paged":
-            return PagedStore(self.kv.page_size or self._page_size(), offload=self.kv.offload, bound=bound)
-        return ContiguousStore(offload=self.kv.offload, bound=bound)
-
-    def _page_size(self) -> int:
-        default = CPU_PAGE_SIZE if self.device.type == "cpu" else ACCELERATOR_PAGE_SIZE
-        if self.window is None:
-            return default
-        # Up to three pages of a window are partly filled: the sinks', the oldest and the newest.
-        return min(default, 1 << (max(self.window.size // 16, 1).bit_length() - 1))
-
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape[2] != value_states.shape[2]:
             raise ValueError(
                 f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} are of different lengths"
             )
-        for part, states in (("key", key_states), ("value", value_states)):
-            _, heads, head_dim, dtype = self._parts[part]  # type: ignore[index]
-            if (states.shape[0], states.shape[1], states.shape[3]) != (self._batch, heads, head_dim):
-                raise ValueError(
-                    f"this cache holds {part}s of batch {self._batch}, {heads} heads of {head_dim}, and was given "
-                    f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new "
-                    "one, or call cache.reset(), or cache.batch_select_indices() to change the batch"
-                )
-            if states.dtype != dtype or states.device != self.device:
-                raise ValueError(
-                    f"this cache holds {part}s of {dtype} on {self.device} and was given {states.dtype} on "
-                    f"{states.device}; build a new cache or call cache.reset()"
-                )
+        self._parts["key"].check("key", key_states, self._batch, self.device)
+        self._parts["value"].check("value", value_states, self._batch, self.device)
 
     # Reading.
 
@@ -144,19 +130,29 @@ class KVLayer(CacheLayerMixin):
             batch=self._batch,
             device=self.device,
             window=None if self.is_sliding else self.window,
+            rotary=self.rotary,
+            padding=self.span.padding,
             first=first,
             last=self.store.length,
             seen=self.span.seen,
             held_from=self.span.held_from,
+            gone_below=self.span.gone_below,
             version=self.store.version,
         )
+
+    def _shown(self) -> HeldTokens:
+        """What is held, slots only where they are filled."""
+        held = self._held()
+        if held.window is not None and held.slots(held.padding.of(held.batch)).are_empty:
+            return self._held(self._num_slots)
+        return held
 
     def _whole(self, part: Part) -> torch.Tensor | None:
         if part in self._assigned:
             return self._assigned[part]
         if not self.is_initialized:
             return None
-        held = self._held()
+        held = self._shown()
         # What the caller keeps must not change with the cache.
         return held.decode(part).clone() if held.is_slice else held.decode(part)
 
@@ -166,9 +162,10 @@ class KVLayer(CacheLayerMixin):
             return
         self._assigned[part] = states
         other: Part = "value" if part == "key" else "key"
-        same = self.is_initialized and (states.shape[0], states.shape[2]) == (self._batch, self.store.length)
+        shown = self._shown() if self.is_initialized else None
+        same = shown is not None and (states.shape[0], states.shape[2]) == (self._batch, shown.last - shown.first)
         if other not in self._assigned and same:
-            self._assigned[other] = self._held().decode(other)
+            self._assigned[other] = shown.decode(other)  # type: ignore[union-attr]
         if other not in self._assigned:
             return
         keys, values = self._assigned.pop("key"), self._assigned.pop("value")
@@ -177,17 +174,26 @@ class KVLayer(CacheLayerMixin):
                 f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
                 "or tokens"
             )
-        length, seen, held_from = keys.shape[2], self.span.seen, self.span.held_from
-        holds_all = not self.is_initialized or self.store.length == seen
-        if not holds_all and length != self.store.length:
+        if shown is not None and self.span.held_from and keys.shape[2] != shown.last - shown.first:
             raise ValueError(
-                f"this layer holds {self.store.length} of {seen} tokens seen and was assigned {length}: their "
-                "positions are unknown. Assign as many as it holds, or call reset() first"
+                f"this layer holds {shown.last - shown.first} of {self.span.seen} tokens seen and was assigned "
+                f"{keys.shape[2]}: their positions are unknown. Assign as many as it holds, or call reset() first"
             )
+        self._refill(keys, values, shown)
+
+    def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
+        """Holds `keys` and `values` in place of what was `shown`, with its positions."""
+        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.held_from else (keys.shape[2], 0)
+        pads = self.span.padding.of(keys.shape[0])
         self.reset()
-        self.update(keys, values)
-        if not holds_all:
-            self.span.seen, self.span.held_from = seen, held_from
+        self.lazy_initialization(keys, values)
+        if shown is not None and shown.first < self._num_slots:
+            self.store.truncate(0)  # the slots are among them
+        self._append(keys, values)
+        self.span.advance(seen)
+        self.span.gone_below = gone_below
+        if len(pads) == keys.shape[0]:
+            self.span.padding.learn(pads, 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -211,13 +217,13 @@ class KVLayer(CacheLayerMixin):
         return self.span.seen
 
     def get_max_length(self) -> int:
-        return self.window.size if self.is_sliding and self.window else -1
+        return -1 if self.sliding is None else self.sliding
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(length, offset) of the keys a mask is made for; our own windows get masks over all positions."""
-        if not self.is_sliding or self.window is None:
+        if self.sliding is None:
             return self.span.seen + query_length, 0
-        offset = max(self.span.seen - self.window.size + 1, 0)
+        offset = max(self.span.seen - self.sliding + 1, 0)
         return self.span.seen - offset + query_length, offset
 
     def nbytes(self) -> int:
@@ -244,13 +250,21 @@ class KVLayer(CacheLayerMixin):
         self.span.start_recording()
 
     def _forget_unseen(self) -> None:
-        dropped = self.span.forget()
-        if dropped:
-            self.store.drop(dropped.start, dropped.stop)
+        gone_below = self.span.next_gone_below(self._batch)
+        if gone_below == self.span.gone_below:
+            return
+        if self._num_slots:
+            keep(self._held(), gone_below)
+        dropped = self.span.forget_below(gone_below)
+        self.store.drop(self._num_slots, self._num_slots + dropped)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would. See `Span.after_crop`."""
+        self.span.after_crop(int(tokens_to_remove), self._batch)  # 5.17 passes a tensor at times
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
-        seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove))  # 5.17 passes a tensor at times
+        seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove), self._batch)
         if self.is_initialized and left < seen:
             self.store.truncate(self.store.length - (seen - left))
         self.span.crop(left)
@@ -261,7 +275,7 @@ class KVLayer(CacheLayerMixin):
         """Says how many tokens there will be in all, so that memory is allocated once."""
         self._reserved = tokens
         if self._store:
-            self._store.reserve(tokens)
+            self._store.reserve(tokens + self._num_slots)
 
     # Rows.
 
@@ -270,6 +284,7 @@ class KVLayer(CacheLayerMixin):
         if self.is_initialized:
             rows = torch.arange(self._batch)[index.cpu() if isinstance(index, torch.Tensor) else index]
             self.store.select(rows)
+            self.span.padding.select(rows.tolist())
             self._batch = len(rows)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hfkv.padding import LeftPadding
 from hfkv.window import Window
 
 # While the past is recorded (assisted decoding), this many tokens below the window stay, so that a crop may go a
@@ -10,27 +11,37 @@ ROLLBACK_MARGIN = 64
 
 
 class Span:
-    """The positions ``0 .. sinks - 1`` and ``held_from .. seen - 1`` of a text of `seen` tokens.
+    """The positions ``held_from .. seen - 1`` of a text of `seen` tokens, padding included.
+
+    Rows start at different positions, so the widest of them decides; what a single row sees is the attention's affair.
 
     Args:
         window: what limits them, or None.
 
     Attributes:
+        padding: where the rows' texts start.
         seen: tokens since the start, padding included: the position of the next one.
-        held_from: first position held above the sinks.
+        gone_below: below it no query to come sees a token, sinks and summaries apart.
         record_past: whether tokens below the window stay until the next crop.
     """
 
     def __init__(self, window: Window | None) -> None:
         self.window = window
+        self.padding = LeftPadding()
         self.record_past = False
         self.restart()
 
     def restart(self) -> None:
         """Nothing seen, nothing held."""
         self.seen = 0
-        self.held_from = self.window.sinks if self.window else 0
+        self.gone_below = 0
+        self.padding.forget()
         self._recorded_to: int | None = None  # where the first forward since the last crop ended
+
+    @property
+    def held_from(self) -> int:
+        """The first position held."""
+        return max(self.gone_below - self.window.reach, 0) if self.window else 0
 
     def start_recording(self) -> None:
         """From here on, what the forwards since the last crop added can be cropped again."""
@@ -43,27 +54,40 @@ class Span:
         if self.record_past and self._recorded_to is None:
             self._recorded_to = self.seen
 
-    def forget(self) -> range:
-        """Lets go of what no later query can see.
-
-        Returns:
-            What to drop, counted among the tokens held.
-        """
+    def lower_bound(self, t: int, batch: int) -> int:
+        """The lowest position that a query at `t` of any of `batch` rows attends to, sinks apart."""
         if self.window is None:
-            return range(0)
+            return 0
+        bounds = []
+        for pad in set(self.padding.of(batch)):
+            bound = self.window.lower_bound(t - pad)
+            # Before a window moves, its row keeps the padding too: the model's plain masks stay true.
+            bounds.append(pad + bound if bound else 0)
+        return min(bounds)
+
+    def next_gone_below(self, batch: int) -> int:
+        """What `gone_below` may become before the next forward."""
         next_query = self.seen
         if self.record_past:
             next_query = max(min(self.seen, self._recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
-        first = min(self.window.first_visible(next_query), self.seen)
-        count = max(first - self.held_from, 0)
-        self.held_from += count
-        return range(self.window.sinks, self.window.sinks + count)
+        return max(min(self.lower_bound(next_query, batch), self.seen), self.gone_below)
 
-    def after_crop(self, tokens_to_remove: int) -> int:
+    def forget_below(self, position: int) -> int:
+        """Lets go of what is below `position`.
+
+        Returns:
+            How many of the oldest tokens held to drop.
+        """
+        before = self.held_from
+        self.gone_below = position
+        return self.held_from - before
+
+    def after_crop(self, tokens_to_remove: int, batch: int) -> int:
         """How many tokens remain seen after a crop.
 
         Args:
             tokens_to_remove: a negative number of tokens, or 0.
+            batch: number of rows.
 
         Raises:
             ValueError: it is positive.
@@ -72,10 +96,10 @@ class Span:
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative number of tokens to remove, or 0; got {tokens_to_remove}")
         left = max(self.seen + tokens_to_remove, 0)
-        if self.window and self.held_from > self.window.first_visible(left):
+        if self.gone_below > self.lower_bound(left, batch):
             raise RuntimeError(
-                f"cannot crop to {left} tokens: the window ({self.window.size} tokens) has dropped tokens below "
-                f"position {self.held_from} that the remaining text attends to. Call cache.reset() and prefill again"
+                f"cannot crop to {left} tokens: the window has dropped tokens below position {self.held_from} that the "
+                "remaining text attends to. Call cache.reset() and prefill again"
             )
         return left
 
@@ -83,3 +107,5 @@ class Span:
         """The text is `left` tokens long again."""
         self.seen = left
         self._recorded_to = None
+        if left == 0:
+            self.padding.forget()

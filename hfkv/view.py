@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from hfkv.held import HeldTokens, Part
+from hfkv.held import Part, Tokens
 
 _WRITE = (
     "{} writes to the keys or values of an hfkv cache; the write would be lost. Clone them first, or assign to "
@@ -27,11 +27,11 @@ class KVView(torch.Tensor):
             attention knows which of the tokens to attend to), on a write, on a backward pass.
     """
 
-    held: HeldTokens
+    held: Tokens
     part: Part
 
     @staticmethod
-    def __new__(cls, held: HeldTokens, part: Part) -> KVView:
+    def __new__(cls, held: Tokens, part: Part) -> KVView:
         # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
         strides, offset = held.layout(part)
         view = torch.Tensor._make_wrapper_subclass(
@@ -94,7 +94,7 @@ class KVView(torch.Tensor):
         return self.held.decode(self.part)
 
 
-def make_views(held: HeldTokens, tracked: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def make_views(held: Tokens, tracked: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The key and value views of `held`.
 
     Args:
@@ -113,7 +113,7 @@ class _InferenceOnly(torch.autograd.Function):
     """Lets a forward pass run with gradients enabled and refuses the backward pass through the cache."""
 
     @staticmethod
-    def forward(ctx: Any, tracked: torch.Tensor, held: HeldTokens, part: Part) -> torch.Tensor:
+    def forward(ctx: Any, tracked: torch.Tensor, held: Tokens, part: Part) -> torch.Tensor:
         return KVView(held, part)
 
     @staticmethod

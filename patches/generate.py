@@ -115,13 +115,13 @@ def fresh_cache(model: Any, stock: Cache) -> Cache:
     # While an assistant exits early, the config names fewer layers than the patch was made for.
     kv = model.hfkv.kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
     if isinstance(stock, EncoderDecoderCache):
-        return EncoderDecoderCache(KVCache(model, kv), stock.cross_attention_cache)
+        return EncoderDecoderCache(KVCache(model, kv, model.hfkv.rotary), stock.cross_attention_cache)
     if type(stock) is not DynamicCache:
         raise NotImplementedError(
             f"{type(model).__name__} prepared a {type(stock).__name__}, which hfkv does not know how to replace; "
             "call hfkv.unpatch(model)"
         )
-    return KVCache(model, kv)
+    return KVCache(model, kv, model.hfkv.rotary)
 
 
 @functools.cache

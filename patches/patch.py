@@ -13,7 +13,10 @@ from hfkv.config import KVConfig
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.prompt import set_prompt_hook
+from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
+from hfkv.probe import probe_rotary
+from hfkv.rotary import Rotary
 
 logger = logging.getLogger("hfkv")
 
@@ -29,6 +32,7 @@ class Patch:
         kv: the policies every new cache gets.
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
+        exact_rotary: whether rotary angles are computed in float64.
     """
 
     def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
@@ -36,6 +40,8 @@ class Patch:
         self.kv = kv
         self.own_attention: str | None = None
         self.own_layers: dict[int, str] = {}
+        self.exact_rotary = False
+        self.rotary: dict[int, Rotary | None] | None = None  # where a window needs it
         self._undo = Undo()
 
     def undo(self) -> None:
@@ -54,7 +60,7 @@ class Patch:
         return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention})"
 
 
-def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
+def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = False) -> Patch:
     """Gives every `generate` call of `model` a fresh hfkv cache, and the model the attention that reads it.
 
     Without `kv` nothing is lost: no token changes. Pipelines, PEFT adapters, streamers, beams and assistants
@@ -63,13 +69,15 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
     Args:
         model: a transformers model that can generate, or a `PeftModel` around one.
         kv: a `KVConfig`, its string form such as ``"int8+window:4096"``, or None.
+        exact_rotary: compute rotary angles in float64, exact at any position. Changes the last bits of results.
 
     Returns:
         The handle: ``handle.undo()``, or use it in a ``with`` statement.
 
     Raises:
         TypeError: not such a model, or not a `kv`.
-        ValueError: the model has no layered KV cache, or `kv` does not fit its layers.
+        ValueError: the model has no layered KV cache, `kv` does not fit its layers, or the model has no rotary
+            embedding that could be made exact.
         RuntimeError: the model is patched already.
         NotImplementedError: a private method of transformers that this overrides has changed.
     """
@@ -86,7 +94,9 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
         )
     handle = Patch(base, KVConfig.of(kv))
     check_generate(base)
-    probe = KVCache(base, handle.kv)
+    if handle.kv.needs_rotary:
+        handle.rotary = probe_rotary(base)
+    probe = KVCache(base, handle.kv, handle.rotary)
     ours = probe.kv_layers
     handle.own_layers = {i: type(layer).__name__ for i, layer in enumerate(probe.layers) if layer not in ours}
     try:
@@ -94,6 +104,9 @@ def patch(model: Any, kv: KVConfig | str | None = None) -> Patch:
         if handle.own_attention is not None:
             _accept_own_attention(handle)
         set_generate_hooks(base, handle._undo)
+        if exact_rotary:
+            set_exact_rotary(base, handle._undo)
+            handle.exact_rotary = True
         if model is not base:
             set_prompt_hook(model, handle._undo)
         handle._undo.set(base, "hfkv", handle)

@@ -51,6 +51,10 @@ class Store(ABC):
         """Removes the held tokens `start <= i < stop`, counted from the first held one."""
 
     @abstractmethod
+    def write(self, start: int, new: Planes) -> None:
+        """Replaces the held tokens `start ..` of every row, counted from the first held one, by `[B, H_i, T, d_i]`."""
+
+    @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
         """Makes row i a copy of the present row `rows[i]`; `rows` is int64 `[B']` on any device."""
 

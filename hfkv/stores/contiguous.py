@@ -59,6 +59,12 @@ class ContiguousStore(Store):
         if self.bound is not None and self.length <= self.bound and self.capacity > GROWTH * self._limit():
             self._reallocate(self._limit())
 
+    def write(self, start: int, new: Planes) -> None:
+        self.version += 1
+        first = self.start + start
+        for plane, tokens in zip(self.planes, new, strict=True):
+            plane[:, :, first : first + tokens.shape[2]].copy_(tokens)
+
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
         selected = []

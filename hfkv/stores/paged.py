@@ -35,7 +35,7 @@ class PagedStore(Store):
             self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
         head = min(count, self._room())
         if head:
-            self._own_last_column()
+            self._own(-1)
             low, high = self.columns[-1]
             self._write(new, 0, head, [row[-1] for row in self.table], high)
             self.columns[-1] = (low, high + head)
@@ -65,6 +65,19 @@ class PagedStore(Store):
         self.length -= stop - start
         self._shrink()
 
+    def write(self, start: int, new: Planes) -> None:
+        self.version += 1
+        stop = start + new[0].shape[2]
+        first = 0
+        for column, (low, high) in enumerate(self.columns):
+            last = first + high - low
+            head, tail = max(first, start), min(last, stop)
+            if head < tail:
+                self._own(column)
+                pages = [row[column] for row in self.table]
+                self._write(new, head - start, tail - start, pages, low + head - first)
+            first = last
+
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
         chosen = rows.tolist()
@@ -93,25 +106,27 @@ class PagedStore(Store):
     def _room(self) -> int:
         return self.page_size - self.columns[-1][1] if self.columns else 0
 
-    def _own_last_column(self) -> None:
-        """Gives every row its own last page, copying those that are shared."""
-        shared = [row for row in self.table if self.blocks.is_shared(row[-1])]
-        # Of the holders of one page the last may keep it.
-        owners = {row[-1]: row for row in shared if self._holders_are_last(row[-1])}
-        copies = [row for row in shared if owners.get(row[-1]) is not row]
+    def _own(self, column: int) -> None:
+        """Gives every row a page of its own in `column`, copying those that are shared."""
+        shared = [row for row in self.table if self.blocks.is_shared(row[column])]
+        # Of the rows that share one page the last may keep it.
+        owners = {row[column]: row for row in shared if self._holders_are_here(row, column)}
+        copies = [row for row in shared if owners.get(row[column]) is not row]
         if not copies:
             return
-        old = [row[-1] for row in copies]
+        old = [row[column] for row in copies]
         fresh = self._take(len(copies))
         for plane in self.planes:
             plane[fresh] = plane[old]
         self.blocks.release(old)
         for row, page in zip(copies, fresh, strict=True):
-            row[-1] = page
+            row[column] = page
         self._ids = None
 
-    def _holders_are_last(self, page: int) -> bool:
-        return self.blocks.refcounts[page] == sum(row[-1] == page for row in self.table)
+    def _holders_are_here(self, row: list[int], column: int) -> bool:
+        """Whether only `column` of other rows, and this row wherever it lists it, hold the row's page there."""
+        page = row[column]
+        return self.blocks.refcounts[page] == sum(other[column] == page for other in self.table) + row.count(page) - 1
 
     def _write(self, new: Planes, first: int, last: int, pages: list[int], offset: int) -> None:
         for plane, tokens in zip(self.planes, new, strict=True):

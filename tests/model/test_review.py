@@ -66,14 +66,14 @@ def test_half_an_assignment_does_not_outlive_a_reset() -> None:
 
 
 @pytest.mark.parametrize("kind", ["holes", "bidirectional"])
-def test_a_window_refuses_masks_that_are_not_plainly_causal(kind: str) -> None:
+def test_a_window_refuses_masks_that_are_not_left_padding(kind: str) -> None:
     model, count = llama(), 12
     mask = torch.ones(count, count, dtype=torch.bool)
     if kind == "holes":
         mask = mask.tril()
         mask[6:11, :3] = False
     kv = "window:5+sinks:1"
-    with hfkv.patch(model, kv), pytest.raises(NotImplementedError, match="not plainly causal"):
+    with hfkv.patch(model, kv), pytest.raises(NotImplementedError, match="not the causal one of a left-padded batch"):
         model(prompt(1, count)["input_ids"], attention_mask=mask[None, None], past_key_values=KVCache(model, kv))
 
 

@@ -1,84 +1,220 @@
-"""Windows and codecs against brute force: the rule on the full sequence, without a cache."""
+"""Windows against brute force: the rule on the full sequence, without a cache."""
+
+import functools
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import hfkv
-from hfkv.codecs import CODECS
-from hfkv.config import KVConfig
-from tests.tiny import greedy, llama, prompt
+from hfkv import KVConfig, Window
+from tests import brute_force
+from tests.tiny import greedy, llama, llama_config, prompt
 
-SPLITS = {"whole": 40, "chunks": 5, "one by one": 1}
+LENGTH = 90
+SPLITS = {"whole": LENGTH, "chunks": 5, "one by one": 1}
+STORES = ["contiguous", "paged+page_size:4"]
+PADS = {"no padding": (0, 0, 0), "ragged": (0, 3, 23)}
+LAYERS = ["sliding_attention", "full_attention"]
+MODELS: dict[str, Any] = {
+    "llama": (None, None, {}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 6, "layer_types": LAYERS}),
+    "glm4": (Glm4ForCausalLM, Glm4Config, {}),
+    "gpt_oss": (
+        GptOssForCausalLM,
+        GptOssConfig,
+        {
+            "sliding_window": 6,
+            "layer_types": LAYERS,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+}
 
 
-def brute_force(model: nn.Module, ids: torch.Tensor, kv: KVConfig) -> torch.Tensor:
-    """Logits of one forward in which attention is written out: codec on every key and value, the rule as a mask."""
-    count = ids.shape[1]
-    j, t = torch.arange(count)[None, :], torch.arange(count)[:, None]
-    visible = j <= t
-    if kv.window is not None:
-        visible &= (j > t - kv.window.size) | (j < kv.window.sinks)
+@functools.cache
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    model_class, config_class, fields = MODELS[name]
+    if model_class is None:
+        return llama().to(dtype)
+    common = llama_config().to_dict()
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
+    torch.manual_seed(0)
+    model = model_class(config_class(**{name: common[name] for name in names}, **fields)).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    return model.to(dtype)
 
-    def attention(module, query, key, value, mask, scaling, **kwargs):
-        codec = CODECS[kv.codec]
-        key, value = (codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in (key, value))
-        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, float("-inf"))
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
 
-    from transformers import AttentionInterface
+@functools.cache
+def expected(name: str, kv: KVConfig, padding: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with torch.no_grad():
+        return brute_force.logits(model_of(name, dtype), ids(), kv, PADS[padding])
 
-    AttentionInterface.register("brute_force", attention)
-    before = model.config._attn_implementation
-    model.set_attn_implementation("brute_force")
-    try:
-        return model(ids, use_cache=False).logits
-    finally:
-        model.set_attn_implementation(before)
+
+@functools.cache
+def ids() -> torch.Tensor:
+    return prompt(batch=3, length=LENGTH)["input_ids"]
+
+
+def through_cache(model: Any, kv: KVConfig, padding: str, split: int) -> torch.Tensor:
+    """Logits of a text given to a cache in forwards of `split` tokens."""
+    pads = PADS[padding]
+    mask = (torch.arange(LENGTH) >= torch.tensor(pads)[:, None]).long()
+    positions = brute_force.positions(ids(), pads)
+    parts = []
+    with torch.no_grad(), hfkv.patch(model, kv):
+        cache = hfkv.KVCache(model, kv)
+        for first in range(0, LENGTH, split):
+            now = slice(first, first + split)
+            inputs = {"position_ids": positions[:, now], "past_key_values": cache}
+            if any(pads):
+                inputs["attention_mask"] = mask[:, : first + split]
+            parts.append(model(ids()[:, now], **inputs).logits)
+    return torch.cat(parts, dim=1)
+
+
+def error(name: str, kv: KVConfig, padding: str, split: str, dtype: torch.dtype = torch.float32) -> float:
+    """The largest difference of a real token's logits, as a share of the largest logit."""
+    reference = expected(name, kv, padding, dtype)
+    ours = through_cache(model_of(name, dtype), kv, padding, SPLITS[split])
+    real = torch.arange(LENGTH) >= torch.tensor(PADS[padding])[:, None]
+    return float((ours - reference)[real].abs().max() / reference[real].abs().max())
 
 
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("store", ["contiguous", "paged+page_size:4", "paged+page_size:16+offload"])
-@pytest.mark.parametrize(
-    "rule", ["", "+window:1+sinks:0", "+window:7+sinks:0", "+window:7+sinks:4", "+window:64+sinks:4"]
-)
-@pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
-def test_logits_equal_brute_force(codec: str, rule: str, store: str, split: str) -> None:
-    model = llama()
-    ids = prompt(length=40)["input_ids"]
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("padding", PADS)
+@pytest.mark.parametrize("size", [1, 7, 64])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "glm4"])
+def test_logits_equal_brute_force(name: str, sinks: int, size: int, padding: str, store: str, split: str) -> None:
+    kv = KVConfig.parse(f"window:{size}+sinks:{sinks}+{store}")
+    assert error(name, kv, padding, split) <= 1e-5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("store", [*STORES, "paged+page_size:16+offload"])
+@pytest.mark.parametrize("padding", PADS)
+@pytest.mark.parametrize("rule", ["", "+window:1+sinks:4", "+window:7+sinks:0", "+window:64+sinks:4"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+def test_codecs_equal_brute_force_on_decoded_keys_and_values(
+    codec: str, rule: str, padding: str, store: str, split: str
+) -> None:
+    # In float64 no key is rounded the other way because a sum upstream differs in its last bit.
     kv = KVConfig.parse(f"{codec}{rule}+{store}")
-    with torch.no_grad():
-        expected = brute_force(model, ids, kv)
-        with hfkv.patch(model, kv):
-            cache = hfkv.KVCache(model, kv)
-            ours = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(SPLITS[split], 1)], dim=1)
-    # A key rounded the other way, where an upstream layer's sum differs in its last bit, moves a logit by a step.
-    tolerance = 1e-4 if codec == "none" else 5e-2
-    assert (ours - expected).abs().max() <= tolerance * expected.abs().max()
+    assert error("llama", kv, padding, split, torch.float64) <= 1e-5
 
 
-def test_the_rule_makes_a_difference() -> None:
-    model = llama()
-    ids = prompt(length=40)["input_ids"]
-    with torch.no_grad():
-        full = brute_force(model, ids, KVConfig())
-        for kv in ("window:7+sinks:0", "window:7+sinks:4"):
-            assert (brute_force(model, ids, KVConfig.parse(kv)) - full).abs().max() > 0.1 * full.abs().max()
+DYNAMIC = {
+    "shrinks": lambda seen: 40 if seen < 50 else 9,
+    "jumps": lambda seen: 5 + 11 * (seen % 7),
+}
+RULES = {
+    "cache": Window(12, 3, sink_positions="cache"),
+    "cache, many sinks": Window(4, 9, sink_positions="cache"),
+    "shrinks": Window(schedule=DYNAMIC["shrinks"], sinks=2),
+    "jumps": Window(schedule=DYNAMIC["jumps"], sinks=2, sink_positions="cache"),
+    "global heads": Window(9, 2, global_heads={1: [0]}),
+    "global layer": Window(9, 2, global_layers=[1]),
+    "summary": Window(10, 3, summary="mean", summary_pages=3, summary_page_size=4),
+    "summary of large pages": Window(5, 0, summary="mean", summary_pages=2, summary_page_size=16),
+    "summary of single tokens": Window(5, 2, summary="mean", summary_pages=4, summary_page_size=1),
+    "all": Window(
+        schedule=DYNAMIC["jumps"],
+        size=30,
+        sinks=3,
+        sink_positions="cache",
+        global_heads={1: [1]},
+        summary="mean",
+        summary_pages=3,
+        summary_page_size=4,
+    ),
+}
 
 
-@pytest.mark.parametrize("kv", ["window:8+sinks:2", "int8+window:8+sinks:2+paged+page_size:4"])
-def test_windows_under_beams_and_assistants(kv: str) -> None:
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("padding", PADS)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", ["llama", "glm4"])
+def test_every_rule_equals_brute_force(name: str, rule: str, padding: str, store: str, split: str) -> None:
+    kv = KVConfig.parse(store)
+    kv = KVConfig(window=RULES[rule], store=kv.store, page_size=kv.page_size)
+    assert error(name, kv, padding, split) <= 1e-5
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("rule", ["cache", "jumps", "global heads", "summary", "all"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_every_rule_with_softcap_and_sink_logits(name: str, rule: str, split: str) -> None:
+    assert error(name, KVConfig(window=RULES[rule]), "ragged", split) <= 1e-5
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("padding", PADS)
+def test_summaries_are_written_by_the_codec_whatever_the_split(padding: str, split: str, codec: str) -> None:
+    kv = KVConfig(codec, window=RULES["summary"])
+    model = model_of("llama", torch.float64)
+    whole, parts = (through_cache(model, kv, padding, count) for count in (LENGTH, SPLITS[split]))
+    real = torch.arange(LENGTH) >= torch.tensor(PADS[padding])[:, None]
+    assert torch.allclose(whole[real], parts[real], atol=1e-6)
+
+
+def test_the_rules_make_a_difference() -> None:
+    full = expected("llama", KVConfig(), "no padding")
+    rules = [Window(7, 0), Window(7, 4), *RULES.values()]
+    found = [expected("llama", KVConfig(window=window), "no padding") for window in rules]
+    for index, logits in enumerate(found):
+        for other in (full, *found[:index]):
+            assert (logits - other).abs().max() > 0.01 * full.abs().max()
+
+
+@pytest.mark.parametrize(
+    "window", [Window(8, 2), RULES["jumps"], RULES["summary"], RULES["all"]], ids=["plain", "jumps", "summary", "all"]
+)
+@pytest.mark.parametrize("kv", ["none", "int8+paged+page_size:4"])
+def test_windows_under_beams_and_assistants(kv: str, window: Window) -> None:
+    policies = KVConfig.parse(kv)
+    policies = KVConfig(policies.codec, window, policies.store, policies.page_size)
     model = llama()
     inputs = prompt(batch=1)
-    with hfkv.patch(model, kv):
-        plain = greedy(model, inputs, 24)
-        assert torch.equal(plain, greedy(model, inputs, 24, prompt_lookup_num_tokens=4))
-        assistant = llama(num_hidden_layers=1)
-        with hfkv.patch(assistant, kv):
-            assert torch.equal(plain, greedy(model, inputs, 24, assistant_model=assistant))
-        beams = greedy(model, inputs, 24, num_beams=3)
-        assert torch.equal(beams, greedy(model, inputs, 24, num_beams=3, prefill_chunk_size=2))
+    with hfkv.patch(model, policies):
+        plain = greedy(model, inputs, 40)
+        assert torch.equal(plain, greedy(model, inputs, 40, prompt_lookup_num_tokens=4))
+        assistant = llama(num_hidden_layers=2)
+        with hfkv.patch(assistant, policies):
+            assert torch.equal(plain, greedy(model, inputs, 40, assistant_model=assistant))
+        beams = greedy(model, inputs, 40, num_beams=3)
+        assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
+
+
+@pytest.mark.parametrize("window", [Window(8, 2), *RULES.values()], ids=["plain", *RULES])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_a_padded_row_generates_what_it_does_alone(window: Window, options: dict[str, int]) -> None:
+    model = llama()
+    padded = prompt(batch=2, length=30, padding=13)
+    with hfkv.patch(model, KVConfig(window=window)):
+        together = greedy(model, padded, 40, **options)
+        for row, pad in ((0, 13), (1, 0)):
+            alone = {name: tensor[row : row + 1, pad:] for name, tensor in padded.items()}
+            assert torch.equal(together[row : row + 1, pad:], greedy(model, alone, 40, **options))
 
 
 def test_a_generation_longer_than_the_window_holds_a_constant_number_of_bytes() -> None:

@@ -14,7 +14,8 @@ def test_the_string_form_says_the_same_as_the_fields() -> None:
     )
     assert KVConfig.parse("none") == KVConfig()
     assert KVConfig(window=100).window == Window(100, 4)
-    assert KVConfig(window=2).window == Window(2, 1)
+    assert KVConfig(window=2).window == Window(2, 4)
+    assert KVConfig.parse("window:dynamic").window == Window(schedule="dynamic")
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,8 @@ def test_the_string_form_says_the_same_as_the_fields() -> None:
         KVConfig("int4", window=Window(9, 0)),
         KVConfig("fp8", store="paged", page_size=4, offload=True),
         KVConfig(store="contiguous"),
+        KVConfig(window=Window(64, sink_positions="cache", global_layers=(3, 0), global_heads={2: [1, 0], 5: (3,)})),
+        KVConfig(window=Window(size=100, schedule="dynamic", summary="mean", summary_pages=2, summary_page_size=8)),
     ],
 )
 def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
@@ -37,9 +40,16 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
         ("", "unknown word ''"),
         ("int8+int4", "gives codec twice"),
         ("sinks:4", "sinks need a window"),
-        ("window:x", "window takes a whole number, got 'x'"),
+        ("window:x", "window takes a whole number, or \"dynamic\", got 'x'"),
+        ("window", "window takes a whole number"),
+        ("window:8+size:4", "gives the window's size twice"),
+        ("summary:mean", "summary needs a window"),
+        ("window:8+summary:max", "Window.summary must be None or \"mean\", got 'max'"),
+        ("window:8+sink_positions:near", 'Window.sink_positions must be "absolute" or "cache", got \'near\''),
+        ("window:8+global_layers:0,1", "global_layers takes layers such as 0.5, got '0,1'"),
+        ("window:8+global_heads:2.1", "global_heads takes kv heads by layer"),
         ("window:-5", "Window.size must be at least 1 token, got -5"),
-        ("window:4+sinks:4", r"Window.sinks must be at least 0 and less than size \(4\), got 4"),
+        ("window:4+sinks:-1", "Window.sinks must be at least 0 tokens, got -1"),
         ("page_size:64", 'page_size needs store="paged"'),
         ("paged+page_size:48", "must be a power of two, got 48"),
         ("reuse", "unknown word 'reuse'"),
@@ -109,7 +119,15 @@ def test_configs_are_values() -> None:
         ({"size": 0}, ValueError),
         ({"size": 4, "sinks": -1}, ValueError),
         ({"size": 4.0}, TypeError),
-        ({"size": 5, "sinks": 5}, ValueError),
+        ({}, TypeError),
+        ({"schedule": "static"}, ValueError),
+        ({"size": 5, "sink_positions": "relative"}, ValueError),
+        ({"size": 5, "global_layers": 3}, TypeError),
+        ({"size": 5, "global_layers": [1, 1]}, ValueError),
+        ({"size": 5, "global_heads": [1]}, TypeError),
+        ({"size": 5, "global_heads": {0: []}}, ValueError),
+        ({"size": 5, "global_heads": {0: [1]}, "global_layers": [0]}, ValueError),
+        ({"size": 5, "summary": "mean", "summary_pages": 0}, ValueError),
     ],
 )
 def test_a_bad_window_raises(fields: dict, error: type[Exception]) -> None:

@@ -1,0 +1,164 @@
+"""`CausalMask`: the causal mask of a padded batch, said in a few numbers and written out only where it is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+
+class CausalMask(torch.Tensor):
+    """A bool mask `[B, 1, q, kv]`: causal, with the gaps of a 2D attention mask.
+
+    The windowed attention reads `pads`; any torch operation sees the whole mask, made once.
+    """
+
+    attention_mask: torch.Tensor | None
+    _written: torch.Tensor | None
+    _pads: tuple[int, ...] | None
+
+    @staticmethod
+    def __new__(
+        cls, batch: int, q_length: int, kv_length: int, attention_mask: torch.Tensor | None, device: Any
+    ) -> CausalMask:
+        mask = torch.Tensor._make_wrapper_subclass(
+            cls, (batch, 1, q_length, kv_length), dtype=torch.bool, device=device, requires_grad=False
+        )
+        mask.attention_mask = attention_mask
+        mask._written = mask._pads = None
+        return mask
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"CausalMask(shape={tuple(self.shape)}, device={self.device})"
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
+            mask = args[0].attention_mask
+            device = kwargs.get("device", args[0].device)
+            return cls(args[0].shape[0], *args[0].shape[2:], mask if mask is None else mask.to(device), device)
+        args, kwargs = tree_map_only(CausalMask, CausalMask.written, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def written(self) -> torch.Tensor:
+        """The whole mask as a plain tensor."""
+        if self._written is None:
+            batch, _, q_length, kv_length = self.shape
+            self._written = sdpa_mask(
+                batch_size=batch,
+                q_length=q_length,
+                kv_length=kv_length,
+                q_offset=kv_length - q_length,
+                kv_offset=0,
+                attention_mask=self.attention_mask,
+                allow_is_causal_skip=False,
+                device=self.device,
+            ).contiguous()
+        return self._written
+
+    def pads(self) -> tuple[int, ...]:
+        """Pad tokens before each row's first real one.
+
+        Raises:
+            NotImplementedError: something else than left padding is hidden.
+        """
+        if self._pads is None:
+            batch, kv_length = self.shape[0], self.shape[3]
+            if self.attention_mask is None:
+                self._pads = (0,) * batch
+            else:
+                self._pads = _left_padding(self.attention_mask[:, :kv_length].bool(), batch)
+        return self._pads
+
+
+def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The bool mask of the sdpa attention; a plain causal one is written out only where it is read."""
+    mask = _plainly_causal(*args, **kwargs)
+    return sdpa_mask(*args, **kwargs) if mask is None else mask
+
+
+def _plainly_causal(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> CausalMask | None:
+    """The mask in short, or None where it says something else, or sdpa needs none."""
+    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
+    if mask_function is not causal_mask_function or use_vmap or local_size is not None or kv_offset or not newest:
+        return None
+    if torch.compiler.is_compiling() or (attention_mask is not None and attention_mask.shape[-1] < kv_length):
+        return None
+    is_whole = attention_mask is None or bool(attention_mask[:, :kv_length].all())
+    if is_whole and allow_is_causal_skip and q_length in (1, kv_length):
+        return None
+    return CausalMask(batch_size, q_length, kv_length, None if is_whole else attention_mask, device)
+
+
+def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: int) -> tuple[int, ...]:
+    """Pad tokens before each row's first real one.
+
+    Args:
+        mask: `[B or 1, 1 or H, q, seen]`, bool or additive; None for no padding.
+        batch: number of rows.
+        num_queries: q.
+        seen: tokens since the start, those of this forward included.
+
+    Raises:
+        ValueError: the mask is made for another number of tokens.
+        NotImplementedError: it is not the causal mask of a left-padded batch.
+    """
+    if mask is None:
+        return (0,) * batch
+    if mask.shape[-1] != seen:
+        raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {seen}")
+    if isinstance(mask, CausalMask):
+        return mask.pads() if mask.shape[0] == batch else mask.pads() * batch
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    pads = _left_padding(visible[:, 0, -1], batch)
+    starts = torch.tensor(pads, device=mask.device)[:, None, None, None]
+    j = torch.arange(seen, device=mask.device)
+    for first in range(0, num_queries, _ROWS):
+        t = torch.arange(seen - num_queries, seen, device=mask.device)[first : first + _ROWS, None]
+        # What a pad token sees is nobody's affair.
+        agrees = (visible[:, :, first : first + _ROWS] == ((j <= t) & (j >= starts))) | (t < starts)
+        if not bool(agrees.all()):
+            raise NotImplementedError(_NOT_LEFT_PADDED)
+    return pads
+
+
+_ROWS = 512  # queries of a written mask looked at together
+_NOT_LEFT_PADDED = (
+    "a windowed hfkv cache was given a mask that is not the causal one of a left-padded batch (gaps, right padding, "
+    "packed texts, or tokens that see what follows them): its window and sinks would be counted wrongly. Pad on the "
+    'left (tokenizer.padding_side = "left"), or leave the window out'
+)
+
+
+def _left_padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...]:
+    """Pad tokens of each row of a bool `[B or 1, kv]`; a row of nothing but padding has as many as it is long."""
+    is_real = is_real.expand(batch, -1)
+    pads = (~is_real).sum(-1)
+    first_real = torch.where(is_real.any(-1), is_real.int().argmax(-1), is_real.shape[-1])
+    pads, first_real = torch.stack((pads, first_real)).tolist()
+    if pads != first_real:
+        raise NotImplementedError(_NOT_LEFT_PADDED)
+    return tuple(pads)

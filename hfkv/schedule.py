@@ -1,0 +1,56 @@
+"""Which keys a query can no longer see, however the size of its window changes: integers only."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+
+# (last number of tokens seen, size): all below 1,024 tokens seen, 2,048 below 8,192, then 4,096.
+_EVERYTHING = 1 << 62
+DYNAMIC = ((1023, _EVERYTHING), (8191, 2048), (_EVERYTHING, 4096))
+
+
+class Schedule:
+    """The lower bound ``L(t) = max over t' <= t of (t' + 1 - size(t' + 1))``: below it keys are gone for good.
+
+    Args:
+        size: the most tokens a query sees, or None.
+        sizes: ``"dynamic"``, a callable from tokens seen to size, or None for `size` alone.
+    """
+
+    def __init__(self, size: int | None, sizes: str | Callable[[int], int] | None) -> None:
+        self._cap = _EVERYTHING if size is None else size
+        self._callable = sizes if callable(sizes) else None
+        steps = DYNAMIC if sizes == "dynamic" else ((_EVERYTHING, self._cap),)
+        self._steps = tuple((last, min(size, self._cap)) for last, size in steps)
+        self._bounds = array("q")  # of a callable, as far as it has been asked
+
+    def lower_bound(self, t: int) -> int:
+        """L(t), at least 0; 0 for positions before the text."""
+        if t < 0:
+            return 0
+        if self._callable is not None:
+            self._ask(t)
+            return self._bounds[t]
+        seen, bound, first = t + 1, 0, 1
+        for last, size in self._steps:
+            if first <= seen:
+                bound = max(bound, min(seen, last) - size)
+            first = last + 1
+        return bound
+
+    def capacity(self) -> int | None:
+        """The most tokens between L(t) and t, both included, at any t; None where nobody knows."""
+        if self._callable is not None:
+            return None if self._cap == _EVERYTHING else self._cap
+        return max(min(last, size) for last, size in self._steps)
+
+    def _ask(self, t: int) -> None:
+        assert self._callable is not None
+        bound = self._bounds[-1] if self._bounds else 0
+        for seen in range(len(self._bounds) + 1, t + 2):
+            size = self._callable(seen)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"Window.schedule({seen}) must return an int of at least 1 (tokens), got {size!r}")
+            bound = max(bound, seen - min(size, self._cap))
+            self._bounds.append(bound)

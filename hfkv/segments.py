@@ -1,0 +1,121 @@
+"""Attention over several stretches of keys as if they were one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Segment(NamedTuple):
+    """A stretch of keys and values, and the queries as they look at it.
+
+    Attributes:
+        query: `[B, Hq, q, D]`.
+        key, value: `[B, H, n, D]` and `[B, H, n, Dv]`, Hq a multiple of H.
+        visible: bool `[B or 1, q, n]`; None, in a segment on its own, where every query sees every key.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    visible: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of scores.
+
+    Attributes:
+        scale: factor on them.
+        softcap: bound of a tanh on them, or None.
+        sink_logits: a logit a head that takes weight and has no value (gpt_oss), `[Hq]`, or None.
+        dropout: probability that a weight is dropped.
+        weights: whether the weights are wanted.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    dropout: float = 0.0
+    weights: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scaled_dot_product_attention does all of it."""
+        return self.softcap is None and self.sink_logits is None and not self.weights
+
+
+def attend(segments: Sequence[Segment], scoring: Scoring) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """One softmax over the keys of all segments.
+
+    Every query must see at least one key.
+
+    Returns:
+        The output `[B, Hq, q, Dv]`, and, where wanted, the weights over each segment, `[B, Hq, q, n]`.
+    """
+    if scoring.is_plain and all(segment.query is segments[0].query for segment in segments):
+        return _sdpa(_joined(segments), scoring), None
+    num_heads, num_queries = segments[0].query.shape[1:3]
+    scores = torch.cat([_scores(segment, scoring) for segment in segments], dim=-1)
+    if scoring.sink_logits is not None:
+        heads = segments[0].key.shape[1]
+        logits = scoring.sink_logits.to(scores.dtype).view(1, heads, -1, 1, 1)
+        logits = logits.expand(scores.shape[0], -1, -1, num_queries, -1).flatten(2, 3)
+        weights = torch.cat((scores, logits), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights.to(segments[0].value.dtype), p=scoring.dropout, training=scoring.dropout > 0)
+    parts = weights.split([segment.key.shape[2] for segment in segments], dim=-1)
+    output: torch.Tensor = sum(part @ segment.value for part, segment in zip(parts, segments, strict=True))
+    unfolded = [_unfold(part, num_heads) for part in parts] if scoring.weights else None
+    return _unfold(output, num_heads), unfolded
+
+
+def _joined(segments: Sequence[Segment]) -> Segment:
+    """Segments of the same queries as one; a copy, unless there is but one."""
+    if len(segments) == 1:
+        return segments[0]
+    key, value = (torch.cat([getattr(segment, part) for segment in segments], dim=2) for part in ("key", "value"))
+    masks = [segment.visible for segment in segments]
+    batch = max(len(mask) for mask in masks if mask is not None)
+    visible = torch.cat([mask.expand(batch, -1, -1) for mask in masks if mask is not None], dim=-1)
+    return Segment(segments[0].query, key, value, visible)
+
+
+def _scores(segment: Segment, scoring: Scoring) -> torch.Tensor:
+    query = _fold(segment.query, segment.key.shape[1])
+    scores = query @ segment.key.transpose(2, 3) * scoring.scale
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    mask = _fold_mask(segment)
+    return scores if mask is None else scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+
+
+def _sdpa(segment: Segment, scoring: Scoring) -> torch.Tensor:
+    query = _fold(segment.query, segment.key.shape[1])
+    output = F.scaled_dot_product_attention(
+        query, segment.key, segment.value, _fold_mask(segment), dropout_p=scoring.dropout, scale=scoring.scale
+    )
+    return _unfold(output, segment.query.shape[1])
+
+
+def _fold(query: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`[B, Hq, q, D]` as `[B, H, Hq / H * q, D]`: the queries that share a kv head side by side, keys not repeated."""
+    return query.reshape(query.shape[0], num_heads, -1, query.shape[3])
+
+
+def _unfold(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """`[B, H, Hq / H * q, n]` as `[B, Hq, q, n]`."""
+    return states.reshape(states.shape[0], num_heads, -1, states.shape[3])
+
+
+def _fold_mask(segment: Segment) -> torch.Tensor | None:
+    if segment.visible is None:
+        return None
+    groups = segment.query.shape[1] // segment.key.shape[1]
+    return segment.visible[:, None].repeat(1, 1, groups, 1)

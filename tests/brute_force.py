@@ -1,0 +1,155 @@
+"""What windows mean, written out: one forward over the whole text, no cache, every score computed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from hfkv import KVConfig, Window
+from hfkv.codecs import CODECS
+
+
+def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = ()) -> torch.Tensor:
+    """Logits `[B, T, vocab]` with `kv` done to every layer that does not slide by itself.
+
+    Args:
+        model: any decoder that goes through transformers' attention functions.
+        ids: `[B, T]`, row b with `pads[b]` pad tokens on its left.
+        kv: the policies.
+        pads: none where it is empty.
+    """
+    pads = pads or (0,) * len(ids)
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
+        sliding = getattr(module, "sliding_window", None)
+        window = Window(sliding, sinks=0) if sliding else kv.window
+        codec = CODECS[kv.codec]
+        key, value = (codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in (key, value))
+        return _attend(model, module, query, key, value, window, pads, scaling, kwargs), None
+
+    AttentionInterface.register("brute_force", attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("brute_force")
+    try:
+        return model(ids, position_ids=positions(ids, pads), use_cache=False).logits
+    finally:
+        model.set_attn_implementation(before)
+
+
+def positions(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
+    """Position ids `[B, T]`, 0 at each row's first real token and before."""
+    return (torch.arange(ids.shape[1]) - torch.tensor(pads)[:, None]).clamp_min(0)
+
+
+def lower_bounds(window: Window | None, count: int) -> list[int]:
+    """L(t) for t below `count`, straight from its definition."""
+    if window is None:
+        return [0] * count
+
+    def size(seen: int) -> int:
+        if window.schedule is None:
+            return window.size
+        if callable(window.schedule):
+            wanted = window.schedule(seen)
+        else:
+            wanted = seen if seen < 1024 else 2048 if seen < 8192 else 4096
+        return wanted if window.size is None else min(wanted, window.size)
+
+    gone = [t + 1 - size(t + 1) for t in range(count)]
+    return [max(0, *gone[: t + 1]) for t in range(count)]
+
+
+def _attend(
+    model: Any,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: Window | None,
+    pads: tuple[int, ...],
+    scaling: float,
+    extra: dict[str, Any],
+) -> torch.Tensor:
+    """`[B, T, Hq, D]`, a row, a head and a query at a time."""
+    batch, num_heads, count, _ = query.shape
+    groups = num_heads // key.shape[1]
+    if window is not None and module.layer_idx in window.global_layers:
+        window = None
+    output = torch.zeros(batch, count, num_heads, value.shape[3], dtype=value.dtype)
+    for b, pad in enumerate(pads):
+        q, k, v = query[b, :, pad:], key[b, :, pad:], value[b, :, pad:]
+        for head in range(num_heads):
+            kv_head = head // groups
+            keeps_all = window is None or kv_head in window.global_heads.get(module.layer_idx, ())
+            own = None if keeps_all else window
+            sink_logit = extra["s_aux"][head] if extra.get("s_aux") is not None else None
+            output[b, pad:, head] = _one_head(
+                model, q[head], k[kv_head], v[kv_head], own, scaling, extra.get("softcap"), sink_logit
+            )
+    return output
+
+
+def _one_head(
+    model: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: Window | None,
+    scaling: float,
+    softcap: float | None,
+    sink_logit: torch.Tensor | None,
+) -> torch.Tensor:
+    """`[T, D]` of one head of one row without padding."""
+    count = len(q)
+    bounds = lower_bounds(window, count)
+    sinks = window.sinks if window else 0
+    scores = torch.full((count, count), float("-inf"), dtype=q.dtype)
+    for t in range(count):
+        seen = [j for j in range(t + 1) if j >= bounds[t] or j < sinks]
+        scores[t, seen] = k[seen] @ q[t]
+        if window and window.sink_positions == "cache":
+            gap = max(bounds[t] - sinks, 0)
+            first = [j for j in range(min(sinks, t + 1))]
+            if first:
+                scores[t, first] = k[first] @ turned(model, q[t : t + 1], [-gap])[0]
+    values = v
+    if window and window.summary:
+        keys, means = _summaries(model, k, v, window)
+        summary_scores = torch.full((count, len(keys)), float("-inf"), dtype=q.dtype)
+        for t in range(count):
+            gone = bounds[t] // window.summary_page_size
+            pages = [p for p in range(gone) if p >= gone - window.summary_pages]
+            pages = [p for p in pages if (p + 1) * window.summary_page_size > sinks]
+            if pages:
+                summary_scores[t, pages] = keys[pages] @ q[t]
+        scores, values = torch.cat((scores, summary_scores), dim=1), torch.cat((v, means))
+    scores = scores * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if sink_logit is not None:
+        scores = torch.cat((scores, sink_logit.expand(count, 1)), dim=1)
+        return scores.softmax(-1)[:, :-1] @ values
+    return scores.softmax(-1) @ values
+
+
+def _summaries(model: Any, k: torch.Tensor, v: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    size = window.summary_page_size
+    keys, values = [torch.zeros_like(k[:0])], [torch.zeros_like(v[:0])]
+    for page in range(len(k) // size):
+        tokens = [j for j in range(page * size, (page + 1) * size) if j >= window.sinks] or [page * size]
+        middle = page * size + size // 2
+        keys.append(turned(model, k[tokens], [middle - j for j in tokens]).mean(0, keepdim=True))
+        values.append(v[tokens].mean(0, keepdim=True))
+    return torch.cat(keys), torch.cat(values)
+
+
+def turned(model: Any, states: torch.Tensor, by: list[int]) -> torch.Tensor:
+    """`[T, D]` rotated `by` positions further, by the model's own code."""
+    apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    states = states[None, None]
+    cos, sin = model.model.rotary_emb(states, torch.tensor([by]))
+    return apply(states, states, cos, sin)[0][0, 0]
