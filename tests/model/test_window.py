@@ -20,6 +20,7 @@ import hfkv
 from hfkv import KVConfig, Window
 from tests import brute_force
 from tests.tiny import greedy, llama, llama_config, prompt
+from tests.zoo.named import NAMED
 
 LENGTH = 90
 SPLITS = {"whole": LENGTH, "chunks": 5, "one by one": 1}
@@ -225,3 +226,40 @@ def test_a_generation_longer_than_the_window_holds_a_constant_number_of_bytes() 
             out = greedy(model, prompt(), new_tokens, return_dict_in_generate=True)
             sizes.append((out.past_key_values.held_bytes(), out.past_key_values.nbytes()))
     assert sizes[0] == sizes[1] == sizes[2]
+
+
+# fmt: off
+DECODERS = [
+    "llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "gpt_neox",
+    "olmo", "olmo2", "granite", "stablelm", "cohere2", "glm4", "mixtral", "qwen3_moe",
+    "gpt_oss", "qwen3_next", "gpt2", "opt", "llava", "qwen2_vl", "mllama",
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name", [name for name in DECODERS if name in NAMED])
+def test_named_architectures_equal_brute_force(name: str) -> None:
+    model = NAMED[name]().model.eval()
+    # Linear attention takes no left padding from the reference, which masks attention layers only.
+    pads = (0, 0, 0) if name == "qwen3_next" else (0, 2, 9)
+    kv = KVConfig(window=Window(5, 2))
+    torch.manual_seed(0)
+    tokens = torch.randint(10, 90, (3, 24))
+    mask = (torch.arange(24) >= torch.tensor(pads)[:, None]).long()
+    positions = brute_force.positions(tokens, pads)
+    with torch.no_grad():
+        reference = brute_force.logits(model, tokens, kv, pads)
+        with hfkv.patch(model, kv):
+            cache = hfkv.KVCache(model, kv)
+            parts = [
+                model(
+                    tokens[:, first : first + 7],
+                    attention_mask=mask[:, : first + 7],
+                    position_ids=positions[:, first : first + 7],
+                    past_key_values=cache,
+                ).logits
+                for first in range(0, 24, 7)
+            ]
+    real = mask.bool()
+    difference = (torch.cat(parts, dim=1) - reference)[real].abs().max()
+    assert difference <= 1e-5 * reference[real].abs().max()
