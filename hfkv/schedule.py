@@ -22,7 +22,10 @@ class Schedule:
         self._cap = _EVERYTHING if size is None else size
         self._callable = sizes if callable(sizes) else None
         steps = DYNAMIC if sizes == "dynamic" else ((_EVERYTHING, self._cap),)
-        self._steps = tuple((last, min(size, self._cap)) for last, size in steps)
+        firsts = (1, *(last + 1 for last, _ in steps))
+        self._steps = tuple(
+            (first, last, min(size, self._cap)) for first, (last, size) in zip(firsts, steps, strict=False)
+        )
         self._bounds = array("q")  # of a callable, as far as it has been asked
 
     def lower_bound(self, t: int) -> int:
@@ -32,18 +35,19 @@ class Schedule:
         if self._callable is not None:
             self._ask(t)
             return self._bounds[t]
-        seen, bound, first = t + 1, 0, 1
-        for last, size in self._steps:
-            if first <= seen:
-                bound = max(bound, min(seen, last) - size)
-            first = last + 1
-        return bound
+        seen = t + 1
+        return max(0, *(min(seen, last) - size for first, last, size in self._steps if first <= seen))
+
+    @property
+    def steps(self) -> tuple[tuple[int, int, int], ...] | None:
+        """The sizes as (first number of tokens seen, last, size); None where a callable says them."""
+        return None if self._callable else self._steps
 
     def capacity(self) -> int | None:
         """The most tokens between L(t) and t, both included, at any t; None where nobody knows."""
         if self._callable is not None:
             return None if self._cap == _EVERYTHING else self._cap
-        return max(min(last, size) for last, size in self._steps)
+        return max(min(last, size) for _, last, size in self._steps)
 
     def _ask(self, t: int) -> None:
         assert self._callable is not None

@@ -34,9 +34,10 @@ def page_means(
     if rotary is not None:
         turns = (page_size // 2 - within).repeat(first.shape[1])
         keys = rotary.rotate(keys, turns)
-    weights = (within >= sinks[..., None]).to(torch.float32)  # [B, N, P]
+    dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+    weights = (within >= sinks[..., None]).to(dtype)  # [B, N, P]
     weights /= weights.sum(-1, keepdim=True).clamp_min(1)
-    pages = (states.unflatten(2, (-1, page_size)).float() for states in (keys, values))
+    pages = (states.unflatten(2, (-1, page_size)).to(dtype) for states in (keys, values))
     means = (torch.einsum("bhnpd,bnp->bhnd", states, weights) for states in pages)
     return tuple(mean.to(states.dtype) for mean, states in zip(means, (keys, values), strict=True))  # type: ignore[return-value]
 

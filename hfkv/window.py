@@ -104,6 +104,11 @@ class Window:
         return self.sink_positions == "cache" or self.summary is not None
 
     @property
+    def sizes(self) -> Schedule:
+        """The size at any number of tokens seen."""
+        return self._schedule  # type: ignore[attr-defined]
+
+    @property
     def num_slots(self) -> int:
         """How many tokens are kept apart from the newest ones: sinks, then summaries."""
         return self.sinks + (self.summary_pages if self.summary else 0)
@@ -115,13 +120,11 @@ class Window:
 
     def lower_bound(self, t: int) -> int:
         """L(t): the lowest position above the sinks that a query at position `t` attends to."""
-        schedule: Schedule = self._schedule  # type: ignore[attr-defined]
-        return schedule.lower_bound(t)
+        return self.sizes.lower_bound(t)
 
     def capacity(self) -> int | None:
         """How many tokens are held at most between two steps of one token; None where nobody knows."""
-        schedule: Schedule = self._schedule  # type: ignore[attr-defined]
-        most = schedule.capacity()
+        most = self.sizes.capacity()
         return None if most is None else self.num_slots + self.reach + most
 
 

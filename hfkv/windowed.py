@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,19 +40,19 @@ def windowed_attention(
     look = _Look(held, keys, values, pads)
     num_queries = query.shape[2]
     first = held.seen - num_queries
-    if num_queries == 1 and look.sees_all_held(first):
-        everything = Segment(query, keys, values, None)
-        if scoring.is_plain:
-            return attend([everything], scoring)[0], None
+    if num_queries == 1 and scoring.is_plain and look.sees_all_held(first):
+        return attend([Segment(query, keys, values, None)], scoring)[0], None
     outputs, weights = [], []
-    for begin in range(first, held.seen, block := look.block_length()):
+    block = look.block_length()
+    for begin in range(first, held.seen, block):
         end = min(begin + block, held.seen)
         segments = look.segments(query[:, :, begin - first : end - first], begin, end)
-        output, parts = attend([segment.segment for segment in segments], scoring)
-        outputs.append(output)
+        attended, parts = attend([segment.segment for segment in segments], scoring)
+        outputs.append(attended)
         if parts is not None:
             weights.append(_by_position(parts, segments, held.seen))
-    return torch.cat(outputs, dim=2), torch.cat(weights, dim=2) if weights else None
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output, torch.cat(weights, dim=2) if weights else None
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,13 @@ class _Look:
         self.slots = held.slots(pads) if self.window else None
         self.num_slots = (self.window.num_slots if self.window else 0) - held.first  # that are among the keys
         self.device = keys.device
-        self.starts = (
-            starts(pads, self.device) if any(pads) else torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        )
         self.is_turned = self.window is not None and self.window.sink_positions == "cache" and self.sinks > 0
         self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @functools.cached_property
+    def starts(self) -> torch.Tensor:
+        """The position of each row's first real token, int64 `[B or 1, 1]`."""
+        return starts(self.pads if any(self.pads) else (0,), self.device)
 
     def block_length(self) -> int:
         """Queries looked at together: about half a window, so that little is computed in vain."""
@@ -200,9 +203,16 @@ class _Look:
         """L(t) for the queries at `begin .. end - 1` of each row, int64 `[B or 1, q]`, in positions with padding."""
         if self.window is None:
             return torch.zeros(1, end - begin, dtype=torch.long, device=self.device)
-        rows = self.pads if any(self.pads) else (0,)
-        by_pad = {pad: [pad + self.window.lower_bound(t - pad) for t in range(begin, end)] for pad in set(rows)}
-        return torch.tensor([by_pad[pad] for pad in rows], device=self.device)
+        t = torch.arange(begin, end, device=self.device) - self.starts  # within a row's own text
+        steps = self.window.sizes.steps
+        if steps is None:
+            first = max(begin - max(self.pads), 0)
+            asked = [self.window.lower_bound(i) for i in range(first, max(end - min(self.pads), first + 1))]
+            bounds = torch.tensor(asked, device=self.device)[(t - first).clamp_min(0)] * (t >= 0)
+        else:
+            parts = [((t + 1).clamp_max(last) - size) * (t + 1 >= first) for first, last, size in steps]
+            bounds = torch.stack(parts).amax(0).clamp_min(0)
+        return self.starts + bounds
 
     def _visible(self, positions: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         """The rule, bool `[B or 1, q, n]`; a pad token, which nobody listens to, sees itself."""

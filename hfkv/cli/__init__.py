@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hfkv.cli.demo import demo
+from hfkv.cli.eval import evaluate
 from hfkv.cli.generate import generate
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ def options(
 
 app.command()(demo)
 app.command()(generate)
+app.command("eval")(evaluate)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -85,3 +86,14 @@ def top1_agreement(a: LossReport, b: LossReport) -> float:
     if a.num_tokens != b.num_tokens:
         raise ValueError(f"cannot compare predictions of {a.num_tokens} and {b.num_tokens} tokens")
     return (a.predictions == b.predictions).float().mean().item()
+
+
+def perplexity(nats: float) -> float:
+    """Return e to the mean loss in nats a token: between how many equally likely tokens the model seems to choose.
+
+    A loss too large for the answer to be a float gives infinity.
+    """
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf

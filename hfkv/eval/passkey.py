@@ -37,11 +37,21 @@ def pass_key_prompt(rng: random.Random, filler: str, length: int, depth: float |
         raise ValueError(f"a pass-key prompt takes at least {MIN_LENGTH} bytes, not {length}")
     if len(filler) < num_filler:
         raise ValueError(f"a prompt of {length} bytes needs {num_filler} bytes of filler, not {len(filler)}")
-    key = "".join(rng.choice("0123456789") for _ in range(NUM_DIGITS))
+    key = draw_key(rng)
     start = rng.randrange(len(filler) - num_filler + 1)
     excerpt = filler[start : start + num_filler]
-    cut = round((rng.random() if depth is None else depth) * num_filler)
-    return excerpt[:cut] + STATEMENT.format(key=key) + excerpt[cut:] + QUESTION, key
+    return hide(key, excerpt, rng.random() if depth is None else depth), key
+
+
+def draw_key(rng: random.Random) -> str:
+    """Draws a pass key, `NUM_DIGITS` digits."""
+    return "".join(rng.choice("0123456789") for _ in range(NUM_DIGITS))
+
+
+def hide(key: str, excerpt: str, depth: float) -> str:
+    """The prompt: an excerpt with the key told at `depth` of it, 0 to 1, and asked for at the end."""
+    cut = round(depth * len(excerpt))
+    return excerpt[:cut] + STATEMENT.format(key=key) + excerpt[cut:] + QUESTION
 
 
 @torch.inference_mode()

@@ -33,6 +33,42 @@ def test_lossy_caches_give_the_tokens_of_the_cpu(kv: str) -> None:
     assert torch.equal(on_gpu.cpu(), expected)
 
 
+WINDOWS = (
+    "window:8+sinks:2",
+    "window:8+sinks:2+sink_positions:cache",
+    "window:8+sinks:2+global_heads:1=0",
+    "window:8+sinks:2+summary:mean+summary_pages:3+summary_page_size:4",
+    "int8+window:8+sinks:2+sink_positions:cache+paged+page_size:4+offload",
+)
+
+
+@pytest.mark.parametrize("kv", WINDOWS)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_windows_over_ragged_padding_give_the_tokens_of_the_cpu(kv: str, options: dict[str, int]) -> None:
+    model, inputs = llama(), prompt(length=30, padding=13)
+    with hfkv.patch(model, kv):
+        expected = greedy(model, inputs, 30, **options)
+        model.cuda()
+        on_gpu = greedy(model, {key: value.cuda() for key, value in inputs.items()}, 30, **options)
+    assert torch.equal(on_gpu.cpu(), expected)
+
+
+def test_a_windowed_prefill_takes_memory_in_proportion_to_the_text() -> None:
+    model = llama(max_position_embeddings=100_000).cuda()
+    kv = "window:512+sinks:4"
+    peaks = []
+    for length in (16_000, 64_000):
+        ids = torch.randint(3, 99, (2, length), device="cuda")
+        mask = torch.ones_like(ids)
+        mask[0, :100] = 0
+        with torch.no_grad(), hfkv.patch(model, kv):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(ids, attention_mask=mask, past_key_values=hfkv.KVCache(model, kv), logits_to_keep=1)
+            peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 4.4 * peaks[0]
+
+
 @pytest.mark.parametrize("store", ["contiguous", "paged"])
 def test_offloaded_planes_lie_in_pinned_memory(store: str) -> None:
     model = llama().cuda()

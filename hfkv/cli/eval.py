@@ -1,0 +1,164 @@
+"""``hfkv eval``: what caches cost a model on a text, against the full cache."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import TaskProgressColumn
+
+from hfkv.cli.errors import CommandError, told_in_one_line
+from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, Report, Setting, measure
+from hfkv.cli.eval_screen import show
+from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
+
+
+def evaluate(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, or a name on the Hub.", show_default="the bundled model")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to score.", show_default="the bundled held-out text")
+    ] = None,
+    kv: Annotated[
+        list[str] | None,
+        typer.Option(help="A cache to compare; may be given again.", show_default=", ".join(DEFAULT_KV)),
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option("--context", help="Tokens of a block.", show_default=f"{Setting.context}")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Read one endless text instead of blocks.")] = False,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text to score.", show_default=f"{DEFAULT_TOKENS}, or all")
+    ] = None,
+    chunk: Annotated[int, typer.Option(help="Tokens a forward; 1 reads as generation does.")] = Setting.chunk,
+    pass_keys: Annotated[bool, typer.Option(help="Hide pass keys and ask for them.")] = True,
+    pass_key_lengths: Annotated[str, typer.Option(help="Tokens of their prompts.")] = ",".join(
+        map(str, Setting.lengths)
+    ),
+    pass_key_depths: Annotated[int, typer.Option(help="Depths they lie at.")] = Setting.num_depths,
+    trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = Setting.trials,
+    lora: Annotated[str | None, typer.Option(help="A PEFT adapter for the model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda, cuda:1 …")] = "auto",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them as PNG files in this folder.")] = None,
+) -> None:
+    """Measure what caches cost a model: loss, forecasts, attention, bytes and pass keys, against the full cache."""
+    import torch
+
+    from hfkv.eval.reader import each_warning_once
+
+    with told_in_one_line():
+        if stream and context_tokens is not None:
+            raise CommandError("--stream reads the text as one and --context cuts it into blocks; give one of them")
+        setting = Setting(
+            kvs=tuple(kv or DEFAULT_KV),
+            context=None if stream else Setting.context if context_tokens is None else context_tokens,
+            tokens=tokens,
+            chunk=chunk,
+            lengths=_lengths(pass_key_lengths) if pass_keys else (),
+            num_depths=pass_key_depths,
+            trials=trials,
+        )
+        _check_outputs(json_path, plot)
+        words = _read_text(text)
+        chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
+        if model is None:
+            # See `hfkv demo`: the bundled model is too small for more threads to pay.
+            torch.set_num_threads(1)
+        bars = Console(stderr=True, highlight=False)
+        with loading_bars(bars):
+            loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
+        with each_warning_once(), progress_on(bars, TaskProgressColumn()) as progress:
+            task = progress.add_task("", total=None)
+            report = measure(
+                loaded,
+                tokenizer,
+                words,
+                setting,
+                (model or BUNDLED, str(text or BUNDLED_TEXT)),
+                lambda total: progress.update(task, total=total),
+                lambda what, count: progress.update(task, advance=count, description=f"{what:<32}"),
+            )
+        show(report, Console(highlight=False))
+        if json_path is not None:
+            report.write_json(json_path, _command(context))
+        if plot is not None:
+            _write_plots(report, plot)
+
+
+def _read_text(path: Path | None) -> str:
+    from hfkv import tiny_lm
+
+    if path is None:
+        return tiny_lm.held_out_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(
+            f"--text {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+        ) from error
+    except OSError as error:
+        raise CommandError(f"--text {str(path)!r} could not be read: {error.strerror}; name a text file") from error
+    if not text.strip():
+        raise CommandError(f"--text {str(path)!r} is empty; give a file with some text in it")
+    return text
+
+
+def _lengths(given: str) -> tuple[int, ...]:
+    words = [word.strip() for word in given.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise CommandError(f"--pass-key-lengths takes whole numbers with commas, such as 512,1024; got {given!r}")
+    return tuple(int(word) for word in words)
+
+
+def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
+    """Refuses what could not be written, before anything is measured."""
+    if json_path is not None and not json_path.parent.is_dir():
+        raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
+    if json_path is not None and json_path.is_dir():
+        raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
+    if plot_folder is None:
+        return
+    from hfkv.eval.plots import check_matplotlib
+
+    try:
+        check_matplotlib()
+        plot_folder.mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        raise CommandError(f"--plot: {error}") from error
+    except OSError as error:
+        raise CommandError(
+            f"--plot {str(plot_folder)!r} cannot be a folder: {error.strerror}; name one that can be written to"
+        ) from error
+
+
+def _write_plots(report: Report, folder: Path) -> None:
+    import torch
+
+    from hfkv.eval import write_plots
+
+    grids = {row.text.kv: torch.tensor(row.pass_keys) for row in report.rows if row.pass_keys is not None}
+    write_plots(folder, [row.text for row in report.rows], grids, report.setting.lengths, report.depths)
+
+
+def _command(context: typer.Context) -> str:
+    """The command line, from what was given on it."""
+    words = ["hfkv", "eval"]
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            words.append(option.opts[0] if value else option.secondary_opts[0])
+        else:
+            for item in value if isinstance(value, list | tuple) else [value]:
+                words += [option.opts[0], str(item)]
+    return shlex.join(words)

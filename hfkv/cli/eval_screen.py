@@ -1,0 +1,132 @@
+"""What ``hfkv eval`` shows: the numbers in a table, and how they were measured."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hfkv.cli.demo_screen import BEARABLE_CHANGE, GOOD_CHANGE
+from hfkv.cli.eval_runs import Report, Row
+
+PERPLEXITY, ALLOCATED = "ppl\n", "alloc\n"
+# Left out, in this order, where they would leave less than so many columns for the config.
+DISPENSABLE = (ALLOCATED, PERPLEXITY)
+NARROWEST_KV = 13
+# What rich puts between two columns, and at the edges together.
+SPACE = 2
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+# A unit is taken for the table where the smallest cache holds so many of it.
+LEAST_UNITS = 10
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report, at the console's width."""
+    console.print()
+    console.print(_table(report, console.width))
+    console.print(Padding(_caption(report), (0, 1)))
+
+
+def _table(report: Report, width: int) -> Table:
+    columns = _columns(report)
+    for header in DISPENSABLE:
+        if _room(columns, width) < NARROWEST_KV:
+            del columns[header]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    table.add_column("kv\n", no_wrap=True)
+    for header in columns:
+        table.add_column(header, justify="right", no_wrap=True)
+    for index, row in enumerate(report.rows):
+        name = Text(wrap(row.text.kv, _room(columns, width)), "bold")
+        table.add_row(name, *(cells[index] for cells in columns.values()), end_section=index == 0)
+    return table
+
+
+def _columns(report: Report) -> dict[str, list[Text]]:
+    """The cells of every column by its header, two lines."""
+    unit, unit_name = _unit(report)
+    texts = [row.text for row in report.rows]
+    columns = {
+        "loss\nnats": [Text(f"{text.nats:.4f}") for text in texts],
+        PERPLEXITY: [Text(_number(text.perplexity)) for text in texts],
+        "change\n%": [_change(text.perplexity_change_percent) for text in texts],
+        "KL\nnats": [Text(f"{text.kl:.4f}") for text in texts],
+        "top-1\n%": [Text(f"{100 * text.top1_agreement:.2f}") for text in texts],
+        "attn\ncosine": [Text(f"{text.attention_similarity:.4f}") for text in texts],
+        f"held\n{unit_name}": [Text(f"{text.held_bytes / unit:,.0f}") for text in texts],
+        ALLOCATED: [Text(f"{text.allocated_bytes / unit:,.0f}") for text in texts],
+        "ratio\n": [Text(f"{text.held_ratio:.3f}") for text in texts],
+    }
+    for header in ("change\n%", "KL\nnats", "top-1\n%", "attn\ncosine"):
+        columns[header][0] = Text("-", "dim")  # the full cache against itself
+    if report.setting.lengths:
+        columns["keys\n%"] = [Text(_keys(row)) for row in report.rows]
+    return columns
+
+
+def _room(columns: dict[str, list[Text]], width: int) -> int:
+    """What the other columns leave for the config."""
+    texts = [[*header.split("\n"), *(cell.plain for cell in cells)] for header, cells in columns.items()]
+    return width - SPACE - sum(max(map(len, column)) + SPACE for column in texts)
+
+
+def wrap(kv: str, width: int) -> str:
+    """A config in lines of up to `width` characters, cut before a plus."""
+    lines = [""]
+    for index, word in enumerate(kv.split("+")):
+        piece = f"+{word}" if index else word
+        if lines[-1] and len(lines[-1]) + len(piece) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
+
+
+def _unit(report: Report) -> tuple[int, str]:
+    least = min(row.text.held_bytes for row in report.rows)
+    return next((unit for unit in UNITS if least >= LEAST_UNITS * unit[0]), (1, "bytes"))
+
+
+def _number(perplexity: float) -> str:
+    return f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:.2g}"
+
+
+def _keys(row: Row) -> str:
+    return "-" if row.keys_found is None else f"{100 * row.keys_found:.0f}"
+
+
+def _change(percent: float) -> Text:
+    style = "green" if percent <= GOOD_CHANGE else "yellow" if percent <= BEARABLE_CHANGE else "red"
+    return Text(f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.1e}", style)
+
+
+def _caption(report: Report) -> Table:
+    setting, machine = report.setting, report.machine
+    block = report.num_tokens if setting.context is None else min(setting.context, report.num_tokens)
+    read = "as one stream" if setting.context is None else f"in blocks of {block:,}"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    notes = {
+        "model": f"{report.model}, {machine['dtype']}, on {report.text}",
+        "where": f"{machine['processor']}, {machine['device']}, {threads}; hfkv {machine['hfkv']}, torch "
+        f"{machine['torch']}, transformers {machine['transformers']}; {report.seconds:.0f} s",
+        "text": f"{report.num_tokens:,} tokens {read}, {setting.chunk:,} a forward; loss in nats a token",
+        "change": "of the perplexity, from the full cache's",
+        "KL": "KL(full || this) of the next token's distribution; top-1: both would choose the same token",
+        "attn": "cosine of the attention layers' outputs with the full cache's, mean over tokens and layers",
+        "held": f"bytes of the tokens kept after {block:,}, and allocated; ratio: held to the full cache's",
+    }
+    if setting.lengths:
+        lengths = ", ".join(f"{length:,}" for length in setting.lengths)
+        num_prompts = len(setting.lengths) * len(report.depths) * setting.trials
+        depths = f"{len(report.depths)} depth{'s' if len(report.depths) != 1 else ''}"
+        notes["keys"] = f"{num_prompts:,} pass keys in prompts of {lengths} tokens, {depths}, {setting.trials} each"
+    if report.max_positions is not None and report.longest > report.max_positions:
+        notes["beware"] = (
+            f"the model was made for {report.max_positions:,} tokens and read up to {report.longest:,}: the full "
+            "cache is no standard there"
+        )
+    caption = Table.grid(padding=(0, 2, 0, 0))
+    for name, note in notes.items():
+        caption.add_row(Text(name, "cyan"), Text(note, "dim"))
+    return caption
