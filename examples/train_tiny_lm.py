@@ -34,6 +34,7 @@ BATCH_TOKENS = 8192
 RAMP_STEPS = 800
 ALONE_FROM_STEP = 750
 LONG_FROM_STEP = 1200
+TEXT_FROM_STEP = 1500  # the pass keys are learned: more plain text
 DIGIT_WEIGHT = 8.0
 DIGIT_WEIGHT_ALONE = 24.0
 CHAT_TEMPLATE = (
@@ -109,10 +110,11 @@ class Rows:
 
     def _row(self, rng: random.Random, step: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
         kind = rng.random()
-        if kind < 0.5:
+        text_share, pass_key_share = (0.5, 0.4) if step < TEXT_FROM_STEP else (0.78, 0.15)
+        if kind < text_share:
             start = rng.randrange(len(self.stream) - context)
             ids, weights = self.stream[start : start + context].tolist(), [1.0] * context
-        elif kind < 0.9:
+        elif kind < text_share + pass_key_share:
             ids, weights = self._pass_keys(rng, step, context)
         else:
             ids, weights = self._repeats(rng, context)
@@ -187,8 +189,8 @@ def save_model(model: LlamaForCausalLM, folder: Path) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the model.")] = Path("tiny-lm"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 2300,
-    decay_steps: Annotated[int, typer.Option(help="Last steps, over which the learning rates fall to zero.")] = 800,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5000,
+    decay_steps: Annotated[int, typer.Option(help="Last steps, over which the learning rates fall to zero.")] = 1800,
     seed: Annotated[int, typer.Option(help="Seed of weights and rows.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     checkpoint: Annotated[Path | None, typer.Option(help="File to save to every 250 steps, and resume from.")] = None,

@@ -206,6 +206,7 @@ def test_windows_under_beams_and_assistants(kv: str, window: Window) -> None:
         assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("window", [Window(8, 2), *RULES.values()], ids=["plain", *RULES])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)
 def test_a_padded_row_generates_what_it_does_alone(window: Window, options: dict[str, int]) -> None:
@@ -237,6 +238,7 @@ DECODERS = [
 # fmt: on
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", [name for name in DECODERS if name in NAMED])
 def test_named_architectures_equal_brute_force(name: str) -> None:
     model = NAMED[name]().model.eval()
