@@ -53,7 +53,7 @@ class KVCache(DynamicCache):
         if rotary is None and self.kv.needs_rotary:
             rotary = _probe(config_or_model)
         self.layers: list[Any] = [
-            layer if index in cross else _replace(layer, index, self.kv.for_layer(index), (rotary or {}).get(index))
+            layer if index in cross else _replace(layer, index, self.kv.for_layer(index), rotary or {})
             for index, layer in enumerate(self.layers)
         ]
         self._check_layers()
@@ -82,14 +82,20 @@ class KVCache(DynamicCache):
 
     def _check_windows(self) -> None:
         window = self.kv.window
+        kept = {*window.global_layers, *window.global_heads} if isinstance(window, Window) else set()
+        for index in kept:
+            layer = self.layers[index]
+            if not isinstance(layer, OURS) or layer.is_sliding or self.kv.names_layer(index):
+                raise ValueError(
+                    f"Window.global_layers or global_heads names layer {index}, which the window is not for: it slides "
+                    "by itself, stays transformers' own, or has a config of its own in KVConfig.layers"
+                )
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, KVLayer) or not layer.is_sliding:
                 continue
             slides = f"it slides over {layer.sliding} tokens already"
             if self.kv.names_layer(index) and self.kv.for_layer(index).window is not None:
                 raise ValueError(f"KVConfig.layers gives layer {index} a window, but {slides}")
-            if isinstance(window, Window) and index in {*window.global_layers, *window.global_heads}:
-                raise ValueError(f"Window.global_layers or global_heads names layer {index}, but {slides}")
         if window is not None and not any(layer.window and not layer.is_sliding for layer in self.kv_layers):
             raise ValueError(
                 f"a window was asked for, but no attention layer of {self.model_type!r} is left for it: each already "
@@ -203,7 +209,7 @@ def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
     return probe_rotary(config_or_model)
 
 
-def _replace(layer: Any, index: int, kv: KVConfig, rotary: Rotary | None) -> Any:
+def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None]) -> Any:
     """A layer of ours in place of a plain full or sliding one; any other layer as it is."""
     if type(layer) is DynamicSlidingWindowLayer:
         return KVLayer(kv, sliding=layer.sliding_window)
@@ -212,6 +218,9 @@ def _replace(layer: Any, index: int, kv: KVConfig, rotary: Rotary | None) -> Any
     window = kv.window
     if isinstance(window, Window) and index in window.global_layers:
         return KVLayer(replace(kv, window=None))
+    if isinstance(window, Window) and window.needs_rotary and index not in known:
+        raise ValueError(f"`rotary` says nothing of layer {index}; leave it out, or give all that probe_rotary returns")
+    rotary = known.get(index)
     if isinstance(window, Window) and index in window.global_heads:
         return SplitLayer(kv, window.global_heads[index], rotary)
     return KVLayer(kv, rotary=rotary)

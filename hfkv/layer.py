@@ -52,7 +52,7 @@ class KVLayer(CacheLayerMixin):
         self._batch = 1
         self._reserved = 0
         self._assigned: dict[Part, torch.Tensor] = {}
-        self._tracked: torch.Tensor | None = None  # some states that autograd follows: see hfkv.view
+        self._tracked = False  # whether autograd follows some of the states: see hfkv.view
 
     def __repr__(self) -> str:
         return f"KVLayer({self.kv}{f', sliding={self.sliding}' if self.is_sliding else ''})"
@@ -104,7 +104,7 @@ class KVLayer(CacheLayerMixin):
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            self._tracked = key_states if key_states.requires_grad else value_states
+            self._tracked = True
         self.store.append(self.codec.encode(key_states.detach()) + self.codec.encode(value_states.detach()))
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -174,7 +174,7 @@ class KVLayer(CacheLayerMixin):
                 f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
                 "or tokens"
             )
-        if shown is not None and self.span.held_from and keys.shape[2] != shown.last - shown.first:
+        if shown is not None and self.span.gone_below and keys.shape[2] != shown.last - shown.first:
             raise ValueError(
                 f"this layer holds {shown.last - shown.first} of {self.span.seen} tokens seen and was assigned "
                 f"{keys.shape[2]}: their positions are unknown. Assign as many as it holds, or call reset() first"
@@ -183,7 +183,7 @@ class KVLayer(CacheLayerMixin):
 
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
         """Holds `keys` and `values` in place of what was `shown`, with its positions."""
-        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.held_from else (keys.shape[2], 0)
+        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
         pads = self.span.padding.of(keys.shape[0])
         self.reset()
         self.lazy_initialization(keys, values)

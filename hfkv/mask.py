@@ -50,6 +50,15 @@ class CausalMask(torch.Tensor):
         args, kwargs = tree_map_only(CausalMask, CausalMask.written, (args, kwargs))
         return func(*args, **kwargs)
 
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.written().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return self.written().tolist()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.written().clone()
+
     def written(self) -> torch.Tensor:
         """The whole mask as a plain tensor."""
         if self._written is None:
@@ -105,7 +114,11 @@ def _plainly_causal(
     newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
     if mask_function is not causal_mask_function or use_vmap or local_size is not None or kv_offset or not newest:
         return None
-    if torch.compiler.is_compiling() or (attention_mask is not None and attention_mask.shape[-1] < kv_length):
+    if (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (attention_mask is not None and attention_mask.shape[-1] < kv_length)
+    ):
         return None
     is_whole = attention_mask is None or bool(attention_mask[:, :kv_length].all())
     if is_whole and allow_is_causal_skip and q_length in (1, kv_length):
@@ -132,24 +145,43 @@ def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: 
         raise ValueError(f"the mask covers {mask.shape[-1]} tokens, the windowed cache has seen {seen}")
     if isinstance(mask, CausalMask):
         return mask.pads() if mask.shape[0] == batch else mask.pads() * batch
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    visible = _visible(mask)
     pads = _left_padding(visible[:, 0, -1], batch)
     starts = torch.tensor(pads, device=mask.device)[:, None, None, None]
     j = torch.arange(seen, device=mask.device)
     for first in range(0, num_queries, _ROWS):
         t = torch.arange(seen - num_queries, seen, device=mask.device)[first : first + _ROWS, None]
-        # What a pad token sees is nobody's affair.
-        agrees = (visible[:, :, first : first + _ROWS] == ((j <= t) & (j >= starts))) | (t < starts)
+        rows = visible[:, :, first : first + _ROWS]
+        # Pad tokens see nothing or, in some models' masks, everything; a text before the padding would see itself.
+        of_pads = (t < starts) & (rows == rows[..., :1]).all(-1, keepdim=True)
+        agrees = (rows == ((j <= t) & (j >= starts))) | of_pads
         if not bool(agrees.all()):
             raise NotImplementedError(_NOT_LEFT_PADDED)
     return pads
 
 
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """What a written mask shows, bool."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise TypeError(f"a 4D attention mask must be bool or additive (float), got {mask.dtype}")
+    hidden = mask <= _HIDDEN
+    if not bool((hidden | (mask == 0)).all()):
+        raise NotImplementedError(
+            "a windowed hfkv cache was given an additive mask with values between 0 and hidden (a bias of positions, "
+            "say), which its window would lose; leave the window out"
+        )
+    return hidden.logical_not()
+
+
 _ROWS = 512  # queries of a written mask looked at together
+_HIDDEN = -1e4  # what an additive mask adds at most to hide a key
 _NOT_LEFT_PADDED = (
-    "a windowed hfkv cache was given a mask that is not the causal one of a left-padded batch (gaps, right padding, "
-    "packed texts, or tokens that see what follows them): its window and sinks would be counted wrongly. Pad on the "
-    'left (tokenizer.padding_side = "left"), or leave the window out'
+    "a windowed hfkv cache was given a mask that is not the causal one of a left-padded batch (gaps, as padding behind "
+    "the virtual tokens of prefix tuning makes, right padding, packed texts, or tokens that see what follows them): "
+    'its window and sinks would be counted wrongly. Pad on the left (tokenizer.padding_side = "left"), or leave the '
+    "window out"
 )
 
 

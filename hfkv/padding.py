@@ -47,6 +47,11 @@ class LeftPadding:
             )
         self._pads = pads
 
+    def crop(self, left: int) -> None:
+        """Only the first `left` tokens of each row are left."""
+        if self._pads is not None:
+            self._pads = tuple(min(pad, left) for pad in self._pads)
+
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes the present row `rows[i]`."""
         if self._pads is not None:

@@ -143,6 +143,11 @@ def _plain_token(config: PreTrainedConfig) -> int:
     return next((token for token in range(middle, config.vocab_size) if token not in special), middle)
 
 
+def frequencies(model: Any) -> tuple[float, ...]:
+    """Numbers that change when the model's rotary frequencies do: casting a model rounds them."""
+    return tuple(float(found.double().sum()) for found in _frequencies(decoder_of(model)))
+
+
 def _frequencies(decoder: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The different rotary frequencies the decoder holds: float64 `[r / 2]`, on the CPU."""
     seen: list[torch.Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from array import array
 from collections.abc import Callable
 
@@ -14,7 +15,7 @@ class Schedule:
     """The lower bound ``L(t) = max over t' <= t of (t' + 1 - size(t' + 1))``: below it keys are gone for good.
 
     Args:
-        size: the most tokens a query sees, or None.
+        size: the most tokens a query sees; None only under ``"dynamic"``.
         sizes: ``"dynamic"``, a callable from tokens seen to size, or None for `size` alone.
     """
 
@@ -27,13 +28,16 @@ class Schedule:
             (first, last, min(size, self._cap)) for first, (last, size) in zip(firsts, steps, strict=False)
         )
         self._bounds = array("q")  # of a callable, as far as it has been asked
+        self._asking = threading.Lock()  # one window serves all caches of a model
 
     def lower_bound(self, t: int) -> int:
         """L(t), at least 0; 0 for positions before the text."""
         if t < 0:
             return 0
         if self._callable is not None:
-            self._ask(t)
+            if t >= len(self._bounds):
+                with self._asking:
+                    self._ask(t)
             return self._bounds[t]
         seen = t + 1
         return max(0, *(min(seen, last) - size for first, last, size in self._steps if first <= seen))
@@ -43,10 +47,10 @@ class Schedule:
         """The sizes as (first number of tokens seen, last, size); None where a callable says them."""
         return None if self._callable else self._steps
 
-    def capacity(self) -> int | None:
-        """The most tokens between L(t) and t, both included, at any t; None where nobody knows."""
+    def capacity(self) -> int:
+        """The most tokens between L(t) and t, both included, at any t."""
         if self._callable is not None:
-            return None if self._cap == _EVERYTHING else self._cap
+            return self._cap
         return max(min(last, size) for _, last, size in self._steps)
 
     def _ask(self, t: int) -> None:

@@ -88,7 +88,7 @@ def _joined(segments: Sequence[Segment]) -> Segment:
 
 def _scores(segment: Segment, scoring: Scoring) -> torch.Tensor:
     query = _fold(segment.query, segment.key.shape[1])
-    scores = query @ segment.key.transpose(2, 3) * scoring.scale
+    scores = (query * scoring.scale) @ segment.key.transpose(2, 3)  # scaled first: in half precision it may overflow
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)

@@ -58,12 +58,9 @@ class Span:
         """The lowest position that a query at `t` of any of `batch` rows attends to, sinks apart."""
         if self.window is None:
             return 0
-        bounds = []
-        for pad in set(self.padding.of(batch)):
-            bound = self.window.lower_bound(t - pad)
-            # Before a window moves, its row keeps the padding too: the model's plain masks stay true.
-            bounds.append(pad + bound if bound else 0)
-        return min(bounds)
+        bounds = {pad: self.window.lower_bound(t - pad) for pad in set(self.padding.of(batch))}
+        # Before any row's window moves, the padding stays too: the model's plain masks are true.
+        return min(pad + bound for pad, bound in bounds.items()) if any(bounds.values()) else 0
 
     def next_gone_below(self, batch: int) -> int:
         """What `gone_below` may become before the next forward."""
@@ -107,5 +104,4 @@ class Span:
         """The text is `left` tokens long again."""
         self.seen = left
         self._recorded_to = None
-        if left == 0:
-            self.padding.forget()
+        self.padding.crop(left)

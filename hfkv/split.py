@@ -144,7 +144,7 @@ class SplitLayer(CacheLayerMixin):
             "key": PartShape(slice(0), key_states.shape[1], key_states.shape[3], key_states.dtype),
             "value": PartShape(slice(0), value_states.shape[1], value_states.shape[3], value_states.dtype),
         }
-        return make_views(SplitTokens(tuple(groups), slots), None)
+        return make_views(SplitTokens(tuple(groups), slots), tracked=False)
 
     @property
     def keys(self) -> torch.Tensor | None:

@@ -94,18 +94,18 @@ class KVView(torch.Tensor):
         return self.held.decode(self.part)
 
 
-def make_views(held: Tokens, tracked: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def make_views(held: Tokens, tracked: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The key and value views of `held`.
 
     Args:
         held: the tokens.
-        tracked: some keys or values among them that autograd follows, or None.
+        tracked: whether autograd follows some of the keys or values.
     """
     parts: tuple[Part, Part] = ("key", "value")
-    if tracked is None or not torch.is_grad_enabled():
+    if not tracked or not torch.is_grad_enabled():
         key, value = (KVView(held, part) for part in parts)
     else:
-        key, value = (_InferenceOnly.apply(tracked, held, part) for part in parts)
+        key, value = (_InferenceOnly.apply(torch.zeros((), requires_grad=True), held, part) for part in parts)
     return key, value
 
 
@@ -141,7 +141,8 @@ def _decode_for_others(view: KVView) -> torch.Tensor:
         raise RuntimeError(
             "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
             'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
-            "take that attention cannot have a window (window=None)"
+            "take that attention, or that changes its keys between the cache and the attention, cannot have a window "
+            "(window=None)"
         )
     decoded = view.held.decode(view.part)
     return decoded if decoded.stride() == view.stride() else decoded.contiguous()

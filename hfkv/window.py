@@ -10,6 +10,7 @@ from typing import Any
 from hfkv.schedule import Schedule
 
 SINK_POSITIONS = ("absolute", "cache")
+_MOST = 1 << 40  # tokens
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Window:
     Language Models with Attention Sinks", arXiv 2309.17453).
 
     Args:
-        size: how many of the newest tokens a query sees, itself included; at least 1. With a `schedule` it may
-            be None, or limits what the schedule says.
+        size: how many of the newest tokens a query sees, itself included; at least 1. It limits what a
+            `schedule` says, and may be None under ``"dynamic"``.
         sinks: how many of the first tokens stay for good; at least 0.
         sink_positions: the distance a query sees to the sinks. ``"absolute"``: the true one, which grows with the
             text. ``"cache"``: as if the tokens between them and the window had never been, so no distance
@@ -53,6 +54,8 @@ class Window:
     summary_page_size: int = 64
 
     def __post_init__(self) -> None:
+        if callable(self.schedule) and self.size is None:
+            raise TypeError("Window.size must say the most that a schedule of your own returns, got None")
         if self.schedule is None or self.size is not None:
             _check_int("size", self.size, 1)
         _check_int("sinks", self.sinks, 0)
@@ -62,6 +65,8 @@ class Window:
             raise ValueError(f'Window.sink_positions must be "absolute" or "cache", got {self.sink_positions!r}')
         if self.summary not in (None, "mean"):
             raise ValueError(f'Window.summary must be None or "mean", got {self.summary!r}')
+        if self.summary is None and (self.summary_pages, self.summary_page_size) != (16, 64):
+            raise ValueError('Window.summary_pages and summary_page_size go with summary="mean"')
         if not (self.schedule in (None, "dynamic") or callable(self.schedule)):
             raise ValueError(
                 f'Window.schedule must be None, "dynamic" or a callable from tokens seen to a size, got '
@@ -122,15 +127,16 @@ class Window:
         """L(t): the lowest position above the sinks that a query at position `t` attends to."""
         return self.sizes.lower_bound(t)
 
-    def capacity(self) -> int | None:
-        """How many tokens are held at most between two steps of one token; None where nobody knows."""
-        most = self.sizes.capacity()
-        return None if most is None else self.num_slots + self.reach + most
+    def capacity(self) -> int:
+        """How many tokens are held at most between two steps of one token."""
+        return self.num_slots + self.reach + self.sizes.capacity()
 
 
 def _check_int(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"Window.{name} must be an int (a number of tokens), got {value!r}")
+    if value > _MOST:
+        raise ValueError(f"Window.{name} must be at most {_MOST:,}, got {value:,}; leave the window out")
     if value < least:
         raise ValueError(f"Window.{name} must be at least {least} token{'s' * (least != 1)}, got {value}")
 

@@ -84,8 +84,7 @@ class _Look:
 
     def block_length(self) -> int:
         """Queries looked at together: about half a window, so that little is computed in vain."""
-        capacity = self.window.capacity() if self.window else None
-        return MAX_BLOCK if capacity is None else min(max(capacity // 2, MIN_BLOCK), MAX_BLOCK)
+        return min(max(self.window.capacity() // 2, MIN_BLOCK), MAX_BLOCK) if self.window else MAX_BLOCK
 
     def sees_all_held(self, t: int) -> bool:
         """Whether a query at `t` of any row sees every key there is, each as it lies."""
@@ -100,7 +99,8 @@ class _Look:
         """The stretches that queries at `begin .. end - 1` see, `query` `[B, Hq, end - begin, D]`."""
         t = torch.arange(begin, end, device=self.device)
         bounds = self._lower_bounds(begin, end)  # [B or 1, q]
-        oldest = max(self.held.held_from, min(int(bound) for bound in bounds[:, 0].tolist()))
+        # A pad token is before its row's bound and sees itself.
+        oldest = max(self.held.held_from, min(begin, *(int(bound) for bound in bounds[:, 0].tolist())))
         if oldest - self.held.held_from > FEW_MORE or self.is_turned or (self.window and self.window.summary):
             return self._apart(query, t, bounds, oldest, end)
         return [self._together(query, t, bounds, end)]
@@ -206,13 +206,17 @@ class _Look:
         t = torch.arange(begin, end, device=self.device) - self.starts  # within a row's own text
         steps = self.window.sizes.steps
         if steps is None:
-            first = max(begin - max(self.pads), 0)
-            asked = [self.window.lower_bound(i) for i in range(first, max(end - min(self.pads), first + 1))]
-            bounds = torch.tensor(asked, device=self.device)[(t - first).clamp_min(0)] * (t >= 0)
+            bounds = self._asked(begin, end) * (t >= 0)
         else:
             parts = [((t + 1).clamp_max(last) - size) * (t + 1 >= first) for first, last, size in steps]
             bounds = torch.stack(parts).amax(0).clamp_min(0)
         return self.starts + bounds
+
+    def _asked(self, begin: int, end: int) -> torch.Tensor:
+        """L of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
+        assert self.window is not None
+        by_pad = {pad: [self.window.lower_bound(t - pad) for t in range(begin, end)] for pad in set(self.pads)}
+        return torch.tensor([by_pad[pad] for pad in self.pads], device=self.device)
 
     def _visible(self, positions: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         """The rule, bool `[B or 1, q, n]`; a pad token, which nobody listens to, sees itself."""

@@ -86,6 +86,8 @@ def _heads(text: str) -> dict[int, tuple[int, ...]]:
     heads = {}
     for part in text.split(","):
         layer, _, indices = part.partition("=")
+        if int(layer) in heads:
+            raise ValueError
         heads[int(layer)] = _indices(indices)
     return heads
 

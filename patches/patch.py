@@ -15,7 +15,7 @@ from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
-from hfkv.probe import probe_rotary
+from hfkv.probe import frequencies, probe_rotary
 from hfkv.rotary import Rotary
 
 logger = logging.getLogger("hfkv")
@@ -31,6 +31,7 @@ class Patch:
         model: the patched `PreTrainedModel` (the base model, where a `PeftModel` was given).
         kv: the policies every new cache gets.
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
+        rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
     """
@@ -41,13 +42,30 @@ class Patch:
         self.own_attention: str | None = None
         self.own_layers: dict[int, str] = {}
         self.exact_rotary = False
-        self.rotary: dict[int, Rotary | None] | None = None  # where a window needs it
+        self._rotary: dict[int, Rotary | None] | None = None
+        self._frequencies: tuple[float, ...] = ()
         self._undo = Undo()
 
     def undo(self) -> None:
         """Puts the model back as it was. Calling it twice is harmless."""
-        self._undo.restore()
-        _inside.difference_update(_models(self.model))
+        try:
+            self._undo.restore()
+        finally:
+            _inside.difference_update(_models(self.model))
+
+    @property
+    def rotary(self) -> dict[int, Rotary | None] | None:
+        """How the model rotates its keys, by layer, where a window needs to know; None where none does.
+
+        Raises:
+            ValueError: the model rotates them in no way that is understood.
+        """
+        if not self.kv.needs_rotary:
+            return None
+        # A cast since has rounded the frequencies: then they are found out again.
+        if self._rotary is None or self._frequencies != frequencies(self.model):
+            self._rotary, self._frequencies = probe_rotary(self.model), frequencies(self.model)
+        return self._rotary
 
     def __enter__(self) -> Patch:
         return self
@@ -94,8 +112,6 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         )
     handle = Patch(base, KVConfig.of(kv))
     check_generate(base)
-    if handle.kv.needs_rotary:
-        handle.rotary = probe_rotary(base)
     probe = KVCache(base, handle.kv, handle.rotary)
     ours = probe.kv_layers
     handle.own_layers = {i: type(layer).__name__ for i, layer in enumerate(probe.layers) if layer not in ours}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 _ABSENT = "hfkv: the instance had no such attribute"
 
 
@@ -37,5 +39,7 @@ class Undo:
         while self._copies:
             original, copied, at_first = self._copies.pop()
             for name, value in vars(copied).items():
-                if name not in at_first or at_first[name] != value:
+                # A part of the config is compared by identity: it has a copy, and an entry, of its own.
+                before = at_first.get(name, _ABSENT)
+                if before is not value and (isinstance(value, PreTrainedConfig) or before != value):
                     vars(original)[name] = value

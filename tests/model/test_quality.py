@@ -35,7 +35,7 @@ def test_the_bundled_model_predicts_text_it_has_not_seen(bundled: tuple[Any, Any
     model, _, ids = bundled
     report = held_out_loss(model, ids, CONTEXT)
     assert report.num_tokens == 168_758
-    assert report.nats <= 0.95  # 0.9333 was measured; the bound asked for is 1.0
+    assert report.nats <= 0.88  # 0.8759 was measured in bfloat16
 
 
 @pytest.mark.parametrize(

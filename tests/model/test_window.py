@@ -129,8 +129,8 @@ DYNAMIC = {
 RULES = {
     "cache": Window(12, 3, sink_positions="cache"),
     "cache, many sinks": Window(4, 9, sink_positions="cache"),
-    "shrinks": Window(schedule=DYNAMIC["shrinks"], sinks=2),
-    "jumps": Window(schedule=DYNAMIC["jumps"], sinks=2, sink_positions="cache"),
+    "shrinks": Window(40, schedule=DYNAMIC["shrinks"], sinks=2),
+    "jumps": Window(80, schedule=DYNAMIC["jumps"], sinks=2, sink_positions="cache"),
     "global heads": Window(9, 2, global_heads={1: [0]}),
     "global layer": Window(9, 2, global_layers=[1]),
     "summary": Window(10, 3, summary="mean", summary_pages=3, summary_page_size=4),

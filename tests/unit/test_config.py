@@ -47,6 +47,7 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
         ("window:8+summary:max", "Window.summary must be None or \"mean\", got 'max'"),
         ("window:8+sink_positions:near", 'Window.sink_positions must be "absolute" or "cache", got \'near\''),
         ("window:8+global_layers:0,1", "global_layers takes layers such as 0.5, got '0,1'"),
+        ("window:8+global_heads:2=0,2=1", "global_heads takes kv heads by layer"),
         ("window:8+global_heads:2.1", "global_heads takes kv heads by layer"),
         ("window:-5", "Window.size must be at least 1 token, got -5"),
         ("window:4+sinks:-1", "Window.sinks must be at least 0 tokens, got -1"),
@@ -128,6 +129,9 @@ def test_configs_are_values() -> None:
         ({"size": 5, "global_heads": {0: []}}, ValueError),
         ({"size": 5, "global_heads": {0: [1]}, "global_layers": [0]}, ValueError),
         ({"size": 5, "summary": "mean", "summary_pages": 0}, ValueError),
+        ({"size": 5, "summary_pages": 3}, ValueError),
+        ({"size": 1 << 70}, ValueError),
+        ({"schedule": lambda seen: 3}, TypeError),
     ],
 )
 def test_a_bad_window_raises(fields: dict, error: type[Exception]) -> None:
