@@ -115,8 +115,13 @@ class HeldTokens:
         return self.codec.decode(held, self.parts[part].head_dim, self.parts[part].dtype)
 
     def hides_tokens(self, pads: tuple[int, ...]) -> bool:
-        """Whether the window has moved, so that the newest query of some row no longer sees all of its text."""
-        return self.window is not None and any(self.window.lower_bound(self.seen - 1 - pad) for pad in set(pads))
+        """Whether the window has moved, so that the newest query of some row no longer sees all of its text.
+
+        Of rows that have gone since, tokens may be missing that were padding to those that are left.
+        """
+        if self.window is None:
+            return False
+        return self.gone_below > 0 or any(self.window.lower_bound(self.seen - 1 - pad) for pad in set(pads))
 
     def slots(self, pads: tuple[int, ...]) -> Slots:
         """What stands before the newest tokens.

@@ -74,8 +74,8 @@ class KVLayer(CacheLayerMixin):
         self._store = make_store(self.kv.store, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
         self._store.reserve(self._reserved + self._num_slots)
         slots = (
-            torch.zeros_like(states[:, :, :1]).expand(-1, -1, self._num_slots, -1)
-            for states in (key_states.detach(), value_states.detach())
+            states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
+            for states in (key_states, value_states)
         )
         self._append(*slots)
         self.is_initialized = True

@@ -148,8 +148,12 @@ def _summaries(model: Any, k: torch.Tensor, v: torch.Tensor, window: Window) -> 
 
 
 def turned(model: Any, states: torch.Tensor, by: list[int]) -> torch.Tensor:
-    """`[T, D]` rotated `by` positions further, by the model's own code."""
+    """`[T, D]` rotated `by` positions further, by the model's own code but for angles in float64."""
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
     states = states[None, None]
-    cos, sin = model.model.rotary_emb(states, torch.tensor([by]))
+    rotary = model.model.rotary_emb
+    angles = torch.tensor([by], dtype=torch.float64)[..., None] * rotary.inv_freq.double()
+    if rotary(states, torch.tensor([by]))[0].shape[-1] == 2 * angles.shape[-1]:
+        angles = torch.cat((angles, angles), dim=-1)
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
     return apply(states, states, cos, sin)[0][0, 0]

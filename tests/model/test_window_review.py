@@ -221,3 +221,18 @@ def test_beams_of_a_padded_batch_after_a_crop_keep_their_padding() -> None:
         cache = KVCache(model, "window:8")
         found = model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, num_beams=2)
     assert torch.equal(expected, found)
+
+
+def test_rows_that_are_left_may_have_been_padding_where_the_others_windows_moved() -> None:
+    model = llama()
+    mask = torch.ones(2, 31, dtype=torch.long)
+    mask[1, :25] = 0
+    ids = text(2, 31)
+    with torch.no_grad(), hfkv.patch(model, "window:10"):
+        cache = KVCache(model, "window:10")
+        for first in range(30):
+            model(ids[:, first : first + 1], attention_mask=mask[:, : first + 1], past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([1]))
+        ours = model(ids[1:, 30:], attention_mask=mask[1:], past_key_values=cache).logits
+        alone = model(ids[1:, 25:], past_key_values=KVCache(model, "window:10")).logits[:, -1:]
+    torch.testing.assert_close(ours, alone, atol=1e-4, rtol=1e-4)
