@@ -1,5 +1,6 @@
 """The examples run as they are, in a process of their own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -61,3 +62,12 @@ def test_pipeline_lora_device_map_uses_the_adapter_it_is_given(tmp_path):
         for name, std in (("none", 0.0), ("strong", 0.2))
     )
     assert none != strong
+
+
+def test_endless_text_goes_on_in_the_same_bytes(tmp_path):
+    figures = tmp_path / "figures.json"
+    printed = run("endless_text.py", "--new-tokens", "2001", "--json", figures, temporary=tmp_path)
+    assert "The text ends:" in printed
+    rows = json.loads(figures.read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1000, 2000]
+    assert rows[0]["nbytes"] == rows[1]["nbytes"] > 0

@@ -143,6 +143,7 @@ def test_a_small_window_gives_other_numbers(bundled: tuple[Any, Any], tasks: Pat
 
 
 def test_padded_rows_score_as_they_do_alone(bundled: tuple[Any, Any], tasks: Path) -> None:
+    harness()
     model, tokenizer = bundled
     alone, together = (
         evaluate(lm_eval_model(model, tokenizer, "int4+window:64", batch_size=size), tasks, "hfkv_text")
