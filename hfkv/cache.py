@@ -58,6 +58,7 @@ class KVCache(DynamicCache):
         ]
         self._check_layers()
         self._check_windows()
+        self._check_heads(config)
 
     def _check_layers(self) -> None:
         if not self.kv_layers:
@@ -101,6 +102,17 @@ class KVCache(DynamicCache):
                 f"a window was asked for, but no attention layer of {self.model_type!r} is left for it: each already "
                 "slides over tokens of its own, or global_layers or KVConfig.layers keep it whole; leave the window out"
             )
+
+    def _check_heads(self, config: PreTrainedConfig) -> None:
+        count = getattr(config, "num_key_value_heads", None)
+        heads = self.kv.window.global_heads if isinstance(self.kv.window, Window) else {}
+        for index, named in heads.items():
+            # Layers may differ from the config (and a part of a model has fewer): those find out at the first key.
+            if isinstance(count, int) and (named[-1] >= count or len(named) == count):
+                raise ValueError(
+                    f"Window.global_heads names the kv heads {list(named)} of layer {index}; it has 0-{count - 1}, and "
+                    "at least one must slide (global_layers keeps whole layers)"
+                )
 
     @property
     def kv_layers(self) -> list[KVLayer | SplitLayer]:

@@ -152,7 +152,8 @@ class KVConfig:
             return cls.parse(kv)
         if isinstance(kv, KVConfig):
             return kv
-        raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}')
+        hint = "; write KVConfig(window=...) around it" if isinstance(kv, Window) else ""
+        raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}{hint}')
 
     def __str__(self) -> str:
         return "+".join(words_of(self))

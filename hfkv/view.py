@@ -141,8 +141,8 @@ def _decode_for_others(view: KVView) -> torch.Tensor:
         raise RuntimeError(
             "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
             'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
-            "take that attention, or that changes its keys between the cache and the attention, cannot have a window "
-            "(window=None)"
+            "take that attention, or that changes its keys between the cache and the attention, can have a cache "
+            "without a window only"
         )
     decoded = view.held.decode(view.part)
     return decoded if decoded.stride() == view.stride() else decoded.contiguous()

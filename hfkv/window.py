@@ -59,7 +59,7 @@ class Window:
         if self.schedule is None or self.size is not None:
             _check_int("size", self.size, 1)
         _check_int("sinks", self.sinks, 0)
-        _check_int("summary_pages", self.summary_pages, 1)
+        _check_int("summary_pages", self.summary_pages, 1, "page")
         _check_int("summary_page_size", self.summary_page_size, 1)
         if self.sink_positions not in SINK_POSITIONS:
             raise ValueError(f'Window.sink_positions must be "absolute" or "cache", got {self.sink_positions!r}')
@@ -132,13 +132,13 @@ class Window:
         return self.num_slots + self.reach + self.sizes.capacity()
 
 
-def _check_int(name: str, value: object, least: int) -> None:
+def _check_int(name: str, value: object, least: int, unit: str = "token") -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Window.{name} must be an int (a number of tokens), got {value!r}")
+        raise TypeError(f"Window.{name} must be an int (a number of {unit}s), got {value!r}")
     if value > _MOST:
         raise ValueError(f"Window.{name} must be at most {_MOST:,}, got {value:,}; leave the window out")
     if value < least:
-        raise ValueError(f"Window.{name} must be at least {least} token{'s' * (least != 1)}, got {value}")
+        raise ValueError(f"Window.{name} must be at least {least} {unit}{'s' * (least != 1)}, got {value}")
 
 
 def _indices(name: str, given: Iterable[int]) -> tuple[int, ...]:

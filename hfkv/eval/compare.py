@@ -124,6 +124,8 @@ def distinct(configs: Sequence[hfkv.KVConfig | str]) -> dict[str, hfkv.KVConfig]
     Raises:
         TypeError, ValueError: One cannot be read.
     """
+    if isinstance(configs, (str, hfkv.KVConfig)):
+        raise TypeError(f"configs must be a list of configs, got one: write [{configs!r}]")
     found = {FULL: hfkv.KVConfig()}
     for given in configs:
         kv = hfkv.KVConfig.of(given)

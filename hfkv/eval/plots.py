@@ -17,7 +17,7 @@ MOST_DOTS = 32
 
 
 def write_plots(
-    folder: Path,
+    folder: Path | str,
     reports: Sequence[CacheReport],
     grids: Mapping[str, torch.Tensor] | None = None,
     lengths: Sequence[int] = (),
@@ -47,6 +47,7 @@ def write_plots(
     for kv, grid in (grids or {}).items():
         name = re.sub(r"[^A-Za-z0-9.]+", "-", kv).strip("-")
         figures[f"pass_keys_{name}"] = _pass_keys(kv, grid, lengths, depths)
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures.items():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import hfkv
+import hfkv.eval
 from hfkv import KVCache, KVConfig, Window
 from tests import brute_force
 from tests.tiny import greedy, llama, llama_config, prompt
@@ -236,3 +237,18 @@ def test_rows_that_are_left_may_have_been_padding_where_the_others_windows_moved
         ours = model(ids[1:, 30:], attention_mask=mask[1:], past_key_values=cache).logits
         alone = model(ids[1:, 25:], past_key_values=KVCache(model, "window:10")).logits[:, -1:]
     torch.testing.assert_close(ours, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [[0, 1], [7]], ids=["all", "not there"])
+def test_global_heads_that_leave_none_to_slide_are_refused_before_any_forward(heads: list[int]) -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"of layer 1; it has 0-1, and at least one must slide"):
+        hfkv.patch(model, KVConfig(window=Window(8, global_heads={1: heads})))
+
+
+def test_a_window_or_one_config_in_the_wrong_place_says_where_it_belongs() -> None:
+    model = llama()
+    with pytest.raises(TypeError, match=r"write KVConfig\(window=...\) around it"):
+        hfkv.patch(model, Window(8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"write \['int8'\]"):
+        hfkv.eval.compare(model, torch.arange(9), "int8")
