@@ -118,7 +118,7 @@ def hfkv_attention(
             return _windowed(query, key, value, pads, scoring)
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
     if isinstance(attention_mask, CausalMask):
-        attention_mask = attention_mask.written()
+        attention_mask = attention_mask.plain()
 
     if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(attention_class):
         mask = _additive(attention_mask, query, key, is_causal)

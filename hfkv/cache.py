@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from hfkv.config import KVConfig
 from hfkv.layer import KVLayer
-from hfkv.probe import probe_rotary
+from hfkv.probe import cross_attention_layers, probe_rotary
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
 from hfkv.stores.base import storage_bytes
@@ -48,8 +48,7 @@ class KVCache(DynamicCache):
         self.kv = KVConfig.of(kv)
         self.model_type: str = config.model_type
         super().__init__(config=config)
-        # Some multimodal decoders (mllama) cache cross-attention in the same list.
-        cross = set(getattr(config, "cross_attention_layers", None) or ())
+        cross = cross_attention_layers(config)
         if rotary is None and self.kv.needs_rotary:
             rotary = _probe(config_or_model)
         self.layers: list[Any] = [

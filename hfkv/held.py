@@ -76,9 +76,13 @@ class HeldTokens:
     first: int  # index among the held tokens of the first one the views show
     last: int
     seen: int  # tokens since the start, padding included
-    held_from: int  # the oldest position held, slots apart
-    gone_below: int
+    gone_below: int  # below it no query to come sees a token, slots apart
     version: int  # of the store
+
+    @property
+    def held_from(self) -> int:
+        """The oldest position held, slots apart."""
+        return self.window.held_from(self.gone_below) if self.window else 0
 
     @property
     def is_windowed(self) -> bool:
@@ -130,4 +134,4 @@ class HeldTokens:
             pads: pad tokens of each row.
         """
         assert self.window is not None
-        return Slots(self.window, pads, self.held_from, self.gone_below)
+        return Slots(self.window, pads, self.gone_below)

@@ -21,7 +21,7 @@ def keep(held: HeldTokens, gone_below: int) -> None:
     assert held.window is not None
     window = held.window
     before = held.slots(held.padding.of(held.batch))
-    after = replace(before, gone_below=gone_below, held_from=max(gone_below - window.reach, 0))
+    after = replace(before, gone_below=gone_below)
     leaving = before.sinks_leaving(after.held_from, held.device)
     pages = _summaries(held, before, after)
     if leaving is not None:

@@ -135,7 +135,6 @@ class KVLayer(CacheLayerMixin):
             first=first,
             last=self.store.length,
             seen=self.span.seen,
-            held_from=self.span.held_from,
             gone_below=self.span.gone_below,
             version=self.store.version,
         )

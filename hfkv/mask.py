@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from hfkv.stand_in import StandIn
 
-class CausalMask(torch.Tensor):
+
+class CausalMask(StandIn):
     """A bool mask `[B, 1, q, kv]`: causal, with the gaps of a 2D attention mask.
 
     The windowed attention reads `pads`; any torch operation sees the whole mask, made once.
@@ -30,13 +31,8 @@ class CausalMask(torch.Tensor):
         mask._written = mask._pads = None
         return mask
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"CausalMask(shape={tuple(self.shape)}, device={self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -46,20 +42,11 @@ class CausalMask(torch.Tensor):
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, torch.bool):
             mask = args[0].attention_mask
             device = kwargs.get("device", args[0].device)
-            return cls(args[0].shape[0], *args[0].shape[2:], mask if mask is None else mask.to(device), device)
-        args, kwargs = tree_map_only(CausalMask, CausalMask.written, (args, kwargs))
-        return func(*args, **kwargs)
+            batch, _, q_length, kv_length = args[0].shape
+            return cls(batch, q_length, kv_length, None if mask is None else mask.to(device), device)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def numpy(self, **kwargs: Any) -> Any:
-        return self.written().numpy(**kwargs)
-
-    def tolist(self) -> Any:
-        return self.written().tolist()
-
-    def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return self.written().clone()
-
-    def written(self) -> torch.Tensor:
+    def plain(self) -> torch.Tensor:
         """The whole mask as a plain tensor."""
         if self._written is None:
             batch, _, q_length, kv_length = self.shape

@@ -14,10 +14,6 @@ class LeftPadding:
     def __init__(self) -> None:
         self._pads: tuple[int, ...] | None = None
 
-    def __bool__(self) -> bool:
-        """Whether any row has padding."""
-        return bool(self._pads) and any(self._pads)  # type: ignore[arg-type]
-
     def forget(self) -> None:
         """Nothing is known."""
         self._pads = None

@@ -32,7 +32,7 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
     Raises:
         ValueError: the keys or values of a layer depend on positions in any other way.
     """
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     config = base.config.get_text_config(decoder=True)
     decoder = decoder_of(base)
     reason = _refusal(base, config, decoder)
@@ -45,6 +45,16 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
         layers = _layers_at(positions, decoder, config)
         frequencies = list(_frequencies(decoder))
         return {index: _rotary_of(index, layer, positions, frequencies, config) for index, layer in layers.items()}
+
+
+def base_model(model: Any) -> Any:
+    """The transformers model itself: inside a `PeftModel`, or what was given."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cross_attention_layers(config: PreTrainedConfig) -> set[int]:
+    """The layers whose cross-attention some multimodal decoders (mllama) cache in the same list."""
+    return set(getattr(config, "cross_attention_layers", None) or ())
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -109,8 +119,7 @@ def _layers_at(positions: torch.Tensor, decoder: Any, config: PreTrainedConfig) 
     finally:
         for module in training:
             module.training = True
-    # Some multimodal decoders (mllama) cache cross-attention in the same list.
-    cross = set(getattr(config, "cross_attention_layers", None) or ())
+    cross = cross_attention_layers(config)
     return {i: layer for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and i not in cross}
 
 
@@ -145,7 +154,7 @@ def _plain_token(config: PreTrainedConfig) -> int:
 
 def frequencies(model: Any) -> tuple[float, ...]:
     """Numbers that change when the model's rotary frequencies do: casting a model rounds them."""
-    return tuple(float(found.double().sum()) for found in _frequencies(decoder_of(model)))
+    return tuple(float(found.sum()) for found in _frequencies(decoder_of(model)))
 
 
 def _frequencies(decoder: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -14,7 +14,7 @@ NOWHERE = -1
 
 @dataclass(frozen=True)
 class Slots:
-    """The `window.num_slots` first tokens of a store, while the oldest other token held is at `held_from`.
+    """The `window.num_slots` first tokens of a store, while below `gone_below` no query to come sees a token.
 
     Slot i < sinks of a row with `pad` pad tokens is for position ``pad + i`` and is filled once that is below
     `held_from`. The summary of page p, filled once the page is below `gone_below`, is in slot
@@ -23,8 +23,12 @@ class Slots:
 
     window: Window
     pads: tuple[int, ...]
-    held_from: int
     gone_below: int
+
+    @property
+    def held_from(self) -> int:
+        """The oldest position held behind the slots."""
+        return self.window.held_from(self.gone_below)
 
     @property
     def sinks_filled(self) -> bool:

@@ -41,7 +41,7 @@ class Span:
     @property
     def held_from(self) -> int:
         """The first position held."""
-        return max(self.gone_below - self.window.reach, 0) if self.window else 0
+        return self.window.held_from(self.gone_below) if self.window else 0
 
     def start_recording(self) -> None:
         """From here on, what the forwards since the last crop added can be cropped again."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from hfkv.held import Part, Tokens
+from hfkv.stand_in import StandIn
 
 _WRITE = (
     "{} writes to the keys or values of an hfkv cache; the write would be lost. Clone them first, or assign to "
@@ -15,7 +16,7 @@ _WRITE = (
 )
 
 
-class KVView(torch.Tensor):
+class KVView(StandIn):
     """Keys or values `[B, H, T, D]` of one layer, decoded when they are read.
 
     The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
@@ -46,23 +47,16 @@ class KVView(torch.Tensor):
         view.held, view.part = held, part
         return view
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"KVView({self.part}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        kwargs = kwargs or {}
         if func._schema.is_mutable:
-            _refuse_writes(func, args, kwargs)
-        args, kwargs = tree_map_only(KVView, _decode_for_others, (args, kwargs))
-        return func(*args, **kwargs)
+            _refuse_writes(func, args, kwargs or {})
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # Torch would write to a slice of what is decoded.
@@ -74,18 +68,17 @@ class KVView(torch.Tensor):
     def apply_(self, *args: Any) -> torch.Tensor:
         raise RuntimeError(_WRITE.format("apply_"))
 
-    def numpy(self, **kwargs: Any) -> Any:
-        return _decode_for_others(self).clone().numpy(**kwargs)
-
-    def tolist(self) -> Any:
-        return _decode_for_others(self).tolist()
-
-    def __deepcopy__(self, memo: Any) -> torch.Tensor:
-        return _decode_for_others(self).clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # A pickled view is the tensor it stands for, without the cache behind it.
-        return _decode_for_others(self).clone().__reduce_ex__(protocol)
+    def plain(self) -> torch.Tensor:
+        """The tokens decoded, for code that knows nothing of windows."""
+        if self.held.is_windowed:
+            raise RuntimeError(
+                "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
+                'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
+                "take that attention, or that changes its keys between the cache and the attention, can have a cache "
+                "without a window only"
+            )
+        decoded = self.held.decode(self.part)
+        return decoded if decoded.stride() == self.stride() else decoded.contiguous()
 
     def decoded(self) -> torch.Tensor:
         """The plain tensor, for code that applies the window itself."""
@@ -134,18 +127,6 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return grads[0]
-
-
-def _decode_for_others(view: KVView) -> torch.Tensor:
-    if view.held.is_windowed:
-        raise RuntimeError(
-            "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
-            'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
-            "take that attention, or that changes its keys between the cache and the attention, can have a cache "
-            "without a window only"
-        )
-    decoded = view.held.decode(view.part)
-    return decoded if decoded.stride() == view.stride() else decoded.contiguous()
 
 
 def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:

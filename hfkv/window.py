@@ -65,7 +65,8 @@ class Window:
             raise ValueError(f'Window.sink_positions must be "absolute" or "cache", got {self.sink_positions!r}')
         if self.summary not in (None, "mean"):
             raise ValueError(f'Window.summary must be None or "mean", got {self.summary!r}')
-        if self.summary is None and (self.summary_pages, self.summary_page_size) != (16, 64):
+        defaults = (Window.summary_pages, Window.summary_page_size)
+        if self.summary is None and (self.summary_pages, self.summary_page_size) != defaults:
             raise ValueError('Window.summary_pages and summary_page_size go with summary="mean"')
         if not (self.schedule in (None, "dynamic") or callable(self.schedule)):
             raise ValueError(
@@ -122,6 +123,10 @@ class Window:
     def reach(self) -> int:
         """How many tokens below the lower bound stay: a page may wait to be summarised."""
         return self.summary_page_size if self.summary else 0
+
+    def held_from(self, gone_below: int) -> int:
+        """The oldest position held, slots apart, where below `gone_below` no query to come sees a token."""
+        return max(gone_below - self.reach, 0)
 
     def lower_bound(self, t: int) -> int:
         """L(t): the lowest position above the sinks that a query at position `t` attends to."""

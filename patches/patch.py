@@ -15,7 +15,7 @@ from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
-from hfkv.probe import frequencies, probe_rotary
+from hfkv.probe import base_model, frequencies, probe_rotary
 from hfkv.rotary import Rotary
 
 logger = logging.getLogger("hfkv")
@@ -63,8 +63,9 @@ class Patch:
         if not self.kv.needs_rotary:
             return None
         # A cast since has rounded the frequencies: then they are found out again.
-        if self._rotary is None or self._frequencies != frequencies(self.model):
-            self._rotary, self._frequencies = probe_rotary(self.model), frequencies(self.model)
+        now = frequencies(self.model)
+        if self._rotary is None or self._frequencies != now:
+            self._rotary, self._frequencies = probe_rotary(self.model), now
         return self._rotary
 
     def __enter__(self) -> Patch:
@@ -163,7 +164,7 @@ def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def _base_model(model: Any) -> PreTrainedModel:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     if not isinstance(base, PreTrainedModel):
         hint = "; give its .model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
         raise TypeError(f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}{hint}")

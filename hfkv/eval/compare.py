@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import hfkv
 from hfkv.eval.divergence import kl_divergence
 from hfkv.eval.loss import perplexity
-from hfkv.eval.reader import CHUNK, CacheReader, base_model, check_model, chunk_slices, each_warning_once
+from hfkv.eval.reader import CHUNK, CacheReader, check_model, chunk_slices, each_warning_once
 from hfkv.eval.similarity import attention_outputs, cosines
+from hfkv.probe import base_model
 
 FULL = "none"
 

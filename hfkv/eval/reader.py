@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import hfkv
+from hfkv.probe import base_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 # Tokens a forward: so that most of a text is read through what the cache kept of it.
 CHUNK = 128
@@ -84,11 +85,6 @@ def check_model(model: Any) -> None:
             f"the adapter ({adapter.peft_type.value}) puts learned states before every forward, also in the middle of "
             "a text that is read in chunks; hfkv.eval measures LoRA and the like"
         )
-
-
-def base_model(model: Any) -> PreTrainedModel:
-    """The transformers model itself: inside a `PeftModel`, or what was given."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def chunk_slices(num_tokens: int, chunk: int) -> list[slice]:

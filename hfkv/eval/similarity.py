@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import hfkv
-from hfkv.eval.reader import CHUNK, CacheReader, base_model, chunk_slices, each_warning_once
+from hfkv.eval.reader import CHUNK, CacheReader, chunk_slices, each_warning_once
+from hfkv.probe import base_model
 
 
 @torch.inference_mode()

@@ -1,0 +1,41 @@
+"""`StandIn`: a tensor without values of its own, that stands for a plain one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+
+class StandIn(torch.Tensor):
+    """Every torch operation, copy and pickle of it sees `plain()` instead."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+
+    def plain(self) -> torch.Tensor:
+        """The tensor it stands for."""
+        raise NotImplementedError
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map_only(StandIn, lambda stand_in: stand_in.plain(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def numpy(self, **kwargs: Any) -> Any:
+        return self.plain().clone().numpy(**kwargs)
+
+    def tolist(self) -> Any:
+        return self.plain().tolist()
+
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.plain().clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # What is pickled is the plain tensor, without what is behind this one.
+        return self.plain().clone().__reduce_ex__(protocol)
