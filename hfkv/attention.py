@@ -15,9 +15,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
-from hfkv.held import HeldTokens
+from hfkv.fused import fused_attention
+from hfkv.held import HeldTokens, Part
+from hfkv.kernels.inputs import Scoring
 from hfkv.mask import CausalMask, hfkv_mask, left_padding
-from hfkv.segments import Scoring
 from hfkv.split import SplitTokens
 from hfkv.view import KVView
 from hfkv.windowed import windowed_attention
@@ -116,6 +117,12 @@ def hfkv_attention(
             return _split(query, key.held, pads, scoring)
         if isinstance(key.held, HeldTokens) and key.held.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
+    elif isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and position_bias is None:
+        assert isinstance(key.held, HeldTokens)
+        scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
+        output = fused_attention(query, key.held, attention_mask, is_causal, scoring)
+        if output is not None:
+            return output.transpose(1, 2).contiguous(), None
     key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.plain()
@@ -194,7 +201,10 @@ def _windowed(
     query: torch.Tensor, key: KVView, value: KVView, pads: tuple[int, ...], scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     assert isinstance(key.held, HeldTokens)
-    output, weights = windowed_attention(query, key.held, key.decoded(), value.decoded(), pads, scoring)
+    tracked: dict[Part, torch.Tensor] | None = None
+    if key.requires_grad:
+        tracked = {"key": key.decoded(), "value": value.decoded()}
+    output, weights = windowed_attention(query, key.held, pads, scoring, tracked)
     return output.transpose(1, 2).contiguous(), weights
 
 

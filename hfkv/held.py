@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from hfkv.codecs import Codec
+from hfkv.kernels.inputs import Encoded
+from hfkv.layout import Layout
 from hfkv.padding import LeftPadding
 from hfkv.rotary import Rotary
 from hfkv.slots import Slots
@@ -58,7 +60,7 @@ class Tokens(Protocol):
     def is_windowed(self) -> bool: ...
     def shape(self, part: Part) -> tuple[int, int, int, int]: ...
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]: ...
-    def decode(self, part: Part) -> torch.Tensor: ...
+    def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,17 +108,38 @@ class HeldTokens:
         _, heads, count, head_dim = self.shape(part)
         return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
 
-    def decode(self, part: Part) -> torch.Tensor:
-        """The tokens as a plain `[B, H, T, D]`.
+    def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The tokens `first .. last - 1` of those shown, all by default, as a plain `[B, H, T, D]`.
 
         Raises:
             RuntimeError: the store has dropped, reordered or cropped tokens since.
         """
+        self._check_version()
+        end = self.last if last is None else self.first + last
+        planes = self.store.read(self.parts[part].planes, self.first + first, end)
+        return self.codec.decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
+
+    def encoded(self) -> tuple[Encoded, Encoded, Layout]:
+        """The planes of keys and values as they lie, and where the tokens held (not only those shown) lie in them.
+
+        Raises:
+            RuntimeError: see `decode`.
+        """
+        self._check_version()
+        planes, layout = tuple(self.store.planes), self.store.layout()
+        if planes[0].device != self.device:
+            planes, layout = self.store.read(), Layout(layout.length)
+        if layout.length != self.last:  # tokens were appended since
+            layout = replace(layout, length=self.last)
+        parts: tuple[Part, Part] = ("key", "value")
+        keys, values = (
+            Encoded(self.codec.name, planes[self.parts[part].planes], self.parts[part].head_dim) for part in parts
+        )
+        return keys, values, layout
+
+    def _check_version(self) -> None:
         if self.version != self.store.version:
             raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
-        planes = self.store.read(self.parts[part].planes)
-        held = tuple(plane[:, :, self.first : self.last] for plane in planes)
-        return self.codec.decode(held, self.parts[part].head_dim, self.parts[part].dtype)
 
     def hides_tokens(self, pads: tuple[int, ...]) -> bool:
         """Whether the window has moved, so that the newest query of some row no longer sees all of its text.

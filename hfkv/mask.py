@@ -19,6 +19,7 @@ class CausalMask(StandIn):
     attention_mask: torch.Tensor | None
     _written: torch.Tensor | None
     _pads: tuple[int, ...] | None
+    _looked: bool
 
     @staticmethod
     def __new__(
@@ -29,6 +30,7 @@ class CausalMask(StandIn):
         )
         mask.attention_mask = attention_mask
         mask._written = mask._pads = None
+        mask._looked = False
         return mask
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
@@ -68,12 +70,20 @@ class CausalMask(StandIn):
         Raises:
             NotImplementedError: something else than left padding is hidden.
         """
-        if self._pads is None:
+        pads = self.left_padding()
+        if pads is None:
+            raise NotImplementedError(_NOT_LEFT_PADDED)
+        return pads
+
+    def left_padding(self) -> tuple[int, ...] | None:
+        """Pad tokens before each row's first real one, or None where something else than left padding is hidden."""
+        if not self._looked:
+            self._looked = True
             batch, kv_length = self.shape[0], self.shape[3]
             if self.attention_mask is None:
                 self._pads = (0,) * batch
             else:
-                self._pads = _left_padding(self.attention_mask[:, :kv_length].bool(), batch)
+                self._pads = _padding(self.attention_mask[:, :kv_length].bool(), batch)
         return self._pads
 
 
@@ -173,11 +183,19 @@ _NOT_LEFT_PADDED = (
 
 
 def _left_padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...]:
-    """Pad tokens of each row of a bool `[B or 1, kv]`; a row of nothing but padding has as many as it is long."""
+    pads = _padding(is_real, batch)
+    if pads is None:
+        raise NotImplementedError(_NOT_LEFT_PADDED)
+    return pads
+
+
+def _padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:
+    """Pad tokens of each row of a bool `[B or 1, kv]`, None if not all stand in front.
+
+    A row of nothing but padding has as many as it is long.
+    """
     is_real = is_real.expand(batch, -1)
     pads = (~is_real).sum(-1)
     first_real = torch.where(is_real.any(-1), is_real.int().argmax(-1), is_real.shape[-1])
-    pads, first_real = torch.stack((pads, first_real)).tolist()
-    if pads != first_real:
-        raise NotImplementedError(_NOT_LEFT_PADDED)
-    return tuple(pads)
+    counts, firsts = torch.stack((pads, first_real)).tolist()
+    return tuple(counts) if counts == firsts else None

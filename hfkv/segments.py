@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from hfkv.kernels.inputs import Scoring
+from hfkv.kernels.merge import Attended
 
 
 class Segment(NamedTuple):
@@ -23,30 +25,6 @@ class Segment(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     visible: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What becomes of scores.
-
-    Attributes:
-        scale: factor on them.
-        softcap: bound of a tanh on them, or None.
-        sink_logits: a logit a head that takes weight and has no value (gpt_oss), `[Hq]`, or None.
-        dropout: probability that a weight is dropped.
-        weights: whether the weights are wanted.
-    """
-
-    scale: float
-    softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
-    dropout: float = 0.0
-    weights: bool = False
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether scaled_dot_product_attention does all of it."""
-        return self.softcap is None and self.sink_logits is None and not self.weights
 
 
 def attend(segments: Sequence[Segment], scoring: Scoring) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
@@ -75,6 +53,19 @@ def attend(segments: Sequence[Segment], scoring: Scoring) -> tuple[torch.Tensor,
     return _unfold(output, num_heads), unfolded
 
 
+def attend_apart(segments: Sequence[Segment], scoring: Scoring) -> Attended:
+    """One softmax over the keys of all segments, to be merged with others; a query may see none of them."""
+    num_heads = segments[0].query.shape[1]
+    scores = torch.cat([_scores(segment, scoring, hidden=-torch.inf) for segment in segments], dim=-1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+    parts = weights.split([segment.key.shape[2] for segment in segments], dim=-1)
+    output: torch.Tensor = sum(
+        part @ segment.value.to(part.dtype) for part, segment in zip(parts, segments, strict=True)
+    )
+    return Attended(_unfold(output, num_heads), _unfold(lse[..., None], num_heads)[..., 0])
+
+
 def _joined(segments: Sequence[Segment]) -> Segment:
     """Segments of the same queries as one; a copy, unless there is but one."""
     if len(segments) == 1:
@@ -86,14 +77,19 @@ def _joined(segments: Sequence[Segment]) -> Segment:
     return Segment(segments[0].query, key, value, visible)
 
 
-def _scores(segment: Segment, scoring: Scoring) -> torch.Tensor:
+def _scores(segment: Segment, scoring: Scoring, hidden: float | None = None) -> torch.Tensor:
+    """What is not seen scores `hidden`; by default the dtype's least, so that a row of nothing else has a softmax."""
     query = _fold(segment.query, segment.key.shape[1])
     scores = (query * scoring.scale) @ segment.key.transpose(2, 3)  # scaled first: in half precision it may overflow
     scores = scores if scores.dtype == torch.float64 else scores.float()
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     mask = _fold_mask(segment)
-    return scores if mask is None else scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    return (
+        scores
+        if mask is None
+        else scores.masked_fill_(~mask, torch.finfo(scores.dtype).min if hidden is None else hidden)
+    )
 
 
 def _sdpa(segment: Segment, scoring: Scoring) -> torch.Tensor:

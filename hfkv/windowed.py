@@ -1,47 +1,55 @@
-"""Attention under a window: the rule over what a layer holds, a block of queries at a time."""
+"""Attention under a window: by a kernel, or a block of queries at a time."""
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from hfkv.held import HeldTokens
-from hfkv.segments import Scoring, Segment, attend
-from hfkv.slots import NOWHERE, starts
-from hfkv.summary import page_means, sinks_in_pages, take
-
-MIN_BLOCK, MAX_BLOCK = 64, 512  # queries
-FEW_MORE = 128  # keys nobody sees, cheaper to mask than to leave out
+from hfkv.fused import kernel_for
+from hfkv.held import HeldTokens, Part
+from hfkv.kernels.dispatch import Attention
+from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.merge import Attended, merge, with_sink_logits
+from hfkv.look import Look, Placed
+from hfkv.segments import Segment, attend, attend_apart
 
 
 def windowed_attention(
     query: torch.Tensor,
     held: HeldTokens,
-    keys: torch.Tensor,
-    values: torch.Tensor,
     pads: tuple[int, ...],
     scoring: Scoring,
+    tracked: Mapping[Part, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the newest tokens' queries to what the window lets them see; O(q · window).
 
     Args:
         query: `[B, Hq, q, D]`.
         held: the layer's tokens; without a window they are all there.
-        keys, values: `held` decoded, `[B, H, T, D]`.
         pads: pad tokens of each row.
         scoring: what becomes of scores.
+        tracked: keys and values of `held` decoded, `[B, H, T, D]`, where autograd follows them.
 
     Returns:
         The output `[B, Hq, q, Dv]`, and, where wanted, the weights `[B, Hq, q, seen]` by position; summaries take
         weight and have no position.
     """
-    look = _Look(held, keys, values, pads)
+    look = Look(held, pads, tracked)
     num_queries = query.shape[2]
     first = held.seen - num_queries
-    if num_queries == 1 and scoring.is_plain and look.sees_all_held(first):
-        return attend([Segment(query, keys, values, None)], scoring)[0], None
+    sees_all = num_queries == 1 and look.sees_all_held(first)
+    kernel = kernel_for(query, held, scoring) if tracked is None else None
+    # On a CPU, plain tokens are attended to where they lie, without a kernel's help.
+    if (
+        kernel is not None
+        and kernel.attend is not None
+        and not (held.codec.name == "none" and query.device.type == "cpu")
+    ):
+        return _by_kernel(kernel.attend, query, look, scoring, sees_all), None
+    if sees_all and scoring.is_plain:
+        return attend([Segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None
     outputs, weights = [], []
     block = look.block_length()
     for begin in range(first, held.seen, block):
@@ -55,178 +63,40 @@ def windowed_attention(
     return output, torch.cat(weights, dim=2) if weights else None
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A segment and the positions of its keys, int64 `[B or 1, n]`; None where they have none."""
-
-    segment: Segment
-    positions: torch.Tensor | None
-
-
-class _Look:
-    """What queries see of the tokens held."""
-
-    def __init__(self, held: HeldTokens, keys: torch.Tensor, values: torch.Tensor, pads: tuple[int, ...]) -> None:
-        self.held, self.keys, self.values = held, keys, values
-        self.window = held.window
-        self.pads = pads
-        self.sinks = self.window.sinks if self.window else 0
-        self.slots = held.slots(pads) if self.window else None
-        self.num_slots = (self.window.num_slots if self.window else 0) - held.first  # that are among the keys
-        self.device = keys.device
-        self.is_turned = self.window is not None and self.window.sink_positions == "cache" and self.sinks > 0
-        self._sinks: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @functools.cached_property
-    def starts(self) -> torch.Tensor:
-        """The position of each row's first real token, int64 `[B or 1, 1]`."""
-        return starts(self.pads if any(self.pads) else (0,), self.device)
-
-    def block_length(self) -> int:
-        """Queries looked at together: about half a window, so that little is computed in vain."""
-        return min(max(self.window.capacity() // 2, MIN_BLOCK), MAX_BLOCK) if self.window else MAX_BLOCK
-
-    def sees_all_held(self, t: int) -> bool:
-        """Whether a query at `t` of any row sees every key there is, each as it lies."""
-        if any(self.pads) or self.is_turned or (self.window and self.window.summary):
-            return False
-        if self.window is None:
-            return True
-        slots_seen = self.slots.sinks_filled or self.num_slots == 0  # type: ignore[union-attr]
-        return slots_seen and self.held.held_from >= self.window.lower_bound(t)
-
-    def segments(self, query: torch.Tensor, begin: int, end: int) -> list[_Placed]:
-        """The stretches that queries at `begin .. end - 1` see, `query` `[B, Hq, end - begin, D]`."""
-        t = torch.arange(begin, end, device=self.device)
-        bounds = self._lower_bounds(begin, end)  # [B or 1, q]
-        # A pad token is before its row's bound and sees itself.
-        oldest = max(self.held.held_from, min(begin, *(int(bound) for bound in bounds[:, 0].tolist())))
-        if oldest - self.held.held_from > FEW_MORE or self.is_turned or (self.window and self.window.summary):
-            return self._apart(query, t, bounds, oldest, end)
-        return [self._together(query, t, bounds, end)]
-
-    def _together(self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, end: int) -> _Placed:
-        """Slots and newest tokens as they lie, in one stretch."""
-        newest = torch.arange(self.held.held_from, end, device=self.device)[None]
-        positions = newest
-        if self.num_slots:
-            slots = self.slots.sink_positions(self.device)  # type: ignore[union-attr]
-            positions = torch.cat((slots, newest.expand(len(slots), -1)), dim=1)
-        count = positions.shape[1]
-        visible = self._visible(positions, t, bounds) & (positions != NOWHERE)[:, None]
-        return _Placed(Segment(query, self.keys[:, :, :count], self.values[:, :, :count], visible), positions)
-
-    def _apart(
-        self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, oldest: int, end: int
-    ) -> list[_Placed]:
-        """Sinks, summaries and the newest tokens from `oldest` on, each on their own."""
-        shift = self.num_slots - self.held.held_from
-        newest = slice(oldest + shift, end + shift)
-        positions = torch.arange(oldest, end, device=self.device)[None]
-        visible = self._visible(positions, t, bounds)
-        if self.is_turned:
-            is_sink = (positions >= self.starts) & (positions < self.starts + self.sinks)
-            visible &= ~is_sink[:, None]
-        placed = [_Placed(Segment(query, self.keys[:, :, newest], self.values[:, :, newest], visible), positions)]
-        if self.sinks and (self.is_turned or oldest > min(self.pads)):
-            placed.append(self._sink_segment(query, t, bounds, oldest))
-        if self.window and self.window.summary:
-            placed += self._summary_segments(query, bounds)
-        return placed
-
-    def _sink_segment(self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, oldest: int) -> _Placed:
-        if self._sinks is None:
-            # Where each sink is: in its slot, or still among the newest tokens.
-            slots = self.slots
-            assert slots is not None
-            leaving = slots.sinks_leaving(self.held.seen, self.device)
-            own = torch.arange(self.sinks, device=self.device).expand(len(self.pads), -1)
-            index = (own if leaving is None else leaving) - self.held.first
-            index = index.clamp(0, self.keys.shape[2] - 1)
-            self._sinks = take(self.keys, index), take(self.values, index)
-        positions = self.starts + torch.arange(self.sinks, device=self.device)
-        visible = positions[:, None] <= t[:, None]
-        if self.is_turned:
-            turned = self._turned(query, bounds)
-        else:
-            turned, visible = query, visible & (positions < oldest)[:, None]
-        return _Placed(Segment(turned, *self._sinks, visible), positions)
-
-    def _turned(self, query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """The queries at the positions they would have if the text between sinks and window had never been."""
-        gap = (bounds - self.starts - self.sinks).clamp_min(0)
-        return query if self.held.rotary is None else self.held.rotary.rotate(query, -gap[:, None])
-
-    def _summary_segments(self, query: torch.Tensor, bounds: torch.Tensor) -> list[_Placed]:
-        """The summaries in the slots, and those of pages that have left a query's window and are still held."""
-        window, slots = self.window, self.slots
-        assert window is not None
-        assert slots is not None
-        size = window.summary_page_size
-        placed = []
-        if self.num_slots:
-            pages = slots.pages(self.device)
-            where = slice(window.sinks, window.num_slots)
-            visible = self._visible_pages(pages, bounds)
-            placed.append(_Placed(Segment(query, self.keys[:, :, where], self.values[:, :, where], visible), None))
-        # Pages that the last of these queries no longer sees token by token, and that have no slot yet.
-        firsts = torch.tensor([slots.num_pages(pad) for pad in self.pads], device=self.device)[:, None]
-        lasts = (bounds - self.starts)[:, -1:] // size
-        oldest = (bounds - self.starts)[:, :1] // size - window.summary_pages
-        firsts = torch.maximum(firsts, oldest)
-        count = int((lasts - firsts).max())
-        if count > 0:
-            pages = firsts + torch.arange(count, device=self.device)
-            visible = self._visible_pages(pages, bounds)
-            index = slots.index(self.starts + pages * size) - self.held.first
-            sinks = sinks_in_pages(pages, window)
-            means = page_means(self.keys, self.values, index, sinks, size, self.held.rotary)
-            keys, values = (self._as_written(states) for states in means)
-            placed.append(_Placed(Segment(query, keys, values, visible), None))
-        return placed
-
-    def _visible_pages(self, pages: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """Which summaries each query sees, `[B, q, N]`: the newest of pages wholly below its lower bound."""
-        assert self.window is not None
-        size = self.window.summary_page_size
-        gone = ((bounds - self.starts) // size)[..., None]  # [B, q, 1]
-        pages = pages[:, None]
-        has_text = (pages + 1) * size > self.sinks
-        return (pages >= 0) & (pages < gone) & (pages >= gone - self.window.summary_pages) & has_text
-
-    def _as_written(self, states: torch.Tensor) -> torch.Tensor:
-        """`states` as they will be read from their slots."""
-        codec = self.held.codec
-        return codec.decode(codec.encode(states), states.shape[3], states.dtype)
-
-    def _lower_bounds(self, begin: int, end: int) -> torch.Tensor:
-        """L(t) for the queries at `begin .. end - 1` of each row, int64 `[B or 1, q]`, in positions with padding."""
-        if self.window is None:
-            return torch.zeros(1, end - begin, dtype=torch.long, device=self.device)
-        t = torch.arange(begin, end, device=self.device) - self.starts  # within a row's own text
-        steps = self.window.sizes.steps
-        if steps is None:
-            bounds = self._asked(begin, end) * (t >= 0)
-        else:
-            parts = [((t + 1).clamp_max(last) - size) * (t + 1 >= first) for first, last, size in steps]
-            bounds = torch.stack(parts).amax(0).clamp_min(0)
-        return self.starts + bounds
-
-    def _asked(self, begin: int, end: int) -> torch.Tensor:
-        """L of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
-        assert self.window is not None
-        by_pad = {pad: [self.window.lower_bound(t - pad) for t in range(begin, end)] for pad in set(self.pads)}
-        return torch.tensor([by_pad[pad] for pad in self.pads], device=self.device)
-
-    def _visible(self, positions: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """The rule, bool `[B or 1, q, n]`; a pad token, which nobody listens to, sees itself."""
-        j, t = positions[:, None], t[:, None]
-        is_sink = j < (self.starts + self.sinks)[..., None]
-        real = (j >= self.starts[..., None]) & (j <= t) & ((j >= bounds[..., None]) | is_sink)
-        return real | ((j == t) & (t < self.starts[..., None])) if any(self.pads) else real
+def _by_kernel(kernel: Attention, query: torch.Tensor, look: Look, scoring: Scoring, sees_all: bool) -> torch.Tensor:
+    held = look.held
+    keys, values, layout = held.encoded()
+    if sees_all:
+        visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
+        return kernel(query, keys, values, layout, visibility, scoring).out
+    num_queries = query.shape[2]
+    begin = held.seen - num_queries
+    visibility = Visibility(
+        seen=held.seen,
+        pads=look.pads,
+        first=held.first,
+        held_from=held.held_from,
+        num_slots=held.window.num_slots if held.window else 0,
+        sinks=look.sinks,
+        bounds=look.lower_bounds(begin, held.seen) if held.window else None,
+    )
+    if not look.has_more_than_tokens:
+        return kernel(query, keys, values, layout, visibility, scoring).out
+    outputs = []
+    block = look.block_length()
+    for start in range(begin, held.seen, block):
+        end = min(start + block, held.seen)
+        queries = query[:, :, start - begin : end - begin]
+        bounds, segments = look.beside(queries, start, end)
+        newest = replace(visibility, seen=end, first=visibility.num_slots, sinks=0, bounds=bounds)
+        up_to = replace(layout, length=visibility.num_slots + end - held.held_from)
+        alone = replace(scoring, sink_logits=None)
+        attended = merge(Attended(*kernel(queries, keys, values, up_to, newest, alone)), attend_apart(segments, alone))
+        outputs.append(with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype))
+    return torch.cat(outputs, dim=2)
 
 
-def _by_position(parts: list[torch.Tensor], placed: list[_Placed], seen: int) -> torch.Tensor:
+def _by_position(parts: list[torch.Tensor], placed: list[Placed], seen: int) -> torch.Tensor:
     """Weights over the segments as weights over all positions, `[B, Hq, q, seen]`."""
     batch, heads, num_queries = parts[0].shape[:3]
     weights = parts[0].new_zeros(batch, heads, num_queries, seen)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from hfkv.layout import Layout
+
 logger = logging.getLogger("hfkv")
 
 Planes = tuple[torch.Tensor, ...]
@@ -59,12 +61,17 @@ class Store(ABC):
         """Makes row i a copy of the present row `rows[i]`; `rows` is int64 `[B']` on any device."""
 
     @abstractmethod
-    def read(self, which: slice = slice(None)) -> Planes:
-        """The held tokens in order, `[B, H_i, length, d_i]`, on the compute device; not to be written to.
+    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
+        """Held tokens in order, `[B, H_i, last - first, d_i]`, on the compute device; not to be written to.
 
         Args:
             which: the planes to read.
+            first, last: the tokens to read, counted from the first held one; all by default.
         """
+
+    @abstractmethod
+    def layout(self) -> Layout:
+        """Where the held tokens lie in `planes`."""
 
     @abstractmethod
     def held_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.layout import Layout
 from hfkv.stores.base import GROWTH, Planes, Store
 
 # Spare tokens behind a window: how often what it holds moves back to the buffer's start. 256 tokens are
@@ -73,9 +74,12 @@ class ContiguousStore(Store):
             selected.append(torch.index_select(plane, 0, rows.to(plane.device), out=target))
         self.planes = selected
 
-    def read(self, which: slice = slice(None)) -> Planes:
-        end = self.start + self.length
-        held = (plane[:, :, self.start : end] for plane in self.planes[which])
+    def layout(self) -> Layout:
+        return Layout(self.length, self.start)
+
+    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
+        begin, end = self.start + first, self.start + (self.length if last is None else last)
+        held = (plane[:, :, begin:end] for plane in self.planes[which])
         return tuple(plane.to(self.device) for plane in held) if self.offload else tuple(held)
 
     def held_bytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.layout import Layout
 from hfkv.stores.base import GROWTH, Planes, Store
 from hfkv.stores.blocks import BlockPool
 
@@ -86,17 +87,14 @@ class PagedStore(Store):
         self._retable([list(self.table[row]) for row in chosen])
         self._shrink()
 
-    def read(self, which: slice = slice(None)) -> Planes:
-        ids = self._block_table()
-        tokens = self._token_index()
-        held = []
-        for plane in self.planes[which]:
-            # Gathered with the heads in front: half the copies of gathering pages and bringing the heads forward.
-            pages = plane.transpose(0, 1)[:, ids.to(plane.device)]  # [H, B, columns, P, d]
-            pages = pages.transpose(0, 1).flatten(2, 3)  # [B, H, columns * P, d]
-            pages = pages[:, :, : self.length] if tokens is None else pages[:, :, tokens.to(plane.device)]
-            held.append(pages.to(self.device) if self.offload else pages)
-        return tuple(held)
+    def layout(self) -> Layout:
+        if self._ids is None:
+            self._ids = torch.tensor(self.table, dtype=torch.long).view(len(self.table), len(self.columns))
+        return Layout(self.length, table=self._ids, spans=tuple(self.columns))
+
+    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
+        held = self.layout().read(self.planes[which], first, self.length if last is None else last)
+        return tuple(plane.to(self.device) for plane in held) if self.offload else held
 
     def held_bytes(self) -> int:
         spans = {(page, span) for row in self.table for page, span in zip(row, self.columns, strict=True)}
@@ -193,17 +191,3 @@ class PagedStore(Store):
             self.blocks.release(row)
         self.table = table
         self._ids = None
-
-    def _block_table(self) -> torch.Tensor:
-        if self._ids is None:
-            self._ids = torch.tensor(self.table, dtype=torch.long).view(len(self.table), len(self.columns))
-        return self._ids
-
-    def _token_index(self) -> torch.Tensor | None:
-        """Which of the gathered pages' tokens are held, or None where they are simply the first ones."""
-        if all(span == (0, self.page_size) for span in self.columns[:-1]) and (
-            not self.columns or self.columns[-1][0] == 0
-        ):
-            return None
-        spans = enumerate(self.columns)
-        return torch.cat([torch.arange(low, high) + column * self.page_size for column, (low, high) in spans])

@@ -57,10 +57,19 @@ def test_a_prefill_makes_nothing_of_the_texts_length_squared(kv: str, padding: i
     assert long.total <= 4.3 * short.total
 
 
-def test_without_a_window_a_padded_prefill_makes_its_square_mask_and_is_seen_to() -> None:
+def test_a_square_mask_would_be_seen() -> None:
     model = llama()
-    with hfkv.patch(model):
-        assert prefill(model, "none", 2048, 100).largest >= 2048 * 2048
+    model.set_attn_implementation("sdpa")
+    assert prefill(model, "none", 2048, 100).largest >= 2048 * 2048
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "int4+paged", "fp8"])
+def test_without_a_window_a_padded_prefill_makes_no_square_mask_either(kv: str) -> None:
+    model = llama()
+    with hfkv.patch(model, kv):
+        short, long = (prefill(model, kv, length, 100) for length in (2048, 8192))
+    assert long.largest < 8192 * 8192 / 8
+    assert long.largest <= 4.1 * short.largest
 
 
 @pytest.mark.parametrize("padding", [0, 9])

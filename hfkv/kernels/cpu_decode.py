@@ -1,0 +1,126 @@
+"""Attention of few queries to encoded tokens on a CPU, without decoding them."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from hfkv.codecs.hadamard import rotate
+from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
+from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.int8_matmul import from_digits, int8_matmul, to_digits
+from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
+from hfkv.kernels.visible import alike, first_seen, seen
+from hfkv.layout import Layout
+
+# Numbers in the scores of a stretch, and in what is unpacked of it: both stay in a core's cache between two passes.
+_SCORES, _UNPACKED = 1 << 18, 1 << 21
+_MIN_STRETCH = 256  # tokens
+
+
+def decode_attention(
+    query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
+) -> Attended:
+    """Attention of few queries to int8, int4 or fp8 tokens, a stretch at a time (Flash-Decoding).
+
+    Queries and weights become fixed-point numbers of 21 bits, so that int8 products with exact sums do the work; the
+    scales of keys go into the scores, those of values into the weights. A token is read once for all queries of its kv
+    head, in its own bytes: 2 (D + 2) of them in int8.
+
+    Args:
+        query: `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
+        keys, values: encoded by int8, int4 or fp8.
+        layout: where the held tokens are.
+        visibility: which of them each query sees.
+        scoring: what becomes of scores.
+
+    Returns:
+        As `attention_naive`: the output `[B, Hq, q, Dv]` in the query's dtype, and the float32 log-sum-exp `[B, Hq,
+        q]`.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    kv_heads = keys.planes[0].shape[1]
+    folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
+    if keys.codec == "int4":
+        folded = rotate(folded)
+    decode = _Decode(keys, values, layout, visibility, scoring, num_queries, num_heads)
+    firsts = first_seen(visibility, layout)
+    done = [decode.rows(folded[rows].flatten(0, 1), rows, firsts[rows.start]) for rows in alike(firsts)]
+    out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
+    shape = (batch, num_heads, num_queries)
+    attended = with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), scoring.sink_logits)
+    return rotated_back(attended, values.codec, query.dtype)
+
+
+@dataclass(frozen=True)
+class _Decode:
+    keys: Encoded
+    values: Encoded
+    layout: Layout
+    visibility: Visibility
+    scoring: Scoring
+    num_queries: int
+    num_heads: int
+
+    def rows(self, query: torch.Tensor, rows: slice, first: int) -> Attended:
+        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, D]`; N = rows · H, R = G · q."""
+        count, num_rows, _ = query.shape
+        length = _SCORES // (count * num_rows)
+        if self.keys.codec != "int8":
+            length = min(length, _UNPACKED // (count * self.keys.head_dim))
+        length = max(length, _MIN_STRETCH)
+        spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
+        if not spans:
+            return nothing(query, self.values.head_dim)
+        return functools.reduce(merge, (self._part(query, rows, *span) for span in spans))
+
+    def _part(self, query: torch.Tensor, rows: slice, begin: int, end: int) -> Attended:
+        keys = read_stretch(self.keys, self.layout, rows, begin, end)
+        scores = _scores(query, keys)
+        if self.scoring.softcap is not None:
+            scores = scores.div_(self.scoring.softcap).tanh_().mul_(self.scoring.softcap)
+        visible = seen(self.visibility, self.layout, rows, begin, end, self.num_queries)
+        if visible is not None:
+            groups = scores.unflatten(0, (rows.stop - rows.start, -1)).unflatten(2, (-1, self.num_queries))
+            hidden = ~visible.unflatten(1, (1, 1) if visible.shape[1] == 1 else groups.shape[1:3])
+            groups.masked_fill_(hidden, -torch.inf)
+        top = scores.amax(-1, keepdim=True)
+        if visible is not None:
+            top.masked_fill_(top == -torch.inf, 0)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        values = read_stretch(self.values, self.layout, rows, begin, end)
+        out = _output(weights, values) / total.clamp_min(torch.finfo(torch.float32).tiny)
+        return Attended(out, (top + total.log())[..., 0])
+
+
+def _scores(query: torch.Tensor, keys: Stretch) -> torch.Tensor:
+    """float32 `[N, R, n]`."""
+    if keys.numbers.dtype == torch.int8:
+        digits, scale = to_digits(query)
+        scores = from_digits(_products(digits, keys.numbers.transpose(1, 2))).mul_(scale)
+    else:
+        scores = query @ keys.numbers.transpose(1, 2)
+    scores *= keys.scale[:, None]
+    return scores if keys.low is None else scores.addcmul_(query.sum(-1, keepdim=True), keys.low[:, None])
+
+
+def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
+    """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
+    scaled = weights * values.scale[:, None]
+    if values.numbers.dtype == torch.int8:
+        digits, scale = to_digits(scaled)
+        out = from_digits(_products(digits, values.numbers)).mul_(scale)
+    else:
+        out = scaled @ values.numbers
+    return out if values.low is None else out.add_(weights @ values.low[..., None])
+
+
+def _products(digits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Digits `[N, 3, R, K]` times `[N, K, n]`, int32 `[N, 3, R, n]`: one by one, since torch has no batch of them."""
+    sums = torch.empty(*digits.shape[:-1], numbers.shape[-1], dtype=torch.int32)
+    for a, b, out in zip(digits.flatten(1, 2), numbers, sums.flatten(1, 2), strict=True):
+        int8_matmul(a, b, out)
+    return sums

@@ -1,0 +1,77 @@
+"""What kernels are given: encoded planes, what queries see of them, and what becomes of scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Encoded(NamedTuple):
+    """The keys or the values of a layer, as a codec wrote them.
+
+    Attributes:
+        codec: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``; `hfkv.codecs` says what their planes are.
+        planes: `[B, H, C, d_i]` or, in pages, `[N, H, P, d_i]`; the data first.
+        head_dim: D of a decoded row.
+    """
+
+    codec: str
+    planes: tuple[torch.Tensor, ...]
+    head_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Which of the held tokens each query attends to.
+
+    Of the `length` tokens of a `Layout`, those from index `first` on are looked at. The one at index i stands at
+    position ``pads[b] + i`` where ``i < num_slots`` (an attention sink in its slot, which is filled only if that
+    position is below `held_from`), else at ``held_from + i - num_slots``. Query n of q stands at ``t = seen - q + n``
+    and sees position j where ``pads[b] <= j <= t`` and (``j >= bounds[b, n]`` or ``j < pads[b] + sinks``). Queries
+    that see nothing (padding, rows of nothing but padding) get zeros.
+
+    Attributes:
+        seen: tokens since the start, the queries' own included.
+        first: index of the first token looked at.
+        held_from: the oldest position held behind the slots.
+        num_slots: slots in front of the newest tokens.
+        sinks: positions that every query of a row sees, counted from its first real token.
+        pads: pad tokens before each row's first real one, B of them.
+        bounds: the lowest position each query sees, sinks apart, int64 `[B or 1, q]`; None where that is all of them.
+        mask: bool `[B or 1, 1 or Hq, q, length - first]`: what is seen, in place of all of the above; None as a rule.
+    """
+
+    seen: int
+    pads: tuple[int, ...]
+    first: int = 0
+    held_from: int = 0
+    num_slots: int = 0
+    sinks: int = 0
+    bounds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What becomes of scores.
+
+    Attributes:
+        scale: factor on them.
+        softcap: bound of a tanh on them, or None.
+        sink_logits: a logit a head that takes weight and has no value (gpt_oss), `[Hq]`, or None.
+        dropout: probability that a weight is dropped; kernels take 0 only.
+        weights: whether the weights are wanted; kernels do not give them.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    dropout: float = 0.0
+    weights: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether scaled_dot_product_attention does all of it."""
+        return self.softcap is None and self.sink_logits is None and not self.weights

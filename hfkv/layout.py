@@ -1,0 +1,74 @@
+"""`Layout`: where the held tokens of each row lie in a layer's planes."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where held token i of row b lies.
+
+    In contiguous planes `[B, H, C, d]` at ``plane[b, :, start + i]``. In paged planes `[N, H, P, d]`, where `table` is
+    given, column by column: the slots ``low <= p < high`` of ``plane[table[b, c]]`` for ``(low, high) = spans[c]``
+    hold the next ``high - low`` tokens of row b.
+
+    Attributes:
+        length: tokens held, the same in every row.
+        start: slots before the first of them; contiguous planes only.
+        table: the block table, int64 `[B, columns]` on the CPU; None for contiguous planes.
+        spans: which slots of each column's page are held.
+    """
+
+    length: int
+    start: int = 0
+    table: torch.Tensor | None = None
+    spans: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_paged(self) -> bool:
+        return self.table is not None
+
+    @functools.cached_property
+    def begins(self) -> tuple[int, ...]:
+        """The held index of each column's first token."""
+        begins, count = [], 0
+        for low, high in self.spans:
+            begins.append(count)
+            count += high - low
+        return tuple(begins)
+
+    def read(
+        self, planes: Iterable[torch.Tensor], begin: int, end: int, rows: slice = slice(None)
+    ) -> tuple[torch.Tensor, ...]:
+        """The tokens `begin .. end - 1` of `rows`, `[rows, H, end - begin, d]`: slices, or copies of pages."""
+        if self.table is None:
+            held = slice(self.start + begin, self.start + end)
+            return tuple(plane[rows, :, held] for plane in planes)
+        first, last = (bisect.bisect_right(self.begins, index) - 1 for index in (begin, end - 1))
+        first, last = max(first, 0), max(last, -1)
+        table, spans = self.table[rows, first : last + 1], self.spans[first : last + 1]
+        skipped = begin - self.begins[first] if spans else 0
+        return tuple(_take(plane, table, spans, skipped, end - begin) for plane in planes)
+
+
+def _take(
+    plane: torch.Tensor, table: torch.Tensor, spans: tuple[tuple[int, int], ...], skipped: int, count: int
+) -> torch.Tensor:
+    """`count` tokens of the columns of `table` `[rows, columns]`, without the first `skipped`."""
+    heads, page_size, width = plane.shape[1:]
+    # A page of one head is contiguous: taken whole, it is copied at the speed of memory.
+    index = (table[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [rows * H * columns]
+    bits = plane.view(torch.uint8) if plane.element_size() == 1 else plane  # no indexing knows 8-bit floats
+    pages = bits.view(plane.shape[0] * heads, page_size * bits.shape[3]).index_select(0, index.to(plane.device))
+    pages = pages.view(len(table), heads, len(spans) * page_size, width)
+    if all(high == page_size for _, high in spans[:-1]) and all(low == 0 for low, _ in spans[1:]):
+        first = skipped + (spans[0][0] if spans else 0)
+        return pages[:, :, first : first + count].view(plane.dtype)
+    held = torch.cat([torch.arange(low, high) + page_size * i for i, (low, high) in enumerate(spans)])
+    return pages.index_select(2, held[skipped : skipped + count].to(plane.device)).view(plane.dtype)

@@ -1,0 +1,95 @@
+"""The CPU kernels against their naive twin, on the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hfkv.kernels import cpu_flash
+from hfkv.kernels.cpu_decode import decode_attention
+from hfkv.kernels.cpu_flash import flash_attention
+from hfkv.kernels.naive import read_naive
+from tests.kernels.cases import case, check, windowed
+
+KERNELS = {"decode": decode_attention, "flash": flash_attention}
+CODECS = {"decode": ("int8", "int4", "fp8"), "flash": ("none", "int8", "int4", "fp8")}
+
+pytestmark = pytest.mark.parametrize(("kernel", "codec"), [(k, c) for k in KERNELS for c in CODECS[k]])
+
+
+@pytest.fixture(autouse=True)
+def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that short texts are cut in several."""
+    monkeypatch.setattr("hfkv.kernels.cpu_decode._SCORES", 1 << 10)
+    monkeypatch.setattr("hfkv.kernels.cpu_decode._MIN_STRETCH", 16)
+    monkeypatch.setattr(cpu_flash, "TILE", 24)
+    monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
+    monkeypatch.setattr(cpu_flash, "STRETCH", 32)
+    monkeypatch.setattr(cpu_flash, "MIN_STRETCH", 16)
+
+
+@pytest.mark.parametrize("length", [1, 63, 1000])
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_lengths_groups_and_head_dims(kernel: str, codec: str, length: int, groups: int, head_dim: int) -> None:
+    check(KERNELS[kernel], case(codec, length=length, groups=groups, head_dim=head_dim))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "batch": {"batch": 3},
+    "ragged": {"batch": 4, "pads": (0, 5, 62, 63)},
+    "pages": {"page_size": 16, "batch": 2},
+    "odd pages, ragged": {"page_size": 8, "odd_spans": True, "batch": 3, "pads": (0, 30, 7)},
+    "softcap": {"softcap": 2.0},
+    "sink logits": {"sink_logits": True, "batch": 2, "pads": (0, 63)},
+    "other values": {"value_dim": 32},
+    "bf16": {"dtype": torch.bfloat16, "batch": 2, "pads": (0, 9)},
+    "fp16": {"dtype": torch.float16},
+    "one page": {"page_size": 128},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("num_queries", [1, 5, 63])
+def test_shapes(kernel: str, codec: str, shape: str, num_queries: int) -> None:
+    check(KERNELS[kernel], case(codec, num_queries=num_queries, **SHAPES[shape]))
+
+
+@pytest.mark.parametrize("num_queries", [1, 40])
+@pytest.mark.parametrize("size", [1, 7, 40])
+@pytest.mark.parametrize(("num_slots", "held_from"), [(0, 0), (0, 11), (4, 2), (4, 50)])
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_windows(
+    kernel: str, codec: str, num_queries: int, size: int, num_slots: int, held_from: int, page_size: int | None
+) -> None:
+    given = case(codec, batch=3, pads=(0, 3, 13), num_queries=num_queries, page_size=page_size)
+    check(KERNELS[kernel], windowed(given, size, sinks=4, num_slots=num_slots, held_from=held_from))
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_masks(kernel: str, codec: str, heads: int, rows: int) -> None:
+    given = case(codec, batch=2, num_queries=30, groups=4)
+    mask = torch.rand(rows, heads, 30, 60) < 0.3
+    mask[:, :, 3] = False
+    visibility = replace(given.visibility, first=3, mask=mask)
+    check(KERNELS[kernel], replace(given, visibility=visibility))
+
+
+def test_one_token_takes_nearly_all_the_weight(kernel: str, codec: str) -> None:
+    """The others still count: as many digits as float32 has."""
+    given = case(codec, length=4000)
+    strongest = read_naive(given.keys, given.layout)[:, :, 7].repeat_interleave(4, 1)[:, :, None]
+    given.query[...] = 1.5 * strongest
+    check(KERNELS[kernel], given)
+
+
+def test_nan_is_not_lost(kernel: str, codec: str) -> None:
+    given = case(codec)
+    given.keys.planes[-1][:, 0, 20] = torch.nan
+    out, _ = KERNELS[kernel](*given.arguments)  # type: ignore[arg-type]
+    assert out[:, :4].isnan().all()
+    assert not out[:, 4:].isnan().any()
