@@ -104,7 +104,8 @@ def hfkv_attention(
     attention_class: Any = type(module)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
-    if isinstance(key, KVView) and isinstance(value, KVView) and key.held.is_windowed:
+    is_captured = isinstance(key, KVView) and isinstance(key.held, HeldTokens) and key.held.inputs is not None
+    if isinstance(key, KVView) and isinstance(value, KVView) and key.held.is_windowed and not is_captured:
         if position_bias is not None:
             raise NotImplementedError(
                 f"{type(module).__name__} adds a position bias for consecutive positions, which a windowed cache does "
@@ -117,7 +118,7 @@ def hfkv_attention(
             return _split(query, key.held, pads, scoring)
         if isinstance(key.held, HeldTokens) and key.held.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
-    elif isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and position_bias is None:
+    if isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and position_bias is None:
         assert isinstance(key.held, HeldTokens)
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
         output = fused_attention(query, key.held, attention_mask, is_causal, scoring)

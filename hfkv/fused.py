@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from hfkv.held import HeldTokens
-from hfkv.kernels.dispatch import Kernel, choose
+from hfkv.kernels.dispatch import attention_kernel
 from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.merge import Attended
 from hfkv.mask import CausalMask
 
 
-def kernel_for(query: torch.Tensor, held: HeldTokens, scoring: Scoring) -> Kernel | None:
+def kernel_for(query: torch.Tensor, held: HeldTokens, scoring: Scoring) -> Callable[..., Attended] | None:
     """The kernel that attends to `held`, or None where none does all that is asked for.
 
     Args:
@@ -18,11 +22,12 @@ def kernel_for(query: torch.Tensor, held: HeldTokens, scoring: Scoring) -> Kerne
         held: the tokens.
         scoring: what becomes of scores.
     """
+    key, value = held.parts["key"], held.parts["value"]
     is_followed = torch.is_grad_enabled() and query.requires_grad  # a backward pass must find its way, and then raise
-    if scoring.weights or scoring.dropout or is_followed or query.dtype != held.parts["key"].dtype:
+    if scoring.weights or scoring.dropout or is_followed or query.dtype != key.dtype:
         return None
-    kernel = choose(held.codec.name, query.dtype, query.device, query.shape[2])
-    return None if kernel.attend is None else kernel
+    head_dims = (key.head_dim, value.head_dim)
+    return attention_kernel(held.codec.name, query.dtype, query.device, query.shape[2], head_dims).run
 
 
 def fused_attention(
@@ -40,24 +45,31 @@ def fused_attention(
     kernel = kernel_for(query, held, scoring)
     if kernel is None:
         return None
+    if held.inputs is not None:
+        return kernel(query, *held.encoded(), _on_device(held), scoring, inputs=held.inputs).out
     visibility = _visibility(query, held, mask, is_causal)
     if visibility is None:
         return None
-    assert kernel.attend is not None
-    return kernel.attend(query, *held.encoded(), visibility, scoring).out
+    return kernel(query, *held.encoded(), visibility, scoring).out
+
+
+def _on_device(held: HeldTokens) -> Visibility:
+    """A stand-in: the kernel reads from the device what is visible."""
+    return Visibility(seen=held.last, pads=(0,) * held.batch)
 
 
 def _visibility(query: torch.Tensor, held: HeldTokens, mask: torch.Tensor | None, is_causal: bool) -> Visibility | None:
     """What `mask` says, or None where it says more than what is visible."""
     batch, num_queries, num_shown = query.shape[0], query.shape[2], held.last - held.first
-    # Positions are counted from the first token held: only their order matters.
-    visibility = Visibility(seen=held.last, pads=(0,) * batch, first=held.first)
+    # Positions are counted from the first token shown, as those of the mask are.
+    shown = Visibility(seen=num_shown, pads=(0,) * batch, first=held.first, num_slots=held.first)
     if mask is None:
-        return visibility if num_queries == 1 or (is_causal and num_queries == num_shown) else None
+        return shown if num_queries == 1 or (is_causal and num_queries == num_shown) else None
     if mask.shape[-1] != num_shown or mask.dtype != torch.bool or mask.dim() != 4:
         return None
-    pads = mask.left_padding() if isinstance(mask, CausalMask) and held.first == 0 else None
-    if pads is not None:
-        return Visibility(seen=held.last, pads=pads if len(pads) == batch else pads * batch)
-    plain = mask.plain() if isinstance(mask, CausalMask) else mask
-    return Visibility(seen=held.last, pads=(0,) * batch, first=held.first, mask=plain)
+    if isinstance(mask, CausalMask):
+        pads = mask.left_padding()
+        if pads is not None:
+            return replace(shown, pads=pads if len(pads) == batch else pads * batch)
+        mask = mask.plain()
+    return replace(shown, mask=mask)

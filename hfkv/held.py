@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from hfkv.codecs import Codec
+from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded
 from hfkv.layout import Layout
 from hfkv.padding import LeftPadding
@@ -41,6 +42,26 @@ class PartShape(NamedTuple):
                 f"this cache holds {part}s of {self.dtype} on {device} and was given {states.dtype} on "
                 f"{states.device}; build a new cache or call cache.reset()"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """How a layer is written and read while a CUDA graph runs its step: through tensors that are updated between steps.
+
+    Attributes:
+        kernel: writes new keys and values; see `append_naive`.
+        before: where the tokens before the new one lay when the graph was captured, and the same on the device.
+        seen: what the newest token's query sees, on the device.
+    """
+
+    kernel: Callable[..., None]
+    before: Layout
+    written: DeviceInputs
+    seen: DeviceInputs
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, *encoded: Encoded) -> None:
+        """Encodes one token `[B, H, 1, D]` and writes it where the device says."""
+        self.kernel(keys, values, *encoded, self.before, inputs=self.written)
 
 
 class Tokens(Protocol):
@@ -80,6 +101,7 @@ class HeldTokens:
     seen: int  # tokens since the start, padding included
     gone_below: int  # below it no query to come sees a token, slots apart
     version: int  # of the store
+    inputs: DeviceInputs | None = None  # what queries see, on the device, while a CUDA graph runs
 
     @property
     def held_from(self) -> int:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from hfkv.assignment import Assignment
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
-from hfkv.held import HeldTokens, Part, PartShape
+from hfkv.held import Captured, HeldTokens, Part, PartShape
 from hfkv.keep import keep
+from hfkv.kernels.dispatch import append_kernel
+from hfkv.layout import Layout
 from hfkv.rotary import Rotary
 from hfkv.span import Span
 from hfkv.stores import Store, make_store
@@ -51,13 +54,12 @@ class KVLayer(CacheLayerMixin):
         self._parts: dict[Part, PartShape] = {}
         self._batch = 1
         self._reserved = 0
-        self._assigned: dict[Part, torch.Tensor] = {}
+        self._assignment = Assignment()
+        self.captured: Captured | None = None
         self._tracked = False  # whether autograd follows some of the states: see hfkv.view
 
     def __repr__(self) -> str:
         return f"KVLayer({self.kv}{f', sliding={self.sliding}' if self.is_sliding else ''})"
-
-    # Writing.
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Takes batch, heads, head dims, dtype and device from the first keys and values."""
@@ -88,24 +90,43 @@ class KVLayer(CacheLayerMixin):
         Raises:
             ValueError: their shape, dtype or device does not continue what the layer holds.
         """
-        if self._assigned:
-            raise RuntimeError(f"{next(iter(self._assigned))}s were assigned to this layer without the other half")
+        self._assignment.check_complete()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check(key_states, value_states)
+        if self.captured is not None:
+            self.captured.append(key_states, value_states, *self._held().encoded()[:2])
+            return make_views(self.held(), tracked=False)
         self._forget_unseen()
         count = key_states.shape[2]
         shown = self.get_mask_sizes(count)[0]
         self._append(key_states, value_states)
         self.span.advance(count)
         # While recording, a sliding layer holds more than the model's masks are made for.
-        held = self._held(self.store.length - shown) if self.is_sliding else self._shown()
+        held = self._held(self.store.length - shown) if self.is_sliding else self.held()
         return make_views(held, self._tracked)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._tracked = True
-        self.store.append(self.codec.encode(key_states.detach()) + self.codec.encode(value_states.detach()))
+        new = key_states.detach(), value_states.detach()
+        kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
+        if kernel is None or self.kv.offload or not self.store.planes:
+            self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
+        else:
+            before = self.store.extend(key_states.shape[2])
+            kernel(*new, *self._held().encoded()[:2], before)
+
+    def step(self) -> Layout:
+        """Makes room for one token and counts it as seen, for a CUDA graph to write.
+
+        Returns:
+            Where the tokens before it lie.
+        """
+        self._forget_unseen()
+        before = self.store.extend(1)
+        self.span.advance(1)
+        return before
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if key_states.shape[2] != value_states.shape[2]:
@@ -115,12 +136,20 @@ class KVLayer(CacheLayerMixin):
         self._parts["key"].check("key", key_states, self._batch, self.device)
         self._parts["value"].check("value", value_states, self._batch, self.device)
 
-    # Reading.
-
     @property
     def store(self) -> Store:
         assert self._store is not None, "the layer has not seen a key yet"
         return self._store
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Dk and Dv."""
+        return self._parts["key"].head_dim, self._parts["value"].head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys."""
+        return self._parts["key"].dtype
 
     def _held(self, first: int = 0) -> HeldTokens:
         return HeldTokens(
@@ -137,9 +166,10 @@ class KVLayer(CacheLayerMixin):
             seen=self.span.seen,
             gone_below=self.span.gone_below,
             version=self.store.version,
+            inputs=self.captured.seen if self.captured else None,
         )
 
-    def _shown(self) -> HeldTokens:
+    def held(self) -> HeldTokens:
         """What is held, slots only where they are filled."""
         held = self._held()
         if held.window is not None and held.slots(held.padding.of(held.batch)).are_empty:
@@ -147,11 +177,11 @@ class KVLayer(CacheLayerMixin):
         return held
 
     def _whole(self, part: Part) -> torch.Tensor | None:
-        if part in self._assigned:
-            return self._assigned[part]
+        if part in self._assignment.waiting:
+            return self._assignment.waiting[part]
         if not self.is_initialized:
             return None
-        held = self._shown()
+        held = self.held()
         # What the caller keeps must not change with the cache.
         return held.decode(part).clone() if held.is_slice else held.decode(part)
 
@@ -159,26 +189,10 @@ class KVLayer(CacheLayerMixin):
         """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
-        self._assigned[part] = states
-        other: Part = "value" if part == "key" else "key"
-        shown = self._shown() if self.is_initialized else None
-        same = shown is not None and (states.shape[0], states.shape[2]) == (self._batch, shown.last - shown.first)
-        if other not in self._assigned and same:
-            self._assigned[other] = shown.decode(other)  # type: ignore[union-attr]
-        if other not in self._assigned:
-            return
-        keys, values = self._assigned.pop("key"), self._assigned.pop("value")
-        if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
-            raise ValueError(
-                f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
-                "or tokens"
-            )
-        if shown is not None and self.span.gone_below and keys.shape[2] != shown.last - shown.first:
-            raise ValueError(
-                f"this layer holds {shown.last - shown.first} of {self.span.seen} tokens seen and was assigned "
-                f"{keys.shape[2]}: their positions are unknown. Assign as many as it holds, or call reset() first"
-            )
-        self._refill(keys, values, shown)
+        held = self.held() if self.is_initialized else None
+        both = self._assignment.take(part, states, held)
+        if both is not None:
+            self._refill(*both, held)
 
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
         """Holds `keys` and `values` in place of what was `shown`, with its positions."""
@@ -233,8 +247,6 @@ class KVLayer(CacheLayerMixin):
         """Bytes of the tokens held."""
         return self._store.held_bytes() if self._store else 0
 
-    # Letting go.
-
     @property
     def record_past(self) -> bool:
         """Whether what the forwards since the last `crop` added can be cropped again; transformers resets it."""
@@ -275,8 +287,6 @@ class KVLayer(CacheLayerMixin):
         self._reserved = tokens
         if self._store:
             self._store.reserve(tokens + self._num_slots)
-
-    # Rows.
 
     def _select(self, index: Any) -> None:
         """Keeps the rows `index` names, in whatever way a tensor can be indexed."""

@@ -76,7 +76,7 @@ class SplitTokens:
         _, heads, count, head_dim = self.shape(part)
         return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
 
-    def decode(self, part: Part) -> NoReturn:
+    def decode(self, part: Part, first: int = 0, last: int | None = None) -> NoReturn:
         """Raises RuntimeError: heads that hold different tokens are no one tensor."""
         raise RuntimeError(_NO_TENSOR)
 

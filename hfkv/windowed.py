@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 
 from hfkv.fused import kernel_for
 from hfkv.held import HeldTokens, Part
-from hfkv.kernels.dispatch import Attention
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, with_sink_logits
 from hfkv.look import Look, Placed
@@ -42,12 +41,8 @@ def windowed_attention(
     sees_all = num_queries == 1 and look.sees_all_held(first)
     kernel = kernel_for(query, held, scoring) if tracked is None else None
     # On a CPU, plain tokens are attended to where they lie, without a kernel's help.
-    if (
-        kernel is not None
-        and kernel.attend is not None
-        and not (held.codec.name == "none" and query.device.type == "cpu")
-    ):
-        return _by_kernel(kernel.attend, query, look, scoring, sees_all), None
+    if kernel is not None and (held.codec.name != "none" or query.device.type != "cpu"):
+        return _by_kernel(kernel, query, look, scoring, sees_all), None
     if sees_all and scoring.is_plain:
         return attend([Segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None
     outputs, weights = [], []
@@ -63,7 +58,23 @@ def windowed_attention(
     return output, torch.cat(weights, dim=2) if weights else None
 
 
-def _by_kernel(kernel: Attention, query: torch.Tensor, look: Look, scoring: Scoring, sees_all: bool) -> torch.Tensor:
+def visibility_of(look: Look, num_queries: int) -> Visibility:
+    """What the newest queries see, but for sinks that are turned and for summaries."""
+    held = look.held
+    return Visibility(
+        seen=held.seen,
+        pads=look.pads,
+        first=held.first,
+        held_from=held.held_from,
+        num_slots=held.window.num_slots if held.window else 0,
+        sinks=look.sinks,
+        bounds=look.lower_bounds(held.seen - num_queries, held.seen) if held.window else None,
+    )
+
+
+def _by_kernel(
+    kernel: Callable[..., Attended], query: torch.Tensor, look: Look, scoring: Scoring, sees_all: bool
+) -> torch.Tensor:
     held = look.held
     keys, values, layout = held.encoded()
     if sees_all:
@@ -71,15 +82,7 @@ def _by_kernel(kernel: Attention, query: torch.Tensor, look: Look, scoring: Scor
         return kernel(query, keys, values, layout, visibility, scoring).out
     num_queries = query.shape[2]
     begin = held.seen - num_queries
-    visibility = Visibility(
-        seen=held.seen,
-        pads=look.pads,
-        first=held.first,
-        held_from=held.held_from,
-        num_slots=held.window.num_slots if held.window else 0,
-        sinks=look.sinks,
-        bounds=look.lower_bounds(begin, held.seen) if held.window else None,
-    )
+    visibility = visibility_of(look, num_queries)
     if not look.has_more_than_tokens:
         return kernel(query, keys, values, layout, visibility, scoring).out
     outputs = []
@@ -91,7 +94,7 @@ def _by_kernel(kernel: Attention, query: torch.Tensor, look: Look, scoring: Scor
         newest = replace(visibility, seen=end, first=visibility.num_slots, sinks=0, bounds=bounds)
         up_to = replace(layout, length=visibility.num_slots + end - held.held_from)
         alone = replace(scoring, sink_logits=None)
-        attended = merge(Attended(*kernel(queries, keys, values, up_to, newest, alone)), attend_apart(segments, alone))
+        attended = merge(kernel(queries, keys, values, up_to, newest, alone), attend_apart(segments, alone))
         outputs.append(with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype))
     return torch.cat(outputs, dim=2)
 

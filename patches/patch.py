@@ -12,6 +12,7 @@ from hfkv.cache import KVCache
 from hfkv.config import KVConfig
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
+from hfkv.patches.graphs import Graphs, set_graphs
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
@@ -34,6 +35,7 @@ class Patch:
         rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
+        graphs: what captures decode steps, or None where that was not asked for.
     """
 
     def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
@@ -42,6 +44,7 @@ class Patch:
         self.own_attention: str | None = None
         self.own_layers: dict[int, str] = {}
         self.exact_rotary = False
+        self.graphs: Graphs | None = None
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
         self._undo = Undo()
@@ -79,7 +82,7 @@ class Patch:
         return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention})"
 
 
-def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = False) -> Patch:
+def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = False, graphs: bool = False) -> Patch:
     """Gives every `generate` call of `model` a fresh hfkv cache, and the model the attention that reads it.
 
     Without `kv` nothing is lost: no token changes. Pipelines, PEFT adapters, streamers, beams and assistants
@@ -89,6 +92,8 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         model: a transformers model that can generate, or a `PeftModel` around one.
         kv: a `KVConfig`, its string form such as ``"int8+window:4096"``, or None.
         exact_rotary: compute rotary angles in float64, exact at any position. Changes the last bits of results.
+        graphs: capture the decode step in a CUDA graph and replay it. Where that cannot be, the reason is logged and
+            the step runs as ever.
 
     Returns:
         The handle: ``handle.undo()``, or use it in a ``with`` statement.
@@ -124,6 +129,8 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         if exact_rotary:
             set_exact_rotary(base, handle._undo)
             handle.exact_rotary = True
+        if graphs:
+            handle.graphs = set_graphs(base, handle._undo)
         if model is not base:
             set_prompt_hook(model, handle._undo)
         handle._undo.set(base, "hfkv", handle)

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from hfkv.cli.bench import bench
 from hfkv.cli.demo import demo
+
 from hfkv.cli.eval import evaluate
 from hfkv.cli.generate import generate
 
@@ -39,6 +41,8 @@ def options(
 app.command()(demo)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(bench)
+
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, first_seen, seen
 from hfkv.layout import Layout
 
-# Numbers in the scores of a stretch, and in what is unpacked of it: both stay in a core's cache between two passes.
-_SCORES, _UNPACKED = 1 << 18, 1 << 21
+# Numbers in the scores of a stretch, and in what is copied or unpacked of it: both stay in the caches.
+_SCORES, _COPIED = 1 << 18, 1 << 20
 _MIN_STRETCH = 256  # tokens
 
 
@@ -68,8 +68,8 @@ class _Decode:
         """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, D]`; N = rows · H, R = G · q."""
         count, num_rows, _ = query.shape
         length = _SCORES // (count * num_rows)
-        if self.keys.codec != "int8":
-            length = min(length, _UNPACKED // (count * self.keys.head_dim))
+        if self.keys.codec != "int8" or self.layout.is_paged:
+            length = min(length, _COPIED // (count * self.keys.head_dim))
         length = max(length, _MIN_STRETCH)
         spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
         if not spans:

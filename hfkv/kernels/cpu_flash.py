@@ -12,7 +12,7 @@ from hfkv.codecs.hadamard import rotate
 from hfkv.kernels.cpu_planes import decode_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
-from hfkv.kernels.visible import alike, first_seen, seen
+from hfkv.kernels.visible import alike, bounds_of, first_seen, seen
 from hfkv.layout import Layout
 
 # Queries looked at together, and tokens decoded together: a token is decoded once for so many queries.
@@ -88,8 +88,8 @@ class _Tile:
 
     def attend(self, query: torch.Tensor) -> Attended:
         """Attention of `[rows, Hq, q, D]`."""
-        parts = [self._part(query, begin, end) for begin, end in self._stretches(query.shape[2])]
-        return functools.reduce(merge, parts) if parts else nothing(query, self.values.head_dim)
+        parts = (self._part(query, begin, end) for begin, end in self._stretches(query.shape[2]))
+        return functools.reduce(merge, parts, nothing(query, self.values.head_dim))
 
     def _stretches(self, num_queries: int) -> Iterator[tuple[int, int]]:
         """The tokens that some query sees, the queries' own on their own where there are many."""
@@ -100,11 +100,16 @@ class _Tile:
         if visibility.bounds is not None:
             shift = visibility.num_slots - visibility.held_from
             bounds = visibility.bounds[self.rows] if len(visibility.bounds) > 1 else visibility.bounds
-            lowest = int(bounds.min()) + shift
+            lowest, highest = (int(bound) + shift for bound in bounds.aminmax())
             behind_sinks = max(visibility.num_slots, max(visibility.pads[self.rows]) + visibility.sinks + shift)
             if behind_sinks < lowest:
                 yield from self._cut(first, min(behind_sinks, self.own))
                 first = max(first, lowest)
+            if num_queries > 1:
+                # What only some of the queries see, on its own: the rest needs no mask.
+                highest = min(highest, self.own)
+                yield from self._cut(first, highest)
+                first = max(first, highest)
         end = self.own + num_queries
         if num_queries == 1:
             yield from self._cut(first, end)
@@ -134,7 +139,9 @@ class _Tile:
     def _is_causal(self, begin: int, count: int, num_queries: int) -> bool:
         """Whether each query sees exactly the tokens up to its own."""
         visibility = self.visibility
-        if visibility.mask is not None or visibility.bounds is not None or begin < visibility.num_slots:
+        if visibility.mask is not None or begin < visibility.num_slots:
+            return False
+        if bounds_of(visibility, self.rows, begin) is not None:
             return False
         first = visibility.held_from + begin - visibility.num_slots
         return begin == self.own and count == num_queries > 1 and max(visibility.pads[self.rows]) <= first

@@ -1,23 +1,20 @@
-"""Which kernel attends to a layer's tokens, and why."""
+"""Which kernels a layer's tokens are written and read by, and why."""
 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.cpu_decode import decode_attention
+from hfkv.kernels.cpu_flash import flash_attention
 from hfkv.kernels.merge import Attended
-from hfkv.layout import Layout
+from hfkv.kernels.triton_support import unsupported
 
-Attention = Callable[[torch.Tensor, Encoded, Encoded, Layout, Visibility, Scoring], Attended]
-
-# From so many queries on, decoding a stretch costs less than products of digits: 2 cores of an EPYC, 16k tokens in
-# int8.
+# From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
+# 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30).
 MANY = 16
 
 
@@ -27,68 +24,78 @@ class Kernel(NamedTuple):
     Attributes:
         name: as `hfkv doctor` shows it.
         reason: why this one.
-        attend: the kernel; None where a layer is decoded for scaled_dot_product_attention.
+        run: called as `attention_naive` or `append_naive` are; None where torch's own operations do the work.
     """
 
     name: str
     reason: str
-    attend: Attention | None
+    run: Callable[..., Attended] | None
 
 
-def choose(codec: str, dtype: torch.dtype, device: torch.device, num_queries: int) -> Kernel:
-    """The kernel for queries of `dtype` on `device` to tokens of `codec`.
+class Append(NamedTuple):
+    """As `Kernel`, for `append`."""
+
+    name: str
+    reason: str
+    run: Callable[..., None] | None
+
+
+def attention_kernel(
+    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, head_dims: tuple[int, int]
+) -> Kernel:
+    """The kernel by which queries attend to tokens.
 
     Args:
-        codec: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``.
+        codec: of the tokens: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``.
         dtype: of the queries.
         device: where they are.
         num_queries: q, of each row.
+        head_dims: Dk and Dv.
     """
-    return _choose(codec, dtype, device.type, num_queries > 1, num_queries >= MANY)
+    return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims)
 
 
 @functools.cache
-def _choose(codec: str, dtype: torch.dtype, device: str, several: bool, many: bool) -> Kernel:
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Kernel("decode + sdpa", f"no kernel computes in {dtype}", None)
-    if device == "cpu":
-        return _on_cpu(codec, many)
-    reason = _no_triton(device)
+def _attention_kernel(
+    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, head_dims: tuple[int, int]
+) -> Kernel:
+    if device.type == "cpu":
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Kernel("decode + sdpa", f"no CPU kernel computes in {_name(dtype)}", None)
+        if codec == "none":
+            return Kernel(
+                "cpu flash", "plain tokens are read where they lie, once for all of a kv head", flash_attention
+            )
+        if num_queries >= MANY:
+            return Kernel(
+                "cpu flash", f"{MANY} queries or more: tokens are decoded a stretch at a time", flash_attention
+            )
+        numbers = "float32 products of stretches" if codec == "fp8" else "int8 products read the tokens' own bytes"
+        return Kernel("cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention)
+    reason = unsupported(device, dtype, (codec,), head_dims)
     if reason is not None:
         return Kernel("decode + sdpa", reason, None)
-    if several:
-        from hfkv.kernels.triton_prefill import prefill_attention
+    if num_queries == 1:
+        from hfkv.kernels import triton_decode
 
-        return Kernel("triton prefill", "several queries: encoded tiles are decoded on the chip", prefill_attention)
-    from hfkv.kernels.triton_decode import decode_attention
+        return Kernel("triton decode", "one query: split over the tokens' own bytes", triton_decode.decode_attention)
+    from hfkv.kernels import triton_prefill
 
-    return Kernel("triton decode", "one query: split over the tokens, read in their own bytes", decode_attention)
-
-
-def _on_cpu(codec: str, many: bool) -> Kernel:
-    if codec == "none":
-        from hfkv.kernels.cpu_flash import flash_attention
-
-        return Kernel(
-            "cpu flash", "plain tokens are read where they lie, once for all queries of a kv head", flash_attention
-        )
-    if many:
-        from hfkv.kernels.cpu_flash import flash_attention
-
-        return Kernel("cpu flash", f"{MANY} queries or more: stretches are decoded for all of them", flash_attention)
-    from hfkv.kernels.cpu_decode import decode_attention
-
-    products = "float32" if codec == "fp8" else "int8"
-    return Kernel(
-        "cpu decode", f"few queries: {products} products read the tokens in their own bytes", decode_attention
-    )
+    return Kernel("triton prefill", "several queries: tiles of the tokens' own bytes", triton_prefill.prefill_attention)
 
 
 @functools.cache
-def _no_triton(device: str) -> str | None:
-    """Why Triton kernels cannot run on `device`, or None."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    support = importlib.import_module("hfkv.kernels.triton_support")
-    reason: str | None = support.unsupported(torch.device(device))
-    return reason
+def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> Append:
+    """The kernel by which new tokens are encoded and written."""
+    if device.type == "cpu":
+        return Append("torch", "a CPU encodes and writes with torch's own operations", None)
+    reason = unsupported(device, dtype, (codec,), head_dims)
+    if reason is not None:
+        return Append("torch", reason, None)
+    from hfkv.kernels import triton_append
+
+    return Append("triton append", "encoded and written in one pass", triton_append.append)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

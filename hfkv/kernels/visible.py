@@ -27,31 +27,36 @@ def seen(
     if visibility.mask is not None:
         mask = visibility.mask[rows] if len(visibility.mask) > 1 else visibility.mask
         return mask[..., begin - visibility.first : end - visibility.first]
-    pads = visibility.pads[rows]
+    pads, bounds = visibility.pads[rows], bounds_of(visibility, rows, begin)
     oldest_query = visibility.seen - num_queries
     first = visibility.held_from + begin - visibility.num_slots
-    if (
-        begin >= visibility.num_slots
-        and visibility.bounds is None
-        and first + end - begin - 1 <= oldest_query
-        and max(pads) <= first
-    ):
+    is_newest = begin >= visibility.num_slots
+    if is_newest and bounds is None and first + end - begin - 1 <= oldest_query and max(pads) <= first:
         return None
     starts = torch.tensor(pads if any(pads) else (0,))[:, None, None]  # [rows or 1, 1, 1]
     t = torch.arange(oldest_query, visibility.seen)[:, None]
-    newest = torch.arange(first, first + end - begin)
-    is_visible = (newest >= starts) & (newest <= t)
-    if visibility.bounds is not None:
-        bounds = visibility.bounds[rows] if len(visibility.bounds) > 1 else visibility.bounds
-        is_visible = is_visible & ((newest >= bounds[:, :, None]) | (newest < starts + visibility.sinks))
-    num_slots = min(visibility.num_slots, end) - begin
-    if num_slots > 0:
-        sinks = starts + torch.arange(begin, begin + num_slots)
-        filled = (sinks < visibility.held_from) & (sinks <= t)
-        if visibility.bounds is not None:
-            filled = filled & ((sinks >= bounds[:, :, None]) | (sinks < starts + visibility.sinks))
-        is_visible[..., :num_slots] = filled
+    positions = torch.arange(first, first + end - begin).expand(len(starts), 1, -1)
+    if not is_newest:
+        slots = torch.arange(begin, end)
+        is_slot = slots < visibility.num_slots
+        in_slots = starts + slots
+        # A slot that is not filled is nowhere: behind every query.
+        in_slots = torch.where(in_slots < visibility.held_from, in_slots, visibility.seen)
+        positions = torch.where(is_slot, in_slots, positions)
+    is_visible = (positions >= starts) & (positions <= t)
+    if bounds is not None:
+        is_visible = is_visible & ((positions >= bounds[:, :, None]) | (positions < starts + visibility.sinks))
     return is_visible[:, None]
+
+
+def bounds_of(visibility: Visibility, rows: slice, begin: int) -> torch.Tensor | None:
+    """The lower bounds of the queries of `rows`, `[rows or 1, q]`; None where all tokens from `begin` on are above."""
+    if visibility.bounds is None:
+        return None
+    bounds = visibility.bounds[rows] if len(visibility.bounds) > 1 else visibility.bounds
+    is_newest = begin >= visibility.num_slots
+    first = visibility.held_from + begin - visibility.num_slots
+    return None if is_newest and int(bounds.max()) <= first else bounds
 
 
 def alike(firsts: tuple[int, ...]) -> list[slice]:

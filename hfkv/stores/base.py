@@ -36,6 +36,7 @@ class Store(ABC):
         self.length = 0
         self.reserved = 0
         self.version = 0  # changes when a token that was held moves or goes
+        self.keeps_place = False  # whether `select` writes to the same planes where it can: a CUDA graph reads them
         self.planes: list[torch.Tensor] = []
         self.device: torch.device | None = None
 
@@ -47,6 +48,14 @@ class Store(ABC):
     @abstractmethod
     def append(self, new: Planes) -> None:
         """Adds tokens at the end of every row: planes `[B, H_i, T, d_i]`, T may be 0."""
+
+    @abstractmethod
+    def extend(self, count: int) -> Layout:
+        """Adds `count` tokens at the end of every row and leaves it to the caller to write them, once there are planes.
+
+        Returns:
+            Where those before them lie, with a block table that has the columns of the new ones too.
+        """
 
     @abstractmethod
     def drop(self, start: int, stop: int) -> None:

@@ -38,12 +38,17 @@ class ContiguousStore(Store):
             self.device = new[0].device
             wanted = max(count, self._cap(self.reserved))
             self.allocate_reserved(count, wanted, lambda capacity: self._allocate(new, capacity))
-        elif self.start + self.length + count > self.capacity:
-            self._make_room(self.length + count)
-        end = self.start + self.length
+        before = self.extend(count)
+        first = before.start + before.length
         for plane, tokens in zip(self.planes, new, strict=True):
-            plane[:, :, end : end + count].copy_(tokens)
+            plane[:, :, first : first + count].copy_(tokens)
+
+    def extend(self, count: int) -> Layout:
+        if self.start + self.length + count > self.capacity:
+            self._make_room(self.length + count)
+        before = self.layout()
         self.length += count
+        return before
 
     def drop(self, start: int, stop: int) -> None:
         gap = stop - start
@@ -68,6 +73,11 @@ class ContiguousStore(Store):
 
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
+        if self.keeps_place and self.planes and len(rows) == len(self.planes[0]):
+            for plane in self.planes:
+                held = plane[:, :, self.start : self.start + self.length]
+                held.copy_(held.index_select(0, rows.to(plane.device)))
+            return
         selected = []
         for plane in self.planes:
             target = self.allocate((len(rows), *plane.shape[1:]), like=plane)

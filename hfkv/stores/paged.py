@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from hfkv.layout import Layout
@@ -34,19 +36,35 @@ class PagedStore(Store):
             self.device = new[0].device
             self.table = [[] for _ in range(batch)]
             self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
+        first = len(self.columns)
+        slot = self.columns[-1][1] if self.columns else self.page_size
+        self.extend(count)
+        head = min(count, self.page_size - slot)
+        if head:
+            self._write(new, 0, head, [row[first - 1] for row in self.table], slot)
+        full, tail = divmod(count - head, self.page_size)
+        if full:
+            pages = [page for row in self.table for page in row[first : first + full]]
+            for plane, tokens in zip(self.planes, new, strict=True):
+                whole = tokens[:, :, head : head + full * self.page_size].unflatten(2, (full, self.page_size))
+                plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
+        if tail:
+            self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
+
+    def extend(self, count: int) -> Layout:
+        before = self.layout()
         head = min(count, self._room())
         if head:
             self._own(-1)
             low, high = self.columns[-1]
-            self._write(new, 0, head, [row[-1] for row in self.table], high)
             self.columns[-1] = (low, high + head)
         full, tail = divmod(count - head, self.page_size)
         if full:
-            self._write_full(new, head, full)
+            self._add_columns(full, self.page_size)
         if tail:
             self._add_columns(1, tail)
-            self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
         self.length += count
+        return replace(before, table=self.layout().table)
 
     def drop(self, start: int, stop: int) -> None:
         if stop <= start:
@@ -130,20 +148,13 @@ class PagedStore(Store):
         for plane, tokens in zip(self.planes, new, strict=True):
             plane[pages, :, offset : offset + last - first] = tokens[:, :, first:last].to(plane.device)
 
-    def _write_full(self, new: Planes, first: int, count: int) -> None:
-        pages = self._add_columns(count, self.page_size)
-        for plane, tokens in zip(self.planes, new, strict=True):
-            whole = tokens[:, :, first : first + count * self.page_size].unflatten(2, (count, self.page_size))
-            plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
-
-    def _add_columns(self, count: int, filled: int) -> list[int]:
-        """Adds columns of new pages with `filled` tokens each; returns the pages, row by row."""
+    def _add_columns(self, count: int, filled: int) -> None:
+        """Adds columns of new pages with `filled` tokens each."""
         pages = self._take(count * len(self.table))
         for index, row in enumerate(self.table):
             row.extend(pages[index * count : (index + 1) * count])
         self.columns.extend([(0, filled)] * count)
         self._ids = None
-        return pages
 
     def _take(self, count: int) -> list[int]:
         needed = self.blocks.used + count

@@ -134,7 +134,8 @@ WINDOWS = ["window:48+sink_positions:cache", "window:48+summary:mean+summary_pag
 
 @pytest.mark.parametrize("kv", ["int4", "window:48", "int8+window:48+paged", *WINDOWS])
 def test_chunks_give_the_numbers_of_one_forward(ids: torch.Tensor, kv: str) -> None:
-    # In float64: in float32 a value that lies between two codes may fall either way, and one such code moves the loss by 1e-4.
+    # In float64: in float32 a value that lies between two codes may fall either way, and one such code moves the loss
+    # by 1e-4.
     model, _ = tiny_lm.load(torch.float64)
     with hfkv.patch(model, kv):
         lossy = held_out_loss(model, ids, CONTEXT, make_cache=lambda: hfkv.KVCache(model, kv), batch_size=1)

@@ -1,0 +1,159 @@
+"""The suite ``attention``: one layer's part of a decode step, the update of its cache and the attention to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, StaticCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hfkv.attention import NAME
+from hfkv.bench.contenders import Contender
+from hfkv.bench.errors import BenchError
+from hfkv.bench.gate import Errors, attention_errors
+from hfkv.bench.shapes import Heads, skeleton, with_layers
+from hfkv.bench.timing import milliseconds
+from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
+
+# On an accelerator so many bytes of keys and values take turns, that its L2 (50 to 60 MB) holds none of them even at a
+# quarter of the size, and so many layers at least, that launches overlap as in a model.
+ROTATED_BYTES, ROTATED_LAYERS = 2**30, range(4, 33)
+# Steps besides the timed ones: the check and the warm-up.
+SPARE_STEPS = 8
+WARM_UPS = 2
+
+
+def rotated_layers(config: PreTrainedConfig, layer_bytes: int, device: torch.device) -> int:
+    """How many layers' caches take turns: one on a CPU, where the other contenders' turns empty its caches."""
+    if device.type == "cpu":
+        return 1
+    wanted = -(-ROTATED_BYTES // layer_bytes)
+    return min(max(wanted, ROTATED_LAYERS.start), ROTATED_LAYERS.stop - 1)
+
+
+def attention_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
+    """The config of a model of plain layers only, as many as are measured.
+
+    Raises:
+        BenchError: the model has none, or does not run scaled_dot_product_attention.
+    """
+    kinds = [type(layer) for layer in DynamicCache(config=config).layers]
+    if DynamicLayer not in kinds:
+        raise BenchError(f"{config.model_type!r} has no layer of full attention; use the suite step")
+    config = with_layers(config, num_layers)
+    names = getattr(config, "layer_types", None)
+    if names is not None:
+        config.layer_types = [names[kinds.index(DynamicLayer) % len(names)]] * num_layers
+    return config
+
+
+class AttentionModule:
+    """A model's attention module, to call attention functions as it does.
+
+    Raises:
+        BenchError: the model's own code does not call scaled_dot_product_attention.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        model = skeleton(config)
+        implementation = model.config._attn_implementation
+        if implementation != "sdpa":
+            raise BenchError(
+                f"{config.model_type!r} runs the attention {implementation!r}; this suite compares with sdpa. Use the "
+                "suite step"
+            )
+        found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "num_key_value_groups")]
+        if not found:
+            raise BenchError(f"{config.model_type!r} has no attention module like Llama's; use the suite step")
+        self.module: Any = found[0].eval()
+        self.scale = float(getattr(self.module, "scaling", Heads.of(config).head_dim ** -0.5))
+
+    def __call__(self, name: str, query: torch.Tensor, keys: Any, values: Any, mask: Any = None) -> torch.Tensor:
+        """The output `[B, 1, Hq, D]` of the attention function of that name."""
+        function = ALL_ATTENTION_FUNCTIONS[name]
+        return function(self.module, query, keys, values, mask, dropout=0.0, scaling=self.scale)[0]
+
+
+class AttentionLane:
+    """One contender's cache of the layers that take turns.
+
+    Args:
+        contender: whose.
+        config: of a model of so many layers.
+        tokens: what it is filled with.
+        module: calls the attention.
+        steps: steps it has to have room for, besides the spare ones.
+    """
+
+    def __init__(
+        self, contender: Contender, config: PreTrainedConfig, tokens: Tokens, module: AttentionModule, steps: int
+    ) -> None:
+        self.contender = contender
+        self.name = contender.name
+        self.config = config
+        self.tokens = tokens
+        self.module = module
+        self.room = tokens.count + steps + SPARE_STEPS
+        self.cache: Any = None
+        self._steps: Any = self._step_layers
+
+    def open(self) -> None:
+        """Makes the cache and fills it."""
+        assert self.contender.new_cache is not None
+        self.cache = self.contender.new_cache(self.config, self.room)
+        self.tokens.fill(self.contender, self.cache, self.config.num_hidden_layers, self.room)
+        if self.contender.is_compiled:
+            # As transformers compiles the whole forward of a decode step.
+            self._steps = torch.compile(self._step_layers, mode="reduce-overhead")
+
+    def check(self) -> Errors:
+        """The first layer's attention against fp32, after a step of every layer."""
+        output = self._step(0).clone()
+        for layer in range(1, self.config.num_hidden_layers):
+            self._step(layer)
+        return attention_errors(output, self.tokens, self.cache.layers[0], self.module.scale, self.contender.is_ours)
+
+    def step(self) -> None:
+        """One step of every layer."""
+        self._steps()
+
+    def warm_up(self) -> None:
+        """A few steps that are not timed."""
+        for _ in range(WARM_UPS):
+            self.step()
+
+    def turn(self) -> list[float]:
+        """One step of every layer, as ms a layer."""
+        return [milliseconds(self.step, self.tokens.query.device) / self.config.num_hidden_layers]
+
+    def held_bytes(self) -> int:
+        """Of one layer."""
+        return held_bytes(self.cache, 1)
+
+    def allocated_bytes(self) -> int:
+        """Of one layer."""
+        return allocated_bytes(self.cache, 1)
+
+    def read_bytes(self) -> int:
+        """What one layer's step must read."""
+        return self.held_bytes()
+
+    def close(self) -> None:
+        """Lets go of the cache."""
+        self.cache = None
+
+    def _step(self, layer: int) -> torch.Tensor:
+        tokens = self.tokens
+        mask = None
+        if isinstance(self.cache, StaticCache):
+            # Its keys go on behind the text: transformers masks them.
+            length = self.cache.layers[layer].get_seq_length() + 1
+            mask = (torch.arange(self.room, device=tokens.query.device) < length)[None, None, None]
+        keys, values = self.cache.update(tokens.new_key, tokens.new_value, layer)
+        return self.module(NAME if self.contender.is_ours else "sdpa", tokens.query, keys, values, mask)
+
+    def _step_layers(self) -> None:
+        for layer in range(self.config.num_hidden_layers):
+            self._step(layer)

@@ -1,0 +1,189 @@
+"""Tables of ratios that results are held against: what `hfkv bench --check` reads."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from hfkv.bench.errors import BenchError
+from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
+from hfkv.bench.setting import SUITES
+
+FLOOR, EVERY = "floor", "*"
+HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One ratio, a table ``[[ratio]]`` of the file.
+
+    Attributes:
+        suite, shape, batch, ragged, dtype, layers, device: the run it is about; those left out may be anything.
+            `device` is ``"cpu"`` or ``"cuda"``.
+        contender: a name; ``"*"`` for every one of hfkv's.
+        context: tokens of the table it is about.
+        against: whose time is divided by the contender's. With ``"floor"`` it is the contender's time that is divided,
+            by its floor's.
+        at_least: what the ratio must reach.
+        at_most: what it must not exceed; with ``against = "floor"`` only.
+        max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
+        note: for the reader.
+    """
+
+    suite: str
+    contender: str
+    context: int
+    against: str = "DynamicCache"
+    at_least: float | None = None
+    at_most: float | None = None
+    max_error: float | None = None
+    shape: str | None = None
+    batch: int | None = None
+    ragged: list[int] | None = None
+    dtype: str | None = None
+    layers: int | None = None
+    device: str | None = None
+    note: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.suite not in SUITES:
+            raise BenchError(f"the suite {self.suite!r} is unknown; allowed: {', '.join(SUITES)}")
+        if self.at_least is None and self.at_most is None and self.max_error is None:
+            raise BenchError(f"{self} says neither at_least, at_most nor max_error")
+        wanted = "at_most" if self.against == FLOOR else "at_least"
+        other = "at_least" if self.against == FLOOR else "at_most"
+        if getattr(self, other) is not None:
+            raise BenchError(f"{self} says {other}; against {self.against!r} goes with {wanted}")
+
+    def concerns(self, result: Result, table: Table) -> bool:
+        """Whether it is about that run, its contexts aside."""
+        seen = (result.suite, result.shape, table.batch, table.ragged, result.dtype, table.layers, _kind(result))
+        wanted = (self.suite, self.shape, self.batch, self.ragged, self.dtype, self.layers, self.device)
+        return all(value is None or value == given for value, given in zip(wanted, seen, strict=True))
+
+    def __str__(self) -> str:
+        about = "".join(f" {part}" for part in (self.shape, self.batch and f"batch {self.batch}") if part)
+        return f"{self.suite}{about}, {self.context:,} tokens, {self.contender} over {self.against}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was seen of it.
+
+    Attributes:
+        target: what was asked for.
+        contender: whom it is about: a name in place of ``"*"``.
+        ratio: what was seen; None where nothing was.
+        error: what was seen; None where none was asked for.
+        verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run.
+        note: why the peer could not run; else None.
+    """
+
+    target: Target
+    contender: str
+    ratio: float | None
+    error: float | None
+    verdict: str
+    note: str | None = None
+
+
+def read_targets(path: Path) -> list[Target]:
+    """The targets of a TOML file.
+
+    Raises:
+        BenchError: it could not be read, or an entry is unknown, incomplete or contradicts itself.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BenchError(f"{str(path)!r} could not be read: {error.strerror}; name a TOML file of ratios") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BenchError(f"{str(path)!r} is not TOML: {error}") from error
+    entries = content.pop("ratio", None)
+    if content or not isinstance(entries, list) or not entries:
+        unknown = f"; got {', '.join(content)}" if content else ""
+        raise BenchError(f"{str(path)!r} must hold tables [[ratio]], at least one, and nothing else{unknown}")
+    return [_target(entry, f"{str(path)!r}, ratio {index}") for index, entry in enumerate(entries, start=1)]
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "list[int]": (list,)}
+
+
+def _target(entry: dict[str, Any], where: str) -> Target:
+    allowed = {field.name: str(field.type) for field in fields(Target)}
+    for name, value in entry.items():
+        if name not in allowed:
+            raise BenchError(f"{where}: {name!r} is unknown; allowed: {', '.join(allowed)}")
+        kind = allowed[name].split(" ")[0]
+        if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
+            raise BenchError(f"{where}: {name} must be of type {kind}, got {value!r}")
+    missing = [name for name in ("suite", "contender", "context") if name not in entry]
+    if missing:
+        raise BenchError(f"{where} lacks {', '.join(missing)}")
+    try:
+        return Target(**entry)
+    except BenchError as error:
+        raise BenchError(f"{where}: {error}") from error
+
+
+def check_results(targets: Sequence[Target], results: Sequence[Result]) -> list[Verdict]:
+    """Holds results against targets.
+
+    Raises:
+        BenchError: a row that a target names is not in a result of such a run, or no target is about any of the
+            results.
+    """
+    verdicts = [verdict for target in targets for verdict in _verdicts(target, results)]
+    if all(verdict.verdict == NOT_MEASURED and verdict.note is None for verdict in verdicts):
+        runs = {f"{result.suite} {result.shape} {result.dtype} on {_kind(result)}" for result in results}
+        raise BenchError(
+            f"none of the {len(targets)} targets is about these results ({'; '.join(sorted(runs))}): the first is "
+            f"{targets[0]}"
+        )
+    return verdicts
+
+
+def _verdicts(target: Target, results: Sequence[Result]) -> list[Verdict]:
+    about = [table for result in results for table in result.tables if target.concerns(result, table)]
+    if not about:
+        return [Verdict(target, target.contender, None, None, NOT_MEASURED)]
+    tables = [table for table in about if table.context == target.context]
+    if not tables:
+        there = ", ".join(f"{table.context:,}" for table in about)
+        raise BenchError(f"{target}: the result has no context of {target.context:,} tokens; it has {there}")
+    table = tables[0]
+    rows = [row for row in table.rows if row.is_ours] if target.contender == EVERY else [table.row(target.contender)]
+    if not rows or rows[0] is None:
+        there = ", ".join(row.contender for row in table.rows)
+        raise BenchError(f"{target}: the result has no row {target.contender!r}; it has {there}")
+    return [_verdict(target, row, table) for row in rows if row is not None]
+
+
+def _verdict(target: Target, row: Row, table: Table) -> Verdict:
+    other = None if target.against == FLOOR else table.row(target.against)
+    if other is None and target.against != FLOOR:
+        there = ", ".join(row.contender for row in table.rows)
+        raise BenchError(f"{target}: the result has no row {target.against!r}; it has {there}")
+    if other is not None and other.status == LEFT_OUT:
+        return Verdict(target, row.contender, None, None, NOT_MEASURED, f"{other.contender}: {other.note}")
+    ratio = row.floor_ratio if other is None else _ratio(other, row)
+    is_held = row.status == OK
+    if target.at_least is not None:
+        is_held &= ratio is not None and ratio >= target.at_least
+    if target.at_most is not None:
+        is_held &= ratio is not None and ratio <= target.at_most
+    if target.max_error is not None:
+        is_held &= row.error_full is not None and row.error_full <= target.max_error
+    error = row.error_full if target.max_error is not None else None
+    return Verdict(target, row.contender, ratio, error, HELD if is_held else MISSED)
+
+
+def _ratio(other: Row, row: Row) -> float | None:
+    return other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None
+
+
+def _kind(result: Result) -> str:
+    return str(result.machine["device"]).partition(":")[0]

@@ -1,0 +1,134 @@
+"""`Contender`: a cache that takes part, hfkv's or a peer's, and why it cannot where it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
+
+from hfkv.bench.errors import BenchError
+from hfkv.cache import KVCache
+from hfkv.config import KVConfig
+from hfkv.window import Window
+
+NO_CACHE, DYNAMIC, STATIC, OFFLOADED = "no-cache", "DynamicCache", "StaticCache+compile", "DynamicCache+offload"
+_QUANTIZED = {f"QuantizedCache:{backend}": backend for backend in ("fp8", "quanto", "hqq")}
+_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
+PEERS = (NO_CACHE, DYNAMIC, STATIC, *_QUANTIZED, OFFLOADED)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A cache that takes part.
+
+    Attributes:
+        name: as it is shown.
+        kv: hfkv's config; None for a peer.
+        new_cache: makes an empty cache from a config or a model, for so many tokens; None without a cache.
+        is_compiled: whether its decode steps go through torch.compile.
+        reason: why it cannot take part, or None.
+    """
+
+    name: str
+    kv: KVConfig | None
+    new_cache: Callable[[Any, int], Any] | None
+    is_compiled: bool = False
+    reason: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.kv is not None
+
+
+def ours(text: str) -> Contender:
+    """hfkv's cache of a config.
+
+    Raises:
+        BenchError: the text is no config, or one whose results hfkv bench has no check for.
+    """
+    try:
+        kv = KVConfig.parse(text)
+    except (TypeError, ValueError) as error:
+        raise BenchError(f"kv {error}") from error
+    window = kv.window
+    if isinstance(window, Window) and (window.needs_rotary or window.global_layers or window.global_heads):
+        raise BenchError(
+            f"kv {text!r}: hfkv bench has no check for sink_positions:cache, summaries, global layers or global heads; "
+            "leave them out (hfkv eval measures what they cost)"
+        )
+    return Contender(text, kv, lambda model, tokens: KVCache(model, kv))
+
+
+def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.device) -> list[Contender]:
+    """The peers of these names, DynamicCache first and always, those that cannot run with the reason.
+
+    Args:
+        names: names in `PEERS`, in upper or lower case; None for all of them.
+        config: of the model the caches are for.
+        device: where.
+
+    Raises:
+        BenchError: a name is unknown.
+    """
+    known = {name.lower(): name for name in PEERS}
+    unknown = [name for name in names or () if name.lower() not in known]
+    if unknown:
+        raise BenchError(f"the peer {unknown[0]!r} is unknown; allowed: all, {', '.join(PEERS)}")
+    wanted = set(PEERS) if names is None else {DYNAMIC, *(known[name.lower()] for name in names)}
+    ordered = [DYNAMIC, *(name for name in PEERS if name in wanted and name != DYNAMIC)]
+    return [_peer(name, config, device, is_named=names is not None) for name in ordered]
+
+
+def _peer(name: str, config: PreTrainedConfig, device: torch.device, is_named: bool) -> Contender:
+    if name == NO_CACHE:
+        return Contender(name, None, None)
+    if name == DYNAMIC:
+        return Contender(name, None, lambda model, tokens: DynamicCache(config=_config(model)))
+    if name == STATIC:
+        if device.type == "cpu" and not is_named:
+            reason: str | None = (
+                "on a CPU transformers does not compile by itself; name it among the peers to have it so"
+            )
+        else:
+            reason = _compile_reason(device)
+        return Contender(name, None, lambda model, tokens: StaticCache(_config(model), tokens), True, reason)
+    if name == OFFLOADED:
+        reason = "needs an accelerator: it moves layers to the host and back" if device.type != "cuda" else None
+        return Contender(
+            name, None, lambda model, tokens: DynamicCache(config=_config(model), offloading=True), reason=reason
+        )
+    backend = _QUANTIZED[name]
+    return Contender(
+        name,
+        None,
+        lambda model, tokens: QuantizedCache(backend, _config(model)),
+        reason=_quantized_reason(backend, config),
+    )
+
+
+def _config(model: Any) -> PreTrainedConfig:
+    return getattr(model, "config", model)
+
+
+def _quantized_reason(backend: str, config: PreTrainedConfig) -> str | None:
+    try:
+        QuantizedCache(backend, config)
+    except ImportError:
+        package = _PACKAGES[backend]
+        return f"needs {package}, which is not installed: pip install {package}"
+    except ValueError as error:  # layers it does not do, or a transformers that does not know the backend
+        return f"transformers {transformers.__version__} refuses it: {' '.join(str(error).split())}"
+    return None
+
+
+def _compile_reason(device: torch.device) -> str | None:
+    """Why torch.compile does not work here (no C++ compiler, no Triton), or None; found out by compiling."""
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler's absence looks like
+        return f"torch.compile does not work here: {str(error).strip().splitlines()[0] or type(error).__name__}"
+    return None

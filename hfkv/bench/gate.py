@@ -1,0 +1,137 @@
+"""The check a contender passes before its speed is told: its attention against fp32 on the same keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hfkv.bench.tokens import Tokens
+from hfkv.layer import KVLayer
+
+# An output may be so much further from fp32 attention than plain torch in the same dtype is (as flash-attention's own
+# tests allow), and by this part of the largest number besides.
+FACTOR, SLACK = 2.0, 1e-5
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far a contender's results are from what they should be.
+
+    Attributes:
+        twin, full, logits: see `Row`; None where it was not looked at.
+        wrong: what is wrong, or None.
+    """
+
+    twin: float | None = None
+    full: float | None = None
+    logits: float | None = None
+    wrong: str | None = None
+
+
+def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: float, is_ours: bool) -> Errors:
+    """Checks the attention of one decode step.
+
+    Args:
+        output: `[B, 1, Hq, D]`, as attention functions return it.
+        tokens: what the cache was filled with; the step added their new key and value.
+        layer: the cache's layer.
+        scale: factor on the scores.
+        is_ours: whether the layer is hfkv's, whose own keys and values it is held against.
+    """
+    output = output.transpose(1, 2)
+    seen = tokens.count + 1
+    positions, visible = _visible(layer, seen, output.device) if is_ours else (torch.arange(seen), None)
+    keys, values = (
+        torch.cat((states, new), dim=2) if visible is None else _picked(states, new, positions[visible])
+        for states, new in ((tokens.keys, tokens.new_key), (tokens.values, tokens.new_value))
+    )
+    full = _attention(tokens.query, keys, values, scale, torch.float32)
+    error_full = _norm_error(output, full)
+    if not is_ours:
+        return Errors(full=error_full)
+    del keys, values
+    held = (layer.keys, layer.values)
+    if visible is not None and not bool(visible.all()):
+        held = tuple(states[:, :, visible] for states in held)
+    twin = _attention(tokens.query, *held, scale, torch.float32)
+    same = _attention(tokens.query, *held, scale, output.dtype)
+    error, allowed = _largest_error(output, twin), FACTOR * _largest_error(same, twin) + SLACK
+    wrong = None
+    if not bool(output.isfinite().all()):
+        wrong = "its attention gives numbers that are not finite"
+    elif error > allowed:
+        wrong = (
+            f"its attention is off by {error:.1e} of the largest number from fp32 attention over its own keys and "
+            f"values; {allowed:.1e} is allowed"
+        )
+    return Errors(_norm_error(output, twin), error_full, None, wrong)
+
+
+def logit_errors(
+    logits: torch.Tensor, standard: torch.Tensor, is_lossless: bool, num_layers: int, dtype: torch.dtype
+) -> Errors:
+    """Checks the logits of one forward.
+
+    Args:
+        logits: `[B, V]`.
+        standard: DynamicCache's.
+        is_lossless: whether they must be the same but for rounding; else they need only be finite.
+        num_layers: layers, each of which rounds.
+        dtype: what they round to (`generate` returns logits in fp32, whatever the model computes in).
+    """
+    error = _norm_error(logits, standard)
+    allowed = 4 * torch.finfo(dtype).eps * num_layers**0.5 + SLACK
+    if not bool(logits.isfinite().all()):
+        return Errors(logits=error, wrong="its logits are not finite")
+    if is_lossless and not error <= allowed:
+        return Errors(
+            logits=error, wrong=f"its logits are {error:.1e} from DynamicCache's, as norms; {allowed:.1e} is allowed"
+        )
+    return Errors(logits=error)
+
+
+def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The position of each token `layer.keys` shows, and which of them the newest query sees (None: all)."""
+    window = layer.window
+    if window is None:
+        return torch.arange(seen, device=device), None
+    assert layer.keys is not None
+    held_from = layer.span.held_from
+    newest = torch.arange(held_from, seen, device=device)
+    num_slots = layer.keys.shape[2] - len(newest)
+    slots = torch.arange(num_slots, device=device)
+    positions = torch.cat((slots, newest))
+    # A slot is filled once its token has gone from among the newest.
+    is_there = torch.cat((slots < held_from, torch.ones_like(newest, dtype=torch.bool)))
+    is_seen = (positions >= window.lower_bound(seen - 1)) | (positions < window.sinks)
+    return positions, is_there & is_seen
+
+
+def _picked(states: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    return torch.cat((states, new), dim=2)[:, :, positions]
+
+
+def _attention(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Attention of `[B, Hq, 1, D]` computed in `dtype`, a row at a time, the softmax in fp32 as transformers' eager."""
+    rows = []
+    for q, k, v in zip(query.to(dtype), keys, values, strict=True):
+        k, v = k.to(dtype), v.to(dtype)
+        scores = (q.reshape(k.shape[0], -1, q.shape[-1]) @ k.transpose(1, 2)) * scale  # [H, G, T]
+        weights = scores.softmax(-1, dtype=torch.float32).to(dtype)
+        rows.append((weights @ v).reshape(q.shape[0], 1, -1))
+    return torch.stack(rows)
+
+
+def _norm_error(output: torch.Tensor, standard: torch.Tensor) -> float:
+    difference = output.float() - standard.float()
+    return (difference.norm() / standard.float().norm()).item()
+
+
+def _largest_error(output: torch.Tensor, standard: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest number; infinite where a number is not finite."""
+    difference = ((output.float() - standard).abs().max() / standard.abs().max()).item()
+    return difference if difference == difference else float("inf")

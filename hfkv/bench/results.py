@@ -1,0 +1,148 @@
+"""`Result`: what a run measured, as it is shown, written and read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hfkv.bench.errors import BenchError
+
+OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one context. What was not measured is None.
+
+    Attributes:
+        contender: ``"int8+paged"``, as it was asked for, or a peer's name.
+        is_ours: whether it is hfkv's.
+        status: ``"ok"``; ``"wrong"`` where its result does not stand the check, and nothing of its speed is said; or
+            ``"left out"``.
+        note: the reason where it is not ``"ok"``.
+        p20_ms, p50_ms, p80_ms: of a step; in the suite attention of one layer's step.
+        num_samples: how many steps they are from.
+        held_bytes: of the tokens the cache holds; in the suites attention and memory of one layer.
+        allocated_bytes: allocated for them.
+        peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
+        read_bytes: what a step must read: those held, and in the suite step the weights.
+        floor_ms: the time a copy of `read_bytes` alone would take on this device.
+        floor_ratio: `p50_ms` over it.
+        speedup: the fastest peer's `p50_ms` over this one's: above 1 is faster than every peer.
+        error_twin: of the attention against fp32 attention over the keys and values this cache decodes to, as norms.
+        error_full: against fp32 attention over the keys and values before any codec, as norms.
+        error_logits: of one forward's logits against DynamicCache's, as norms.
+    """
+
+    contender: str
+    is_ours: bool
+    status: str = OK
+    note: str | None = None
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    num_samples: int = 0
+    held_bytes: int | None = None
+    allocated_bytes: int | None = None
+    peak_bytes: int | None = None
+    read_bytes: int | None = None
+    floor_ms: float | None = None
+    floor_ratio: float | None = None
+    speedup: float | None = None
+    error_twin: float | None = None
+    error_full: float | None = None
+    error_logits: float | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """All contenders at one context.
+
+    Attributes:
+        context: tokens in the cache, or of the longest prompt.
+        batch: rows.
+        ragged: real tokens of each row of a left-padded prompt; empty where all are full.
+        layers: layers that were measured.
+        rows: peers first.
+    """
+
+    context: int
+    batch: int
+    ragged: list[int]
+    layers: int
+    rows: list[Row]
+
+    def row(self, contender: str) -> Row | None:
+        """The row of that name; hfkv's also by another spelling of the same config."""
+        wanted = canonical(contender)
+        return next((row for row in self.rows if canonical(row.contender) == wanted), None)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run.
+
+    Attributes:
+        command: the command line.
+        date: when it ended, ISO 8601 with the zone.
+        suite: its name.
+        shape: the shape's name, or the model's.
+        model_layers: layers of the whole shape.
+        dtype: of keys, values and weights.
+        seed: see `Setting`.
+        setting: the whole setting.
+        machine: see `describe_machine`.
+        copy_bytes_per_second: bytes read and written by a copy on the device, in this run.
+        seconds: the whole run.
+        tables: one a context.
+    """
+
+    command: str
+    date: str
+    suite: str
+    shape: str
+    model_layers: int
+    dtype: str
+    seed: int
+    setting: dict[str, Any]
+    machine: dict[str, Any]
+    copy_bytes_per_second: float
+    seconds: float
+    tables: list[Table]
+
+    @property
+    def wrong(self) -> list[Row]:
+        """Rows whose results do not stand the check."""
+        return [row for table in self.tables for row in table.rows if row.status == WRONG]
+
+    def write_json(self, path: Path) -> None:
+        """Writes everything to a file."""
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read_json(cls, path: Path) -> Result:
+        """Reads what `write_json` wrote.
+
+        Raises:
+            BenchError: the file is not there or is something else.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            tables = [Table(**{**table, "rows": [Row(**row) for row in table["rows"]]}) for table in content["tables"]]
+            return cls(**{**content, "tables": tables})
+        except OSError as error:
+            raise BenchError(f"{str(path)!r} could not be read: {error.strerror}; name a result of --json") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise BenchError(f"{str(path)!r} is no result that hfkv bench --json wrote: {error}") from error
+
+
+def canonical(contender: str) -> str:
+    """One spelling for all strings of the same config; a peer's name as it is."""
+    from hfkv.config import KVConfig
+
+    try:
+        return str(KVConfig.parse(contender))
+    except (TypeError, ValueError):
+        return contender

@@ -1,0 +1,103 @@
+"""`Tokens`: the random keys and values every contender is filled with, and the bytes a cache has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from hfkv.bench.contenders import Contender
+from hfkv.bench.shapes import Heads
+from hfkv.cache import KVCache
+from hfkv.stores.base import storage_bytes
+
+# A codec's temporaries are of this many tokens.
+FILL_CHUNK = 4096
+
+
+class Tokens:
+    """Keys and values of standard normal numbers for one layer, the same for all layers and contenders.
+
+    Args:
+        batch: B.
+        count: T.
+        heads: of the shape.
+        dtype: of keys and values.
+        device: where they are.
+        seed: of the numbers.
+
+    Attributes:
+        keys, values: `[B, H, T, D]`.
+    """
+
+    def __init__(
+        self, batch: int, count: int, heads: Heads, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self.count = count
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(num_heads: int, num_tokens: int) -> torch.Tensor:
+            shape = (batch, num_heads, num_tokens, heads.head_dim)
+            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+        self.keys, self.values = draw(heads.kv_heads, count), draw(heads.kv_heads, count)
+        self.new_key, self.new_value = draw(heads.kv_heads, 1), draw(heads.kv_heads, 1)
+        self.query = draw(heads.query_heads, 1)
+
+    def fill(self, contender: Contender, cache: Any, num_layers: int, tokens: int) -> None:
+        """Puts all of them into the first layers of an empty cache.
+
+        Args:
+            contender: whose cache it is.
+            cache: the cache.
+            num_layers: layers to fill.
+            tokens: how many a row will hold in all.
+        """
+        if isinstance(cache, KVCache):
+            cache.reserve(tokens)
+        # Quantised peers keep apart what comes after the first append. Windows drop at the next one: their last token
+        # comes alone, as in generation.
+        starts = [*range(0, self.count - 1, FILL_CHUNK), self.count - 1] if contender.is_ours else [0]
+        for layer in range(num_layers):
+            for start, end in zip(starts, (*starts[1:], self.count), strict=True):
+                new = (states[:, :, start:end] for states in (self.keys, self.values))
+                cache.update(*new, layer)
+
+
+def held_bytes(cache: Any, layers: int) -> int:
+    """Bytes of the tokens in the first layers of any cache."""
+    if isinstance(cache, KVCache):
+        return sum(layer.held_bytes() for layer in cache.layers[:layers])
+    total = 0
+    for layer in cache.layers[:layers]:
+        num_bytes = storage_bytes(_tensors(layer))
+        capacity = getattr(layer, "max_cache_len", None)
+        total += num_bytes * int(layer.get_seq_length()) // capacity if capacity else num_bytes
+    return total
+
+
+def allocated_bytes(cache: Any, layers: int) -> int:
+    """Bytes allocated for the first layers of any cache."""
+    if isinstance(cache, KVCache):
+        return sum(layer.nbytes() for layer in cache.layers[:layers])
+    return sum(storage_bytes(_tensors(layer)) for layer in cache.layers[:layers])
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    return [tensor for value in vars(layer).values() for tensor in _plain(value)]
+
+
+def _plain(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a layer's attribute: in tuples and dicts (hqq), and inside tensor subclasses (quanto)."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _plain(item)
+    elif isinstance(value, torch.Tensor):
+        if hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _plain(getattr(value, name))
+        else:
+            yield value

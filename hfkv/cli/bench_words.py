@@ -1,0 +1,90 @@
+"""What was said on the command line of ``hfkv bench``, as a `Setting`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hfkv.cli.errors import CommandError
+from hfkv.cli.generate import check_kv
+from hfkv.cli.loading import pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    from hfkv.bench import Setting
+
+# Contexts by suite; a CPU and the shape tiny get less of it.
+CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), "prefill": (4096,)}
+TINY_CONTEXTS = (512,)
+
+
+@dataclass(frozen=True)
+class Words:
+    """The options as they were given; None where they were not."""
+
+    suite: str | None
+    shape: str | None
+    model: str | None
+    layers: int | None
+    contexts: str | None
+    batch: int | None
+    ragged: str | None
+    dtype: str
+    device: str
+    kvs: list[str] | None
+    peers: str
+    steps: int | None
+    seconds: float
+
+
+def setting_of(words: Words, seed: int) -> Setting:
+    """What to measure.
+
+    Raises:
+        CommandError: a word is unknown, or words contradict each other.
+    """
+    from hfkv.bench import SUITES, BenchError, Setting
+    from hfkv.bench.setting import DEFAULT_KV
+
+    if words.suite not in SUITES:
+        said = f"the suite {words.suite!r} is unknown" if words.suite else "name a suite, or a result with --from"
+        raise CommandError(f"{said}; allowed: {', '.join(SUITES)}")
+    if words.shape is not None and words.model is not None:
+        raise CommandError("--shape and --model both say what to build; give one of them")
+    if words.ragged is not None and (words.contexts is not None or words.batch is not None):
+        raise CommandError("--ragged says the rows and their tokens; leave --context and --batch out")
+    for kv in words.kvs or ():
+        check_kv(kv)
+    device = pick_device(words.device)
+    dtype = pick_dtype(words.dtype)
+    shape = words.shape
+    if shape is None and words.model is None:
+        shape = "small" if device.type == "cpu" and words.suite in ("step", "prefill") else "llama-8b"
+    contexts = TINY_CONTEXTS if shape == "tiny" else CONTEXTS[words.suite]
+    if words.contexts is not None:
+        contexts = _numbers("--context", words.contexts)
+    try:
+        return Setting(
+            suite=words.suite,
+            shape=shape,
+            model=words.model,
+            layers=words.layers,
+            contexts=() if words.ragged else contexts,
+            batch=1 if words.batch is None else words.batch,
+            ragged=() if words.ragged is None else _numbers("--ragged", words.ragged),
+            dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
+            device=str(device),
+            kvs=tuple(words.kvs or DEFAULT_KV),
+            peers=None if words.peers == "all" else tuple(name.strip() for name in words.peers.split(",")),
+            steps=words.steps,
+            seconds=words.seconds,
+            seed=seed,
+        )
+    except BenchError as error:
+        raise CommandError(str(error)) from error
+
+
+def _numbers(option: str, given: str) -> tuple[int, ...]:
+    words = [word.strip() for word in given.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise CommandError(f"{option} takes whole numbers with commas, such as 512,1024; got {given!r}")
+    return tuple(int(word) for word in words)

@@ -1,0 +1,187 @@
+"""`DeviceInputs`: what changes from one decode step to the next, in tensors that kernels read."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from hfkv.kernels.inputs import Visibility
+from hfkv.layout import Layout
+
+# The numbers at the front of `DeviceInputs.meta`; the kernels load them by these places.
+SCALARS = ("start", "length", "last_column", "last_slot", "seen", "first", "held_from", "num_slots", "sinks")
+NUM_SCALARS = 16
+# Distinct inputs in one forward: before and after appending, in windowed and in other layers, and some to spare.
+NUM_RECENT = 16
+
+
+@dataclass
+class DeviceInputs:
+    """A `Layout` and a `Visibility` on the device.
+
+    Kernels take nothing of the two as launch arguments, so a captured CUDA graph replays with new values
+    after `update`, and a changed length never compiles a kernel again.
+
+    Attributes:
+        meta: int32 `[16 + B + 3 · columns + B · columns]`: the numbers of `SCALARS`, each row's pads, each column's low
+            and high slot and the held index of its first token, and the block table.
+        batch: B.
+        columns: columns of the block table there is room for; 0 for contiguous planes.
+        bounds: int64 `[B or 1, q]`, or None.
+        mask: bool `[B or 1, 1 or Hq, q, tokens]`, or None.
+    """
+
+    meta: torch.Tensor
+    batch: int
+    columns: int
+    bounds: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(
+        cls, layout: Layout, visibility: Visibility | None, device: torch.device, *, columns: int = 0, tokens: int = 0
+    ) -> DeviceInputs:
+        """Inputs with storages of their own, to be updated between the replays of a graph.
+
+        Args:
+            layout, visibility: the first values; without a visibility they are for `append` alone.
+            device: where the planes are.
+            columns: columns of the block table to make room for, if more than the layout has.
+            tokens: tokens of a mask to make room for, if more than it has.
+        """
+        # No columns mean contiguous planes.
+        columns = 0 if layout.table is None else max(columns, layout.table.shape[1], 1)
+        packed = _pack(layout, visibility, columns)
+        inputs = cls(_empty_like(packed, device), _batch(layout, visibility), columns)
+        if visibility is not None and visibility.bounds is not None:
+            inputs.bounds = torch.empty(visibility.bounds.shape, dtype=torch.long, device=device)
+        if visibility is not None and visibility.mask is not None:
+            shape = (*visibility.mask.shape[:3], max(tokens, visibility.mask.shape[3]))
+            inputs.mask = torch.zeros(shape, dtype=torch.bool, device=device)
+        inputs.update(layout, visibility)
+        return inputs
+
+    def update(self, layout: Layout, visibility: Visibility | None) -> None:
+        """Copies new values into the same storages, without waiting for the device.
+
+        Raises:
+            ValueError: they do not fit what was allocated.
+        """
+        if layout.is_paged != (self.columns > 0):
+            raise ValueError("a paged layout cannot take the place of a contiguous one, nor the other way round")
+        if layout.table is not None and layout.table.shape[1] > self.columns:
+            raise ValueError(f"a block table of {layout.table.shape[1]} columns, with room for {self.columns}")
+        if _batch(layout, visibility) != self.batch:
+            raise ValueError(f"{_batch(layout, visibility)} rows, with room for {self.batch}")
+        bounds, mask = (None, None) if visibility is None else (visibility.bounds, visibility.mask)
+        for name, new, held in (("bounds", bounds, self.bounds), ("mask", mask, self.mask)):
+            if (new is None) != (held is None):
+                raise ValueError(f"the {name} must be given at every step or at none")
+        if bounds is not None and self.bounds is not None:
+            if bounds.shape != self.bounds.shape:
+                raise ValueError(f"bounds {tuple(bounds.shape)}, with room for {tuple(self.bounds.shape)}")
+            _copy(bounds, self.bounds)
+        if mask is not None and self.mask is not None:
+            if mask.shape[:3] != self.mask.shape[:3] or mask.shape[3] > self.mask.shape[3]:
+                raise ValueError(f"a mask {tuple(mask.shape)}, with room for {tuple(self.mask.shape)}")
+            _copy(mask, self.mask[..., : mask.shape[3]])
+        _copy(_pack(layout, visibility, self.columns), self.meta)
+
+
+@dataclass(frozen=True)
+class _Recent:
+    key: tuple[object, ...]
+    table: torch.Tensor | None
+    inputs: DeviceInputs
+
+
+_recent: deque[_Recent] = deque(maxlen=NUM_RECENT)
+
+
+def device_inputs(layout: Layout, visibility: Visibility | None, device: torch.device) -> DeviceInputs:
+    """Inputs for one eager call; layers that are called with equal values share one upload.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured: it would replay the values of this call for ever.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a captured graph needs inputs of its own: allocate DeviceInputs before the capture")
+        stream = torch.cuda.current_stream(device).cuda_stream
+    rule: tuple[object, ...] = ()
+    if visibility is not None:
+        rule = (visibility.seen, visibility.first, visibility.held_from, visibility.num_slots)
+        rule = (*rule, visibility.sinks, visibility.pads)
+    key = (device, stream, layout.length, layout.start, rule, layout.spans)
+    found = next(
+        (recent for recent in tuple(_recent) if recent.key == key and _equal(recent.table, layout.table)), None
+    )
+    if found is None:
+        columns = 0 if layout.table is None else layout.table.shape[1]
+        packed = _pack(layout, visibility, columns)
+        inputs = DeviceInputs(_empty_like(packed, device), _batch(layout, visibility), columns)
+        _copy(packed, inputs.meta)
+        found = _Recent(key, None if layout.table is None else layout.table.clone(), inputs)
+        _recent.append(found)
+    if visibility is None or (visibility.bounds is None and visibility.mask is None):
+        return found.inputs
+    held = found.inputs
+    return DeviceInputs(held.meta, held.batch, held.columns, visibility.bounds, visibility.mask)
+
+
+def _batch(layout: Layout, visibility: Visibility | None) -> int:
+    """The rows there are pads for."""
+    if visibility is not None:
+        return len(visibility.pads)
+    return 0 if layout.table is None else layout.table.shape[0]
+
+
+def _pack(layout: Layout, visibility: Visibility | None, columns: int) -> torch.Tensor:
+    """The numbers of `DeviceInputs.meta`, on the CPU."""
+    batch = _batch(layout, visibility)
+    last_column, last_slot = (len(layout.spans) - 1, layout.spans[-1][1]) if layout.spans else (0, 0)
+    scalars = [layout.start, layout.length, last_column, last_slot]
+    if visibility is not None:
+        scalars += [visibility.seen, visibility.first, visibility.held_from, visibility.num_slots, visibility.sinks]
+    packed = torch.zeros(NUM_SCALARS + batch + 3 * columns + batch * columns, dtype=torch.int32)
+    packed[: len(scalars)] = torch.tensor(scalars, dtype=torch.int32)
+    if visibility is not None:
+        packed[NUM_SCALARS : NUM_SCALARS + batch] = torch.tensor(visibility.pads, dtype=torch.int32)
+    if layout.table is not None:
+        table = packed[NUM_SCALARS + batch + 3 * columns :].view(batch, columns)
+        table[:, : layout.table.shape[1]] = layout.table
+    if layout.spans:
+        spans = packed[NUM_SCALARS + batch : NUM_SCALARS + batch + 3 * columns].view(3, columns)
+        # 2,048 columns of pages of 64 tokens are 131,072 tokens: an array is ten times faster here than a list.
+        slots = torch.frombuffer(array("i", chain.from_iterable(layout.spans)), dtype=torch.int32).view(-1, 2)
+        held = slots[:, 1] - slots[:, 0]
+        spans[:2, : len(slots)] = slots.T
+        spans[2, : len(slots)] = held.cumsum(0) - held
+    return packed
+
+
+def _empty_like(packed: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # A graph's inputs are written to outside inference_mode too.
+    with torch.inference_mode(False):
+        return torch.empty(packed.shape, dtype=packed.dtype, device=device)
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies, and does not wait where `target` is on an accelerator.
+
+    The allocator of pinned memory hands a block out again only when the copies out of it are done.
+    """
+    if source.device.type == "cpu" and target.device.type == "cuda":
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
+
+
+def _equal(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)

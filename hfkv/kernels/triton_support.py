@@ -1,0 +1,60 @@
+"""Whether the Triton kernels can be used, asked before anything imports Triton."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from hfkv.kernels.inputs import Scoring
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Tiles of wider heads do not fit the shared memory of a multiprocessor.
+MAX_HEAD_DIM = 256
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def unsupported(
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    codecs: tuple[str, ...] = (),
+    head_dims: tuple[int, ...] = (),
+    scoring: Scoring | None = None,
+) -> str | None:
+    """Why the Triton kernels cannot be used, in words for a user, or None where they can.
+
+    Args:
+        device: where queries and planes are.
+        dtype: of queries and new tokens.
+        codecs: of keys and values.
+        head_dims: of keys and values.
+        scoring: what becomes of scores; None for `append`.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"Triton kernels run on NVIDIA GPUs, and these tensors are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if dtype not in DTYPES:
+        return f"Triton kernels take bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
+    if capability < (8, 0):
+        return f"Triton kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
+    if "fp8" in codecs and capability < (8, 9):
+        return f"8-bit floats need compute capability 8.9, and this GPU has {capability[0]}.{capability[1]}"
+    if any(head_dim > MAX_HEAD_DIM for head_dim in head_dims):
+        return f"Triton kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {max(head_dims)}"
+    return None if scoring is None else unsupported_scoring(scoring)
+
+
+def unsupported_scoring(scoring: Scoring) -> str | None:
+    """Why the kernels cannot do what is to become of scores, or None where they can."""
+    if scoring.weights:
+        return "kernels do not give the attention weights"
+    if scoring.dropout:
+        return "kernels do not drop weights (dropout)"
+    return None

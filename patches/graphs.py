@@ -1,0 +1,231 @@
+"""CUDA graphs: the decode step of a whole model captured once and replayed inside `generate`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+from transformers.utils import ModelOutput
+
+from hfkv.cache import KVCache
+from hfkv.device_step import DeviceStep, advance, step_reason
+from hfkv.layout import Layout
+from hfkv.patches.undo import Undo
+
+logger = logging.getLogger("hfkv")
+
+# What a decode step of `generate` passes. Tensors are copied to where the graph reads them.
+TENSORS = {"input_ids", "position_ids"}
+SETTINGS = {"use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"}
+DEVICE_TYPES = {"cuda"}
+
+
+class CudaGraph:
+    """One captured run of a function, on one device."""
+
+    def __init__(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """What `run` returns; nothing is carried out before `replay`."""
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            return run()
+
+    def replay(self) -> None:
+        """Carries out what was captured, into the same outputs."""
+        self._graph.replay()
+
+
+class Captured:
+    """A captured decode step of one cache.
+
+    Attributes:
+        step: what it reads of the cache.
+        inputs: the tensors it reads besides.
+        outputs: the fields of the model's output that it writes.
+        state: of the model when it was captured.
+    """
+
+    def __init__(self, step: DeviceStep, inputs: dict[str, torch.Tensor], state: Any) -> None:
+        self.step, self.inputs, self.state = step, inputs, state
+        self.graph: Any = make_graph()
+        self.output_class: Any = None
+        self.outputs: dict[str, Any] = {}
+
+    def fits(self, tensors: dict[str, torch.Tensor], state: Any) -> bool:
+        """Whether it was captured for such inputs and the model as it is."""
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in self.inputs.items()}
+        return self.state == state and shapes == {name: (given.shape, given.dtype) for name, given in tensors.items()}
+
+    def result(self, cache: KVCache) -> Any:
+        """The model's output, in tensors of its own: the next replay overwrites the captured ones."""
+        fields = tree_map_only(torch.Tensor, torch.clone, self.outputs)
+        return self.output_class(**fields, past_key_values=cache)
+
+
+def make_graph() -> CudaGraph:
+    """A graph that has captured nothing yet."""
+    return CudaGraph()
+
+
+class Graphs:
+    """The forward of a patched model: decode steps are replayed, everything else goes to the model's own.
+
+    The first step of a cache runs as ever, which compiles what must be compiled; the second is captured, and the
+    others replay it. It is captured anew when the planes of the cache have moved (its store grew), when the number of
+    rows or the adapters have changed, and after a forward of several tokens.
+
+    Args:
+        model: the patched model.
+        forward: its own forward.
+    """
+
+    def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
+        self.model, self.forward = model, forward
+        self.off: str | None = None  # why nothing is captured
+        self._captured: weakref.WeakKeyDictionary[KVCache, Captured | None] = weakref.WeakKeyDictionary()
+        self._tuners: list[Any] = []
+        self._logged: set[str] = set()
+
+    def __reduce__(self) -> Any:
+        # A copy captures for itself.
+        return type(self), (self.model, self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if self.off is not None or not isinstance(cache, KVCache):
+            return self.forward(*args, **kwargs)
+        if args or not _is_step(kwargs) or cache.get_seq_length() == 0:
+            self._captured.pop(cache, None)
+            self._tuners = tuners(self.model)
+            return self.forward(*args, **kwargs)
+        if cache not in self._captured:
+            self._captured[cache] = None
+            return self.forward(*args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        tensors = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
+        state = (mask is None, adapters(self._tuners))
+        captured = self._captured[cache]
+        if captured is not None and not captured.fits(tensors, state):
+            captured = None
+        reason = _input_reason(kwargs)
+        if reason is None and captured is None:
+            reason = step_reason(cache, mask)
+        if reason is not None:
+            self._captured[cache] = None
+            self._log(reason)
+            return self.forward(*args, **kwargs)
+        befores = advance(cache)
+        if captured is None or not captured.step.update(befores, mask):
+            return self._capture(cache, kwargs, tensors, befores, state)
+        for name, tensor in tensors.items():
+            captured.inputs[name].copy_(tensor)
+        captured.graph.replay()
+        return captured.result(cache)
+
+    def _capture(
+        self,
+        cache: KVCache,
+        kwargs: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        befores: list[Layout],
+        state: Any,
+    ) -> Any:
+        """Captures the step for which `cache` has been advanced, and carries it out."""
+        mask = kwargs.get("attention_mask")
+        with torch.inference_mode(False):
+            inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        captured = Captured(DeviceStep(list(cache.layers), befores, mask), inputs, state)
+        self._captured[cache] = captured
+        # Attention reads the mask that the step holds; a mask of four dimensions is handed through by transformers.
+        placeholder = None if mask is None else mask[:, None, None, :].bool()
+        given = {**kwargs, **inputs, "attention_mask": placeholder}
+        with captured.step.running():
+            try:
+                output = captured.graph.capture(functools.partial(self.forward, **given))
+            except RuntimeError as error:
+                self.turn_off(f"the step cannot be captured ({str(error).splitlines()[0]})")
+                return self.forward(**given)
+        if not isinstance(output, ModelOutput):
+            raise TypeError(f"{type(self.model).__name__} returned a {type(output).__name__} and not a ModelOutput")
+        captured.output_class = type(output)
+        captured.outputs = {name: value for name, value in output.items() if name != "past_key_values"}
+        captured.graph.replay()
+        return captured.result(cache)
+
+    def turn_off(self, reason: str) -> None:
+        """Captures nothing from here on, and logs why."""
+        self.off = reason
+        self._captured = weakref.WeakKeyDictionary()
+        logger.warning("%s: no CUDA graphs: %s", type(self.model).__name__, reason)
+
+    def _log(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning("%s: no CUDA graph for such a step: %s", type(self.model).__name__, reason)
+
+
+def set_graphs(model: Any, undo: Undo) -> Graphs:
+    """Overrides `forward` on this instance."""
+    graphs = Graphs(model, model.forward)
+    reason = model_reason(model)
+    if reason is not None:
+        graphs.turn_off(reason)
+    # generate() looks at the signature of forward.
+    undo.set(model, "forward", functools.update_wrapper(functools.partial(graphs), model.forward))
+    return graphs
+
+
+def model_reason(model: Any) -> str | None:
+    """Why decode steps of `model` are never captured, in words, or None where they may be."""
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
+        return f"its parameters are on {', '.join(sorted(map(str, devices)))}, and a graph is of one CUDA device"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate has set a hook on {name or 'the model'}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has forward hooks, which a replay would not call"
+    scaling = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {scaling.get("rope_type")} | {part.get("rope_type") for part in scaling.values() if isinstance(part, dict)}
+    if kinds & {"dynamic", "longrope"}:
+        return "its rotary angles depend on the length of the text"
+    return None
+
+
+def tuners(model: Any) -> list[Any]:
+    """The modules of PEFT in a model."""
+    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+
+
+def adapters(tuners: list[Any]) -> Any:
+    """Which adapters each of them applies: a graph goes on applying those it was captured with."""
+    return [(tuple(tuner.active_adapters), tuner.disable_adapters, tuple(tuner.merged_adapters)) for tuner in tuners]
+
+
+def _is_step(kwargs: dict[str, Any]) -> bool:
+    ids = kwargs.get("input_ids")
+    return ids is not None and ids.dim() == 2 and ids.shape[1] == 1 and not torch.is_grad_enabled()
+
+
+def _input_reason(kwargs: dict[str, Any]) -> str | None:
+    known = {*TENSORS, *SETTINGS, "past_key_values", "attention_mask"}
+    for name, value in kwargs.items():
+        if value is not None and name not in known:
+            return f"it is given {name!r}"
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            return f"it is asked for {name!r}"
+    if kwargs.get("return_dict") is False or kwargs.get("use_cache") is False:
+        return "it is asked for a tuple, or for no cache"
+    if kwargs.get("position_ids") is None:
+        return "it is given no 'position_ids'"
+    mask = kwargs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        return "its attention mask is not [B, seen]"
+    return None

@@ -1,0 +1,94 @@
+"""Compiles kernels for a GPU without having one: the interpreter takes much that a compiler refuses.
+
+Each argument of ``python -m tests.kernels.compiling`` is one kernel: "<compute capability> <operation> <key codec>
+<value codec> <dtype> <head dim> <page size> <options ...>".
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hfkv.kernels import triton_append, triton_merge, triton_operator
+from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.triton_decode import decode_attention
+from hfkv.kernels.triton_prefill import prefill_attention
+from hfkv.kernels.triton_tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
+from hfkv.layout import Layout
+from tests.kernels.held import garbage
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
+POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32"}
+# What one program may have of it, in bytes.
+SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
+ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
+
+
+class Compiled:
+    """A kernel that is compiled for its arguments instead of launched."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.compile
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        signature, constants, attributes = {}, {}, {}
+        for index, (parameter, argument) in enumerate(zip(self.kernel.params, arguments, strict=True)):
+            is_one = isinstance(argument, int) and argument == 1 and not parameter.do_not_specialize
+            if parameter.is_constexpr or argument is None or is_one:
+                signature[parameter.name] = "constexpr"
+                constants[(index,)] = argument
+            elif isinstance(argument, torch.Tensor):
+                signature[parameter.name] = POINTERS[argument.dtype]
+                attributes[(index,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter.name] = "fp32" if isinstance(argument, float) else "i32"
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        assert compiled.metadata.shared <= SHARED_LIMITS[self.capability], compiled.metadata.shared
+        print(self.kernel.__name__, compiled.metadata.shared, "bytes of shared memory")
+
+
+def target(capability: int) -> None:
+    """Makes every launch a compilation for a GPU of `capability`."""
+    shared_memory = SHARED_MEMORY.get(divmod(capability, 10), LITTLE_SHARED_MEMORY)
+    triton_append._append_kernel = Compiled(APPEND, capability)
+    triton_merge._merge_kernel = Compiled(MERGE, capability)
+    triton_operator._attention_kernel = Compiled(ATTENTION, capability)
+    triton_operator.device_of = lambda device: Device(132, shared_memory)
+    triton_operator.product_dtypes = lambda dtype, codec, device: PRODUCT_DTYPES(dtype, codec, torch.device("cuda"))
+
+
+def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page_size: int, options: list[str]) -> None:
+    length, cpu = 64, torch.device("cpu")
+    columns = -(-2 * length // page_size) if page_size else 0
+    spans = tuple((0, min(page_size, length - low)) for low in range(0, length, page_size)) if page_size else ()
+    layout = Layout(length, table=torch.zeros(2, columns, dtype=torch.long) if page_size else None, spans=spans)
+    shape = (2, 2, page_size or 2 * length, head_dim)
+    keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
+    num_queries = length if operation == "prefill" else 1
+    query = torch.zeros(2, 8, num_queries, head_dim, dtype=getattr(torch, dtype))
+    bounds = torch.zeros(2, num_queries, dtype=torch.long) if "bounds" in options else None
+    mask = torch.ones(2, 8, num_queries, length, dtype=torch.bool) if "mask" in options else None
+    visibility = Visibility(length, (0, 0), bounds=bounds, mask=mask)
+    scoring = Scoring(0.1, softcap=30.0, sink_logits=query[0, :, 0, 0]) if "scoring" in options else Scoring(0.1)
+    if operation == "append":
+        triton_append.append(query[:, :2], query[:, :2], keys, values, layout)
+    elif operation == "prefill":
+        prefill_attention(query, keys, values, layout, visibility, scoring)
+    else:
+        decode_attention(query, keys, values, layout, visibility, scoring, num_splits=4)
+
+
+if __name__ == "__main__":
+    for kernel in sys.argv[1:]:
+        capability, operation, key_codec, value_codec, dtype, head_dim, page_size, *options = kernel.split()
+        target(int(capability))
+        run(operation, (key_codec, value_codec), dtype, int(head_dim), int(page_size), options)

@@ -1,0 +1,48 @@
+"""Kernels compile for GPUs, and fit their shared memory, on a machine without one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+FEW = (
+    "90 append int4 fp8 bfloat16 128 64",
+    "90 decode int4 int8 bfloat16 128 64 scoring bounds",
+    "80 prefill none int4 float16 96 0 mask",
+)
+SHAPES = (
+    ("append", "float32", 80, 0),
+    ("decode", "bfloat16", 128, 0),
+    ("decode", "float16", 256, 64),
+    ("decode", "float32", 256, 10),
+    ("prefill", "bfloat16", 128, 64),
+    ("prefill", "float16", 128, 64),
+    ("prefill", "bfloat16", 256, 0),
+    ("prefill", "float32", 256, 64),
+)
+
+
+def check(kernels: tuple[str, ...], cache: Path) -> None:
+    """Asserts that `tests.kernels.compiling` compiles `kernels`, in a process that does not interpret them."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "tests.kernels.compiling", *kernels]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("bytes of shared memory") >= len(kernels)
+
+
+def test_kernels_compile(tmp_path: Path) -> None:
+    check(FEW, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("capability", [80, 89, 90])
+def test_every_kind_of_kernel_compiles(capability: int, codec: str, tmp_path: Path) -> None:
+    # The attention kernels of fp8 need 8.9.
+    shapes = SHAPES[:1] if codec == "fp8" and capability < 89 else SHAPES
+    kernels = (f"{operation} {codec} {codec} {dtype} {dim} {size}" for operation, dtype, dim, size in shapes)
+    check(tuple(f"{capability} {kernel}" for kernel in kernels), tmp_path)
