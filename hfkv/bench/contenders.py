@@ -15,6 +15,7 @@ from hfkv.cache import KVCache
 from hfkv.config import KVConfig
 from hfkv.window import Window
 
+GRAPHS = "+graphs"  # behind a config: its decode steps replayed from CUDA graphs
 NO_CACHE, DYNAMIC, STATIC, OFFLOADED = "no-cache", "DynamicCache", "StaticCache+compile", "DynamicCache+offload"
 _QUANTIZED = {f"QuantizedCache:{backend}": backend for backend in ("fp8", "quanto", "hqq")}
 _PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
@@ -31,6 +32,7 @@ class Contender:
         new_cache: makes an empty cache from a config or a model, for so many tokens; None without a cache.
         is_compiled: whether its decode steps go through torch.compile.
         reason: why it cannot take part, or None.
+        graphs: whether its decode steps are replayed from a CUDA graph.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Contender:
     new_cache: Callable[[Any, int], Any] | None
     is_compiled: bool = False
     reason: str | None = None
+    graphs: bool = False
 
     @property
     def is_ours(self) -> bool:
@@ -45,13 +48,13 @@ class Contender:
 
 
 def ours(text: str) -> Contender:
-    """hfkv's cache of a config.
+    """hfkv's cache of a config; with `GRAPHS` behind it, its decode steps from CUDA graphs.
 
     Raises:
         BenchError: the text is no config, or one whose results hfkv bench has no check for.
     """
     try:
-        kv = KVConfig.parse(text)
+        kv = KVConfig.parse(text.removesuffix(GRAPHS))
     except (TypeError, ValueError) as error:
         raise BenchError(f"kv {error}") from error
     window = kv.window
@@ -60,7 +63,7 @@ def ours(text: str) -> Contender:
             f"kv {text!r}: hfkv bench has no check for sink_positions:cache, summaries, global layers or global heads; "
             "leave them out (hfkv eval measures what they cost)"
         )
-    return Contender(text, kv, lambda model, tokens: KVCache(model, kv))
+    return Contender(text, kv, lambda model, tokens: KVCache(model, kv), graphs=text.endswith(GRAPHS))
 
 
 def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.device) -> list[Contender]:

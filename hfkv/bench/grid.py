@@ -238,6 +238,10 @@ def _for_suite(contender: Contender, setting: Setting) -> Contender:
     if contender.is_compiled and setting.suite == "memory":
         # Compiled or not, it allocates the same cache.
         return replace(contender, is_compiled=False, reason=None)
+    if contender.graphs and setting.suite != "step":
+        reason = "CUDA graphs are of whole decode steps: see the suite step"
+    elif contender.graphs and not setting.device.startswith("cuda"):
+        reason = "CUDA graphs need a GPU"
     return replace(contender, reason=reason)
 
 

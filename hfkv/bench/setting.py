@@ -8,6 +8,7 @@ from hfkv.bench.errors import BenchError
 
 SUITES = ("attention", "step", "memory", "prefill")
 DEFAULT_KV = ("none", "int8", "int4", "fp8", "paged", "int8+paged", "window:1024")
+GRAPHS_KV = ("none+graphs", "int8+graphs", "int8+paged+graphs")  # besides, for steps on a GPU
 
 
 @dataclass(frozen=True)

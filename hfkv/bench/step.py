@@ -79,7 +79,7 @@ class StepLane:
         self.model = share_weights(task.model)
         self.rotary: Any = None
         if contender.is_ours:
-            self.rotary = hfkv.patch(self.model, contender.kv).rotary
+            self.rotary = hfkv.patch(self.model, contender.kv, graphs=contender.graphs).rotary
         if contender.is_compiled and task.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only

@@ -43,7 +43,7 @@ def setting_of(words: Words, seed: int) -> Setting:
         CommandError: a word is unknown, or words contradict each other.
     """
     from hfkv.bench import SUITES, BenchError, Setting
-    from hfkv.bench.setting import DEFAULT_KV
+    from hfkv.bench.setting import DEFAULT_KV, GRAPHS_KV
 
     if words.suite not in SUITES:
         said = f"the suite {words.suite!r} is unknown" if words.suite else "name a suite, or a result with --from"
@@ -59,6 +59,7 @@ def setting_of(words: Words, seed: int) -> Setting:
     shape = words.shape
     if shape is None and words.model is None:
         shape = "small" if device.type == "cpu" and words.suite in ("step", "prefill") else "llama-8b"
+    kvs = words.kvs or [*DEFAULT_KV, *(GRAPHS_KV if words.suite == "step" and device.type == "cuda" else ())]
     contexts = TINY_CONTEXTS if shape == "tiny" else CONTEXTS[words.suite]
     if words.contexts is not None:
         contexts = _numbers("--context", words.contexts)
@@ -73,7 +74,7 @@ def setting_of(words: Words, seed: int) -> Setting:
             ragged=() if words.ragged is None else _numbers("--ragged", words.ragged),
             dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
             device=str(device),
-            kvs=tuple(words.kvs or DEFAULT_KV),
+            kvs=tuple(kvs),
             peers=None if words.peers == "all" else tuple(name.strip() for name in words.peers.split(",")),
             steps=words.steps,
             seconds=words.seconds,

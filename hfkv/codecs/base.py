@@ -48,5 +48,6 @@ def scale_for(largest: torch.Tensor, steps: float) -> torch.Tensor:
 
     It is rounded *before* anything is quantised with it, so that its rounding costs no accuracy.
     """
-    scale = (largest / steps).to(SCALE_DTYPE)
+    # A product, not a quotient: for that torch gives other bits on a GPU than on a CPU.
+    scale = (largest * (1 / steps)).to(SCALE_DTYPE)
     return torch.where(scale == 0, torch.ones_like(scale), scale)

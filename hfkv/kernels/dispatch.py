@@ -14,7 +14,7 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.triton_support import unsupported
 
 # From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
-# 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30).
+# 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30). On GPUs a guess.
 MANY = 16
 
 
@@ -75,13 +75,16 @@ def _attention_kernel(
     reason = unsupported(device, dtype, (codec,), head_dims)
     if reason is not None:
         return Kernel("decode + sdpa", reason, None)
-    if num_queries == 1:
+    if num_queries < MANY:
         from hfkv.kernels import triton_decode
 
-        return Kernel("triton decode", "one query: split over the tokens' own bytes", triton_decode.decode_attention)
+        few = f"fewer than {MANY} queries: split over the tokens' own bytes"
+        return Kernel("triton decode", few, triton_decode.decode_attention)
     from hfkv.kernels import triton_prefill
 
-    return Kernel("triton prefill", "several queries: tiles of the tokens' own bytes", triton_prefill.prefill_attention)
+    return Kernel(
+        "triton prefill", f"{MANY} queries or more: tiles of the tokens' own bytes", triton_prefill.prefill_attention
+    )
 
 
 @functools.cache

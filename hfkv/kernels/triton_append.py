@@ -21,14 +21,9 @@ BLOCK_T = 16
 
 
 @triton.jit
-def _scale(largest, STEPS: tl.constexpr, IS_CPU: tl.constexpr):
+def _scale(largest, STEPS: tl.constexpr):
     """The scale that `hfkv.codecs.base.scale_for` gives, as float32."""
-    if IS_CPU:  # noqa: SIM108 - compile-time branches stay statements
-        scale = tl.div_rn(largest, tl.full(largest.shape, STEPS, tl.float32))
-    else:
-        # torch's CUDA division by a number multiplies by its reciprocal (BinaryDivTrueKernel.cu).
-        scale = largest * (1.0 / STEPS)
-    scale = round_bf16(scale)
+    scale = round_bf16(largest * (1.0 / STEPS))
     return tl.where(scale == 0.0, 1.0, scale)
 
 
@@ -55,7 +50,6 @@ def _encode(
     BLOCK: tl.constexpr,
     LOG_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    IS_CPU: tl.constexpr,
 ):
     """Encodes tokens `n` of one row and head, and stores them at `data_rows` and `scale_rows`."""
     d = tl.arange(0, WIDTH)
@@ -73,7 +67,7 @@ def _encode(
         least = tl.min(tl.where((d < D)[None, :], y, float("inf")), 1)
         largest = tl.max(tl.where((d < D)[None, :], y, float("-inf")), 1)
         low = round_bf16(tl.where(_row_nan(y), float("nan"), least))
-        scale = _scale(largest - low, 15, IS_CPU)
+        scale = _scale(largest - low, 15)
         steps = tl.div_rn(y - low[:, None], tl.broadcast_to(scale[:, None], (BLOCK_T, WIDTH)))
         steps = tl.where((steps == steps) & (d < D)[None, :], steps, 0.0)
         q = tl.minimum(tl.maximum(round_half_even(steps), 0.0), 15.0).to(tl.int32)
@@ -88,7 +82,7 @@ def _encode(
         x = x.to(tl.float32)
         largest = tl.where(_row_nan(x), float("nan"), tl.max(tl.abs(x), 1))
         limit: tl.constexpr = 127.0 if CODEC == "int8" else 448.0
-        scale = _scale(largest, limit, IS_CPU)
+        scale = _scale(largest, limit)
         q = tl.div_rn(x, tl.broadcast_to(scale[:, None], (BLOCK_T, WIDTH)))
         if CODEC == "int8":
             # What NaN casts to is not defined; the scale tells.
@@ -146,7 +140,6 @@ def _append_kernel(
     PAGE_SIZE: tl.constexpr,
     META: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    IS_CPU: tl.constexpr,
 ):
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
@@ -179,7 +172,6 @@ def _append_kernel(
         K_BLOCK,
         K_LOG_BLOCK,
         BLOCK_T,
-        IS_CPU,
     )
     _encode(
         values_ptr + b * values_b + h * values_h,
@@ -197,7 +189,6 @@ def _append_kernel(
         V_BLOCK,
         V_LOG_BLOCK,
         BLOCK_T,
-        IS_CPU,
     )
 
 
@@ -229,7 +220,7 @@ def _append(
         *(planes[1], *planes[1].stride()[:3], scales[1], *scales[1].stride()[:3]),
         *(meta, columns, num_new, planes[0].shape[2]),
         *(key_codec, value_codec, *dims, *widths, *blocks, *(block.bit_length() - 1 for block in blocks)),
-        *(page_size, NUM_SCALARS, BLOCK_T, new_keys.device.type == "cpu"),
+        *(page_size, NUM_SCALARS, BLOCK_T),
         num_warps=4,
         # A fused multiply-add rounds once where the codecs round twice.
         enable_fp_fusion=False,
