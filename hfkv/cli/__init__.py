@@ -9,7 +9,7 @@ import typer
 
 from hfkv.cli.bench import bench
 from hfkv.cli.demo import demo
-
+from hfkv.cli.doctor import doctor
 from hfkv.cli.eval import evaluate
 from hfkv.cli.generate import generate
 
@@ -42,7 +42,7 @@ app.command()(demo)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(bench)
-
+app.command()(doctor)
 
 
 def main() -> None:

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Everything there is to run on a GPU, from a clone with torch, triton and transformers installed:
+#   bash docs/benchmarks/gpu.sh OUTPUT_FOLDER
+# Tests first, then the demo and the benchmarks; each writes its log or JSON and none stops the others.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out="${1:?usage: gpu.sh OUTPUT_FOLDER}"
+mkdir -p "$out"
+pip install -q --no-deps --no-build-isolation -e .
+
+note() { printf '%s: %s (%ss)\n' "$1" "$2" "$SECONDS" | tee -a "$out/summary.txt"; }
+run() { # name, seconds, command ...
+    local name="$1" limit="$2"
+    shift 2
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    note "$name" "exit $?"
+}
+bench() { # name, seconds, arguments ...
+    local name="$1" limit="$2"
+    shift 2
+    run "$name" "$limit" hfkv bench "$@" --device cuda --json "$out/$name.json"
+}
+
+run doctor 300 hfkv doctor --device cuda --json "$out/doctor.json"
+run tests 600 python -m pytest -o addopts= -q -m gpu tests
+bench attention 400 attention --shape llama-8b --batch 8 --context 32768
+bench step-8x32k 500 step --shape llama-8b --layers 32 --batch 8 --context 32768 --peers DynamicCache \
+    --kv none --kv int8 --kv int8+graphs --kv int8+paged+graphs
+bench step-1x2k 300 step --shape llama-8b --layers 32 --context 2048 --peers DynamicCache \
+    --kv none --kv int8 --kv none+graphs --kv int8+graphs
+bench memory 200 memory --shape llama-8b --context 32768
+bench prefill 300 prefill --shape llama-8b --layers 8 --ragged 8192,4096,2048,1024 --peers DynamicCache
+run check 60 hfkv bench --check docs/benchmarks/targets-gpu.toml --from "$out/attention.json" \
+    --from "$out/step-8x32k.json" --from "$out/step-1x2k.json"
+cat "$out/summary.txt"

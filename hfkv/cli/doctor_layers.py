@@ -1,0 +1,277 @@
+"""Which kernels each layer of a model would use and why: the second table of ``hfkv doctor``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hfkv.cli.errors import CommandError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig
+
+    from hfkv import KVCache, KVConfig
+    from hfkv.kernels.selftest_inputs import Heads
+
+# Queries that stand for a prefill: so many that every device takes its kernel for many.
+MANY_QUERIES = 1024
+NO_KERNEL, OWN = "decode + sdpa", "decode + own"
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a layer's tokens are read or written by.
+
+    Attributes:
+        name: ``"decode"``, ``"prefill"``, ``"append"``; with ``", moved"`` once a window has moved.
+        kernel: the kernel's name, or the operations in its place.
+        why: the reason.
+    """
+
+    name: str
+    kernel: str
+    why: str
+
+
+@dataclass
+class Group:
+    """Layers that are alike.
+
+    Attributes:
+        cache: what they keep, in the words of ``kv=``.
+        heads: Dk, Dv and G; None where the layers are not hfkv's.
+        uses: what reads and writes them.
+        layers: their indices.
+    """
+
+    cache: str
+    heads: Heads | None
+    uses: list[Use]
+    layers: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What would become of a model.
+
+    Attributes:
+        name: as given.
+        model_type: of its text decoder.
+        kv: the config in its words.
+        notes: what else there is to know.
+        groups: its layers.
+    """
+
+    name: str
+    model_type: str
+    kv: str
+    notes: list[str]
+    groups: list[Group]
+
+    @property
+    def heads(self) -> tuple[Heads, ...]:
+        """The different heads of the layers that are hfkv's."""
+        return tuple(dict.fromkeys(group.heads for group in self.groups if group.heads is not None))
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a model, of which nothing else is read.
+
+    Raises:
+        CommandError: there is none.
+    """
+    from transformers import AutoConfig
+
+    folder = Path(name).expanduser()
+    try:
+        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)
+    except (OSError, ValueError, ImportError) as error:
+        raise CommandError(
+            f"--model {name!r} has no config that could be read: {first_line(error)} Give a folder that "
+            "save_pretrained wrote, or a name on the Hub (org/name)."
+        ) from error
+
+
+def describe_layers(
+    name: str, config: PreTrainedConfig, kv: str, dtype: torch.dtype, device: torch.device
+) -> ModelReport:
+    """Which kernels every layer would use, from the model's config alone.
+
+    Raises:
+        CommandError: `kv` does not fit the model, or the model has no layer for it.
+    """
+    from hfkv import KVConfig
+
+    try:
+        wanted = KVConfig.parse(kv)
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"--kv {error}") from error
+    decoder = config.get_text_config(decoder=True)
+    try:
+        cache = _cache(config, wanted)
+    except ValueError as error:
+        raise CommandError(f"--kv {kv!r} and --model {name!r} do not go together: {error}") from error
+    notes = []
+    own, bias = _own_attention(config, decoder), _position_bias(decoder)
+    if any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers) and (own or bias):
+        raise CommandError(
+            f"--kv {kv!r}: {decoder.model_type!r} takes no window: {own or bias}; leave the window out (its words, "
+            "such as window:1024)"
+        )
+    if own is not None:
+        notes.append(f"the model keeps its own attention: {own}")
+    if wanted.needs_rotary:
+        notes.append(
+            "how the model rotates its keys is found out by a forward pass with its weights; hfkv.patch and "
+            "hfkv generate do so, and refuse a model whose rotation they do not understand"
+        )
+    num_layers = getattr(decoder, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and num_layers > len(cache.layers):
+        notes.append(f"layers {len(cache.layers)}-{num_layers - 1} have no cache: they share that of earlier layers")
+    groups: list[Group] = []
+    for index, layer in enumerate(cache.layers):
+        group = _Layer(layer, index, decoder, own, bias, dtype, device).group()
+        alike = next((g for g in groups if (g.cache, g.heads, g.uses) == (group.cache, group.heads, group.uses)), None)
+        if alike is None:
+            groups.append(group)
+        (alike or group).layers.append(index)
+    return ModelReport(name, decoder.model_type, str(wanted), notes, groups)
+
+
+def _cache(config: PreTrainedConfig, kv: KVConfig) -> KVCache:
+    from hfkv import KVCache
+
+    if not kv.needs_rotary:
+        return KVCache(config, kv)
+    # Only which layers there are matters here, not how their keys are rotated.
+    return KVCache(config, kv, rotary=dict.fromkeys(range(len(KVCache(config).layers))))
+
+
+def _own_attention(config: PreTrainedConfig, decoder: PreTrainedConfig) -> str | None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+        MODEL_MAPPING,
+    )
+
+    from hfkv.attention import own_attention_reason
+
+    # The reason is read from the modelling code, which the mappings import.
+    for part in (config, decoder):
+        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING):
+            mapping.get(type(part), None)
+    return own_attention_reason(config) or own_attention_reason(decoder)
+
+
+def _position_bias(config: PreTrainedConfig) -> str | None:
+    """Why no kernel does this attention, or None where one does."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return "its attention adds a bias for positions to the scores, which kernels do not"
+    if getattr(config, "alibi", False):
+        return "its attention adds a bias for positions (alibi) to the scores, which kernels do not"
+    return None
+
+
+@dataclass(frozen=True)
+class _Layer:
+    layer: Any
+    index: int
+    config: PreTrainedConfig
+    own_attention: str | None
+    position_bias: str | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def group(self) -> Group:
+        """What the layer keeps, and what reads and writes it."""
+        from hfkv.cache import OURS
+        from hfkv.split import SplitLayer
+
+        if not isinstance(self.layer, OURS):
+            return Group(f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())])
+        kv = self.layer.kv
+        cache = str(replace(kv, window=None) if self.layer.is_sliding else kv)
+        if self.layer.is_sliding:
+            cache += f", model's own window: {self.layer.sliding}"
+        if isinstance(self.layer, SplitLayer):
+            cache += f", all of kv heads {', '.join(map(str, self.layer.global_heads))}"
+        heads = heads_of(self.config, self.index, self.layer.is_sliding)
+        return Group(cache, heads, [*self._reads(heads), self._append(heads)])
+
+    def _kind(self) -> str:
+        from hfkv.probe import cross_attention_layers
+
+        if self.index in cross_attention_layers(self.config):
+            return "it caches the keys of a cross-attention"
+        return "it is no plain attention layer: hfkv caches keys and values only"
+
+    def _reads(self, heads: Heads) -> list[Use]:
+        from hfkv.split import SplitLayer
+
+        uses = []
+        for name, num_queries in (("decode", 1), ("prefill", MANY_QUERIES)):
+            kernel, why = self._attention(heads, num_queries)
+            is_windowed = self.layer.window is not None and not self.layer.is_sliding
+            if self.layer.kv.codec != "none" or self.device.type != "cpu" or not is_windowed:
+                uses.append(Use(name, kernel, why))
+                continue
+            # What `windowed_attention` does.
+            by_torch = "sdpa" if num_queries == 1 else "torch blocks"
+            lie = "plain tokens on a CPU are attended to where they lie, without a kernel"
+            if isinstance(self.layer, SplitLayer):
+                uses.append(Use(name, by_torch, f"heads hold different tokens, and {lie}"))
+                continue
+            uses.append(Use(name, kernel, why))
+            uses.append(Use(f"{name}, moved", by_torch, f"once the window has moved, {lie}"))
+        return uses
+
+    def _attention(self, heads: Heads, num_queries: int) -> tuple[str, str]:
+        from hfkv.kernels.dispatch import attention_kernel
+
+        if self.own_attention is not None:
+            return OWN, "the model's own attention reads its tokens decoded"
+        if self.position_bias is not None:
+            return NO_KERNEL, self.position_bias
+        try:
+            kernel = attention_kernel(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2])
+        except Exception as error:  # of importing a broken Triton, say: told here, and counted by the self-test
+            return "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}"
+        return kernel.name, kernel.reason
+
+    def _append(self, heads: Heads) -> Use:
+        from hfkv.kernels.dispatch import append_kernel
+
+        if self.layer.kv.offload and self.device.type != "cpu":
+            return Use("append", "torch", "offloaded: encoded on the device, then copied to host memory")
+        try:
+            kernel = append_kernel(self.layer.kv.codec, self.dtype, self.device, heads[:2])
+        except Exception as error:  # as in `_attention`
+            return Use("append", "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}")
+        return Use("append", kernel.name, kernel.reason)
+
+
+def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
+    """The heads of a plain attention layer, as a config says them.
+
+    Args:
+        config: of the text decoder.
+        index: of the layer.
+        is_sliding: whether it has a sliding window of the model's own: others may be wider (gemma4).
+    """
+    from hfkv.kernels.selftest_inputs import Heads
+
+    # In transformers 5.23 a layer may differ from the config, which then refuses to answer for all of them.
+    layers = getattr(config, "per_layer_config", None)
+    own = layers[index] if layers is not None and index < len(layers) else config
+    num_heads = own.num_attention_heads
+    num_kv_heads = getattr(own, "num_key_value_heads", None)
+    groups = num_heads // num_kv_heads if isinstance(num_kv_heads, int) and num_kv_heads else 1
+    head_dim = getattr(own, "head_dim", None) or own.hidden_size // num_heads
+    if not is_sliding:
+        head_dim = getattr(own, "global_head_dim", None) or head_dim
+    if getattr(own, "kv_lora_rank", None):
+        # Latent attention caches what it has expanded: a rotated and an unrotated part of every key.
+        head_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
+    return Heads(head_dim, getattr(own, "v_head_dim", None) or head_dim, groups)

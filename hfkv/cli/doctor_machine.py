@@ -1,0 +1,120 @@
+"""What is installed here, and what is not: the first table of ``hfkv doctor``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+# The releases the tests run on; the lower one is what the package requires.
+TRANSFORMERS = ("5.17", "5.23")
+# package -> (what it is for, how it comes)
+OPTIONAL = {
+    "peft": ("LoRA adapters", 'pip install "hfkv[lora]"'),
+    "bitsandbytes": ("8-bit and 4-bit weights", 'pip install "hfkv[bnb]"'),
+    "matplotlib": ("--plot", 'pip install "hfkv[plot]"'),
+    "triton": ("kernels on NVIDIA GPUs", "pip install triton"),
+}
+COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A thing that is here, or could be.
+
+    Attributes:
+        name: of it.
+        found: its version, or what else there is to say; None where it is missing.
+        note: what it is for, or the remedy; may be empty.
+        is_odd: whether the reader should look twice.
+    """
+
+    name: str
+    found: str | None
+    note: str = ""
+    is_odd: bool = False
+
+
+def describe_installation() -> list[Item]:
+    """Packages, the compiler, the processor and the GPUs. Nothing optional is missed."""
+    import torch
+
+    from hfkv.bench.machine import describe_machine
+
+    machine = describe_machine(torch.device("cpu"))
+    optional = [_optional(name, *about) for name, about in OPTIONAL.items()]
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] != 1 else ''}"
+    commit = machine["commit"] or ""
+    changed = " and changes" if commit.endswith("+") else ""
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    return [
+        Item("Python", machine["python"], machine["platform"]),
+        Item("hfkv", machine["hfkv"], f"commit {commit[:12]}{changed}" if commit else ""),
+        _torch(machine["instructions"]),
+        _transformers(machine["transformers"]),
+        Item("accelerate", _version("accelerate")),
+        *optional,
+        _compiler(),
+        Item("CPU", machine["processor"], f"{machine['cores']} cores, {threads}, {memory}"),
+        *_gpus(),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _optional(name: str, purpose: str, remedy: str) -> Item:
+    found = _version(name)
+    return Item(name, found, f"for {purpose}" if found else f"for {purpose}: {remedy}")
+
+
+def _torch(instructions: str) -> Item:
+    import torch
+
+    if torch.version.hip is not None:
+        build = f"ROCm {torch.version.hip}"
+    else:
+        build = "CPU build" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+    return Item("torch", str(torch.__version__), f"{build}, {instructions}")
+
+
+def _transformers(found: str) -> Item:
+    from packaging.version import Version
+
+    lowest, highest = map(Version, TRANSFORMERS)
+    is_supported = lowest <= Version(found) and Version(found).release[:2] <= highest.release
+    note = f"hfkv is tested on {' to '.join(TRANSFORMERS)}"
+    return Item(
+        "transformers", found, note if is_supported else f"{note}, and this is not among them", not is_supported
+    )
+
+
+def _compiler() -> Item:
+    named = os.environ.get("CXX")
+    found = next((path for name in (named, *COMPILERS) if name and (path := shutil.which(name))), None)
+    purpose = "for torch.compile on a CPU"
+    return Item("C++ compiler", found, purpose if found else f"{purpose}: install g++ or clang++, or set CXX")
+
+
+def _gpus() -> list[Item]:
+    import torch
+
+    if not torch.cuda.is_available():
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None:
+            return [Item("GPU", str(accelerator), "not an NVIDIA GPU: hfkv's kernels for GPUs do not run on it")]
+        if shutil.which("nvidia-smi") and torch.version.cuda is None:
+            return [Item("GPU", None, "nvidia-smi is here, but this torch is built for CPUs: see pytorch.org", True)]
+        return [Item("GPU", None, "none that torch sees")]
+    items = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        capability = f"compute capability {properties.major}.{properties.minor}"
+        items.append(Item(f"GPU {index}", properties.name, f"{memory}, {capability}"))
+    return items

@@ -1,0 +1,165 @@
+"""What ``hfkv doctor`` shows: three tables, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from hfkv.cli.eval_screen import wrap
+
+if TYPE_CHECKING:
+    from hfkv.cli.doctor import Report
+    from hfkv.cli.doctor_layers import ModelReport
+    from hfkv.cli.doctor_machine import Item
+    from hfkv.kernels.selftest import Check
+
+# Columns for a config, and for the indices of a group's layers, before they are wrapped.
+WIDEST_CACHE, WIDEST_LAYERS = 24, 14
+# The worse, the later.
+STYLES = {"not tested": "dim", "right": "green", "raised": "bold red", "wrong": "bold red"}
+# Failures told one by one; the JSON has all of them.
+MOST_FAILURES = 12
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints a report, at the console's width."""
+    _title(console, "Installed")
+    console.print(Padding(_installed(report.installed), (0, 1)))
+    model = report.model
+    _title(console, f"Kernels for {model.name} ({model.model_type}), {model.kv}, {report.dtype}, on {report.device}")
+    console.print(_layers(model))
+    for note in model.notes:
+        console.print(Padding(Text(f"{note[:1].upper()}{note[1:]}.", "yellow"), (0, 1)))
+    _title(console, f"Self-test on {report.device}, {report.dtype}")
+    console.print(_checks(report.checks))
+    notes = dict.fromkeys(f"{c.kernel} ({c.what}): {c.note}" for c in report.checks if c.outcome == "not tested")
+    for note in notes:
+        console.print(Padding(Text(f"Not tested: {note}.", "dim"), (0, 1)))
+    console.print(Padding(_verdict(report), (1, 1, 0, 1)))
+
+
+def _title(console: Console, text: str) -> None:
+    console.print(Padding(Text(text, "bold"), (1, 1, 0, 1)))
+
+
+def _installed(items: list[Item]) -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for item in items:
+        found = Text("-", "dim") if item.found is None else Text(item.found)
+        table.add_row(Text(item.name, "cyan", no_wrap=True), found, Text(item.note, "yellow" if item.is_odd else "dim"))
+    return table
+
+
+def _layers(model: ModelReport) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    for header in ("layers", "cache", "for", "kernel"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for group in model.groups:
+        is_last_group = group is model.groups[-1]
+        layers, cache = _wrapped_ranges(group.layers), _wrapped_cache(group.cache)
+        if group.heads is not None:
+            dims = group.heads.key_dim, group.heads.value_dim
+            cache += f"\nhead dim {dims[0]}" if dims[0] == dims[1] else f"\nhead dims {dims[0]}, {dims[1]}"
+        for index, use in enumerate(group.uses):
+            table.add_row(
+                *(("", "") if index else (layers, cache)),
+                use.name,
+                Text(use.kernel, "bold"),
+                Text(use.why, "dim"),
+                end_section=index == len(group.uses) - 1 and not is_last_group,
+            )
+    return table
+
+
+def _wrapped_cache(cache: str) -> str:
+    words, *others = cache.split(", ")
+    return "\n".join([wrap(words, WIDEST_CACHE), *others])
+
+
+def _wrapped_ranges(layers: list[int]) -> str:
+    lines = [""]
+    for part in ranges(layers).split(", "):
+        if lines[-1] and len(lines[-1]) + len(part) + 2 > WIDEST_LAYERS:
+            lines.append("")
+        lines[-1] += f", {part}" if lines[-1] else part
+    return ",\n".join(lines)
+
+
+def ranges(indices: list[int]) -> str:
+    """``"0-4, 6"`` of ascending indices."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _checks(checks: list[Check]) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    for header in ("kernel", "for", "tokens"):
+        table.add_column(header, no_wrap=header == "kernel")
+    for header in ("checks", "error", "allowed", "outcome"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for alike in _alike(checks):
+        worst = max((c for c in alike if c.error is not None), key=_share, default=None)
+        outcomes = [outcome for outcome in STYLES if any(check.outcome == outcome for check in alike)]
+        counts = ", ".join(
+            f"{sum(c.outcome == outcome for c in alike)} {outcome}" if len(outcomes) > 1 else outcome
+            for outcome in outcomes
+        )
+        table.add_row(
+            Text(alike[0].kernel or "-", "bold"),
+            ", ".join(dict.fromkeys(check.what for check in alike)),
+            ", ".join(dict.fromkeys(check.codec for check in alike)),
+            str(len(alike)),
+            Text("-", "dim") if worst is None else f"{worst.error:.1e}",
+            Text("-", "dim") if worst is None else f"{worst.allowed:.1e}",
+            Text(counts, STYLES[max(outcomes, key=list(STYLES).index)]),
+        )
+    return table
+
+
+def _share(check: Check) -> float:
+    """How much of the error that is allowed there is."""
+    assert check.error is not None
+    assert check.allowed is not None
+    return check.error / check.allowed
+
+
+def _alike(checks: list[Check]) -> Iterable[list[Check]]:
+    """The checks of one kernel and codec, together; and those that were not made for the same reason."""
+    groups: dict[tuple[str | None, ...], list[Check]] = {}
+    for check in checks:
+        use = "attention" if check.what in ("decode", "prefill") else check.what
+        what = check.note if check.outcome == "not tested" else check.codec
+        groups.setdefault((check.kernel, use, what), []).append(check)
+    return groups.values()
+
+
+def _verdict(report: Report) -> Text:
+    num_tested = sum(check.outcome != "not tested" for check in report.checks)
+    if not report.failures:
+        return Text(f"All {num_tested} checks are right ({report.seconds:.1f} s).", "green")
+    text = Text()
+    for check in report.failures[:MOST_FAILURES]:
+        where = f"{check.kernel or 'no kernel'}, {check.what} of {check.num_tokens}, {check.codec}, {check.store}"
+        note = (check.note or "").strip().splitlines()
+        text.append(f"{check.outcome}: {where}, {check.setting}: {note[0] if note else 'no message'}\n", "red")
+    left = len(report.failures) - MOST_FAILURES
+    if left > 0:
+        text.append(f"and {left} more\n", "red")
+    text.append(
+        f"{len(report.failures)} of {num_tested} checks failed: results on this device cannot be trusted. Please "
+        "report it with the file that hfkv doctor --json doctor.json writes.",
+        "bold red",
+    )
+    return text

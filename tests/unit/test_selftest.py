@@ -1,0 +1,215 @@
+"""The self-test finds kernels that are wrong, that raise, and that crash; and passes those that are right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hfkv.codecs import CODECS
+from hfkv.kernels import dispatch, selftest
+from hfkv.kernels.dispatch import Append, Kernel
+from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.merge import Attended
+from hfkv.kernels.naive import append_naive, attention_naive
+from hfkv.kernels.selftest import NOT_TESTED, RAISED, RIGHT, WRONG, Check, Heads
+
+CPU, SMALL = torch.device("cpu"), Heads(32, 32, 2)
+NUM_READS = len(CODECS) * 2 * len(selftest.CPU_QUERIES) * len(selftest.SETTINGS)
+NUM_APPENDS = len(CODECS) * 2 * len(selftest.NEW_TOKENS)
+
+
+def run(dtype: torch.dtype = torch.float32, heads: Heads = SMALL) -> list[Check]:
+    """All checks but the product in a process of its own."""
+    return [check.run() for check in selftest.plan(CPU, dtype, (heads,)) if check.name != "int8 product"]
+
+
+def of(checks: list[Check], *uses: str) -> list[Check]:
+    return [check for check in checks if check.what in uses]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [Heads(64, 64, 4), Heads(80, 48, 1)], ids=str)
+def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: Heads) -> None:
+    checks = run(dtype, heads)
+    reads = of(checks, "decode", "prefill")
+    assert [check.outcome for check in reads] == [RIGHT] * NUM_READS
+    assert {check.heads for check in reads} == {heads}
+    assert all(0 < check.error <= check.allowed for check in reads if check.error is not None)
+    assert {(check.codec, check.kernel) for check in of(checks, "decode")} == {
+        (codec, dispatch.attention_kernel(codec, dtype, CPU, 1, heads[:2]).name) for codec in CODECS
+    }
+    appends = of(checks, "append")
+    assert len(appends) == NUM_APPENDS
+    # A CPU appends with the codecs themselves: that is said, and not called right.
+    assert {(check.kernel, check.outcome) for check in appends} == {("torch", NOT_TESTED)}
+    assert all("CPU" in (check.note or "") for check in appends)
+
+
+def attend_with(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    monkeypatch.setattr(selftest, "attention_kernel", lambda *_: Kernel("broken", "for a test", kernel))
+
+
+def nudged(out: float = 0.0, lse: float = 0.0, **settings: Any) -> Any:
+    """A kernel that is right but for an offset, where `settings` are the scoring's or the visibility's."""
+
+    def kernel(query, keys, values, layout, visibility, scoring) -> Attended:
+        result, sums = attention_naive(query, keys, values, layout, visibility, scoring, dtype=query.dtype)
+        asked = {**vars(visibility), **vars(scoring), "is_paged": layout.is_paged, "codec": keys.codec}
+        if all(asked[name] == value for name, value in settings.items()):
+            result, sums = result + out, sums + lse
+        return Attended(result, sums)
+
+    return kernel
+
+
+@pytest.mark.parametrize("offset", [{"out": 1e-3}, {"lse": 1e-3}], ids=str)
+def test_an_error_beyond_the_twins_is_found(monkeypatch: pytest.MonkeyPatch, offset: dict[str, float]) -> None:
+    attend_with(monkeypatch, nudged(**offset))
+    reads = of(run(), "decode", "prefill")
+    assert [check.outcome for check in reads] == [WRONG] * NUM_READS
+    assert all(check.kernel == "broken" and "allowed" in (check.note or "") for check in reads)
+    assert all(check.error == pytest.approx(1e-3, rel=0.1) for check in reads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"is_paged": True}, NUM_READS // 2),
+        ({"codec": "int4"}, NUM_READS // 4),
+        ({"softcap": 5.0}, NUM_READS // 4),
+        ({"pads": (0, 38), "num_slots": 4, "sinks": 4}, NUM_READS // 4),
+        ({"pads": (0, 17, 203)}, NUM_READS // 4),
+    ],
+    ids=str,
+)
+def test_a_kernel_wrong_in_one_setting_is_wrong_there_alone(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], share: int
+) -> None:
+    attend_with(monkeypatch, nudged(out=0.1, **settings))
+    outcomes = [check.outcome for check in of(run(), "decode", "prefill")]
+    assert (outcomes.count(WRONG), outcomes.count(RIGHT)) == (share, NUM_READS - share)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda out, lse: (torch.full_like(out, torch.nan), lse), "the output is NaN"),
+        (lambda out, lse: (torch.full_like(out, torch.inf), lse), "the output is NaN or infinite"),
+        (lambda out, lse: (out, torch.full_like(lse, -torch.inf)), "the log-sum-exp is NaN or infinite"),
+        (lambda out, lse: (out.double(), lse), "torch.float64"),
+        (lambda out, lse: (out[..., :-1], lse), "the output is ["),
+    ],
+)
+def test_what_is_no_number_or_of_another_shape_is_wrong(monkeypatch: pytest.MonkeyPatch, spoil: Any, said: str) -> None:
+    def kernel(*arguments: Any) -> Attended:
+        return Attended(*spoil(*attention_naive(*arguments, dtype=arguments[0].dtype)))
+
+    attend_with(monkeypatch, kernel)
+    for check in of(run(), "decode", "prefill"):
+        assert check.outcome == WRONG
+        assert said in (check.note or "")
+
+
+def test_a_kernel_that_raises_is_a_failure_with_its_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*_: Any) -> Attended:
+        raise RuntimeError("out of shared memory")
+
+    attend_with(monkeypatch, kernel)
+    reads = of(run(), "decode", "prefill")
+    assert {(check.outcome, check.kernel, check.note) for check in reads} == {
+        (RAISED, "broken", "RuntimeError: out of shared memory")
+    }
+    assert all(check.is_failure for check in reads)
+
+
+def test_a_kernel_that_cannot_be_imported_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any) -> Kernel:
+        raise ImportError("no libcuda")
+
+    monkeypatch.setattr(selftest, "attention_kernel", ask)
+    assert {(check.outcome, check.note) for check in of(run(), "decode")} == {(RAISED, "ImportError: no libcuda")}
+
+
+def test_where_there_is_no_kernel_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend_with(monkeypatch, None)
+    assert {(check.outcome, check.note) for check in of(run(), "decode")} == {(NOT_TESTED, "for a test")}
+
+
+def append_with(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> list[Check]:
+    monkeypatch.setattr(selftest, "append_kernel", lambda *_: Append("broken", "for a test", kernel))
+    return of(run(), "append")
+
+
+def test_an_append_of_the_codecs_own_bytes_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [check.outcome for check in append_with(monkeypatch, append_naive)] == [RIGHT] * NUM_APPENDS
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_one_wrong_byte_of_an_append_is_found(monkeypatch: pytest.MonkeyPatch, side: int) -> None:
+    def kernel(*arguments: Any) -> None:
+        append_naive(*arguments)
+        written: Encoded = arguments[side]
+        written.planes[-1].view(torch.uint8)[-1, -1, -1, -1] ^= 1  # perhaps where nothing was to be written
+
+    for check in append_with(monkeypatch, kernel):
+        assert check.outcome == WRONG
+        assert (check.note or "").startswith("1 bytes of plane")
+        assert ("keys" if side == 2 else "values") in (check.note or "")
+
+
+def test_an_append_that_writes_nothing_or_raises_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {check.outcome for check in append_with(monkeypatch, lambda *_: None)} == {WRONG}
+
+    def kernel(*_: Any) -> None:
+        raise ValueError("no room")
+
+    assert {check.note for check in append_with(monkeypatch, kernel)} == {"ValueError: no room"}
+
+
+# The int8 product, in a process of its own.
+
+
+def test_the_int8_product_of_this_cpu_is_exact() -> None:
+    check = selftest.check_int8_product()
+    assert (check.outcome, check.note) == (RIGHT, None)
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome", "said"),
+    [
+        ("out.copy_(a.int() @ b.int())\n    if a.shape[1] == 5: out += 1", WRONG, "[1, 5] @ [5, 64] is not"),
+        ("os.abort() if b.shape[1] == 3 else out.copy_(a.int() @ b.int())", RAISED, "SIGABRT at T = 3"),
+        ("raise RuntimeError('no such instruction')", RAISED, "RuntimeError: no such instruction"),
+    ],
+)
+def test_a_product_that_is_wrong_or_crashes_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, outcome: str, said: str
+) -> None:
+    path = tmp_path / "int8_matmul.py"
+    path.write_text(f"import os\ndef int8_matmul(a, b, out):\n    {body}\n    return out\n")
+    monkeypatch.setattr(selftest, "INT8_MATMUL", path)
+    check = selftest.check_int8_product()
+    assert check.outcome == outcome
+    assert said in (check.note or "")
+    assert check.is_failure
+
+
+def test_only_a_cpu_tests_the_product_for_cpus() -> None:
+    names = {
+        device: [check.name for check in selftest.plan(torch.device(device), torch.float32)]
+        for device in ("cpu", "cuda")
+    }
+    assert "int8 product" in names["cpu"]
+    assert "int8 product" not in names["cuda"]
+    assert len(set(names["cuda"])) == len(names["cuda"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_kernels_of_this_gpu_are_right(dtype: torch.dtype) -> None:
+    checks = [check.run() for check in selftest.plan(torch.device("cuda"), dtype)]
+    assert [check for check in checks if check.is_failure] == []
+    assert sum(check.outcome == RIGHT for check in checks) >= len(checks) // 2
