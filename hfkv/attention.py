@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -282,6 +284,8 @@ def _has_sdpa(module_class: Any) -> bool:
 def _calls_attention_functions(config_class: Any) -> bool:
     """Whether the models of a config go through transformers' attention functions (and so reach ours)."""
     package = config_class.__module__.rpartition(".")[0]
+    with contextlib.suppress(ImportError):  # a config alone does not bring its models
+        importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
     modelling = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.modeling")]
     found: list[Any] = [value for module in modelling for value in vars(module).values() if inspect.isclass(value)]
     models = [value for value in found if issubclass(value, PreTrainedModel) and value.config_class is config_class]

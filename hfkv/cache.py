@@ -103,9 +103,12 @@ class KVCache(DynamicCache):
             )
 
     def _check_heads(self, config: PreTrainedConfig) -> None:
-        count = getattr(config, "num_key_value_heads", None)
         heads = self.kv.window.global_heads if isinstance(self.kv.window, Window) else {}
         for index, named in heads.items():
+            try:
+                count = getattr(config, "num_key_value_heads", None)
+            except RuntimeError:  # layers differ (gemma4), and the config refuses to say one number
+                count = None
             # Layers may differ from the config (and a part of a model has fewer): those find out at the first key.
             if isinstance(count, int) and (named[-1] >= count or len(named) == count):
                 raise ValueError(

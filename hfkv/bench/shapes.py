@@ -140,8 +140,15 @@ class Heads:
                 f"{config.model_type!r} holds no plain keys and values in its layers, which the random contents of "
                 "hfkv bench are made for; take another model"
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-        return cls(query_heads, getattr(config, "num_key_value_heads", None) or query_heads, head_dim)
+        try:
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+            kv_heads = getattr(config, "num_key_value_heads", None) or query_heads
+        except RuntimeError as error:  # a config that says a number for each layer only (gemma4)
+            raise BenchError(
+                f"the layers of {config.model_type!r} have different heads, and hfkv bench fills all alike; take "
+                "another model"
+            ) from error
+        return cls(query_heads, kv_heads, head_dim)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of one token's keys and values in one layer, as the model computes them."""

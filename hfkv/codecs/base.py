@@ -11,6 +11,9 @@ Planes = tuple[torch.Tensor, ...]
 # Scales are kept in bfloat16: two bytes, and every magnitude a model can produce fits.
 SCALE_DTYPE = torch.bfloat16
 
+# Numbers encoded together on a CPU.
+_TOGETHER = 1 << 18
+
 
 class Codec(ABC):
     """Writes `[B, H, T, D]` as planes `[B, H, T, d_i]` and reads them back.
@@ -22,9 +25,8 @@ class Codec(ABC):
 
     name: str
 
-    @abstractmethod
     def encode(self, x: torch.Tensor) -> Planes:
-        """Encodes.
+        """Encodes, on a CPU so many tokens at a time that what is computed on the way stays in the caches.
 
         Args:
             x: `[B, H, T, D]`, bf16, fp16 or fp32; T may be 0. NaN and infinity come back as NaN at worst.
@@ -32,6 +34,15 @@ class Codec(ABC):
         Returns:
             Planes `[B, H, T, d_i]`, the data first.
         """
+        tokens = max(1, _TOGETHER * x.shape[2] // max(x.numel(), 1))
+        if x.device.type != "cpu" or x.shape[2] <= tokens:
+            return self._encode(x)
+        # By the law, the same bits as all at once.
+        return tuple(torch.cat(planes, dim=2) for planes in zip(*map(self._encode, x.split(tokens, 2)), strict=True))
+
+    @abstractmethod
+    def _encode(self, x: torch.Tensor) -> Planes:
+        """All of `x` at once."""
 
     @abstractmethod
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

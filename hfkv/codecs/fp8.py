@@ -14,7 +14,7 @@ class Fp8(Codec):
 
     name = "fp8"
 
-    def encode(self, x: torch.Tensor) -> Planes:
+    def _encode(self, x: torch.Tensor) -> Planes:
         scale = scale_for(row_absmax(x), E4M3_MAX)
         # The cast does not saturate: what the scale's rounding leaves above 448 would become NaN.
         q = (x.float() / scale.float()).clamp_(-E4M3_MAX, E4M3_MAX)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+
+# Numbers rotated together: two buffers of them stay in a core's cache. 2 cores of an EPYC rotate 8M numbers in 0.11 s, and
+# in 0.9 s all at once.
+_TOGETHER = 1 << 16
 
 
 def hadamard_block(head_dim: int) -> int:
@@ -23,11 +29,36 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
         `[..., D]` float32.
     """
     block = hadamard_block(x.shape[-1])
-    y = x
+    rows = x.reshape(-1, block)
+    if x.device.type != "cpu" or rows.numel() <= _TOGETHER:
+        return _butterflies(rows).view(x.shape)
+    out = torch.empty_like(rows)
+    for some, its_out in zip(rows.split(_TOGETHER // block), out.split(_TOGETHER // block), strict=True):
+        its_out.copy_(_butterflies(some))
+    return out.view(x.shape)
+
+
+def rotate_states(x: torch.Tensor) -> torch.Tensor:
+    """As `rotate`, by a matrix product: for queries and outputs, whose last bits nobody stores."""
+    block = hadamard_block(x.shape[-1])
+    return (x.reshape(-1, block) @ _matrix(block).to(x.device)).view(x.shape)
+
+
+def _butterflies(rows: torch.Tensor) -> torch.Tensor:
+    """`[N, block]` rotated."""
+    block = rows.shape[-1]
+    y, spare = rows, torch.empty_like(rows)
     half = 1
     while half < block:
-        pairs = y.reshape(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half)
-        low, high = pairs[..., 0, :], pairs[..., 1, :]
-        y = torch.stack((low + high, low - high), dim=-2)
+        pairs = y.view(-1, block // (2 * half), 2, half)
+        sums = spare.view(pairs.shape)
+        torch.add(pairs[:, :, 0], pairs[:, :, 1], out=sums[:, :, 0])
+        torch.sub(pairs[:, :, 0], pairs[:, :, 1], out=sums[:, :, 1])
+        y, spare = spare, torch.empty_like(rows) if y is rows else y
         half *= 2
-    return y.reshape(x.shape) * block**-0.5
+    return y * block**-0.5
+
+
+@functools.cache
+def _matrix(block: int) -> torch.Tensor:
+    return rotate(torch.eye(block))

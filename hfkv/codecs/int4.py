@@ -20,7 +20,7 @@ class Int4(Codec):
 
     name = "int4"
 
-    def encode(self, x: torch.Tensor) -> Planes:
+    def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
         low = y.amin(dim=-1, keepdim=True).to(SCALE_DTYPE)
         scale = scale_for(y.amax(dim=-1, keepdim=True) - low.float(), LEVELS)

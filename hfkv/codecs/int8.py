@@ -15,7 +15,7 @@ class Int8(Codec):
 
     name = "int8"
 
-    def encode(self, x: torch.Tensor) -> Planes:
+    def _encode(self, x: torch.Tensor) -> Planes:
         scale = scale_for(row_absmax(x), 127)
         q = (x.float() / scale.float()).round_().clamp_(-127, 127)
         return q.to(torch.int8), scale

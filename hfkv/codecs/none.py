@@ -13,6 +13,9 @@ class Plain(Codec):
     name = "none"
 
     def encode(self, x: torch.Tensor) -> Planes:
+        return self._encode(x)
+
+    def _encode(self, x: torch.Tensor) -> Planes:
         return (x,)
 
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfkv.codecs.hadamard import rotate
+from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.int8_matmul import from_digits, int8_matmul, to_digits
@@ -44,7 +44,7 @@ def decode_attention(
     kv_heads = keys.planes[0].shape[1]
     folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
     if keys.codec == "int4":
-        folded = rotate(folded)
+        folded = rotate_states(folded)
     decode = _Decode(keys, values, layout, visibility, scoring, num_queries, num_heads)
     firsts = first_seen(visibility, layout)
     done = [decode.rows(folded[rows].flatten(0, 1), rows, firsts[rows.start]) for rows in alike(firsts)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hfkv.codecs.hadamard import rotate
+from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu_planes import decode_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
@@ -32,7 +32,6 @@ def flash_attention(
     Args and returns: those of `decode_attention`, and the codec none.
     """
     num_queries = query.shape[2]
-    turned = rotate(query.float()).to(query.dtype) if keys.codec == "int4" else query
     attended = nothing(query, values.head_dim)
     firsts = first_seen(visibility, layout)
     length = _tile_length(visibility, num_queries)
@@ -45,9 +44,13 @@ def flash_attention(
             own = layout.length - num_queries + begin
             of_tile = _of(visibility, queries, num_queries)
             tile = _Tile(keys, values, layout, of_tile, scoring, rows, firsts[rows.start], own)
-            out, lse = tile.attend(turned[rows, :, queries])
+            its_query = query[rows, :, queries]
+            if keys.codec == "int4":
+                its_query = rotate_states(its_query.float()).to(query.dtype)
+            out, lse = rotated_back(tile.attend(its_query), values.codec, query.dtype)
             attended.out[rows, :, queries], attended.lse[rows, :, queries] = out, lse
-    return rotated_back(with_sink_logits(attended, scoring.sink_logits), values.codec, query.dtype)
+    out, lse = with_sink_logits(attended, scoring.sink_logits)
+    return Attended(out.to(query.dtype), lse)
 
 
 def _tile_length(visibility: Visibility, num_queries: int) -> int:

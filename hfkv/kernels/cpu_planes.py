@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from hfkv.codecs.hadamard import rotate
+from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.merge import Attended
 from hfkv.layout import Layout
@@ -53,7 +53,7 @@ def decode_stretch(
 
 def rotated_back(attended: Attended, codec: str, dtype: torch.dtype) -> Attended:
     """Attention to values that int4 has rotated, in `dtype`."""
-    out = rotate(attended.out.float()) if codec == "int4" else attended.out
+    out = rotate_states(attended.out.float()) if codec == "int4" else attended.out
     return Attended(out.to(dtype), attended.lse)
 
 
