@@ -66,7 +66,7 @@ def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
     half = packed.shape[-1]
     signed = (packed ^ 0x88).view(torch.int8)  # n ^ 8 is n - 8 in two's complement, where shifts extend its sign
     numbers = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.int8)
-    torch.bitwise_right_shift(signed << 4, 4, out=numbers[..., :half])
+    torch.bitwise_left_shift(signed, 4, out=numbers[..., :half]).bitwise_right_shift_(4)
     torch.bitwise_right_shift(signed, 4, out=numbers[..., half:])
     return numbers[..., :head_dim]
 
@@ -74,5 +74,6 @@ def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
 def _from_fp8(numbers: torch.Tensor) -> torch.Tensor:
     """float8_e4m3fn as float32, by its bits: 4 times as fast as torch's own cast. Its NaNs come out as 480."""
     # Sign-extended and shifted, sign and magnitude stand where a float32 has them, the exponent 120 too low.
-    bits = (numbers.view(torch.int8).to(torch.int32) << 20) & -0x78100000
-    return bits.view(torch.float32) * 2.0**120
+    bits = numbers.view(torch.int8).to(torch.int32)
+    bits.bitwise_left_shift_(20).bitwise_and_(-0x78100000)
+    return bits.view(torch.float32).mul_(2.0**120)
