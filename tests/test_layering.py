@@ -22,6 +22,7 @@ FORBIDDEN = {
     "hfkv/slots.py": ("transformers", "hfkv.stores", "hfkv.held", "hfkv.layer"),
     "hfkv/summary.py": ("transformers", "hfkv.stores", "hfkv.held", "hfkv.layer"),
     "hfkv/layout.py": ("transformers", "hfkv"),
+    "hfkv/machine.py": tuple(f"hfkv.{name}" for name in sorted(MODULES)),
     "hfkv/kernels": (
         "transformers",
         "hfkv.stores",

@@ -15,7 +15,6 @@ from hfkv.bench.attention import AttentionLane, AttentionModule, attention_confi
 from hfkv.bench.contenders import NO_CACHE, Contender, ours, peers
 from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors
-from hfkv.bench.machine import describe_machine, free_bytes, load
 from hfkv.bench.memory import peak_of_step
 from hfkv.bench.prefill import LEAST_TURNS as LEAST_PREFILLS
 from hfkv.bench.prefill import PrefillLane, Prompt
@@ -26,6 +25,7 @@ from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
 from hfkv.bench.step import MOST_UNCACHED, STEPS_A_TURN, StepLane, StepTask
 from hfkv.bench.timing import Turns, copy_bandwidth, free_memory, out_of_memory, quantiles, take_turns
 from hfkv.bench.tokens import Tokens
+from hfkv.machine import describe_machine, free_bytes, load
 
 # Of a context's progress, what filling and checking take.
 FILLING = 0.4

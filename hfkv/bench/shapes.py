@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hfkv.bench.errors import BenchError
-from hfkv.bench.machine import free_bytes
+from hfkv.machine import free_bytes
 
 _ROPE = {"rope_type": "default"}
 SHAPES: dict[str, dict[str, Any]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -180,7 +179,7 @@ def measure(
         for _ in range(LOSS_STEPS):
             on_step(f"held-out loss: {run.label}")
     text = tokenizer.decode(runs[0].ids, skip_special_tokens=True)
-    return Report(prompt, text, [_row(run, runs[0]) for run in runs], setting, describe_machine(model))
+    return Report(prompt, text, [_row(run, runs[0]) for run in runs], setting, describe_run(model))
 
 
 def num_steps(setting: Setting) -> int:
@@ -251,31 +250,10 @@ def _row(run: _Run, stock: _Run) -> Row:
     )
 
 
-def describe_machine(model: PreTrainedModel) -> dict[str, Any]:
+def describe_run(model: PreTrainedModel) -> dict[str, Any]:
     """Processor, device, dtype, threads and versions: what a number means nothing without."""
-    import torch
-    import transformers
+    from hfkv.machine import describe_machine
 
-    import hfkv
-
-    device = model.device
-    return {
-        "processor": _processor() if device.type == "cpu" else torch.get_device_module(device).get_device_name(device),
-        "device": str(device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "hfkv": hfkv.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    machine = describe_machine(model.device)
+    processor = machine["accelerator"] or machine["processor"]
+    return {**machine, "processor": processor, "dtype": str(model.dtype).removeprefix("torch.")}

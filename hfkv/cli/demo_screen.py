@@ -102,7 +102,8 @@ def _caption(report: Report) -> Table:
         "a large one's speed",
         "same": f"new tokens before the first that differs from {report.rows[0].cache}'s",
         "loss": f"{setting.loss_bytes:,} bytes of held-out Python source in blocks of "
-        f"{min(setting.loss_context, setting.loss_bytes):,}; change from {report.rows[0].cache}'s",
+        f"{min(setting.loss_context, setting.loss_bytes):,}; change from {report.rows[0].cache}'s. "
+        "16-bit sums in another order differ in their last bits, lossless or not",
     }
     caption = Table.grid(padding=(0, 2, 0, 0))
     for name, note in notes.items():

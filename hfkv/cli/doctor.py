@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
-from hfkv.cli.doctor_layers import ModelReport, describe_layers, read_config
-from hfkv.cli.doctor_machine import Item, describe_installation
+from hfkv.cli.doctor_layers import describe_layers, read_config
+from hfkv.cli.doctor_machine import describe_installation
+from hfkv.cli.doctor_report import Report
 from hfkv.cli.doctor_screen import show
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import pick_device, pick_dtype, progress_on
@@ -20,52 +20,10 @@ from hfkv.cli.loading import pick_device, pick_dtype, progress_on
 if TYPE_CHECKING:
     import torch
 
-    from hfkv.kernels.selftest import Check
 
 BUNDLED = "tiny-lm (bundled)"
 # A kernel that is wrong, where nothing was wrong with the command.
 EXIT_CODE = 1
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the doctor found.
-
-    Attributes:
-        installed: packages, compiler, processor, GPUs.
-        model: which kernels its layers would use.
-        device, dtype: of queries and tokens.
-        checks: the self-test's.
-        seconds: that it took.
-    """
-
-    installed: list[Item]
-    model: ModelReport
-    device: str
-    dtype: str
-    checks: list[Check]
-    seconds: float
-
-    @property
-    def failures(self) -> list[Check]:
-        return [check for check in self.checks if check.is_failure]
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON holds it."""
-        return {
-            "is_right": not self.failures,
-            "device": self.device,
-            "dtype": self.dtype,
-            "seconds": self.seconds,
-            "installed": [asdict(item) for item in self.installed],
-            "model": {
-                **asdict(self.model),
-                "groups": [
-                    {**asdict(group), "heads": group.heads and group.heads._asdict()} for group in self.model.groups
-                ],
-            },
-            "checks": [{**asdict(check), "heads": check.heads and check.heads._asdict()} for check in self.checks],
-        }
 
 
 def doctor(

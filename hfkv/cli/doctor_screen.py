@@ -14,9 +14,9 @@ from rich.text import Text
 from hfkv.cli.eval_screen import wrap
 
 if TYPE_CHECKING:
-    from hfkv.cli.doctor import Report
     from hfkv.cli.doctor_layers import ModelReport
     from hfkv.cli.doctor_machine import Item
+    from hfkv.cli.doctor_report import Report
     from hfkv.kernels.selftest import Check
 
 # Columns for a config, and for the indices of a group's layers, before they are wrapped.

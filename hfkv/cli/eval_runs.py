@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkv.cli.demo_runs import describe_machine
+from hfkv.cli.demo_runs import describe_run
 from hfkv.cli.errors import CommandError, first_line
 from hfkv.cli.generate import check_kv
 
@@ -179,7 +179,7 @@ def measure(
         depths=depths,
         rows=[Row(report, grids.get(report.kv)) for report in reports],
         seconds=time.perf_counter() - start,
-        machine=describe_machine(model),
+        machine=describe_run(model),
         max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
     )
 

@@ -15,8 +15,8 @@ from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, first_seen, seen
 from hfkv.layout import Layout
 
-# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. Best of ten
-# pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; half or twice as many cost up to 1.3 x.
+# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
+# of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
 _SCORES, _COPIED = 1 << 18, 1 << 22
 _MIN_STRETCH = 256  # tokens
 

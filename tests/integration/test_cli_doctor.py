@@ -16,9 +16,10 @@ from transformers import BloomConfig, Gemma3TextConfig, MambaConfig, PreTrainedC
 from typer.testing import CliRunner
 
 from hfkv.cli import app, doctor_machine
-from hfkv.cli.doctor import Report, examine
+from hfkv.cli.doctor import examine
 from hfkv.cli.doctor_layers import ModelReport, describe_layers
 from hfkv.cli.doctor_machine import TRANSFORMERS, Item, describe_installation
+from hfkv.cli.doctor_report import Report
 from hfkv.cli.doctor_screen import ranges, show
 from hfkv.kernels import selftest
 from hfkv.kernels.dispatch import Kernel, attention_kernel
