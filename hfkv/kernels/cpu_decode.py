@@ -18,7 +18,7 @@ from hfkv.layout import Layout
 # Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
 # of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
 _SCORES, _COPIED = 1 << 18, 1 << 22
-_MIN_STRETCH = 256  # tokens
+_MIN_STRETCH, _LONG = 256, 8192  # tokens
 
 
 def decode_attention(
@@ -48,7 +48,9 @@ def decode_attention(
         folded = rotate_states(folded)
     decode = _Decode(keys, values, layout, visibility, scoring, num_queries, num_heads)
     firsts = first_seen(visibility, layout)
-    done = [decode.rows(folded[rows].flatten(0, 1), rows, firsts[rows.start]) for rows in alike(firsts)]
+    # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
+    at_most = _SCORES // (folded[0, :, :, 0].numel() * min(max(layout.length, 1), _LONG))
+    done = [decode.rows(folded[rows].flatten(0, 1), rows, firsts[rows.start]) for rows in alike(firsts, at_most)]
     out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
     shape = (batch, num_heads, num_queries)
     attended = with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), scoring.sink_logits)

@@ -35,7 +35,8 @@ def flash_attention(
     attended = nothing(query, values.head_dim)
     firsts = first_seen(visibility, layout)
     length = _tile_length(visibility, num_queries)
-    for rows in alike(firsts):
+    at_most = len(firsts) if keys.codec == "none" and not layout.is_paged else STRETCH // MIN_STRETCH
+    for rows in alike(firsts, at_most):
         # Rows that only slots make start alike may have their own padding: its queries see nothing.
         pads = 0 if visibility.mask is not None else min(visibility.pads[rows])
         padding = max(pads - (visibility.seen - num_queries), 0)

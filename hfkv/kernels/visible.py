@@ -59,8 +59,7 @@ def bounds_of(visibility: Visibility, rows: slice, begin: int) -> torch.Tensor |
     return None if is_newest and int(bounds.max()) <= first else bounds
 
 
-def alike(firsts: tuple[int, ...]) -> list[slice]:
-    """Rows that go together: all of them, if their texts start at the same token, else each on its own."""
-    if len(set(firsts)) == 1:
-        return [slice(0, len(firsts))]
-    return [slice(row, row + 1) for row in range(len(firsts))]
+def alike(firsts: tuple[int, ...], at_most: int) -> list[slice]:
+    """Rows that go together, so many at most: neighbours where all texts start at the same token, else single ones."""
+    size = max(at_most, 1) if len(set(firsts)) == 1 else 1
+    return [slice(row, min(row + size, len(firsts))) for row in range(0, len(firsts), size)]

@@ -91,6 +91,7 @@ def same_tokens(
     assert torch.equal(*texts)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kv", KINDS)
 def test_greedy(device: torch.device, counts: dict[str, int], kv: str) -> None:
     same_tokens(llama().to(device), kv, on(device, {"input_ids": prompt(1)["input_ids"]}))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 
@@ -33,27 +30,18 @@ def test_the_loss_of_a_long_text_stays_near_the_full_caches_at_1k() -> None:
 
 
 @pytest.mark.slow
-def test_a_generation_of_thousands_of_tokens_takes_the_same_bytes_and_time_at_every_step() -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def test_a_generation_of_thousands_of_tokens_takes_the_same_bytes_at_every_step() -> None:
     model, tokenizer = tiny_lm.load()
     inputs = tokenizer("def parse(", return_tensors="pt")
-    sizes, times = set(), []
-    try:
-        with torch.inference_mode(), hfkv.patch(model, WINDOW) as patch:
-            cache = hfkv.KVCache(model, WINDOW, patch.rotary)
-            ids = inputs["input_ids"]
-            for step in range(6000):
-                begin = time.perf_counter()
-                ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
-                times.append(time.perf_counter() - begin)
-                if step > 600:
-                    sizes.add(cache.nbytes())
-    finally:
-        torch.set_num_threads(threads)
-    assert len(sizes) == 1
-    # Timing gates are for benchmarks; a step that grew with the text would be many times slower by now.
-    assert statistics.median(times[-1000:]) <= 2 * statistics.median(times[1000:2000])
+    sizes = set()
+    with torch.inference_mode(), hfkv.patch(model, WINDOW) as patch:
+        cache = hfkv.KVCache(model, WINDOW, patch.rotary)
+        ids = inputs["input_ids"]
+        for step in range(6000):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(-1)
+            if step > 600:
+                sizes.add(cache.nbytes())
+    assert len(sizes) == 1  # what a step computes: test_window_cost.py
 
 
 @pytest.mark.slow
