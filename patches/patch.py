@@ -79,7 +79,10 @@ class Patch:
 
     def __repr__(self) -> str:
         attention = "hfkv attention" if self.own_attention is None else f"its own attention ({self.own_attention})"
-        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention})"
+        graphs = (
+            "" if self.graphs is None else ", graphs" if self.graphs.off is None else f", no graphs: {self.graphs.off}"
+        )
+        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{graphs})"
 
 
 def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = False, graphs: bool = False) -> Patch:
@@ -105,6 +108,9 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         RuntimeError: the model is patched already.
         NotImplementedError: a private method of transformers that this overrides has changed.
     """
+    for name, given in (("exact_rotary", exact_rotary), ("graphs", graphs)):
+        if not isinstance(given, bool):
+            raise TypeError(f"hfkv.patch takes True or False for {name}, got {given!r}")
     base = _base_model(model)
     if "hfkv" in vars(base):
         raise RuntimeError(

@@ -60,8 +60,8 @@ def ours(text: str) -> Contender:
     window = kv.window
     if isinstance(window, Window) and (window.needs_rotary or window.global_layers or window.global_heads):
         raise BenchError(
-            f"kv {text!r}: hfkv bench has no check for sink_positions:cache, summaries, global layers or global heads; "
-            "leave them out (hfkv eval measures what they cost)"
+            f"--kv {text!r}: hfkv bench has no check for sink_positions:cache, summaries, global layers or global "
+            "heads; leave them out (hfkv eval measures what they cost)"
         )
     return Contender(text, kv, lambda model, tokens: KVCache(model, kv), graphs=text.endswith(GRAPHS))
 

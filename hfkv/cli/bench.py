@@ -41,7 +41,11 @@ def bench(
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda …")] = "auto",
     kv: Annotated[
-        list[str] | None, typer.Option(help="A cache of hfkv's; may be given again.", show_default="seven of them")
+        list[str] | None,
+        typer.Option(
+            help="A cache of hfkv's; may be given again. In step with +graphs behind it: from CUDA graphs.",
+            show_default="none, int8, int4, fp8, paged, int8+paged, window:1024",
+        ),
     ] = None,
     peers: Annotated[str, typer.Option(help="all, or names with commas; see docs/bench.md.")] = "all",
     steps: Annotated[

@@ -216,7 +216,8 @@ def _caption(result: Result) -> Table:
     notes["held"] = f"{held}, in keys and values"
     if result.suite in ("attention", "memory"):
         notes["error"] = (
-            "of the attention, as norms: to fp32 attention over its own keys and values, and the unquantised"
+            "of the attention, as norms: to fp32 attention over what it holds (own), and over the tokens it shows "
+            "before they were encoded (full)"
         )
     else:
         notes["error"] = "of the logits against DynamicCache's, as norms"
@@ -228,7 +229,7 @@ def _caption(result: Result) -> Table:
     if load is not None and load > MOST_LOAD:
         notes["beware"] = (
             f"there was a load of {load:.1f} on {machine['cores']} cores before the run: threads that wait for each "
-            "other make times many times as long as on an idle machine"
+            "other take many times as long as on an idle machine"
         )
     caption = Table.grid(padding=(0, 2, 0, 0))
     for name, note in notes.items():

@@ -43,6 +43,7 @@ def setting_of(words: Words, seed: int) -> Setting:
         CommandError: a word is unknown, or words contradict each other.
     """
     from hfkv.bench import SUITES, BenchError, Setting
+    from hfkv.bench.contenders import GRAPHS
     from hfkv.bench.setting import DEFAULT_KV, GRAPHS_KV
 
     if words.suite not in SUITES:
@@ -50,10 +51,12 @@ def setting_of(words: Words, seed: int) -> Setting:
         raise CommandError(f"{said}; allowed: {', '.join(SUITES)}")
     if words.shape is not None and words.model is not None:
         raise CommandError("--shape and --model both say what to build; give one of them")
+    if words.ragged is not None and words.suite != "prefill":
+        raise CommandError(f"--ragged is for the suite prefill only, got the suite {words.suite!r}; leave it out")
     if words.ragged is not None and (words.contexts is not None or words.batch is not None):
         raise CommandError("--ragged says the rows and their tokens; leave --context and --batch out")
     for kv in words.kvs or ():
-        check_kv(kv)
+        check_kv(kv.removesuffix(GRAPHS))
     device = pick_device(words.device)
     dtype = pick_dtype(words.dtype)
     shape = words.shape

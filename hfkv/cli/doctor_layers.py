@@ -114,7 +114,7 @@ def describe_layers(
     except ValueError as error:
         raise CommandError(f"--kv {kv!r} and --model {name!r} do not go together: {error}") from error
     notes = []
-    own, bias = _own_attention(config, decoder), _position_bias(decoder)
+    own, bias = _own_attention(config, decoder), _no_kernel(decoder)
     if any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers) and (own or bias):
         raise CommandError(
             f"--kv {kv!r}: {decoder.model_type!r} takes no window: {own or bias}; leave the window out (its words, "
@@ -165,12 +165,14 @@ def _own_attention(config: PreTrainedConfig, decoder: PreTrainedConfig) -> str |
     return own_attention_reason(config) or own_attention_reason(decoder)
 
 
-def _position_bias(config: PreTrainedConfig) -> str | None:
+def _no_kernel(config: PreTrainedConfig) -> str | None:
     """Why no kernel does this attention, or None where one does."""
     if hasattr(config, "relative_attention_num_buckets"):
         return "its attention adds a bias for positions to the scores, which kernels do not"
     if getattr(config, "alibi", False):
         return "its attention adds a bias for positions (alibi) to the scores, which kernels do not"
+    if getattr(config, "kv_lora_rank", None):
+        return "its code expands the latents it caches before the attention, so that no kernel reads the cache"
     return None
 
 
