@@ -120,7 +120,9 @@ def hfkv_attention(
             return _split(query, key.held, pads, scoring)
         if isinstance(key.held, HeldTokens) and key.held.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
-    if isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and position_bias is None:
+    is_followed = key.requires_grad or value.requires_grad  # a backward pass must find the edge that raises
+    is_plain = position_bias is None and not is_followed
+    if isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and is_plain:
         assert isinstance(key.held, HeldTokens)
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
         output = fused_attention(query, key.held, attention_mask, is_causal, scoring)

@@ -68,8 +68,10 @@ def _visibility(query: torch.Tensor, held: HeldTokens, mask: torch.Tensor | None
     shown = Visibility(seen=num_shown, pads=(0,) * batch, first=held.first, num_slots=held.first)
     if mask is None:
         return shown if num_queries == 1 or (is_causal and num_queries == num_shown) else None
-    if mask.shape[-1] != num_shown or mask.dtype != torch.bool or mask.dim() != 4:
+    if mask.dim() != 4 or mask.dtype != torch.bool or mask.shape[-1] != num_shown:
         return None
+    if mask.shape[2] != num_queries:
+        mask = mask.expand(-1, -1, num_queries, -1)
     if isinstance(mask, CausalMask):
         pads = mask.left_padding()
         if pads is not None:

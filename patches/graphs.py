@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import weakref
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
@@ -89,7 +91,7 @@ class Graphs:
         self.model, self.forward = model, forward
         self.off: str | None = None  # why nothing is captured
         self._captured: weakref.WeakKeyDictionary[KVCache, Captured | None] = weakref.WeakKeyDictionary()
-        self._tuners: list[Any] = []
+        self._modules: list[Any] = []
         self._logged: set[str] = set()
 
     def __reduce__(self) -> Any:
@@ -102,20 +104,20 @@ class Graphs:
             return self.forward(*args, **kwargs)
         if args or not _is_step(kwargs) or cache.get_seq_length() == 0:
             self._captured.pop(cache, None)
-            self._tuners = tuners(self.model)
+            self._modules = list(self.model.modules())
             return self.forward(*args, **kwargs)
         if cache not in self._captured:
             self._captured[cache] = None
             return self.forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         tensors = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
-        state = (mask is None, adapters(self._tuners))
+        state = (mask is None, model_state(self._modules))
         captured = self._captured[cache]
         if captured is not None and not captured.fits(tensors, state):
             captured = None
         reason = _input_reason(kwargs)
         if reason is None and captured is None:
-            reason = step_reason(cache, mask)
+            reason = hooks_reason(self.model) or step_reason(cache, mask)
         if reason is not None:
             self._captured[cache] = None
             self._log(reason)
@@ -141,7 +143,6 @@ class Graphs:
         with torch.inference_mode(False):
             inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         captured = Captured(DeviceStep(list(cache.layers), befores, mask), inputs, state)
-        self._captured[cache] = captured
         # Attention reads the mask that the step holds; a mask of four dimensions is handed through by transformers.
         placeholder = None if mask is None else mask[:, None, None, :].bool()
         given = {**kwargs, **inputs, "attention_mask": placeholder}
@@ -151,11 +152,17 @@ class Graphs:
             except RuntimeError as error:
                 self.turn_off(f"the step cannot be captured ({str(error).splitlines()[0]})")
                 return self.forward(**given)
+            except BaseException:
+                # Nothing has been written where the cache has made room.
+                with contextlib.suppress(RuntimeError):
+                    cache.crop(-1)
+                raise
         if not isinstance(output, ModelOutput):
             raise TypeError(f"{type(self.model).__name__} returned a {type(output).__name__} and not a ModelOutput")
         captured.output_class = type(output)
         captured.outputs = {name: value for name, value in output.items() if name != "past_key_values"}
         captured.graph.replay()
+        self._captured[cache] = captured
         return captured.result(cache)
 
     def turn_off(self, reason: str) -> None:
@@ -186,11 +193,9 @@ def model_reason(model: Any) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
         return f"its parameters are on {', '.join(sorted(map(str, devices)))}, and a graph is of one CUDA device"
-    for name, module in model.named_modules():
-        if hasattr(module, "_hf_hook"):
-            return f"accelerate has set a hook on {name or 'the model'}"
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'the model'} has forward hooks, which a replay would not call"
+    hooks = hooks_reason(model)
+    if hooks is not None:
+        return hooks
     scaling = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     kinds = {scaling.get("rope_type")} | {part.get("rope_type") for part in scaling.values() if isinstance(part, dict)}
     if kinds & {"dynamic", "longrope"}:
@@ -198,14 +203,34 @@ def model_reason(model: Any) -> str | None:
     return None
 
 
-def tuners(model: Any) -> list[Any]:
-    """The modules of PEFT in a model."""
-    return [module for module in model.modules() if hasattr(module, "merged_adapters")]
+def hooks_reason(model: Any) -> str | None:
+    """Which hooks forbid a graph, in words, or None: a replay would not call them."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "torch has forward hooks for all modules"
+    for name, module in model.named_modules():
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate has set a hook on {name or 'the model'}"
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"{name or 'the model'} has forward hooks, which a replay would not call"
+    return None
 
 
-def adapters(tuners: list[Any]) -> Any:
-    """Which adapters each of them applies: a graph goes on applying those it was captured with."""
-    return [(tuple(tuner.active_adapters), tuner.disable_adapters, tuple(tuner.merged_adapters)) for tuner in tuners]
+def model_state(modules: list[Any]) -> Any:
+    """What a captured step depends on and may change between two steps: weights, hooks, adapters.
+
+    Args:
+        modules: of the model, as they were at its last forward of several tokens.
+    """
+    state: list[Any] = [len(_global_forward_hooks), len(_global_forward_pre_hooks)]
+    for module in modules:
+        state.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+        state += map(id, module._modules.values())
+        state += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
+        if hasattr(module, "merged_adapters"):
+            scaling = getattr(module, "scaling", {})
+            state += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
+            state.append(tuple(scaling.items()) if isinstance(scaling, dict) else scaling)
+    return state
 
 
 def _is_step(kwargs: dict[str, Any]) -> bool:

@@ -61,4 +61,4 @@ def _butterflies(rows: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _matrix(block: int) -> torch.Tensor:
-    return rotate(torch.eye(block))
+    return rotate(torch.eye(block, dtype=torch.float32, device="cpu"))

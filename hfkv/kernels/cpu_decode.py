@@ -10,7 +10,7 @@ import torch
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.kernels.int8_matmul import from_digits, int8_matmul, to_digits
+from hfkv.kernels.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, first_seen, seen
 from hfkv.layout import Layout
@@ -18,7 +18,9 @@ from hfkv.layout import Layout
 # Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
 # of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
 _SCORES, _COPIED = 1 << 18, 1 << 22
-_MIN_STRETCH, _LONG = 256, 8192  # tokens
+# Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
+# own.
+_MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
 
 
 def decode_attention(
@@ -26,9 +28,9 @@ def decode_attention(
 ) -> Attended:
     """Attention of few queries to int8, int4 or fp8 tokens, a stretch at a time (Flash-Decoding).
 
-    Queries and weights become fixed-point numbers of 21 bits, so that int8 products with exact sums do the work; the
-    scales of keys go into the scores, those of values into the weights. A token is read once for all queries of its kv
-    head, in its own bytes: 2 (D + 2) of them in int8.
+    Queries and weights become fixed-point numbers of 21 and 28 bits, so that int8 products with exact sums do the
+    work; the scales of keys go into the scores, those of values into the weights. A token is read once for all queries
+    of its kv head, in its own bytes: 2 (D + 2) of them in int8.
 
     Args:
         query: `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
@@ -50,7 +52,8 @@ def decode_attention(
     firsts = first_seen(visibility, layout)
     # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
     at_most = _SCORES // (folded[0, :, :, 0].numel() * min(max(layout.length, 1), _LONG))
-    done = [decode.rows(folded[rows].flatten(0, 1), rows, firsts[rows.start]) for rows in alike(firsts, at_most)]
+    groups = alike(firsts, at_most, _NEAR)
+    done = [decode.rows(folded[rows].flatten(0, 1), rows, min(firsts[rows])) for rows in groups]
     out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
     shape = (batch, num_heads, num_queries)
     attended = with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), scoring.sink_logits)
@@ -70,7 +73,7 @@ class _Decode:
     def rows(self, query: torch.Tensor, rows: slice, first: int) -> Attended:
         """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, D]`; N = rows · H, R = G · q."""
         count, num_rows, _ = query.shape
-        length = _SCORES // (count * num_rows)
+        length = min(_SCORES // (count * num_rows), _LONG)
         if self.keys.codec != "int8" or self.layout.is_paged:
             width = 4 if self.keys.codec == "fp8" else 1
             length = min(length, _COPIED // (count * self.keys.head_dim * width))
@@ -103,7 +106,7 @@ class _Decode:
 def _scores(query: torch.Tensor, keys: Stretch) -> torch.Tensor:
     """float32 `[N, R, n]`."""
     if keys.numbers.dtype == torch.int8:
-        digits, scale = to_digits(query)
+        digits, scale = to_digits(query, QUERY_DIGITS)
         scores = from_digits(_products(digits, keys.numbers.transpose(1, 2))).mul_(scale)
     else:
         scores = query @ keys.numbers.transpose(1, 2)
@@ -115,7 +118,7 @@ def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
     """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
     scaled = weights * values.scale[:, None]
     if values.numbers.dtype == torch.int8:
-        digits, scale = to_digits(scaled)
+        digits, scale = to_digits(scaled, WEIGHT_DIGITS)
         out = from_digits(_products(digits, values.numbers)).mul_(scale)
     else:
         out = scaled @ values.numbers
@@ -123,7 +126,7 @@ def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
 
 
 def _products(digits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Digits `[N, 3, R, K]` times `[N, K, n]`, int32 `[N, 3, R, n]`: one by one, since torch has no batch of them."""
+    """Digits `[N, c, R, K]` times `[N, K, n]`, int32 `[N, c, R, n]`: one by one, since torch has no batch of them."""
     sums = torch.empty(*digits.shape[:-1], numbers.shape[-1], dtype=torch.int32)
     for a, b, out in zip(digits.flatten(1, 2), numbers, sums.flatten(1, 2), strict=True):
         int8_matmul(a, b, out)

@@ -18,6 +18,7 @@ from hfkv.layout import Layout
 # Queries looked at together, and tokens decoded together: a token is decoded once for so many queries.
 TILE, STRETCH = 1024, 2048
 MIN_TILE, MIN_STRETCH = 64, 256
+SHORT = 512  # tokens of padding that cost less than a row on its own
 
 
 def flash_attention(
@@ -36,19 +37,22 @@ def flash_attention(
     firsts = first_seen(visibility, layout)
     length = _tile_length(visibility, num_queries)
     at_most = len(firsts) if keys.codec == "none" and not layout.is_paged else STRETCH // MIN_STRETCH
-    for rows in alike(firsts, at_most):
-        # Rows that only slots make start alike may have their own padding: its queries see nothing.
+    near = SHORT if num_queries == 1 or layout.length <= SHORT else 0
+    for rows in alike(firsts, at_most, near):
+        # Rows that go together may differ in padding: its queries see nothing.
         pads = 0 if visibility.mask is not None else min(visibility.pads[rows])
         padding = max(pads - (visibility.seen - num_queries), 0)
         for begin in range(padding, num_queries, length):
             queries = slice(begin, min(begin + length, num_queries))
             own = layout.length - num_queries + begin
             of_tile = _of(visibility, queries, num_queries)
-            tile = _Tile(keys, values, layout, of_tile, scoring, rows, firsts[rows.start], own)
+            tile = _Tile(keys, values, layout, of_tile, scoring, rows, min(firsts[rows]), own)
             its_query = query[rows, :, queries]
             if keys.codec == "int4":
-                its_query = rotate_states(its_query.float()).to(query.dtype)
-            out, lse = rotated_back(tile.attend(its_query), values.codec, query.dtype)
+                its_query = rotate_states(its_query.float())
+            # A rotated row, or one whose scale was rounded up, may be beyond float16.
+            dtype = torch.float32 if query.dtype == torch.float16 and keys.codec != "none" else query.dtype
+            out, lse = rotated_back(tile.attend(its_query.to(dtype)), values.codec, query.dtype)
             attended.out[rows, :, queries], attended.lse[rows, :, queries] = out, lse
     out, lse = with_sink_logits(attended, scoring.sink_logits)
     return Attended(out.to(query.dtype), lse)

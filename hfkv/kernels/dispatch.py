@@ -10,6 +10,7 @@ import torch
 
 from hfkv.kernels.cpu_decode import decode_attention
 from hfkv.kernels.cpu_flash import flash_attention
+from hfkv.kernels.int8_matmul import is_exact
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.triton_support import unsupported
 
@@ -70,6 +71,8 @@ def _attention_kernel(
             return Kernel(
                 "cpu flash", f"{MANY} queries or more: tokens are decoded a stretch at a time", flash_attention
             )
+        if codec != "fp8" and not is_exact():
+            return Kernel("cpu flash", "this processor has no exact int8 product: tokens are decoded", flash_attention)
         numbers = "float32 products of stretches" if codec == "fp8" else "int8 products read the tokens' own bytes"
         return Kernel("cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention)
     reason = unsupported(device, dtype, (codec,), head_dims)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 # int32 sums of K products of two int8 numbers are exact up to here.
 MAX_INNER = (2**31 - 1) // (128 * 128)
 
-# Rows become three digits of seven bits: errors of 2^-21 of a row's largest magnitude, as good as float32 sums. The
-# digits of all rows go through one product together, which reads the other operand once.
-NUM_DIGITS = 3
-_BASE = 128
-_TOP = 127 * _BASE * _BASE
+# Digits of seven bits. Queries take three of them: errors of 2^-21 of a row's largest number, as good as float32 sums.
+# Weights take four: beside the one weight of an attention sink, thousands of small ones count too. The digits of all
+# rows go through one product together, which reads the other operand once.
+QUERY_DIGITS, WEIGHT_DIGITS = 3, 4
+_BITS, _BASE = 7, 128
 
 
 def int8_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """``a @ b`` of int8 matrices with exact int32 sums, into `out`.
 
     Torch has a second int8 product, `_weight_int8pack_mm`, which crashes or gives wrong numbers where the inner
-    dimension is no multiple of its tiles; this one takes any.
+    dimension is no multiple of its tiles; this one takes any. Exact only where `is_exact`.
 
     Args:
         a: int8 `[M, K]`.
@@ -39,31 +41,49 @@ def int8_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Te
         )
     if 0 in (m, n, inner):
         return out.zero_()
+    if inner == 1:  # with strides of 1 and 1, torch's product takes b for its transpose
+        return torch.mul(a.int(), b.int(), out=out)
     return torch._int_mm(a, b, out=out)
 
 
-def to_digits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as digits: ``x ≈ scale · (d0 · 2^14 + d1 · 2^7 + d2)``.
+@functools.cache
+def is_exact() -> bool:
+    """Whether torch's product is exact on this processor: without VNNI instructions its sums of pairs saturate."""
+    a = torch.full((16, 64), 127, dtype=torch.int8)
+    a[::2] = -128
+    b = torch.full((64, 64), 127, dtype=torch.int8)
+    b[:, ::2] = -128
+    expected = (a.double() @ b.double()).int()
+    out = torch.empty(16, 64, dtype=torch.int32)
+    return all(torch.equal(int8_matmul(a, other, out), expected) for other in (b, b.t().contiguous().t()))
+
+
+def to_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as digits: ``x ≈ scale · (d0 · 128^(count - 1) + d1 · 128^(count - 2) + ...)``.
 
     Args:
         x: float32 `[..., R, K]`; not kept.
+        count: digits, four at most.
 
     Returns:
-        int8 `[..., 3, R, K]`, and the scales, float32 `[..., R, 1]`; NaN for rows that hold NaN or infinity.
+        int8 `[..., count, R, K]`, and the scales, float32 `[..., R, 1]`; NaN for rows that hold NaN or infinity.
     """
+    top = 127 * _BASE ** (count - 1)
     largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
-    scale = largest.clamp_min(torch.finfo(torch.float32).tiny * _TOP) / _TOP
+    scale = largest.clamp_min(torch.finfo(torch.float32).tiny * top) / top
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     whole = (x / scale).round_().to(torch.int32)
-    digits = torch.empty(*x.shape[:-2], NUM_DIGITS, *x.shape[-2:], dtype=torch.int8)
-    digits.select(-3, 0).copy_(whole >> 14)
-    digits.select(-3, 1).copy_((whole >> 7) & 127)
-    digits.select(-3, 2).copy_(whole & 127)
+    digits = torch.empty(*x.shape[:-2], count, *x.shape[-2:], dtype=torch.int8)
+    for place in range(count - 1, 0, -1):
+        digits.select(-3, place).copy_(whole & (_BASE - 1))
+        whole.bitwise_right_shift_(_BITS)
+    digits.select(-3, 0).copy_(whole)
     return digits, scale
 
 
 def from_digits(sums: torch.Tensor) -> torch.Tensor:
-    """What products of digits `[..., 3, R, N]` (int32) say, float32 `[..., R, N]`; to be multiplied by the scales."""
-    result = sums.select(-3, 0).to(torch.float32).mul_(_BASE)
-    result.add_(sums.select(-3, 1)).mul_(_BASE)
-    return result.add_(sums.select(-3, 2))
+    """What products of digits `[..., count, R, N]` (int32) say, float32 `[..., R, N]`, up to the scales."""
+    result = sums.select(-3, 0).to(torch.float32)
+    for place in range(1, sums.shape[-3]):
+        result.mul_(_BASE).add_(sums.select(-3, place))
+    return result

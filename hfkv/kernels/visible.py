@@ -59,7 +59,13 @@ def bounds_of(visibility: Visibility, rows: slice, begin: int) -> torch.Tensor |
     return None if is_newest and int(bounds.max()) <= first else bounds
 
 
-def alike(firsts: tuple[int, ...], at_most: int) -> list[slice]:
-    """Rows that go together, so many at most: neighbours where all texts start at the same token, else single ones."""
-    size = max(at_most, 1) if len(set(firsts)) == 1 else 1
+def alike(firsts: tuple[int, ...], at_most: int, near: int) -> list[slice]:
+    """Rows that go together, so many at most: neighbours where all texts start so near to each other, else single ones.
+
+    Args:
+        firsts: where the text of each row starts.
+        at_most: rows.
+        near: tokens.
+    """
+    size = max(at_most, 1) if max(firsts) - min(firsts) <= near else 1
     return [slice(row, min(row + size, len(firsts))) for row in range(0, len(firsts), size)]

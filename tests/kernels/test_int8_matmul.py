@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -58,18 +59,48 @@ def test_what_it_is_not_for() -> None:
         int8_matmul(long, long.t(), torch.empty(1, 1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("spread", [1.0, 1e-30, 1e30])
-def test_digits_are_as_good_as_float32(spread: float) -> None:
+@pytest.mark.parametrize(("count", "error"), [(3, 2**-21), (4, 2**-23)])
+@pytest.mark.parametrize("spread", [1.0, 1e-28, 1e30])
+def test_digits_are_as_good_as_float32(spread: float, count: int, error: float) -> None:
     torch.manual_seed(0)
     x = torch.randn(3, 5, 64) * spread
-    digits, scale = to_digits(x.clone())
+    digits, scale = to_digits(x.clone(), count)
     assert digits.dtype == torch.int8
     back = from_digits(digits.int()) * scale
-    assert ((back - x).abs() <= x.abs().amax(-1, keepdim=True) * 2**-21).all()
+    assert ((back - x).abs() <= x.abs().amax(-1, keepdim=True) * error).all()
+
+
+def test_a_small_number_beside_a_large_one_is_kept_by_four_digits() -> None:
+    x = torch.tensor([[1.0, 2**-26]])
+    digits, scale = to_digits(x.clone(), 4)
+    assert (from_digits(digits.int()) * scale)[0, 1] == pytest.approx(2**-26, rel=0.1)
+
+
+@pytest.mark.parametrize(("isa", "expected"), [("AVX2", "False"), ("DEFAULT", "True")])
+def test_a_processor_without_exact_products_is_found_out(isa: str, expected: str) -> None:
+    code = (
+        "import torch; from hfkv.kernels.int8_matmul import is_exact;"
+        "from hfkv.kernels.dispatch import attention_kernel;"
+        "print(is_exact(), attention_kernel('int8', torch.float32, torch.device('cpu'), 1, (64, 64)).name)"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    said, kernel = done.stdout.split(maxsplit=1)
+    if isa == "DEFAULT" and said == "False":
+        pytest.skip("this processor has no exact int8 product at all")
+    assert said == expected
+    assert kernel.strip() == ("cpu decode" if said == "True" else "cpu flash")
+
+
+def test_an_inner_dimension_of_one() -> None:
+    a = torch.randint(-128, 128, (3, 1), dtype=torch.int8)
+    b = torch.randint(-128, 128, (64, 1), dtype=torch.int8).as_strided((1, 64), (1, 1))
+    out = int8_matmul(a, b, torch.empty(3, 64, dtype=torch.int32))
+    assert torch.equal(out, a.int() * b.int())
 
 
 def test_digits_of_zeros_and_of_what_is_no_number() -> None:
-    digits, scale = to_digits(torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 1.0]]))
+    digits, scale = to_digits(torch.tensor([[0.0, 0.0], [1.0, torch.nan], [torch.inf, 1.0]]), 3)
     back = from_digits(digits.int()) * scale
     assert (back[0] == 0).all()
     assert back[1:].isnan().all()

@@ -238,3 +238,77 @@ def test_undo_copy_and_pickle(device: torch.device) -> None:
     patched.undo()
     assert "forward" not in vars(model)
     assert model.forward.__func__ is forward
+
+
+def decode(model: Any, ids: torch.Tensor, steps: int, change: Any = lambda step: None) -> list[torch.Tensor]:
+    """The logits of `steps` decode steps by hand; `change(step)` runs before each."""
+    cache = hfkv.KVCache(model)
+    logits = []
+    with torch.no_grad():
+        out = model(input_ids=ids, past_key_values=cache)
+        for step in range(steps):
+            change(step)
+            positions = torch.full((1, 1), cache.get_seq_length(), device=ids.device)
+            out = model(input_ids=ids[:, :1], position_ids=positions, past_key_values=cache)
+            logits.append(out.logits.clone())
+    return logits
+
+
+def changed_weight(model: Any, step: int) -> None:
+    if step == 3:
+        model.lm_head.weight.data = model.lm_head.weight.data * 2
+
+
+def changed_module(model: Any, step: int) -> None:
+    if step == 3:
+        head = torch.nn.Linear(64, 99, bias=False, device=model.device)
+        torch.nn.init.constant_(head.weight, 0.01)
+        model.lm_head = head
+
+
+def late_hook(model: Any, step: int) -> None:
+    if step == 3:
+        model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
+
+
+@pytest.mark.parametrize("change", [changed_weight, changed_module, late_hook])
+def test_a_model_that_changes_between_steps_is_not_replayed_as_it_was(device: torch.device, change: Any) -> None:
+    runs = []
+    for use_graphs in (False, True):
+        model = llama().to(device)
+        ids = prompt(1)["input_ids"].to(device)
+        hfkv.patch(model, graphs=use_graphs)
+        runs.append(decode(model, ids, 6, lambda step, model=model: change(model, step)))  # type: ignore[misc]
+    for eager, replayed in zip(*runs, strict=True):
+        assert torch.allclose(eager, replayed, atol=1e-4)
+
+
+def test_an_interrupted_capture_leaves_the_cache_as_it_was(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama().to(device)
+    ids = prompt(1)["input_ids"].to(device)
+    hfkv.patch(model)
+    expected = decode(model, ids, 4)
+    hfkv.unpatch(model)
+    hfkv.patch(model, graphs=True)
+    norm = type(model.model.norm)
+    own, calls = norm.forward, []
+
+    def interrupted(self: Any, states: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return own(self, states)
+
+    cache, positions = hfkv.KVCache(model), torch.full((1, 1), 9, device=device)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids[:, :1], position_ids=positions, past_key_values=cache)
+        monkeypatch.setattr(norm, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=ids[:, :1], position_ids=positions + 1, past_key_values=cache)
+        monkeypatch.setattr(norm, "forward", own)
+        assert cache.get_seq_length() == 10
+        out = model(input_ids=ids[:, :1], position_ids=positions + 1, past_key_values=cache)
+    assert torch.allclose(out.logits, expected[1], atol=1e-4)
