@@ -110,6 +110,10 @@ class Graphs:
             self._captured[cache] = None
             return self.forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and _has_windows(cache) and bool((mask != 0).all()):
+            # transformers 5.17 passes masks that hide nothing; a window's step takes none at all.
+            mask = None
+            kwargs = {**kwargs, "attention_mask": None}
         tensors = {name: kwargs[name] for name in TENSORS if kwargs.get(name) is not None}
         state = (mask is None, model_state(self._modules))
         captured = self._captured[cache]
@@ -231,6 +235,10 @@ def model_state(modules: list[Any]) -> Any:
             state += [tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)]
             state.append(tuple(scaling.items()) if isinstance(scaling, dict) else scaling)
     return state
+
+
+def _has_windows(cache: KVCache) -> bool:
+    return any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers)
 
 
 def _is_step(kwargs: dict[str, Any]) -> bool:
