@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.results import OK, WRONG, Result, Row, Table
+from hfkv.figure import new_figure
 
 DPI = 144
 PANEL_WIDTH, BAR_HEIGHT, FRAME_HEIGHT = 6.4, 0.34, 1.5
@@ -26,7 +27,7 @@ def write_plot(path: Path, result: Result) -> None:
     columns = min(len(result.tables), 2)
     lines = -(-len(result.tables) // columns)
     bars = max(len(_drawn(table)) for table in result.tables)
-    figure = _figure(PANEL_WIDTH * columns, 0.9 + lines * (FRAME_HEIGHT + BAR_HEIGHT * bars))
+    figure = new_figure(PANEL_WIDTH * columns, 0.9 + lines * (FRAME_HEIGHT + BAR_HEIGHT * bars))
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
     for axes, table in zip(panels, result.tables, strict=False):
         _draw(axes, result, table)
@@ -45,23 +46,6 @@ _TITLES = {
     "prefill": "Prompt to first new token",
     "memory": "Bytes of one layer's cache",
 }
-
-
-def check_matplotlib() -> None:
-    """Refuses to go on without matplotlib.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    _figure(1.0, 1.0)
-
-
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'pictures need matplotlib ({error}): pip install "hfkv[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _drawn(table: Table) -> list[Row]:

@@ -13,6 +13,7 @@ from hfkv.cli.bench_screen import show, show_verdicts
 from hfkv.cli.bench_words import Words, setting_of
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
+from hfkv.cli.said import command_line
 
 if TYPE_CHECKING:
     from hfkv.bench import Result, Setting, Verdict
@@ -79,7 +80,7 @@ def bench(
             words = Words(
                 suite, shape, model, layers, contexts, batch, ragged, dtype, device, kv, peers, steps, seconds
             )
-            results = [_measure(setting_of(words, seed), _command(context))]
+            results = [_measure(setting_of(words, seed), command_line(context, "hfkv", "bench"))]
         console = Console(highlight=False)
         for result in results:
             show(result, console)
@@ -154,7 +155,7 @@ def _check_outputs(json_path: Path | None, plot: Path | None) -> None:
             raise CommandError(f"{name} {str(path)!r} is a folder; name a file in it")
     if plot is None:
         return
-    from hfkv.bench.plots import check_matplotlib
+    from hfkv.figure import check_matplotlib
 
     if plot.suffix.lower() != ".png":
         raise CommandError(f"--plot {str(plot)!r} must be a PNG file: give it the ending .png")
@@ -170,19 +171,3 @@ def _draw(path: Path, results: list[Result]) -> None:
     if len(results) > 1:
         raise CommandError(f"--plot draws one result and --from names {len(results)}; draw them one by one")
     write_plot(path, results[0])
-
-
-def _command(context: typer.Context) -> str:
-    """The command line, from what was given on it."""
-    import shlex
-
-    words = ["hfkv", "bench"]
-    for option in context.command.params:
-        name = option.name or ""
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
-        for item in value if isinstance(value, list | tuple) else [value]:
-            words += [option.opts[0], str(item)] if option.opts[0].startswith("-") else [str(item)]
-    return shlex.join(words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +13,7 @@ from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, Report, Setting, measure
 from hfkv.cli.eval_screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
+from hfkv.cli.said import command_line
 
 
 def evaluate(
@@ -87,7 +87,7 @@ def evaluate(
             )
         show(report, Console(highlight=False))
         if json_path is not None:
-            report.write_json(json_path, _command(context))
+            report.write_json(json_path, command_line(context, "hfkv", "eval"))
         if plot is not None:
             _write_plots(report, plot)
 
@@ -125,7 +125,7 @@ def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
         raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
     if plot_folder is None:
         return
-    from hfkv.eval.plots import check_matplotlib
+    from hfkv.figure import check_matplotlib
 
     try:
         check_matplotlib()
@@ -145,20 +145,3 @@ def _write_plots(report: Report, folder: Path) -> None:
 
     grids = {row.text.kv: torch.tensor(row.pass_keys) for row in report.rows if row.pass_keys is not None}
     write_plots(folder, [row.text for row in report.rows], grids, report.setting.lengths, report.depths)
-
-
-def _command(context: typer.Context) -> str:
-    """The command line, from what was given on it."""
-    words = ["hfkv", "eval"]
-    for option in context.command.params:
-        name = option.name or ""
-        source = context.get_parameter_source(name)
-        if source is None or source.name != "COMMANDLINE":
-            continue
-        value = context.params[name]
-        if isinstance(value, bool):
-            words.append(option.opts[0] if value else option.secondary_opts[0])
-        else:
-            for item in value if isinstance(value, list | tuple) else [value]:
-                words += [option.opts[0], str(item)]
-    return shlex.join(words)

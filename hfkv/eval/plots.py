@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hfkv.eval.compare import CacheReport
+from hfkv.figure import new_figure
 
 DPI = 144
 # Dots where there are few positions; a line alone where they would touch.
@@ -56,26 +57,8 @@ def write_plots(
     return paths
 
 
-def check_matplotlib() -> None:
-    """Refuses to go on without matplotlib.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    _figure(1.0, 1.0)
-
-
-def _figure(width: float, height: float) -> Any:
-    """A figure of that size in inches, apart from pyplot and whatever screen it would draw on."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(f'pictures need matplotlib ({error}): pip install "hfkv[plot]"') from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _costs(reports: Sequence[CacheReport]) -> Any:
-    figure = _figure(10.0, 1.6 + 0.4 * len(reports))
+    figure = new_figure(10.0, 1.6 + 0.4 * len(reports))
     names = [report.kv for report in reports]
     panels = {
         "change of the perplexity, %": ([report.perplexity_change_percent for report in reports], "%+.2f"),
@@ -97,7 +80,7 @@ def _costs(reports: Sequence[CacheReport]) -> Any:
 
 
 def _attention_similarity(reports: Sequence[CacheReport]) -> Any:
-    figure = _figure(8.0, 4.5)
+    figure = new_figure(8.0, 4.5)
     axes = figure.subplots()
     # The full cache is alike to itself; its colour stays its own.
     for index, report in enumerate(reports[1:], start=1):
@@ -114,7 +97,7 @@ def _attention_similarity(reports: Sequence[CacheReport]) -> Any:
 
 
 def _loss_by_position(reports: Sequence[CacheReport]) -> Any:
-    figure = _figure(8.0, 6.0)
+    figure = new_figure(8.0, 6.0)
     losses, differences = figure.subplots(2, 1, sharex=True)
     full = reports[0].nats_by_position
     for index, report in enumerate(reports):
@@ -132,7 +115,7 @@ def _loss_by_position(reports: Sequence[CacheReport]) -> Any:
 
 
 def _pass_keys(kv: str, grid: torch.Tensor, lengths: Sequence[int], depths: Sequence[float]) -> Any:
-    figure = _figure(2.2 + 1.1 * len(lengths), 1.8 + 0.5 * len(depths))
+    figure = new_figure(2.2 + 1.1 * len(lengths), 1.8 + 0.5 * len(depths))
     axes = figure.subplots()
     image = axes.imshow(grid.numpy(), cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])

@@ -1,0 +1,29 @@
+"""What was said on the command line."""
+
+from __future__ import annotations
+
+import shlex
+
+import typer
+
+
+def command_line(context: typer.Context, *words: str) -> str:
+    """The command line, from what was given on it.
+
+    Args:
+        context: of the command.
+        *words: its name, such as ``"hfkv", "bench"``.
+    """
+    said = list(words)
+    for option in context.command.params:
+        name = option.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[name]
+        if isinstance(value, bool):
+            said.append(option.opts[0] if value else option.secondary_opts[0])
+            continue
+        for item in value if isinstance(value, list | tuple) else [value]:
+            said += [option.opts[0], str(item)] if option.opts[0].startswith("-") else [str(item)]
+    return shlex.join(said)
