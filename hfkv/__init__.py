@@ -5,9 +5,11 @@ Importing it registers the attention ``"hfkv"`` with transformers and changes no
 
 from hfkv import tiny_lm
 from hfkv.attention import register as _register
-from hfkv.cache import KVCache, OffloadedCache, PagedCache, QuantizedCache, SlidingWindowCache
+from hfkv.cache import KVCache
 from hfkv.config import KVConfig
+from hfkv.named import OffloadedCache, PagedCache, QuantizedCache, SlidingWindowCache
 from hfkv.patches import Patch, patch, unpatch
+from hfkv.reuse import Reuse
 from hfkv.window import Window
 
 __version__ = "0.1.0"
@@ -19,6 +21,7 @@ __all__ = [
     "PagedCache",
     "Patch",
     "QuantizedCache",
+    "Reuse",
     "SlidingWindowCache",
     "Window",
     "patch",

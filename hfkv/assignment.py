@@ -1,6 +1,8 @@
-"""`Assignment`: keys and values that are assigned to a layer, one after the other."""
+"""Keys and values of a layer as tensors that are read and assigned, one after the other."""
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
 
 import torch
 
@@ -50,3 +52,60 @@ class Assignment:
         """Raises RuntimeError where only one half has been assigned."""
         if self.waiting:
             raise RuntimeError(f"{next(iter(self.waiting))}s were assigned to this layer without the other half")
+
+
+class Assignable(ABC):
+    """The ``keys`` and ``values`` of a layer, decoded when they are read.
+
+    Attributes:
+        is_assigned: whether what is held was assigned, not computed here.
+    """
+
+    _assignment: Assignment
+    is_initialized: bool
+    is_assigned = False
+
+    @abstractmethod
+    def held(self) -> HeldTokens:
+        """What is held."""
+
+    @abstractmethod
+    def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
+        """Holds `keys` and `values` in place of what was `shown`."""
+
+    def _whole(self, part: Part) -> torch.Tensor | None:
+        if part in self._assignment.waiting:
+            return self._assignment.waiting[part]
+        if not self.is_initialized:
+            return None
+        held = self.held()
+        # What the caller keeps must not change with the cache.
+        return held.decode(part).clone() if held.is_slice else held.decode(part)
+
+    def _assign(self, part: Part, states: torch.Tensor | None) -> None:
+        """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
+        if states is None:
+            return
+        held = self.held() if self.is_initialized else None
+        both = self._assignment.take(part, states, held)
+        if both is not None:
+            self._refill(*both, held)
+            self.is_assigned = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys held, decoded; assigning replaces them. None before the first update."""
+        return self._whole("key")
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign("key", states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values held, decoded; assigning replaces them. None before the first update."""
+        return self._whole("value")
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign("value", states)

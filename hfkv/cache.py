@@ -1,7 +1,8 @@
-"""`KVCache`: transformers' cache, with a `KVLayer` for every plain attention layer; and four names for it."""
+"""`KVCache`: transformers' cache, with a `KVLayer` for every plain attention layer."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from hfkv.config import KVConfig
 from hfkv.layer import KVLayer
 from hfkv.probe import cross_attention_layers, probe_rotary
+from hfkv.record import TokenRecord
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
 from hfkv.stores.base import storage_bytes
@@ -35,7 +37,8 @@ class KVCache(DynamicCache):
 
     Raises:
         TypeError: the first argument is neither (DataParallel rebuilds caches from data: use DDP).
-        ValueError: the model has no layer this can hold, or `kv` does not fit its layers.
+        ValueError: the model has no layer this can hold, or `kv` does not fit its layers, or asks
+            for reuse.
     """
 
     def __init__(
@@ -46,8 +49,14 @@ class KVCache(DynamicCache):
     ) -> None:
         config = _decoder_config(config_or_model)
         self.kv = KVConfig.of(kv)
+        if self.kv.reuse is not None:
+            raise ValueError(
+                "reuse is between the calls of a patched model, not of one cache: hfkv.patch(model, kv=...), or share "
+                "a prefix by hand with cache.fork(n)"
+            )
         self.model_type: str = config.model_type
         super().__init__(config=config)
+        self.record = TokenRecord()
         cross = cross_attention_layers(config)
         if rotary is None and self.kv.needs_rotary:
             rotary = _probe(config_or_model)
@@ -121,6 +130,18 @@ class KVCache(DynamicCache):
         """The layers that are ours."""
         return [layer for layer in self.layers if isinstance(layer, OURS)]
 
+    @property
+    def leaves(self) -> list[KVLayer]:
+        """The layers that are ours, those split by heads in their parts."""
+        return [
+            leaf for layer in self.kv_layers for leaf in (layer.parts if isinstance(layer, SplitLayer) else (layer,))
+        ]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows held; None before the first key."""
+        return next((leaf.batch for leaf in self.leaves if leaf.is_initialized), None)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,6 +160,66 @@ class KVCache(DynamicCache):
             layer.check_crop(tokens_to_remove)
         for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
             layer.crop(tokens_to_remove)
+        if self.get_seq_length():
+            self.record.crop(self.get_seq_length())
+        else:
+            self.record.forget()
+
+    def reset(self) -> None:
+        """Forgets everything; another batch, model or adapter may come."""
+        super().reset()
+        self.record.forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        self.record.select(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps the rows `indices`: positions, a bool mask or a slice."""
+        super().batch_select_indices(indices)
+        self.record.select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; pages are shared until they are written to."""
+        batch = self.batch_size
+        for layer in self.layers:
+            _repeat(layer, batch, repeats)
+        self.record.repeat(repeats)
+
+    def fork(self, n: int = 1) -> KVCache:
+        """Copies that go on by themselves: a cache of its own that holds every row `n` times, row after row.
+
+        Pages are shared until they are written to: with ``store="paged"`` only the last, partly filled page is ever
+        copied. ``"auto"`` puts a prefix of some length into pages when `n` is more than 1; ``"contiguous"`` copies all.
+
+        Args:
+            n: copies of each row: the number of questions, beams or samples that continue a prefix.
+
+        Raises:
+            TypeError, ValueError: `n` is not a whole number of at least 1.
+        """
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"cache.fork takes a number of copies, got {n!r}")
+        if n < 1:
+            raise ValueError(f"cache.fork takes a number of copies of at least 1, got {n}")
+        forked = copy.copy(self)
+        forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
+        if n > 1:
+            for layer in forked.layers:
+                if not isinstance(layer, OURS):
+                    _repeat(layer, self.batch_size, n)
+        forked.record = self.record.copy()
+        forked.record.repeat(n)
+        return forked
+
+    def __deepcopy__(self, memo: Any) -> KVCache:
+        return self.fork()
+
+    def expect_copies(self) -> None:
+        """Says, before the first key, that rows will be copied: ``store="auto"`` takes pages then."""
+        for layer in self.kv_layers:
+            layer.expect_copies()
 
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that memory is allocated once."""
@@ -156,47 +237,14 @@ class KVCache(DynamicCache):
         return sum(layer.held_bytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
 
     @property
-    def holds_tokens(self) -> None:
-        """Which tokens the cache holds: unknown, since a cache only ever sees keys and values."""
-        return None
+    def holds_tokens(self) -> torch.Tensor | None:
+        """The ids of the tokens seen, int64 `[B, seen]` on the CPU, padding included.
 
-
-class SlidingWindowCache(KVCache):
-    """Keeps the newest `window` tokens, or those a `Window` says; other policies as keywords of `KVConfig`.
-
-    Args:
-        config_or_model: see `KVCache`.
-        window: a size in tokens, or a `Window`.
-        sinks: how many of the first tokens stay for good; only where `window` is a size.
-    """
-
-    def __init__(self, config_or_model: Any, window: Window | int, sinks: int | None = None, **policies: Any) -> None:
-        if isinstance(window, Window) and sinks is not None:
-            raise ValueError("SlidingWindowCache was given a Window and sinks; say the sinks in the Window")
-        if not isinstance(window, Window):
-            window = Window(window) if sinks is None else Window(window, sinks)
-        super().__init__(config_or_model, KVConfig(window=window, **policies))
-
-
-class QuantizedCache(KVCache):
-    """Keeps every token in fewer bits; other policies as keywords of `KVConfig`."""
-
-    def __init__(self, config_or_model: Any, codec: str = "int8", **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(codec=codec, **policies))
-
-
-class OffloadedCache(KVCache):
-    """Keeps every token in host memory; other policies as keywords of `KVConfig`."""
-
-    def __init__(self, config_or_model: Any, **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(offload=True, **policies))
-
-
-class PagedCache(KVCache):
-    """Keeps every token in pages that beams share; other policies as keywords of `KVConfig`."""
-
-    def __init__(self, config_or_model: Any, page_size: int | None = None, **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(store="paged", page_size=page_size, **policies))
+        None where they are unknown: a cache only ever sees keys and values, and a patched model writes the tokens down.
+        """
+        if any(layer.is_assigned for layer in self.kv_layers):
+            return None
+        return self.record.tokens(self.get_seq_length())
 
 
 def _decoder_config(config_or_model: Any) -> PreTrainedConfig:
@@ -238,6 +286,14 @@ def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | 
     if isinstance(window, Window) and index in window.global_heads:
         return SplitLayer(kv, window.global_heads[index], rotary)
     return KVLayer(kv, rotary=rotary)
+
+
+def _repeat(layer: Any, batch: int | None, repeats: int) -> None:
+    """Repeats every row of a layer; linear attention knows no repeating, but reordering."""
+    if hasattr(layer, "batch_repeat_interleave"):
+        layer.batch_repeat_interleave(repeats)
+    elif batch is not None:
+        layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
 
 
 def _tensors(layers: list[Any]) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from hfkv.reuse import Reuse
 from hfkv.window import Window
 from hfkv.words import CODECS, STORES, read_words, words_of
 
@@ -25,6 +26,7 @@ class KVConfig:
         page_size: tokens a page, a power of two; None takes 256 on a CPU and 64 on an accelerator. Only
             with ``store="paged"``.
         offload: keep the bytes in host memory and bring one layer at a time to the device.
+        reuse: None, or a `Reuse`: the calls of a patched model share prompt prefixes.
         layers: overrides for single layers, by index or range: ``{"0-1": KVConfig(codec="none")}``.
 
     Raises:
@@ -36,6 +38,7 @@ class KVConfig:
     store: str = "auto"
     page_size: int | None = None
     offload: bool = False
+    reuse: Reuse | None = None
     layers: Mapping[str, KVConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -47,6 +50,8 @@ class KVConfig:
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
         if not isinstance(self.offload, bool):
             raise TypeError(f"KVConfig.offload must be True or False, got {self.offload!r}")
+        if self.reuse is not None and not isinstance(self.reuse, Reuse):
+            raise TypeError(f"KVConfig.reuse must be None or an hfkv.Reuse, got {self.reuse!r}")
         self._check_page_size()
         self._check_layers()
 
@@ -70,6 +75,8 @@ class KVConfig:
                 raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
             if override.layers:
                 raise ValueError(f"KVConfig.layers[{key!r}] must not itself have layers")
+            if override.reuse is not None:
+                raise ValueError(f"KVConfig.layers[{key!r}] must not have reuse: a prefix is shared in all layers")
             if isinstance(override.window, Window) and (override.window.global_layers or override.window.global_heads):
                 raise ValueError(
                     f"KVConfig.layers[{key!r}] must not name global layers or heads; name them in KVConfig.window"
@@ -81,12 +88,12 @@ class KVConfig:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __hash__(self) -> int:
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload)
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.reuse)
         return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
 
     def __reduce__(self) -> tuple:
         # A mapping proxy can be neither copied nor pickled.
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload, dict(self.layers))
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.reuse, dict(self.layers))
         return (KVConfig, fields)
 
     def for_layer(self, layer_idx: int) -> KVConfig:
@@ -94,7 +101,7 @@ class KVConfig:
         for key, override in self.layers.items():
             if layer_idx in _layer_range(key):
                 return override
-        return replace(self, layers={}) if self.layers else self
+        return replace(self, layers={}, reuse=None)
 
     def names_layer(self, layer_idx: int) -> bool:
         """Whether `layers` has an override for this layer."""
@@ -126,15 +133,15 @@ class KVConfig:
 
     @classmethod
     def parse(cls, text: str) -> KVConfig:
-        """Reads ``"int8+window:4096+sinks:4+offload+paged"``; words in any order, each at most once.
+        """Reads ``"int8+window:4096+sinks:4+offload+paged+reuse"``; words in any order, each at most once.
 
         Args:
             text: words joined by ``+``: a codec (none, int8, int4, fp8), ``contiguous`` or ``paged``,
-                ``page_size:TOKENS``, ``offload``, and ``window:SIZE`` or ``window:dynamic``, which the fields of
-                `Window` may follow: ``sinks:COUNT``, ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic
-                window shows), ``global_layers:0.5`` (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1
-                of layer 2, head 3 of layer 5), ``summary:mean``, ``summary_pages:COUNT``,
-                ``summary_page_size:TOKENS``.
+                ``page_size:TOKENS``, ``offload``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or
+                ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
+                ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
+                (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1 of layer 2, head 3 of layer 5),
+                ``summary:mean``, ``summary_pages:COUNT``, ``summary_page_size:TOKENS``.
 
         Raises:
             ValueError: naming the word and what is allowed.

@@ -7,21 +7,23 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from hfkv.assignment import Assignment
+from hfkv.assignment import Assignable, Assignment
 from hfkv.codecs import CODECS
 from hfkv.config import KVConfig
+from hfkv.contents import Contents
 from hfkv.held import Captured, HeldTokens, Part, PartShape
 from hfkv.keep import keep
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.layout import Layout
 from hfkv.rotary import Rotary
+from hfkv.rows import Rows
 from hfkv.span import Span
 from hfkv.stores import Store, make_store
 from hfkv.view import make_views
 from hfkv.window import Window
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(Assignable, Rows, CacheLayerMixin):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -54,6 +56,7 @@ class KVLayer(CacheLayerMixin):
         self._parts: dict[Part, PartShape] = {}
         self._batch = 1
         self._reserved = 0
+        self._store_kind = self.kv.store
         self._assignment = Assignment()
         self.captured: Captured | None = None
         self._tracked = False  # whether autograd follows some of the states: see hfkv.view
@@ -73,7 +76,7 @@ class KVLayer(CacheLayerMixin):
             ),
         }
         bound = self.window.capacity() if self.window else None
-        self._store = make_store(self.kv.store, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
+        self._store = make_store(self._store_kind, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
         self._store.reserve(self._reserved + self._num_slots)
         slots = (
             states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
@@ -113,7 +116,8 @@ class KVLayer(CacheLayerMixin):
         kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
         if kernel is None or self.kv.offload or not self.store.planes:
             self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
-        else:
+            return
+        with self.store.lock:
             before = self.store.extend(key_states.shape[2])
             kernel(*new, *self._held().encoded()[:2], before)
 
@@ -140,6 +144,20 @@ class KVLayer(CacheLayerMixin):
     def store(self) -> Store:
         assert self._store is not None, "the layer has not seen a key yet"
         return self._store
+
+    @property
+    def batch(self) -> int:
+        """Rows held."""
+        return self._batch
+
+    @property
+    def parts(self) -> dict[Part, PartShape]:
+        """Which of the store's planes are the keys or the values, and what they decode to."""
+        return dict(self._parts)
+
+    def held_index(self, position: int) -> int:
+        """Where the store holds a position, slots included."""
+        return self._num_slots + position - self.span.held_from
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -176,24 +194,6 @@ class KVLayer(CacheLayerMixin):
             return self._held(self._num_slots)
         return held
 
-    def _whole(self, part: Part) -> torch.Tensor | None:
-        if part in self._assignment.waiting:
-            return self._assignment.waiting[part]
-        if not self.is_initialized:
-            return None
-        held = self.held()
-        # What the caller keeps must not change with the cache.
-        return held.decode(part).clone() if held.is_slice else held.decode(part)
-
-    def _assign(self, part: Part, states: torch.Tensor | None) -> None:
-        """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
-        if states is None:
-            return
-        held = self.held() if self.is_initialized else None
-        both = self._assignment.take(part, states, held)
-        if both is not None:
-            self._refill(*both, held)
-
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
         """Holds `keys` and `values` in place of what was `shown`, with its positions."""
         seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
@@ -207,24 +207,6 @@ class KVLayer(CacheLayerMixin):
         self.span.gone_below = gone_below
         if len(pads) == keys.shape[0]:
             self.span.padding.learn(pads, 0)
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """All keys held, decoded; assigning replaces them. None before the first update."""
-        return self._whole("key")
-
-    @keys.setter
-    def keys(self, states: torch.Tensor | None) -> None:
-        self._assign("key", states)
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """All values held, decoded; assigning replaces them. None before the first update."""
-        return self._whole("value")
-
-    @values.setter
-    def values(self, states: torch.Tensor | None) -> None:
-        self._assign("value", states)
 
     def get_seq_length(self) -> int:
         return self.span.seen
@@ -288,26 +270,29 @@ class KVLayer(CacheLayerMixin):
         if self._store:
             self._store.reserve(tokens + self._num_slots)
 
-    def _select(self, index: Any) -> None:
-        """Keeps the rows `index` names, in whatever way a tensor can be indexed."""
-        if self.is_initialized:
-            rows = torch.arange(self._batch)[index.cpu() if isinstance(index, torch.Tensor) else index]
-            self.store.select(rows)
-            self.span.padding.select(rows.tolist())
-            self._batch = len(rows)
+    def contents(self) -> Contents | None:
+        """Everything the layer holds, or None before the first key."""
+        if self._store is None:
+            return None
+        pads = self.span.padding.of(self._batch)
+        slots, tokens = self.store.read(slice(None), 0, self._num_slots), self.store.read(slice(None), self._num_slots)
+        return Contents(self._parts, self.device, slots, tokens, self.span.seen, self.span.gone_below, pads)
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`."""
-        self._select(beam_idx)
+    def adopt(self, contents: Contents) -> None:
+        """Holds `contents` in place of everything, as if its tokens had been seen here.
 
-    def batch_select_indices(self, indices: Any) -> None:
-        """Keeps the rows `indices`: positions, a bool mask or a slice."""
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times."""
-        if self.is_initialized:
-            self._select(torch.arange(self._batch).repeat_interleave(repeats))
+        Raises:
+            ValueError: planes are not those that this layer's codec writes for such keys and values.
+        """
+        reserved = self._reserved
+        self.reset()
+        self._reserved = reserved
+        self.lazy_initialization(contents.states("key"), contents.states("value"))
+        contents.check_planes(self.store.planes, self._num_slots)
+        self.store.append(contents.tokens)
+        if self._num_slots and contents.slots is not None:
+            self.store.write(0, contents.slots)
+        self.span.adopt(contents.seen, contents.gone_below, contents.pads)
 
     def offload(self) -> None:
         """Nothing: `KVConfig.offload` decides where the bytes live."""

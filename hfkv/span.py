@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from hfkv.padding import LeftPadding
 from hfkv.window import Window
 
@@ -37,6 +39,19 @@ class Span:
         self.gone_below = 0
         self.padding.forget()
         self._recorded_to: int | None = None  # where the first forward since the last crop ended
+
+    def copy(self) -> Span:
+        """Another one of the same positions."""
+        twin = copy.copy(self)
+        twin.padding = copy.copy(self.padding)
+        return twin
+
+    def adopt(self, seen: int, gone_below: int, pads: tuple[int, ...]) -> None:
+        """Takes positions from elsewhere, as if they had been seen here."""
+        self.restart()
+        self.padding.learn(pads, 0)
+        self.advance(seen)
+        self.gone_below = gone_below
 
     @property
     def held_from(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -210,6 +211,18 @@ class SplitLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """See `KVLayer.activate_past_recording`."""
         self._each(KVLayer.activate_past_recording)
+
+    is_assigned = False
+
+    def expect_copies(self) -> None:
+        """See `KVLayer.expect_copies`."""
+        self._each(KVLayer.expect_copies)
+
+    def fork(self, repeats: int = 1) -> SplitLayer:
+        """See `KVLayer.fork`."""
+        forked = copy.copy(self)
+        forked.parts = (self.parts[0].fork(repeats), self.parts[1].fork(repeats))
+        return forked
 
     def check_crop(self, tokens_to_remove: int) -> None:
         """Raises what `crop` would."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hfkv.reuse import Reuse
 from hfkv.window import Window
 
 if TYPE_CHECKING:
@@ -44,13 +45,14 @@ def read_words(text: str) -> dict[str, Any]:
 
 
 def words_of(kv: KVConfig) -> list[str]:
-    """The words that say what `kv` says, but for `layers` and a schedule of one's own, which words cannot say."""
+    """The words that say what `kv` says, but for `layers`, a salt and one's own schedule, which no word says."""
     words = [kv.codec]
     if isinstance(kv.window, Window):
         words += _window_words(kv.window)
     words += [kv.store] if kv.store != "auto" else []
     words += [f"page_size:{kv.page_size}"] if kv.page_size is not None else []
     words += ["offload"] if kv.offload else []
+    words += [f"reuse:{kv.reuse}"] if kv.reuse is not None else []
     return words
 
 
@@ -108,13 +110,28 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "summary_pages": _NUMBER,
     "summary_page_size": _NUMBER,
 }
-_VALUED = {"window": (_size, 'a whole number, or "dynamic"'), "page_size": _NUMBER, **_WINDOW_WORDS}
-_WORDS = (*CODECS, "window:SIZE", "window:dynamic", "contiguous", "paged", "page_size:TOKENS", "offload")
+_VALUED = {
+    "window": (_size, 'a whole number, or "dynamic"'),
+    "page_size": _NUMBER,
+    "reuse": (Reuse, 'a size such as "512MiB"'),
+    **_WINDOW_WORDS,
+}
+_WORDS = (
+    *CODECS,
+    "window:SIZE",
+    "window:dynamic",
+    "contiguous",
+    "paged",
+    "page_size:TOKENS",
+    "offload",
+    "reuse",
+    "reuse:SIZE",
+)
 
 
 def _read_word(word: str, text: str) -> tuple[str, Any]:
     name, colon, value = word.partition(":")
-    if name in _VALUED:
+    if name in _VALUED and word != "reuse":
         read, looks = _VALUED[name]
         if not colon:
             raise ValueError(
@@ -131,5 +148,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return "store", word
         if word == "offload":
             return "offload", True
+        if word == "reuse":
+            return "reuse", Reuse()
     allowed = (*_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")

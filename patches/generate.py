@@ -7,11 +7,12 @@ import inspect
 import logging
 from typing import Any
 
-import torch
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache import KVCache
+from hfkv.patches.continuing import mask_of
+from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import expect_prefix
 from hfkv.patches.undo import Undo
 
@@ -22,6 +23,17 @@ HOOK = "_prepare_cache_for_generation"
 SIGNATURES = {
     HOOK: ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"],
     "_prefill": ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"],
+    "_get_candidate_generator": [
+        "self",
+        "generation_config",
+        "input_ids",
+        "inputs_tensor",
+        "logits_processor",
+        "model_kwargs",
+        "assistant_model",
+        "target_tokenizer",
+        "assistant_tokenizer",
+    ],
 }
 
 
@@ -60,22 +72,27 @@ def _reaches_hook(model_class: type) -> bool:
 
 
 def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
-    """Overrides `_prepare_cache_for_generation` and `_prefill` on this instance."""
+    """Overrides `_prepare_cache_for_generation`, `_prefill` and `_get_candidate_generator` on this instance."""
     # Partials, not bound methods: those would be pickled by name and come back as the class's own.
     undo.set(model, HOOK, functools.partial(_prepare_cache, model))
-    undo.set(model, "_prefill", functools.partial(_prefill, model))
+    undo.set(model, "_prefill", functools.partial(prefill, model))
+    undo.set(model, "_get_candidate_generator", functools.partial(_get_candidate_generator, model))
 
 
-def _prefill(
-    self: Any,
-    input_ids: torch.Tensor,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    is_first_iteration: bool = True,
-) -> Any:
-    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
-        raise ValueError("the prompt is empty: give at least one token (the bos token, say)")
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
+    """Assisted decoding calls no `_prefill`, and gives its first forward the whole text, whatever the cache holds."""
+    cache, ids, model_kwargs = (
+        kwargs["model_kwargs"].get("past_key_values"),
+        kwargs["input_ids"],
+        kwargs["model_kwargs"],
+    )
+    if isinstance(cache, KVCache) and model_kwargs.get("inputs_embeds") is None:
+        config = kwargs["generation_config"]
+        begin(self, cache, ids, config, model_kwargs)
+        share(self, cache, ids, config, model_kwargs)
+        if mask_of(config, model_kwargs, ids)[1] in (None, ids.shape[1]):
+            cache.record.repeated = cache.get_seq_length()
+    return type(self)._get_candidate_generator(self, **kwargs)
 
 
 def _prepare_cache(
@@ -105,6 +122,9 @@ def _prepare_cache(
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
     own.reserve(max_cache_length + expect_prefix(self, own))
+    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    if copies > 1 and own is model_kwargs["past_key_values"]:
+        own.expect_copies()
     if generation_config.is_assistant:
         own.activate_past_recording()
     return result
@@ -113,7 +133,7 @@ def _prepare_cache(
 def fresh_cache(model: Any, stock: Cache) -> Cache:
     """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
     # While an assistant exits early, the config names fewer layers than the patch was made for.
-    kv = model.hfkv.kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
+    kv = model.hfkv.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
     if isinstance(stock, EncoderDecoderCache):
         return EncoderDecoderCache(KVCache(model, kv, model.hfkv.rotary), stock.cross_attention_cache)
     if type(stock) is not DynamicCache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,8 +15,11 @@ from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
 from hfkv.patches.prompt import set_prompt_hook
+from hfkv.patches.recording import set_recording
+from hfkv.patches.reuse import drop_pool, pool_of, refusal
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
+from hfkv.prefixes import PrefixPool, ReuseStats, page_keys
 from hfkv.probe import base_model, frequencies, probe_rotary
 from hfkv.rotary import Rotary
 
@@ -48,6 +52,7 @@ class Patch:
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
         self._undo = Undo()
+        self._logged: set[str] = set()
 
     def undo(self) -> None:
         """Puts the model back as it was. Calling it twice is harmless."""
@@ -55,6 +60,57 @@ class Patch:
             self._undo.restore()
         finally:
             _inside.difference_update(_models(self.model))
+            drop_pool(self)
+
+    @property
+    def own_kv(self) -> KVConfig:
+        """The policies of a single cache: `kv` without reuse, which is between caches."""
+        return replace(self.kv, reuse=None)
+
+    def new_cache(self) -> KVCache:
+        """An empty cache like those that `generate` gets."""
+        return KVCache(self.model, self.own_kv, self.rotary)
+
+    @property
+    def pool(self) -> PrefixPool:
+        """The prompt prefixes that calls share."""
+        return pool_of(self)
+
+    def reuse_stats(self) -> ReuseStats:
+        """What calls have shared so far: hits, tokens that were not computed again, bytes kept.
+
+        Raises:
+            RuntimeError: the patch was made without reuse.
+        """
+        return self.pool.stats()
+
+    def clear_reuse(self) -> None:
+        """Forgets every prompt prefix; running calls keep what they have.
+
+        Raises:
+            RuntimeError: the patch was made without reuse.
+        """
+        self.pool.clear()
+
+    def keep_pages(self, cache: KVCache) -> None:
+        """Keeps the whole pages of a cache's texts for later calls, once there are new ones."""
+        record, pool = cache.record, self.pool
+        whole = record.length // pool.page_size
+        if record.root is None or whole <= record.kept:
+            return
+        record.kept = whole
+        tokens, pads = cache.holds_tokens, record.pads()
+        if tokens is None or pads is None:
+            record.root = None
+            return
+        keys = [page_keys(record.root, row[pad:], pool.page_size) for row, pad in zip(tokens, pads, strict=True)]
+        pool.take(cache.leaves, keys, pads)
+
+    def log_once(self, message: str) -> None:
+        """A warning, the first time."""
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.warning(message)
 
     @property
     def rotary(self) -> dict[int, Rotary | None] | None:
@@ -124,7 +180,11 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         )
     handle = Patch(base, KVConfig.of(kv))
     check_generate(base)
-    probe = KVCache(base, handle.kv, handle.rotary)
+    probe = handle.new_cache()
+    if handle.kv.reuse is not None:
+        reason = refusal(base, probe)
+        if reason is not None:
+            raise ValueError(f"reuse: {reason}; leave reuse out")
     ours = probe.kv_layers
     handle.own_layers = {i: type(layer).__name__ for i, layer in enumerate(probe.layers) if layer not in ours}
     try:
@@ -137,6 +197,7 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
             handle.exact_rotary = True
         if graphs:
             handle.graphs = set_graphs(base, handle._undo)
+        set_recording(base, handle._undo)
         if model is not base:
             set_prompt_hook(model, handle._undo)
         handle._undo.set(base, "hfkv", handle)

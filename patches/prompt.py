@@ -56,7 +56,7 @@ def _refill(peft_model: Any, prefix: DynamicCache) -> KVCache:
     base = peft_model.get_base_model()
     cache = getattr(_call, "cache", lambda: None)()
     if cache is None or cache.get_seq_length():
-        cache = KVCache(base, base.hfkv.kv, base.hfkv.rotary)
+        cache = base.hfkv.new_cache()
     for layer_idx, layer in enumerate(prefix.layers):
         if layer.is_initialized:
             cache.update(layer.keys, layer.values, layer_idx)

@@ -8,7 +8,7 @@ from hfkv.stores.base import Store
 from hfkv.stores.contiguous import ContiguousStore
 from hfkv.stores.paged import PagedStore
 
-__all__ = ["ContiguousStore", "PagedStore", "Store", "make_store"]
+__all__ = ["ContiguousStore", "PagedStore", "Store", "copy_rows", "make_store"]
 
 CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
 
@@ -32,3 +32,25 @@ def make_store(
             # Up to three pages of a window are partly filled: the slots', the oldest and the newest.
             page_size = min(page_size, 1 << (max(bound // 16, 1).bit_length() - 1))
     return PagedStore(page_size, offload=offload, bound=bound)
+
+
+def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None) -> Store:
+    """A store of its own whose row i holds what row `rows[i]` of `store` does.
+
+    Args:
+        store: what is copied; pages are shared until they are written to.
+        rows: int64 `[B']`.
+        kind: ``"auto"`` puts a contiguous store into pages where copies of a row can share some.
+        page_size: see `make_store`.
+    """
+    assert store.device is not None
+    repeats = len(set(rows.tolist())) < len(rows)
+    if kind != "auto" or not repeats or isinstance(store, PagedStore):
+        return store.fork(rows)
+    paged = make_store("paged", store.device, page_size, offload=store.offload, bound=store.bound)
+    assert isinstance(paged, PagedStore)
+    if store.length < paged.page_size:
+        return store.fork(rows)
+    paged.append(store.read())
+    paged.select(rows)
+    return paged

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -39,6 +41,8 @@ class Store(ABC):
         self.keeps_place = False  # whether `select` writes to the same planes where it can: a CUDA graph reads them
         self.planes: list[torch.Tensor] = []
         self.device: torch.device | None = None
+        # Held while planes are written that other stores may share.
+        self.lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
     @property
     def reads_slices(self) -> bool:
@@ -68,6 +72,10 @@ class Store(ABC):
     @abstractmethod
     def select(self, rows: torch.Tensor) -> None:
         """Makes row i a copy of the present row `rows[i]`; `rows` is int64 `[B']` on any device."""
+
+    @abstractmethod
+    def fork(self, rows: torch.Tensor) -> Store:
+        """A store of its own whose row i holds what row `rows[i]` of this one does; `rows` is int64 `[B']`."""
 
     @abstractmethod
     def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:

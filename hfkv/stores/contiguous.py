@@ -84,6 +84,16 @@ class ContiguousStore(Store):
             selected.append(torch.index_select(plane, 0, rows.to(plane.device), out=target))
         self.planes = selected
 
+    def fork(self, rows: torch.Tensor) -> ContiguousStore:
+        """Copies what is held; see `Store.fork`."""
+        forked = ContiguousStore(offload=self.offload, bound=self.bound)
+        forked.device, forked.length = self.device, self.length
+        held = slice(self.start, self.start + self.length)
+        for plane in self.planes:
+            copy = forked.allocate((len(rows), plane.shape[1], self.length, plane.shape[3]), like=plane)
+            forked.planes.append(copy.copy_(plane[:, :, held].index_select(0, rows.to(plane.device))))
+        return forked
+
     def layout(self) -> Layout:
         return Layout(self.length, self.start)
 

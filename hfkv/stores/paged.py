@@ -9,62 +9,99 @@ import torch
 from hfkv.layout import Layout
 from hfkv.stores.base import GROWTH, Planes, Store
 from hfkv.stores.blocks import BlockPool
+from hfkv.stores.pages import Pages
+
+# Where pages are shared, planes grow by as little as this part: a prompt of which many hold copies is most of them.
+SHARED_GROWTH = 16
 
 
 class PagedStore(Store):
     """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and for each row a list of pages: its block table.
 
     All rows hold the same tokens' positions, so one list of columns `[low, high)` says which tokens of a page
-    are held, for every row. Copies of rows (beams) share pages; a shared page that is written to is
-    copied first. Dropping frees whole pages; a page cut in two by a drop is listed twice.
+    are held, for every row. Copies of rows (beams) and of the whole store (`fork`) share pages; a shared page that is
+    written to is copied first. Dropping frees whole pages; a page cut in two by a drop is listed twice.
 
     Args:
         page_size: P, in tokens.
     """
 
     def __init__(self, page_size: int, *, offload: bool = False, bound: int | None = None) -> None:
-        super().__init__(offload=offload, bound=bound)
-        self.page_size = page_size
-        self.blocks = BlockPool()
+        self.pages = Pages()
         self.table: list[list[int]] = []  # [B][column] -> page
+        super().__init__(offload=offload, bound=bound)
+        self.pages.join(())
+        self.lock = self.pages.lock
+        self.page_size = page_size
         self.columns: list[tuple[int, int]] = []
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
 
+    @property
+    def planes(self) -> list[torch.Tensor]:
+        """Those of the pages: stores that share pages share planes."""
+        return self.pages.planes
+
+    @planes.setter
+    def planes(self, planes: list[torch.Tensor]) -> None:
+        self.pages.planes = planes
+
+    @property
+    def blocks(self) -> BlockPool:
+        """The reference counts of the pages."""
+        return self.pages.blocks
+
+    def __del__(self) -> None:
+        self.pages.leave(page for row in self.table for page in row)
+
+    def fork(self, rows: torch.Tensor) -> PagedStore:
+        """Shares the pages; see `Store.fork`."""
+        forked = PagedStore(self.page_size, offload=self.offload, bound=self.bound)
+        with self.lock:
+            forked.pages.leave(())
+            forked.pages, forked.lock = self.pages, self.lock
+            forked.table = [list(self.table[row]) for row in rows.tolist()]
+            forked.pages.join(page for row in forked.table for page in row)
+            forked.columns, forked.length, forked.device = list(self.columns), self.length, self.device
+        return forked
+
     def append(self, new: Planes) -> None:
-        batch, count = new[0].shape[0], new[0].shape[2]
-        if not self.planes:
-            self.device = new[0].device
-            self.table = [[] for _ in range(batch)]
-            self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
-        first = len(self.columns)
-        slot = self.columns[-1][1] if self.columns else self.page_size
-        self.extend(count)
-        head = min(count, self.page_size - slot)
-        if head:
-            self._write(new, 0, head, [row[first - 1] for row in self.table], slot)
-        full, tail = divmod(count - head, self.page_size)
-        if full:
-            pages = [page for row in self.table for page in row[first : first + full]]
-            for plane, tokens in zip(self.planes, new, strict=True):
-                whole = tokens[:, :, head : head + full * self.page_size].unflatten(2, (full, self.page_size))
-                plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
-        if tail:
-            self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
+        with self.lock:
+            batch, count = new[0].shape[0], new[0].shape[2]
+            if not self.planes:
+                self.device = new[0].device
+                self.table = [[] for _ in range(batch)]
+                shapes = [(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
+                self.planes = [self.allocate(shape, plane) for shape, plane in zip(shapes, new, strict=True)]
+            first = len(self.columns)
+            slot = self.columns[-1][1] if self.columns else self.page_size
+            self.extend(count)
+            head = min(count, self.page_size - slot)
+            if head:
+                self._write(new, 0, head, [row[first - 1] for row in self.table], slot)
+            full, tail = divmod(count - head, self.page_size)
+            if full:
+                pages = [page for row in self.table for page in row[first : first + full]]
+                for plane, tokens in zip(self.planes, new, strict=True):
+                    whole = tokens[:, :, head : head + full * self.page_size].unflatten(2, (full, self.page_size))
+                    plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
+            if tail:
+                self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
 
     def extend(self, count: int) -> Layout:
-        before = self.layout()
-        head = min(count, self._room())
-        if head:
-            self._own(-1)
-            low, high = self.columns[-1]
-            self.columns[-1] = (low, high + head)
-        full, tail = divmod(count - head, self.page_size)
-        if full:
-            self._add_columns(full, self.page_size)
-        if tail:
-            self._add_columns(1, tail)
-        self.length += count
-        return replace(before, table=self.layout().table)
+        with self.lock:
+            before = self.layout()
+            head = min(count, self._room())
+            if head:
+                self._own(-1)
+                low, high = self.columns[-1]
+                self.columns[-1] = (low, high + head)
+            full, tail = divmod(count - head, self.page_size)
+            if full:
+                self._add_columns(full, self.page_size)
+            if tail:
+                self._add_columns(1, tail)
+            self.length += count
+            return replace(before, table=self.layout().table)
 
     def drop(self, start: int, stop: int) -> None:
         if stop <= start:
@@ -82,20 +119,20 @@ class PagedStore(Store):
         self.columns = [span for _, span in kept]
         self._retable([[row[column] for column, _ in kept] for row in self.table])
         self.length -= stop - start
-        self._shrink()
 
     def write(self, start: int, new: Planes) -> None:
         self.version += 1
         stop = start + new[0].shape[2]
         first = 0
-        for column, (low, high) in enumerate(self.columns):
-            last = first + high - low
-            head, tail = max(first, start), min(last, stop)
-            if head < tail:
-                self._own(column)
-                pages = [row[column] for row in self.table]
-                self._write(new, head - start, tail - start, pages, low + head - first)
-            first = last
+        with self.lock:
+            for column, (low, high) in enumerate(self.columns):
+                last = first + high - low
+                head, tail = max(first, start), min(last, stop)
+                if head < tail:
+                    self._own(column)
+                    pages = [row[column] for row in self.table]
+                    self._write(new, head - start, tail - start, pages, low + head - first)
+                first = last
 
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
@@ -103,7 +140,6 @@ class PagedStore(Store):
         if len(set(chosen)) < len(chosen):
             self.reserved = 0  # rows that share pages need fewer of them, nobody knows how many
         self._retable([list(self.table[row]) for row in chosen])
-        self._shrink()
 
     def layout(self) -> Layout:
         if self._ids is None:
@@ -159,9 +195,17 @@ class PagedStore(Store):
     def _take(self, count: int) -> list[int]:
         needed = self.blocks.used + count
         if needed > self.blocks.size:
-            wanted = max(needed, int(self.blocks.size * GROWTH), self._reserved_pages())
-            self.allocate_reserved(needed, wanted, self._resize)
+            listed = {page for row in self.table for page in row}
+            reserved = self._reserved_pages() + self.blocks.used - len(listed)
+            grown = self.blocks.size + self.blocks.size // SHARED_GROWTH
+            if not self._shares(listed):
+                grown = max(int(self.blocks.size * GROWTH), reserved)
+            self.allocate_reserved(needed, max(needed, grown), self._resize)
         return self.blocks.take(count)
+
+    def _shares(self, listed: set[int]) -> bool:
+        """Whether rows, or other stores, hold some page together."""
+        return self.pages.stores > 1 or len(listed) < len(self.table) * len(self.columns)
 
     def _reserved_pages(self) -> int:
         tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
@@ -180,7 +224,7 @@ class PagedStore(Store):
     def _shrink(self) -> None:
         """Where many pages have become free (a window filled, rows went): moves those in use to smaller planes."""
         size = max(self.blocks.used + len(self.table), self._reserved_pages())
-        if self.blocks.size <= GROWTH * size + len(self.table):
+        if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(self.table):
             return
         used = sorted({page for row in self.table for page in row})
         place = {page: index for index, page in enumerate(used)}
@@ -189,16 +233,18 @@ class PagedStore(Store):
             plane[: len(used)] = old[used]
             self.planes[index] = plane
         refcounts = [self.blocks.refcounts[page] for page in used]
-        self.blocks = BlockPool()
+        self.pages.blocks = BlockPool()
         self.blocks.refcounts = refcounts
         self.blocks.grow(size)
         self.table = [[place[page] for page in row] for row in self.table]
         self._ids = None
 
     def _retable(self, table: list[list[int]]) -> None:
-        for row in table:
-            self.blocks.retain(row)
-        for row in self.table:
-            self.blocks.release(row)
-        self.table = table
-        self._ids = None
+        with self.lock:
+            for row in table:
+                self.blocks.retain(row)
+            for row in self.table:
+                self.blocks.release(row)
+            self.table = table
+            self._ids = None
+            self._shrink()

@@ -53,7 +53,7 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
         ("window:4+sinks:-1", "Window.sinks must be at least 0 tokens, got -1"),
         ("page_size:64", 'page_size needs store="paged"'),
         ("paged+page_size:48", "must be a power of two, got 48"),
-        ("reuse", "unknown word 'reuse'"),
+        ("share", "unknown word 'share'"),
     ],
 )
 def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) -> None:

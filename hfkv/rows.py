@@ -1,0 +1,73 @@
+"""What is done with the rows of a layer: copied, reordered, selected."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+
+from hfkv.assignment import Assignment
+from hfkv.config import KVConfig
+from hfkv.span import Span
+from hfkv.stores import PagedStore, Store, copy_rows
+
+if TYPE_CHECKING:
+    from hfkv.layer import KVLayer
+
+
+class Rows:
+    """The rows of a `KVLayer`; copies of a row share pages until they are written to."""
+
+    kv: KVConfig
+    span: Span
+    is_initialized: bool
+    _store: Store | None
+    _store_kind: str
+    _batch: int
+
+    def expect_copies(self) -> None:
+        """Says that rows will be copied: ``store="auto"`` takes pages then, which copies share."""
+        if self.kv.store == "auto" and not self.is_initialized:
+            self._store_kind = "paged"
+
+    def fork(self, repeats: int = 1) -> Self:
+        """A layer of its own that holds every row `repeats` times."""
+        forked = cast("KVLayer", copy.copy(self))
+        forked.span = self.span.copy()
+        forked._assignment = Assignment()
+        forked.captured = None
+        forked._reserved = 0
+        if self._store is not None:
+            rows = self._repeated(repeats)
+            forked._hold(copy_rows(self._store, rows, self.kv.store), rows)
+        return cast("Self", forked)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps the rows `indices`: positions, a bool mask or a slice; whatever a tensor can be indexed with."""
+        if self._store is not None:
+            rows = torch.arange(self._batch)[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
+            self._store.select(rows)
+            self._hold(self._store, rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; ``store="auto"`` goes over to pages."""
+        if self._store is None:
+            return
+        if self.kv.store != "auto" or isinstance(self._store, PagedStore):
+            self.batch_select_indices(self._repeated(repeats))
+        else:
+            self._hold(copy_rows(self._store, self._repeated(repeats), "auto"), self._repeated(repeats))
+
+    def _repeated(self, repeats: int) -> torch.Tensor:
+        return torch.arange(self._batch).repeat_interleave(repeats)
+
+    def _hold(self, store: Store, rows: torch.Tensor) -> None:
+        """Takes `store`, of which row i is what row `rows[i]` was."""
+        self._store = store
+        self.span.padding.select(rows.tolist())
+        self._batch = len(rows)

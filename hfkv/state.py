@@ -1,0 +1,194 @@
+"""`ModelState`: what the keys and values of a model depend on besides its tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+# So many numbers of each tensor are looked at, evenly spaced.
+SAMPLES = 64
+# What of a config says nothing of keys and values.
+_VOLATILE = (
+    "_attn_implementation",
+    "_commit_hash",
+    "_experts_implementation",
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "id2label",
+    "label2id",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "quantization_config",
+    "return_dict",
+    "task_specific_params",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What is known of a model at one moment.
+
+    Attributes:
+        model: its class and the parts of its config that shape keys and values, as a digest behind the class's name.
+        adapters: PEFT's active, merged and disabled adapters and their scalings, in words.
+        weights: a digest of 64 numbers of every weight, those of adapters that are not in use left out.
+        versions: a digest of where the weights lie and how often torch has written to them; of one process.
+        buffers: a digest of numbers of every buffer: rotary frequencies, say.
+        precision: autocast's dtype, and whether rotary angles are exact.
+        object: the model itself, while it lives.
+    """
+
+    model: str
+    adapters: str
+    weights: str
+    versions: str
+    buffers: str
+    precision: str
+    object: Any = field(default=None, compare=False)
+
+    def difference(self, other: ModelState) -> str | None:
+        """What `other` has that this has not, in words, or None where keys and values of both are the same."""
+        if self.model != other.model:
+            return f"another model: {self.model} and not {other.model}"
+        if self.adapters != other.adapters:
+            return f"another state of the adapters: {self.adapters} and not {other.adapters}"
+        is_same_object = self.object is not None and other.object is not None and self.object() is other.object()
+        if self.weights != other.weights or (is_same_object and self.versions != other.versions):
+            return "other weights"
+        if self.precision != other.precision:
+            return f"another precision: {self.precision} and not {other.precision}"
+        return None
+
+    def key(self, salt: str) -> bytes:
+        """Under which pages may be shared."""
+        parts = (self.model, self.adapters, self.weights, self.versions, self.buffers, self.precision, salt)
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
+
+    def fingerprint(self) -> dict[str, str]:
+        """What still holds in another process."""
+        return {
+            "model": self.model,
+            "adapters": self.adapters,
+            "weights": self.weights,
+            "precision": self.precision,
+        }
+
+
+def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
+    """Looks at a model: a few numbers of every weight, and PEFT's adapters.
+
+    Args:
+        model: a `PreTrainedModel`, the base model of a `PeftModel`.
+        exact_rotary: whether rotary angles are computed in float64.
+    """
+    config = model.config.get_text_config(decoder=True)
+    shaping = {name: value for name, value in config.to_dict().items() if name not in _VOLATILE}
+    digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
+    parameters: list[torch.Tensor] = []
+    buffers: list[torch.Tensor] = []
+    adapters: dict[str, None] = {}
+    for module in _modules_in_use(model):
+        parameters += [weight for weight in module._parameters.values() if weight is not None]
+        buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
+        if _is_adapted(module):
+            adapters[_adapters_of(module)] = None
+    versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in parameters]
+    device_type = next((tensor.device.type for tensor in parameters if tensor.device.type != "meta"), "cpu")
+    autocast = str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else "as loaded"
+    return ModelState(
+        model=f"{type(model).__name__} {digest}",
+        adapters=", ".join(adapters) or "none",
+        weights=_digest(parameters),
+        versions=hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest(),
+        buffers=_digest(buffers),
+        precision=f"{autocast}{', exact rotary angles' if exact_rotary else ''}",
+        object=weakref.ref(model),
+    )
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches)."""
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return True
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def _is_adapted(module: Any) -> bool:
+    return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
+
+
+def _in_use(module: Any) -> set[str]:
+    """The adapters of a layer of PEFT's that take part in what it computes."""
+    merged = set(getattr(module, "merged_adapters", ()))
+    return merged if module.disable_adapters else merged | set(module.active_adapters)
+
+
+def _adapters_of(module: Any) -> str:
+    active = [] if module.disable_adapters else list(module.active_adapters)
+    merged = list(getattr(module, "merged_adapters", ()))
+    scaling = getattr(module, "scaling", None)
+    scales = {name: scaling[name] for name in _in_use(module) if name in scaling} if isinstance(scaling, dict) else {}
+    words = [f"active {'+'.join(active) or 'none'}"]
+    words += [f"merged {'+'.join(merged)}"] if merged else []
+    words += [f"scaled {name} by {scale}" for name, scale in sorted(scales.items())]
+    return " ".join(words)
+
+
+def _modules_in_use(module: Any) -> Iterator[Any]:
+    yield module
+    named: tuple[str, ...] = module.adapter_layer_names if _is_adapted(module) else ()
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if name not in named:
+            yield from _modules_in_use(child)
+        elif isinstance(child, nn.ParameterDict):
+            yield _Chosen({key: weight for key, weight in child.items() if key in _in_use(module)})
+        else:
+            for key, adapter in child._modules.items():
+                if key in _in_use(module):
+                    yield from _modules_in_use(adapter)
+
+
+class _Chosen:
+    """Some weights of a `ParameterDict`, where a module is asked for."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self._parameters = parameters
+        self._buffers: dict[str, torch.Tensor] = {}
+
+
+def _digest(tensors: list[torch.Tensor]) -> str:
+    """Of the shapes and some numbers of `tensors`, wherever they lie."""
+    digest = hashlib.blake2b(digest_size=16)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
+        if tensor.device.type != "meta" and tensor.numel():
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor))
+    for samples in sorted(by_kind.items(), key=lambda item: str(item[0][1])):
+        digest.update(torch.cat(samples[1]).cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach()
+    flat = plain.view(-1) if plain.is_contiguous() else plain.flatten()
+    # An odd step does not stay in one column of a matrix.
+    return flat[:: max(len(flat) // SAMPLES, 1) | 1][: 2 * SAMPLES]

@@ -1,0 +1,110 @@
+"""Refuses a used cache that the prompt, the weights or the adapters do not continue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfkv.cache import KVCache
+from hfkv.state import ModelState
+
+
+def check_continues(
+    cache: KVCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    mask_length: int | None,
+    state: ModelState,
+    copies: int,
+) -> None:
+    """Raises unless `ids` go on where `cache` ends.
+
+    Args:
+        cache: a used one.
+        ids: the prompt, int64 `[B, T]`: the whole text, or, where the mask is longer, only what is new.
+        mask: 1 where a token is real, `[B, mask_length]`, or None where all are.
+        mask_length: tokens of the whole text, as the mask tells it; None where there is none.
+        state: of the model now.
+        copies: rows that each prompt has been expanded to, for beams or samples.
+
+    Raises:
+        ValueError: saying where they part and how to go on.
+        RuntimeError: an earlier forward has left the cache in pieces.
+    """
+    record, seen = cache.record, cache.get_seq_length()
+    if record.broken is not None:
+        raise RuntimeError(
+            f"past_key_values: a forward failed midway ({record.broken}), and its layers hold different tokens. Call "
+            "cache.reset() and prefill again"
+        )
+    difference = None if record.state is None else record.state.difference(state)
+    if difference is not None:
+        raise ValueError(
+            f"past_key_values was filled by {difference}; this model would go on from keys and values that are not its "
+            "own. Call cache.reset() and prefill again, or put the weights or adapters back"
+        )
+    rows, batch = len(ids), cache.batch_size
+    if batch is not None and batch not in (rows, rows // copies):
+        remedy = (
+            f"give cache.fork({rows // copies})" if batch == 1 else "keep some rows with cache.batch_select_indices()"
+        )
+        raise ValueError(f"past_key_values holds {batch} rows and the prompt has {rows}: {remedy}")
+    if mask_length is not None and mask_length != ids.shape[1]:
+        if mask_length != seen + ids.shape[1]:
+            raise ValueError(
+                f"past_key_values holds {seen} tokens and the prompt adds {ids.shape[1]}, but the attention mask is of "
+                f"{mask_length}: give the whole text, or its new tokens with a mask over all {seen + ids.shape[1]}"
+            )
+        return
+    _check_tokens(
+        cache, ids if batch == rows else ids[::copies], mask if mask is None or batch == rows else mask[::copies]
+    )
+
+
+def _check_tokens(cache: KVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    seen, length = cache.get_seq_length(), ids.shape[1]
+    held = cache.holds_tokens
+    shared = min(seen, length)
+    if held is not None:
+        given = ids[:, :shared].cpu()
+        hidden = cache.record.hidden()
+        was_hidden = torch.zeros_like(held, dtype=torch.bool) if hidden is None else hidden
+        is_hidden = torch.zeros_like(given, dtype=torch.bool) if mask is None else mask[:, :shared].cpu() == 0
+        same = (is_hidden == was_hidden[:, :shared]) & ((given == held[:, :shared]) | is_hidden)
+        if not bool(same.all()):
+            _refuse_other_tokens(held, given, same, is_hidden != was_hidden[:, :shared], length)
+    if length <= seen:
+        known = "" if held is not None else " (which ones is not known: they were not given to a patched model)"
+        raise ValueError(
+            f"past_key_values holds {seen} tokens{known} and the prompt has {length}: a prompt is the whole text and "
+            f"must go on behind what is held. cache.crop({length - 1 - seen}) keeps the first {length - 1} tokens, a "
+            "cache.fork() made earlier keeps them all, cache.reset() none"
+        )
+
+
+def _refuse_other_tokens(
+    held: torch.Tensor, given: torch.Tensor, same: torch.Tensor, padding: torch.Tensor, length: int
+) -> None:
+    first = int((~same).any(dim=0).nonzero()[0])
+    row = int((~same[:, first]).nonzero()[0])
+    what = (
+        "differs in its padding"
+        if bool(padding[row, first])
+        else f"has token {int(given[row, first])} where the cache holds {int(held[row, first])}"
+    )
+    # A prompt needs one token at least that is not held.
+    keep = min(first, length - 1)
+    raise ValueError(
+        f"past_key_values holds {held.shape[1]} tokens that the prompt does not continue: at position {first} row "
+        f"{row} {what}. cache.crop({keep - held.shape[1]}) keeps the {keep} tokens that are alike, a cache.fork() made "
+        "before they part goes on by itself, cache.reset() starts anew"
+    )
+
+
+def mask_of(generation_config: Any, model_kwargs: dict[str, Any], ids: torch.Tensor) -> tuple[Any, int | None]:
+    """The padding mask of a prompt, None where all tokens are real, and how many tokens it is of."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is None:
+        return None, getattr(generation_config, "_mask_length", None)  # dropped, all ones
+    return (None if bool((mask != 0).all()) else mask), mask.shape[1]

@@ -1,0 +1,227 @@
+"""Reads prompts: one row for all its beams and samples, from the first token that no earlier call has read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hfkv.cache import KVCache
+from hfkv.patches.continuing import check_continues, mask_of
+from hfkv.patches.reuse import positions_are_plain, root_of
+from hfkv.prefixes import PrefixPool, page_keys
+from hfkv.state import has_hooks, state_of
+
+# What is expanded row by row, and can be taken back.
+EXPANDED = {"attention_mask", "position_ids"}
+
+
+def prefill(
+    model: Any,
+    input_ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool = True,
+) -> Any:
+    """What `_prefill` returns, for a patched model.
+
+    Raises:
+        ValueError: the prompt is empty, or does not continue a used cache.
+    """
+    if input_ids.shape[1] == 0 and model_kwargs.get("inputs_embeds") is None:
+        raise ValueError("the prompt is empty: give at least one token (the bos token, say)")
+    cache = model_kwargs.get("past_key_values")
+    rest = (generation_config, model_kwargs, is_first_iteration)
+    is_inner = generation_config.is_assistant and cache is not None and cache.get_seq_length()
+    if not isinstance(cache, KVCache) or is_inner or model_kwargs.get("inputs_embeds") is not None:
+        return type(model)._prefill(model, input_ids, *rest)
+    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+    begin(model, cache, input_ids, generation_config, model_kwargs, copies)
+    once = _once(model, cache, input_ids, model_kwargs, copies)
+    if once is None:
+        share(model, cache, input_ids, generation_config, model_kwargs)
+        return _read(model, cache, input_ids, *rest)
+    ids, given = once
+    share(model, cache, ids, generation_config, given)
+    output = _read(model, cache, ids, generation_config, given, is_first_iteration)
+    cache.record.root = None  # beams and samples are many, and most of them are thrown away
+    cache.batch_repeat_interleave(copies)
+    return _expand(output, len(ids), copies)
+
+
+def begin(
+    model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], copies: int = 1
+) -> None:
+    """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
+    state = state_of(model, model.hfkv.exact_rotary)
+    if cache.get_seq_length():
+        check_continues(cache, ids, *mask_of(generation_config, model_kwargs, ids), state, copies)
+    else:
+        cache.record.forget()
+        cache.record.state = state
+    cache.record.root = root_of(model, cache, state, model_kwargs)
+
+
+def _once(
+    model: Any, cache: KVCache, ids: torch.Tensor, model_kwargs: dict[str, Any], copies: int
+) -> tuple[torch.Tensor, dict[str, Any]] | None:
+    """One row of each prompt, with its inputs; None where the rows have to be read one by one."""
+    rows, batch = len(ids), cache.batch_size
+    if copies == 1 or rows % copies or (batch is not None and batch == rows) or has_hooks(model):
+        return None
+    inputs = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
+    if not inputs.keys() <= EXPANDED or model.config.is_encoder_decoder:
+        return None
+    others = (value for name, value in model_kwargs.items() if name not in inputs and name != "past_key_values")
+    if any(not isinstance(value, bool | int | float | str | None) for value in others):
+        return None
+    prompts = ids[::copies]
+    if not torch.equal(prompts.repeat_interleave(copies, dim=0), ids):
+        return None
+    # Positions of several dimensions have the rows in the last but one.
+    taken = {name: value[..., ::copies, :] if value.shape[-2] == rows else value for name, value in inputs.items()}
+    return prompts, {**model_kwargs, **taken}
+
+
+def _expand(output: Any, rows: int, copies: int) -> Any:
+    """An output of `rows` rows as that of all their copies."""
+
+    def repeat(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
+            return value.repeat_interleave(copies, dim=0)
+        return tuple(repeat(part) for part in value) if isinstance(value, tuple) else value
+
+    for name in list(output.keys()):
+        if name != "past_key_values":
+            output[name] = repeat(output[name])
+    return output
+
+
+def _read(
+    model: Any,
+    cache: KVCache,
+    ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool,
+) -> Any:
+    """Reads what of the prompt the cache does not hold."""
+    chunk, first, last = generation_config.prefill_chunk_size, cache.get_seq_length(), ids.shape[1]
+    mask_length = mask_of(generation_config, model_kwargs, ids)[1]
+    if chunk is None or not first or (mask_length is not None and mask_length != last):
+        return type(model)._prefill(model, ids, generation_config, model_kwargs, is_first_iteration)
+    # transformers 5.17 reads a prompt in chunks from its first token, whatever the cache holds.
+    whole = copy.copy(generation_config)
+    whole.prefill_chunk_size = None
+    output = None
+    for end in (*range(first + chunk, last, chunk), last):
+        whole._mask_length = end
+        given = {
+            name: value[..., :end] if name in EXPANDED and value is not None else value
+            for name, value in model_kwargs.items()
+        }
+        output = type(model)._prefill(model, ids[:, :end], whole, given, is_first_iteration)
+    return output
+
+
+def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+    """Puts into an empty cache what earlier calls have read of its prompts, but for the last token."""
+    record = cache.record
+    if record.root is None or cache.get_seq_length():
+        return
+    mask, mask_length = mask_of(generation_config, model_kwargs, ids)
+    if mask_length is None or mask_length != ids.shape[1]:
+        return
+    pads = (0,) * len(ids)
+    if mask is not None:
+        pads = tuple((mask.shape[1] - mask.long().cumsum(1).clamp(max=1).sum(1)).tolist())
+        is_left = torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]
+        if not torch.equal(mask.cpu() != 0, is_left):
+            record.root = None
+            return
+    if not positions_are_plain(model_kwargs.get("position_ids"), pads, ids.shape[1]):
+        record.root = None
+        return
+    pool: PrefixPool = model.hfkv.pool
+    texts = [row[pad:] for row, pad in zip(ids.cpu(), pads, strict=True)]
+    keys = [page_keys(record.root, text[:-1], pool.page_size) for text in texts]
+    for row, end in _worth_reading_alone(pool, keys, pads, ids.shape[1]):
+        _read_alone(model, texts[row][:end], pool, generation_config, model_kwargs)
+    with pool.found(keys) as pages:
+        counts = [len(of_row) * pool.page_size for of_row in pages]
+        columns = min(pad + count for pad, count in zip(pads, counts, strict=True))
+        reused = [max(columns - pad, 0) for pad in pads]
+        for text, count in zip(texts, reused, strict=True):
+            pool.count(len(text), count)
+        if not any(reused):
+            return
+        pool.give(cache.leaves, pages, pads, columns)
+    record.append(ids[:, :columns], columns, None if mask is None else mask[:, :columns])
+    record.kept = columns // pool.page_size
+
+
+def _worth_reading_alone(
+    pool: PrefixPool, keys: Sequence[Sequence[bytes]], pads: Sequence[int], length: int
+) -> list[tuple[int, int]]:
+    """Which rows of a batch to read by themselves first, and how far: (row, tokens of its text).
+
+    All rows of a batch are read from one column on. Where some begin with pages that others lack, or several begin
+    alike, it is less work to read what is missing once, page by page, and find it in the pool.
+    """
+    if len(keys) == 1:
+        return []
+    size, batch = pool.page_size, len(keys)
+    # By the column where each page ends: those that would have to be read to begin there.
+    ends = sorted({pad + (i + 1) * size for pad, row in zip(pads, keys, strict=True) for i in range(len(row))})
+    missing = pool.missing([key for row in keys for key in row])
+    read: set[bytes] = set()
+    best, best_cost, extra = 0, None, 0
+    for column in (0, *ends):
+        for pad, row in zip(pads, keys, strict=True):
+            count = max(column - pad, 0) // size
+            for key in row[max(count - 1, 0) : count]:
+                if key in missing and key not in read:
+                    read.add(key)
+                    extra += size
+        begin = min(
+            pad + max(min(column - pad, len(row) * size), 0) // size * size for pad, row in zip(pads, keys, strict=True)
+        )
+        cost = extra + batch * (length - begin)
+        if best_cost is None or cost < best_cost:
+            best, best_cost = column, cost
+    alone = []
+    for row, (pad, of_row) in enumerate(zip(pads, keys, strict=True)):
+        count = max(best - pad, 0) // size
+        if missing.intersection(of_row[:count]):
+            alone.append((row, count * size))
+            missing -= set(of_row[:count])
+    return alone
+
+
+def _read_alone(
+    model: Any, text: torch.Tensor, pool: PrefixPool, generation_config: Any, model_kwargs: dict[str, Any]
+) -> None:
+    """Reads the beginning of one row's text without padding, so that the pool has its pages."""
+    ids = text[None].to(model.device)
+    cache = model.hfkv.new_cache()
+    mask = None if model_kwargs.get("attention_mask") is None else torch.ones_like(ids)
+    given = {**model_kwargs, "attention_mask": mask, "past_key_values": cache}
+    positions = model_kwargs.get("position_ids")
+    if positions is not None:
+        given["position_ids"] = torch.arange(len(text), device=positions.device).expand(*positions.shape[:-2], 1, -1)
+    alone = copy.copy(generation_config)
+    alone._mask_length = len(text)
+    cache.reserve(len(text))
+    begin(model, cache, ids, alone, given)
+    root = cache.record.root
+    if root is None:
+        return
+    keys = page_keys(root, text[:-1], pool.page_size)
+    with pool.found([keys]) as pages:
+        columns = len(pages[0]) * pool.page_size
+        if columns:
+            pool.give(cache.leaves, pages, (0,), columns)
+            cache.record.append(ids[:, :columns], columns)
+    _read(model, cache, ids, alone, given, True)

@@ -1,0 +1,60 @@
+"""Writes down which tokens a cache is given, at every forward of a patched model."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from hfkv.cache import KVCache
+from hfkv.patches.undo import Undo
+from hfkv.state import state_of
+
+
+def set_recording(model: Any, undo: Undo) -> None:
+    """Overrides `forward` on this instance."""
+    # generate() looks at the signature of forward.
+    undo.set(
+        model, "forward", functools.update_wrapper(functools.partial(_forward, model, model.forward), model.forward)
+    )
+
+
+def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, KVCache):
+        return forward(*args, **kwargs)
+    record, before = cache.record, cache.get_seq_length()
+    if record.broken is not None:
+        raise RuntimeError(
+            f"a forward of this cache failed midway ({record.broken}): its layers hold different tokens. Call "
+            "cache.reset() and prefill again"
+        )
+    if before == 0 and (record.length or not record.is_known):
+        record.forget()
+    if before == 0 and record.state is None:
+        record.state = state_of(model, model.hfkv.exact_rotary)
+    if record.repeated:
+        kwargs = _without_repeated(cache, kwargs)
+    try:
+        output = forward(*args, **kwargs)
+    except BaseException as error:
+        if any(leaf.get_seq_length() != before for leaf in cache.leaves):
+            record.broken = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise
+    ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
+    count = cache.get_seq_length() - before
+    record.append(ids, count, kwargs.get("attention_mask"))
+    if record.root is not None:
+        model.hfkv.keep_pages(cache)
+    return output
+
+
+def _without_repeated(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs without the tokens that `cache` holds: assisted decoding gives the whole text first."""
+    repeated, cache.record.repeated = cache.record.repeated, 0
+    given = dict(kwargs)
+    for name in ("input_ids", "position_ids"):
+        if given.get(name) is not None:
+            given[name] = given[name][..., repeated:]
+    return given

@@ -1,0 +1,104 @@
+"""The pool of prompt prefixes of a patched model: what may be shared, what is found, what is kept."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hfkv.cache import KVCache
+from hfkv.prefixes import PrefixPool
+from hfkv.state import ModelState, has_hooks
+
+if TYPE_CHECKING:
+    from hfkv.patches.patch import Patch
+
+logger = logging.getLogger("hfkv")
+
+PAGE_SIZE = 64
+# What a prompt of ids and left padding gives a model besides them.
+PLAIN = {"attention_mask", "position_ids", "past_key_values", "input_ids", "cache_position"}
+
+# Beside the models, so that a copy of one begins with an empty pool.
+_pools: weakref.WeakKeyDictionary[Patch, PrefixPool] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def pool_of(patch: Patch) -> PrefixPool:
+    """The pool of one patched model, made when it is first asked for.
+
+    Raises:
+        RuntimeError: the patch was made without reuse.
+    """
+    reuse = patch.kv.reuse
+    if reuse is None:
+        raise RuntimeError(f"this model was patched without reuse: hfkv.patch(model, kv='{patch.kv}+reuse')")
+    with _lock:
+        if patch not in _pools:
+            _pools[patch] = PrefixPool(reuse.budget_bytes, patch.kv.page_size or PAGE_SIZE)
+        return _pools[patch]
+
+
+def drop_pool(patch: Patch) -> None:
+    """Lets go of the pool."""
+    with _lock:
+        _pools.pop(patch, None)
+
+
+def refusal(model: Any, cache: KVCache) -> str | None:
+    """Why the prompts of `model` cannot be shared at all, in words, or None where they can."""
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder: its keys and values depend on more than the tokens before them"
+    others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
+    if others:
+        return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
+    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {parameters.get("rope_type")} | {
+        part.get("rope_type") for part in parameters.values() if isinstance(part, dict)
+    }
+    changing = sorted(kinds & {"dynamic", "longrope"})
+    if changing:
+        return f"the {changing[0]} rotary scaling of {name} changes with the length of the text"
+    return None
+
+
+def root_of(model: Any, cache: KVCache, state: ModelState, model_kwargs: dict[str, Any]) -> bytes | None:
+    """The key under which this call's pages may be shared, or None where they may not."""
+    patch: Patch = model.hfkv
+    if patch.kv.reuse is None or cache.kv != patch.own_kv:
+        return None
+    reason = _reason(model, model_kwargs)
+    if reason is not None:
+        patch.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")
+        return None
+    return state.key(patch.kv.reuse.salt)
+
+
+def _reason(model: Any, model_kwargs: dict[str, Any]) -> str | None:
+    extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and _is_input(value))
+    if extra:
+        return f"it is more than ids and left padding ({', '.join(extra)})"
+    if model.training:
+        return "the model is in training mode"
+    if has_hooks(model):
+        return "the model has forward hooks, which may change what it computes"
+    return None
+
+
+def _is_input(value: Any) -> bool:
+    return value is not None and not isinstance(value, bool | int | float | str)
+
+
+def positions_are_plain(positions: torch.Tensor | None, pads: Sequence[int], length: int) -> bool:
+    """Whether position ids `[..., B, T]` count each row's text from 0."""
+    if positions is None:
+        return True
+    if positions.shape[-1] != length or positions.shape[-2] not in (1, len(pads)):
+        return False
+    counted = torch.arange(length) - torch.tensor(pads)[:, None]
+    return bool(((positions.cpu() == counted) | (counted < 0)).all())
