@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -212,6 +213,19 @@ class KVCache(DynamicCache):
         forked.record = self.record.copy()
         forked.record.repeat(n)
         return forked
+
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Writes everything held to a safetensors file; see `hfkv.files.save_cache`."""
+        from hfkv.files import save_cache
+
+        save_cache(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> KVCache:
+        """Such a file as a cache for the model that filled it; see `hfkv.files.load_cache`."""
+        from hfkv.files import load_cache
+
+        return load_cache(path, model)
 
     def __deepcopy__(self, memo: Any) -> KVCache:
         return self.fork()

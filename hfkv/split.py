@@ -132,7 +132,7 @@ class SplitLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends; returns views that only the ``"hfkv"`` attention can read. See `KVLayer.update`."""
-        if not self.is_initialized:
+        if not self.heads[1]:  # its parts may have been filled before it saw a key
             self.lazy_initialization(key_states, value_states)
         groups = []
         for heads, part in zip(self.heads, self.parts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,16 +64,9 @@ class ModelState:
 
     def difference(self, other: ModelState) -> str | None:
         """What `other` has that this has not, in words, or None where keys and values of both are the same."""
-        if self.model != other.model:
-            return f"another model: {self.model} and not {other.model}"
-        if self.adapters != other.adapters:
-            return f"another state of the adapters: {self.adapters} and not {other.adapters}"
         is_same_object = self.object is not None and other.object is not None and self.object() is other.object()
-        if self.weights != other.weights or (is_same_object and self.versions != other.versions):
-            return "other weights"
-        if self.precision != other.precision:
-            return f"another precision: {self.precision} and not {other.precision}"
-        return None
+        is_rewritten = is_same_object and self.versions != other.versions
+        return fingerprint_difference(self.fingerprint(), other.fingerprint(), is_rewritten)
 
     def key(self, salt: str) -> bytes:
         """Under which pages may be shared."""
@@ -90,6 +83,24 @@ class ModelState:
         }
 
 
+def fingerprint_difference(one: Mapping[str, str], other: Mapping[str, str], is_rewritten: bool = False) -> str | None:
+    """What the fingerprint `other` has that `one` has not, in words, or None where they are the same.
+
+    Args:
+        one, other: of `ModelState.fingerprint`.
+        is_rewritten: whether the weights are known to have been written to between them.
+    """
+    if one["model"] != other["model"]:
+        return f"another model: {one['model']} and not {other['model']}"
+    if one["adapters"] != other["adapters"]:
+        return f"another state of the adapters: {one['adapters']} and not {other['adapters']}"
+    if one["weights"] != other["weights"] or is_rewritten:
+        return "other weights"
+    if one["precision"] != other["precision"]:
+        return f"another precision: {one['precision']} and not {other['precision']}"
+    return None
+
+
 def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     """Looks at a model: a few numbers of every weight, and PEFT's adapters.
 
@@ -104,7 +115,9 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     buffers: list[torch.Tensor] = []
     adapters: dict[str, None] = {}
     for module in _modules_in_use(model):
-        parameters += [weight for weight in module._parameters.values() if weight is not None]
+        parameters += [
+            _at_rest(module, name, weight) for name, weight in module._parameters.items() if weight is not None
+        ]
         buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
         if _is_adapted(module):
             adapters[_adapters_of(module)] = None
@@ -187,8 +200,20 @@ def _digest(tensors: list[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _at_rest(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
+    """A weight, or, where accelerate has put it away, what it will bring back."""
+    if weight.device.type != "meta":
+        return weight
+    hook = getattr(module, "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        weights = getattr(part, "weights_map", None)
+        if weights is not None and name in weights:
+            return weights[name]
+    return weight
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.detach()
+    plain = tensor.to_local() if hasattr(tensor, "to_local") else tensor.data
     flat = plain.view(-1) if plain.is_contiguous() else plain.flatten()
     # An odd step does not stay in one column of a matrix.
     return flat[:: max(len(flat) // SAMPLES, 1) | 1][: 2 * SAMPLES]

@@ -56,6 +56,7 @@ def begin(
 ) -> None:
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
     state = state_of(model, model.hfkv.exact_rotary)
+    cache.record.repeated = 0
     if cache.get_seq_length():
         check_continues(cache, ids, *mask_of(generation_config, model_kwargs, ids), state, copies)
     else:
@@ -132,17 +133,12 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     if record.root is None or cache.get_seq_length():
         return
     mask, mask_length = mask_of(generation_config, model_kwargs, ids)
-    if mask_length is None or mask_length != ids.shape[1]:
-        return
-    pads = (0,) * len(ids)
-    if mask is not None:
-        pads = tuple((mask.shape[1] - mask.long().cumsum(1).clamp(max=1).sum(1)).tolist())
-        is_left = torch.arange(ids.shape[1]) >= torch.tensor(pads)[:, None]
-        if not torch.equal(mask.cpu() != 0, is_left):
-            record.root = None
-            return
-    if not positions_are_plain(model_kwargs.get("position_ids"), pads, ids.shape[1]):
+    positions = model_kwargs.get("position_ids")
+    pads = None if mask_length != ids.shape[1] else _left_pads(mask, ids)
+    # A model that is given no positions may count padding as text.
+    if pads is None or (any(pads) and positions is None) or not positions_are_plain(positions, pads, ids.shape[1]):
         record.root = None
+        model.hfkv.log_once(f"{type(model).__name__}: a prompt is not shared: its mask or positions are its own")
         return
     pool: PrefixPool = model.hfkv.pool
     texts = [row[pad:] for row, pad in zip(ids.cpu(), pads, strict=True)]
@@ -162,6 +158,15 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     record.kept = columns // pool.page_size
 
 
+def _left_pads(mask: torch.Tensor | None, ids: torch.Tensor) -> tuple[int, ...] | None:
+    """Pad tokens before the text of each row, or None where others are hidden too."""
+    if mask is None:
+        return (0,) * len(ids)
+    hidden = mask.cpu() == 0
+    pads = hidden.sum(dim=1)
+    return tuple(pads.tolist()) if torch.equal(hidden, torch.arange(ids.shape[1]) < pads[:, None]) else None
+
+
 def _worth_reading_alone(
     pool: PrefixPool, keys: Sequence[Sequence[bytes]], pads: Sequence[int], length: int
 ) -> list[tuple[int, int]]:
@@ -177,6 +182,8 @@ def _worth_reading_alone(
     ends = sorted({pad + (i + 1) * size for pad, row in zip(pads, keys, strict=True) for i in range(len(row))})
     missing = pool.missing([key for row in keys for key in row])
     read: set[bytes] = set()
+    if not missing:
+        return []
     best, best_cost, extra = 0, None, 0
     for column in (0, *ends):
         for pad, row in zip(pads, keys, strict=True):

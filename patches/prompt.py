@@ -26,14 +26,20 @@ def expect_prefix(model: Any, cache: KVCache | None) -> int:
         How many virtual tokens PEFT will add to the prompt.
     """
     _call.cache = (lambda: None) if cache is None else weakref.ref(cache)
-    # PEFT puts its own method here while it generates: so a model that was wrapped after `patch` is found too.
-    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
-    config = getattr(peft_model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning:
+    peft_model = learned_prompt(model)
+    if peft_model is None:
         return 0
     if "get_prompt" not in vars(peft_model):
         set_prompt_hook(peft_model, model.hfkv._undo)
-    return config.num_virtual_tokens
+    return peft_model.active_peft_config.num_virtual_tokens
+
+
+def learned_prompt(model: Any) -> Any:
+    """The `PeftModel` that puts learned tokens before the prompts of the running call, or None."""
+    # PEFT puts its own method here while it generates: so a model that was wrapped after `patch` is found too.
+    peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
+    config = getattr(peft_model, "active_peft_config", None)
+    return None if config is None or not config.is_prompt_learning else peft_model
 
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfkv.cache import KVCache
+from hfkv.patches.prompt import learned_prompt
 from hfkv.prefixes import PrefixPool
 from hfkv.state import ModelState, has_hooks
 
@@ -83,6 +84,8 @@ def _reason(model: Any, model_kwargs: dict[str, Any]) -> str | None:
     extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and _is_input(value))
     if extra:
         return f"it is more than ids and left padding ({', '.join(extra)})"
+    if learned_prompt(model) is not None:
+        return "PEFT puts learned tokens before it"
     if model.training:
         return "the model is in training mode"
     if has_hooks(model):

@@ -1,0 +1,458 @@
+"""Prefixes that calls of a patched model share: the tokens of a cold run, from pages that are really found."""
+
+import copy
+import logging
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import hfkv
+from hfkv.layer import KVLayer
+from tests.tiny import greedy, llama, prompt
+from tests.zoo import NAMED, generate
+
+# Encoder-decoders, and layers whose state is not a token's own (linear attention, cross-attention).
+CANNOT_SHARE = {"t5", "bart", "whisper", "qwen3_next", "mllama"}
+# They are given no positions, so a padded prompt is not looked up.
+COUNTS_PADDING = {"bloom"}
+PAGED = "+paged+page_size:8+reuse"
+CONFIGS = (
+    "none+reuse",
+    "none" + PAGED,
+    "int8+reuse",
+    "int8" + PAGED,
+    "int4" + PAGED,
+    "fp8" + PAGED,
+    "offload+reuse",
+    "int8+offload" + PAGED,
+    "window:24+sinks:3" + PAGED,
+    "int8+window:24+sinks:3+reuse",
+    "window:24+global_heads:0=1" + PAGED,
+    "window:24+sinks:2+sink_positions:cache" + PAGED,
+    "window:dynamic+size:40" + PAGED,
+    "window:24+summary:mean+summary_pages:2+summary_page_size:4" + PAGED,
+)
+
+
+def cold(model: Any, kv: str, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
+    with hfkv.patch(model, kv.replace("+reuse", "").replace("reuse", "none")):
+        return greedy(model, inputs, **options)
+
+
+def longer(inputs: dict[str, torch.Tensor], count: int, seed: int = 3) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    ids = inputs["input_ids"]
+    more = torch.randint(3, 99, (len(ids), count))
+    mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), dim=1)
+    return {"input_ids": torch.cat((ids, more), dim=1), "attention_mask": mask}
+
+
+@pytest.fixture
+def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens) of every update of the first layer of any cache."""
+    read: list[tuple[int, int]] = []
+    update = KVLayer.update
+
+    def counted(self: KVLayer, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        read.append((keys.shape[0], keys.shape[2]))
+        return update(self, keys, *args, **kwargs)
+
+    monkeypatch.setattr(KVLayer, "update", counted)
+    return read
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kv", CONFIGS)
+def test_a_hit_gives_the_tokens_of_a_cold_run(kv: str) -> None:
+    model = llama()
+    first = prompt(1, 70)
+    second = longer(first, 9)
+    expected = [cold(model, kv, inputs) for inputs in (first, second)]
+    with hfkv.patch(model, kv) as patch:
+        page = patch.kv.page_size or 64
+        for inputs, text in zip((first, second, second), (*expected, expected[1]), strict=True):
+            assert torch.equal(greedy(model, inputs), text)
+        stats = patch.reuse_stats()
+    assert (stats.lookups, stats.hits) == (3, 2)
+    # The first finds nothing, the second the whole pages of the first's 70 tokens, the third all but the last token.
+    assert stats.tokens_reused == 70 // page * page + 78 // page * page
+    assert stats.tokens == 70 + 79 + 79
+    assert stats.nbytes > 0
+
+
+def test_only_what_is_new_is_read(rows_read: list[tuple[int, int]]) -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    with hfkv.patch(model, "none" + PAGED):
+        greedy(model, inputs, 1)
+        assert rows_read[0] == (1, 40)
+        rows_read.clear()
+        greedy(model, inputs, 1)
+        assert rows_read[0] == (1, 8)  # 32 of 40 were there: at least one token must be read
+
+
+def test_a_reply_is_found_by_the_next_turn(rows_read: list[tuple[int, int]]) -> None:
+    model = llama()
+    inputs = prompt(1, 20)
+    with hfkv.patch(model, "none" + PAGED):
+        reply = greedy(model, inputs, 30)
+        turn = longer({"input_ids": reply, "attention_mask": torch.ones_like(reply)}, 5)
+        expected = cold_of(turn)
+        rows_read.clear()
+        assert torch.equal(greedy(model, turn), expected)
+    # 50 tokens of the first turn, the last of which was never read.
+    assert rows_read[0] == (1, 55 - 48)
+
+
+def cold_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return greedy(llama(), inputs)
+
+
+@pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse", "window:24+sinks:3" + PAGED, "none+offload+reuse"])
+def test_left_padded_rows_share_whatever_their_padding(kv: str) -> None:
+    model = llama()
+    whole = prompt(1, 80)["input_ids"][0]
+    texts = [whole, torch.cat((whole[:70], whole[:4])), whole[3:], whole[:30]]
+    length = max(map(len, texts))
+    ids = torch.stack([torch.cat((torch.zeros(length - len(text), dtype=torch.long), text)) for text in texts])
+    mask = torch.stack([torch.arange(length) >= length - len(text) for text in texts]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = cold(model, kv, inputs)
+    with hfkv.patch(model, kv) as patch:
+        greedy(model, {"input_ids": whole[None], "attention_mask": torch.ones(1, 80, dtype=torch.long)}, 1)
+        assert torch.equal(greedy(model, inputs), expected)
+        before = patch.reuse_stats().tokens_reused
+        assert before > 0
+        assert torch.equal(greedy(model, inputs), expected)
+        assert patch.reuse_stats().tokens_reused > before
+
+
+def test_a_batch_that_begins_alike_is_read_once(rows_read: list[tuple[int, int]]) -> None:
+    model = llama()
+    shared = prompt(1, 64)["input_ids"].expand(5, -1)
+    inputs = longer({"input_ids": shared, "attention_mask": torch.ones_like(shared)}, 6)
+    expected = cold_of(inputs)
+    with hfkv.patch(model, "none" + PAGED) as patch:
+        rows_read.clear()
+        output = greedy(model, inputs, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert rows_read[0] == (1, 64)
+    assert (5, 6) in rows_read
+    # The rows share the pages of what they begin with.
+    table = output.past_key_values.layers[0].store.table
+    assert len({tuple(row[:8]) for row in table}) == 1
+    assert patch.kv.page_size == 8
+
+
+def test_one_cold_row_does_not_make_the_others_read_again(rows_read: list[tuple[int, int]]) -> None:
+    model = llama()
+    inputs = prompt(3, 64)
+    with hfkv.patch(model, "none" + PAGED):
+        warm = {name: value[:2] for name, value in inputs.items()}
+        greedy(model, warm, 1)
+        expected = cold_of(inputs)
+        rows_read.clear()
+        assert torch.equal(greedy(model, inputs), expected)
+    assert rows_read[0] == (1, 56)
+    assert (3, 8) in rows_read
+    assert (3, 64) not in rows_read
+
+
+class Heard(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
+class Enough(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 77)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 20},
+    "beams": {"num_beams": 3},
+    "beams_returned": {"num_beams": 4, "num_return_sequences": 2},
+    "beam_sample": {"num_beams": 3, "do_sample": True},
+    "samples": {"num_return_sequences": 3, "do_sample": True},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 2},
+    "chunked": {"prefill_chunk_size": 7},
+    "chunked_beams": {"prefill_chunk_size": 16, "num_beams": 3},
+    "stopped": {"stopping_criteria": StoppingCriteriaList([Enough()])},
+}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse"])
+def test_every_mode_finds_pages_and_changes_nothing(mode: str, kv: str) -> None:
+    model = llama()
+    inputs = prompt(1, 70)
+
+    def run() -> torch.Tensor:
+        torch.manual_seed(5)
+        return model.generate(**inputs, **{"max_new_tokens": 12, "do_sample": False, **MODES[mode]})
+
+    with hfkv.patch(model, kv.replace("+reuse", "")):
+        expected = run()
+    with hfkv.patch(model, kv) as patch:
+        assert torch.equal(run(), expected)
+        assert torch.equal(run(), expected)
+        stats = patch.reuse_stats()
+        assert stats.hits == 1
+        assert stats.tokens_reused >= 64
+
+
+def test_an_assistant_finds_pages_too() -> None:
+    model, assistant = llama(), llama()
+    inputs = prompt(1, 70)
+    expected = greedy(model, inputs)
+    with hfkv.patch(model, "none" + PAGED) as patch, hfkv.patch(assistant, "none" + PAGED) as other:
+        for _ in range(3):
+            assert torch.equal(greedy(model, inputs, assistant_model=assistant), expected)
+        assert patch.reuse_stats().hits == 2
+        assert other.reuse_stats().hits == 2
+
+
+def test_a_streamer_hears_what_it_hears_without() -> None:
+    model, heard = llama(), [Heard(), Heard()]
+    inputs = prompt(1, 70)
+    greedy(model, inputs, streamer=heard[0])
+    with hfkv.patch(model, "none" + PAGED):
+        greedy(model, inputs)
+        greedy(model, inputs, streamer=heard[1])
+    assert heard[0].tokens == heard[1].tokens
+
+
+def test_the_budget_holds_and_the_least_recently_used_go() -> None:
+    model = llama()
+    one_page = 2 * 2 * 2 * 16 * 8 * 4  # layers, keys and values, heads, head dim, tokens, bytes
+    texts = [prompt(1, 24)["input_ids"] + i for i in range(4)]
+    with hfkv.patch(model, hfkv.KVConfig(store="paged", page_size=8, reuse=hfkv.Reuse(budget=7 * one_page))) as patch:
+        for ids in texts:
+            model.generate(ids, max_new_tokens=1)
+            stats = patch.reuse_stats()
+            assert stats.nbytes <= stats.budget
+        assert stats.pages == 7
+        assert stats.evictions == 4 * 3 - 7
+        # The newest two are there whole; of the others one page at most.
+        hits = []
+        for ids in reversed(texts):
+            before = patch.reuse_stats().tokens_reused
+            model.generate(ids, max_new_tokens=1)
+            hits.append(patch.reuse_stats().tokens_reused - before)
+        assert hits[:2] == [16, 16]
+        assert patch.reuse_stats().nbytes <= 7 * one_page
+
+
+def test_a_prompt_larger_than_the_budget_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    with hfkv.patch(model, hfkv.KVConfig(store="paged", page_size=8, reuse=hfkv.Reuse(budget=5000))):
+        with caplog.at_level(logging.WARNING, "hfkv"):
+            assert torch.equal(greedy(model, inputs), cold_of(inputs))
+        assert torch.equal(greedy(model, inputs), cold_of(inputs))
+    assert "too small" in caplog.text
+
+
+def changed_weights(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+
+
+def changed_data(model: Any) -> None:
+    model.model.layers[1].self_attn.v_proj.weight.data *= 1.5
+
+
+def changed_rotary(model: Any) -> None:
+    model.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def trained(model: Any) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    ids = prompt(1, 12)["input_ids"]
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("change", [changed_weights, changed_data, changed_rotary, trained])
+def test_a_changed_model_finds_nothing(change: Any) -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    with hfkv.patch(model, "none" + PAGED) as patch:
+        before = greedy(model, inputs)
+        change(model)
+        after = greedy(model, inputs)
+        assert patch.reuse_stats().hits == 0
+    expected = llama()
+    change(expected)
+    assert torch.equal(after, greedy(expected, inputs))
+    assert not torch.equal(after, before)
+
+
+def test_what_may_not_be_shared_is_not_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    expected = cold_of(inputs)
+
+    def hits(**options: Any) -> int:
+        before = patch.reuse_stats().lookups
+        greedy(model, inputs, **options)
+        return patch.reuse_stats().lookups - before
+
+    with hfkv.patch(model, "none" + PAGED) as patch, caplog.at_level(logging.WARNING, "hfkv"):
+        assert hits() == 1
+        hook = model.model.layers[0].register_forward_hook(lambda module, args, output: output)
+        assert hits() == 0
+        assert "hooks" in caplog.text
+        hook.remove()
+        model.train()
+        assert hits() == 0
+        assert "training" in caplog.text
+        model.eval()
+        assert hits(position_ids=torch.arange(40)[None] + 3) == 0
+        assert "positions" in caplog.text
+        with torch.autocast("cpu", torch.bfloat16):
+            greedy(model, inputs)
+        assert patch.reuse_stats().hits == 0
+        assert torch.equal(greedy(model, inputs), expected)
+        assert patch.reuse_stats().hits == 0  # the other precision's pages took the place of these
+        assert torch.equal(greedy(model, inputs), expected)
+        assert patch.reuse_stats().hits == 1
+
+
+def test_salts_keep_apart() -> None:
+    inputs = prompt(1, 40)
+    model = llama()
+    pools = []
+    for salt in ("a", "b"):
+        with hfkv.patch(model, hfkv.KVConfig(reuse=hfkv.Reuse(salt=salt))) as patch:
+            greedy(model, inputs)
+            pools.append(set(patch.pool._index))
+    assert not pools[0] & pools[1]
+
+
+def test_copies_and_undo() -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    patch = hfkv.patch(model, "none" + PAGED)
+    expected = greedy(model, inputs)
+    twin = copy.deepcopy(model)
+    assert twin.hfkv.reuse_stats().pages == 0
+    assert torch.equal(greedy(twin, inputs), expected)
+    assert twin.hfkv.reuse_stats().hits == 0
+    assert patch.reuse_stats().lookups == 1
+    patch.clear_reuse()
+    assert patch.reuse_stats().pages == 0
+    greedy(model, inputs)
+    assert patch.reuse_stats().hits == 0
+    hfkv.unpatch(model)
+    assert "_prefill" not in vars(model)
+    assert "forward" not in vars(model)
+    assert "_get_candidate_generator" not in vars(model)
+
+
+def test_a_cast_model_begins_anew() -> None:
+    model = llama()
+    inputs = prompt(1, 40)
+    with hfkv.patch(model, "none" + PAGED) as patch:
+        greedy(model, inputs)
+        model.to(torch.bfloat16)
+        expected = greedy(model, inputs)
+        assert torch.equal(greedy(model, inputs), expected)
+        assert patch.reuse_stats().hits == 1
+        model.to(torch.float32)
+        greedy(model, inputs)
+    assert patch.kv.reuse is not None
+
+
+def test_models_that_cannot_share_are_refused() -> None:
+    dynamic = llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    for model, word in (
+        (dynamic, "dynamic rotary scaling"),
+        (NAMED["t5"]().model, "encoder-decoder"),
+        (NAMED["qwen3_next"]().model, "state is not a token's own"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            hfkv.patch(model, "reuse")
+        assert "hfkv" not in vars(model)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("name", NAMED)
+def test_every_architecture_that_can_share_does(name: str, mode: dict[str, Any]) -> None:
+    model, inputs = NAMED[name]().model, NAMED[name]().inputs
+    if name == "gemma2":
+        model.set_attn_implementation("eager")
+    expected, logits = generate(model, inputs, **mode)
+    try:
+        patch = hfkv.patch(model, "none+paged+page_size:2+reuse")
+    except ValueError as error:
+        assert "reuse" in str(error)  # noqa: PT017 - which architectures may refuse is asserted below
+        assert name in CANNOT_SHARE
+        return
+    with patch:
+        for _ in range(2):
+            tokens, ours = generate(model, inputs, **mode)
+            assert torch.equal(tokens, expected)
+            torch.testing.assert_close(ours, logits, atol=2e-4, rtol=2e-4)
+        # The second call finds pages, where the prompt is no more than ids.
+        is_plain = inputs.keys() <= {"input_ids", "attention_mask"}
+        assert (patch.reuse_stats().hits > 0) == (is_plain and name not in COUNTS_PADDING)
+
+
+def test_without_reuse_there_are_no_statistics() -> None:
+    model = llama()
+    with hfkv.patch(model) as patch, pytest.raises(RuntimeError, match="without reuse"):
+        patch.reuse_stats()
+    with pytest.raises(ValueError, match="patched model"):
+        hfkv.KVCache(model, "int8+reuse")
+
+
+@pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse"])
+def test_eight_threads_give_the_outputs_of_one(kv: str) -> None:
+    model = llama()
+    whole = prompt(1, 90)["input_ids"][0]
+    prompts = [torch.cat((whole[: 8 * (i % 9) + 5], whole[i : i + 3]))[None] for i in range(50)]
+    with hfkv.patch(model, kv.replace("+reuse", "")):
+        expected = [model.generate(ids, max_new_tokens=6, do_sample=False) for ids in prompts]
+    wrong: list[Any] = []
+    # A budget that does not hold all of them: pages come and go meanwhile.
+    policy = hfkv.KVConfig.parse(kv)
+    reuse = hfkv.Reuse(budget=40 * 8 * 2 * 2 * 2 * 16 * 4)
+    with hfkv.patch(
+        model, hfkv.KVConfig(policy.codec, store=policy.store, page_size=policy.page_size, reuse=reuse)
+    ) as patch:
+
+        def work(seed: int) -> None:
+            order = torch.randperm(50, generator=torch.Generator().manual_seed(seed)).tolist()
+            try:
+                for index in order:
+                    output = model.generate(prompts[index], max_new_tokens=6, do_sample=False)
+                    if not torch.equal(output, expected[index]):
+                        wrong.append((seed, index))
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stats = patch.reuse_stats()
+        assert wrong == []
+        assert stats.lookups == 8 * 50
+        assert stats.hits > 0
+        assert patch.pool.blocks.used == stats.pages
