@@ -230,10 +230,10 @@ class KVCache(DynamicCache):
     def __deepcopy__(self, memo: Any) -> KVCache:
         return self.fork()
 
-    def expect_copies(self) -> None:
-        """Says, before the first key, that rows will be copied: ``store="auto"`` takes pages then."""
+    def expect_copies(self, copies: int, tokens: int) -> None:
+        """Says, before the first key, that rows of `tokens` will be copied: ``store="auto"`` takes pages then."""
         for layer in self.kv_layers:
-            layer.expect_copies()
+            layer.expect_copies(copies, tokens)
 
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that memory is allocated once."""

@@ -105,11 +105,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
-def read_json(text: str) -> tuple[dict[str, Any], str]:
-    """What the metadata of a file says, unchecked but for its format and version, and the digest it names.
+def read_json(text: str) -> dict[str, Any]:
+    """What the text of a file says: of this format and of some version, otherwise unchecked.
 
     Raises:
-        ValueError: it is not of this format, or of a newer version.
+        ValueError: it is not of this format, or of none that ever was.
     """
     try:
         given = json.loads(text)
@@ -118,14 +118,8 @@ def read_json(text: str) -> tuple[dict[str, Any], str]:
         raise ValueError(f"its metadata is no JSON ({type(error).__name__})") from error
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise ValueError(f"its metadata is not of format {FORMAT!r}")
-    version, digest = given.get("version"), given.pop("digest", None)
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"its metadata names no version of the format: {_short(version)}")
-    if version > VERSION:
-        raise ValueError(f"it is of version {_short(version)} of the format, and this hfkv reads up to {VERSION}")
-    if not isinstance(digest, str):
-        raise ValueError("its metadata names no digest")
-    return given, digest
+    _count(given.get("version"), "the version of its format", 1)
+    return given
 
 
 def kv_to_json(kv: KVConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hfkv.layout import Layout
 from hfkv.rotary import Rotary
 from hfkv.rows import Rows
 from hfkv.span import Span
-from hfkv.stores import Store, make_store
+from hfkv.stores import PagedStore, Store, make_store
 from hfkv.view import make_views
 from hfkv.window import Window
 
@@ -57,6 +57,7 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         self._batch = 1
         self._reserved = 0
         self._store_kind = self.kv.store
+        self._copies = (1, 0)
         self._assignment = Assignment()
         self.captured: Captured | None = None
         self._tracked = False  # whether autograd follows some of the states: see hfkv.view
@@ -77,6 +78,8 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         }
         bound = self.window.capacity() if self.window else None
         self._store = make_store(self._store_kind, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
+        if isinstance(self._store, PagedStore):
+            self._store.expect_copies(*self._copies)
         self._store.reserve(self._reserved + self._num_slots)
         slots = (
             states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
@@ -284,9 +287,9 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         Raises:
             ValueError: planes are not those that this layer's codec writes for such keys and values.
         """
-        reserved = self._reserved
+        said = self._reserved, self._store_kind, self._copies
         self.reset()
-        self._reserved = reserved
+        self._reserved, self._store_kind, self._copies = said
         self.lazy_initialization(contents.states("key"), contents.states("value"))
         contents.check_planes(self.store.planes, self._num_slots)
         self.store.append(contents.tokens)

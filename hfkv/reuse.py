@@ -22,7 +22,7 @@ class Reuse:
         TypeError, ValueError: naming the field, what was given and what is allowed.
     """
 
-    budget: int | str = "1GiB"
+    budget: int | str = "2GiB"
     salt: str = ""
 
     def __post_init__(self) -> None:

@@ -24,12 +24,19 @@ class Rows:
     is_initialized: bool
     _store: Store | None
     _store_kind: str
+    _copies: tuple[int, int]
     _batch: int
 
-    def expect_copies(self) -> None:
-        """Says that rows will be copied: ``store="auto"`` takes pages then, which copies share."""
-        if self.kv.store == "auto" and not self.is_initialized:
-            self._store_kind = "paged"
+    def expect_copies(self, copies: int, tokens: int) -> None:
+        """Says that rows will be copied: ``store="auto"`` takes pages then, which copies share.
+
+        Args:
+            copies: of each row.
+            tokens: a row will hold so many when it is copied.
+        """
+        if not self.is_initialized:
+            self._store_kind = "paged" if self.kv.store == "auto" else self.kv.store
+            self._copies = (copies, tokens)
 
     def fork(self, repeats: int = 1) -> Self:
         """A layer of its own that holds every row `repeats` times."""

@@ -214,9 +214,9 @@ class SplitLayer(CacheLayerMixin):
 
     is_assigned = False
 
-    def expect_copies(self) -> None:
+    def expect_copies(self, copies: int, tokens: int) -> None:
         """See `KVLayer.expect_copies`."""
-        self._each(KVLayer.expect_copies)
+        self._each(lambda part: part.expect_copies(copies, tokens))
 
     def fork(self, repeats: int = 1) -> SplitLayer:
         """See `KVLayer.fork`."""

@@ -190,13 +190,18 @@ class _Chosen:
 def _digest(tensors: list[torch.Tensor]) -> str:
     """Of the shapes and some numbers of `tensors`, wherever they lie."""
     digest = hashlib.blake2b(digest_size=16)
-    by_kind: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
+    by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
+    for index, tensor in enumerate(tensors):
         digest.update(repr((tuple(tensor.shape), tensor.dtype)).encode())
         if tensor.device.type != "meta" and tensor.numel():
-            by_kind.setdefault((tensor.device, tensor.dtype), []).append(_sample(tensor))
-    for samples in sorted(by_kind.items(), key=lambda item: str(item[0][1])):
-        digest.update(torch.cat(samples[1]).cpu().view(torch.uint8).numpy().tobytes())
+            by_kind.setdefault((tensor.device, tensor.dtype), []).append((index, _sample(tensor)))
+    samples: dict[int, torch.Tensor] = {}
+    for of_kind in by_kind.values():  # one copy from each device
+        together = torch.cat([sample for _, sample in of_kind]).cpu()
+        parts = together.split([len(sample) for _, sample in of_kind])
+        samples |= {index: part for (index, _), part in zip(of_kind, parts, strict=True)}
+    for index in sorted(samples):
+        digest.update(samples[index].view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

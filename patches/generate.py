@@ -122,9 +122,6 @@ def _prepare_cache(
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
     own.reserve(max_cache_length + expect_prefix(self, own))
-    copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    if copies > 1 and own is model_kwargs["past_key_values"]:
-        own.expect_copies()
     if generation_config.is_assistant:
         own.activate_past_recording()
     return result

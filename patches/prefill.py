@@ -44,6 +44,7 @@ def prefill(
         share(model, cache, input_ids, generation_config, model_kwargs)
         return _read(model, cache, input_ids, *rest)
     ids, given = once
+    cache.expect_copies(copies, ids.shape[1])
     share(model, cache, ids, generation_config, given)
     output = _read(model, cache, ids, generation_config, given, is_first_iteration)
     cache.record.root = None  # beams and samples are many, and most of them are thrown away
@@ -136,9 +137,14 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     positions = model_kwargs.get("position_ids")
     pads = None if mask_length != ids.shape[1] else _left_pads(mask, ids)
     # A model that is given no positions may count padding as text.
-    if pads is None or (any(pads) and positions is None) or not positions_are_plain(positions, pads, ids.shape[1]):
+    reason = None
+    if pads is None:
+        reason = "its attention mask hides more than left padding"
+    elif (any(pads) and positions is None) or not positions_are_plain(positions, pads, ids.shape[1]):
+        reason = "its positions do not count the text from 0"
+    if pads is None or reason is not None:
         record.root = None
-        model.hfkv.log_once(f"{type(model).__name__}: a prompt is not shared: its mask or positions are its own")
+        model.hfkv.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")
         return
     pool: PrefixPool = model.hfkv.pool
     texts = [row[pad:] for row, pad in zip(ids.cpu(), pads, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ def ours(text: str) -> Contender:
             f"--kv {text!r}: hfkv bench has no check for sink_positions:cache, summaries, global layers or global "
             "heads; leave them out (hfkv eval measures what they cost)"
         )
-    return Contender(text, kv, lambda model, tokens: KVCache(model, kv), graphs=text.endswith(GRAPHS))
+    own = replace(kv, reuse=None)
+    return Contender(text, kv, lambda model, tokens: KVCache(model, own), graphs=text.endswith(GRAPHS))
 
 
 def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.device) -> list[Contender]:

@@ -19,6 +19,7 @@ from hfkv.bench.memory import peak_of_step
 from hfkv.bench.prefill import LEAST_TURNS as LEAST_PREFILLS
 from hfkv.bench.prefill import PrefillLane, Prompt
 from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
+from hfkv.bench.reuse import QUESTION, ReuseLane
 from hfkv.bench.setting import Setting
 from hfkv.bench.shapes import MOST_SHARE, Heads, build_model, shape_config, with_layers
 from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
@@ -96,7 +97,7 @@ class _Grid:
         if setting.suite == "step":
             count = None if setting.steps is None else -(-setting.steps // STEPS_A_TURN)
             self.turns = Turns(count, setting.seconds, most=MOST_STEP_TURNS)
-        if setting.suite == "prefill":
+        if setting.suite in ("prefill", "reuse"):
             self.turns = replace(self.turns, least=LEAST_PREFILLS)
         self.model: PreTrainedModel | None = None
         self.config: PreTrainedConfig = config
@@ -175,6 +176,10 @@ class _Grid:
             lengths = setting.ragged or (context,) * self.batch
             prompt = Prompt.draw(self.model, lengths, setting.seed)
             return lambda contender: PrefillLane(contender, prompt)
+        if setting.suite == "reuse":
+            assert self.model is not None
+            question = Prompt.draw(self.model, (context + QUESTION,) * self.batch, setting.seed)
+            return lambda contender: ReuseLane(contender, question, keep_first=self.turns.count == 1)
         tokens = Tokens(self.batch, context, self.heads, self.dtype, self.device, setting.seed)
         if self.is_layer:
             config = attention_config(self.config, num_layers)
@@ -231,9 +236,11 @@ def _for_suite(contender: Contender, setting: Setting) -> Contender:
     reason = contender.reason
     if contender.name == NO_CACHE and setting.suite in ("attention", "memory"):
         reason = "without a cache there is nothing to update and nothing held: see the suite step"
-    if contender.name == NO_CACHE and setting.suite == "prefill":
+    if contender.kv is not None and contender.kv.reuse is not None and setting.suite != "reuse":
+        reason = "it shares prefixes between calls: see the suite reuse"
+    if contender.name == NO_CACHE and setting.suite in ("prefill", "reuse"):
         reason = "a prompt is read at the same cost without a cache: see the suite step"
-    if contender.is_compiled and setting.suite == "prefill":
+    if contender.is_compiled and setting.suite in ("prefill", "reuse"):
         reason = "transformers compiles decode steps only, and reads the prompt as it does for DynamicCache"
     if contender.is_compiled and setting.suite == "memory":
         # Compiled or not, it allocates the same cache.

@@ -44,6 +44,7 @@ _TITLES = {
     "attention": "One layer's update and attention of a decode step",
     "step": "One decode step of generate()",
     "prefill": "Prompt to first new token",
+    "reuse": "Prompt with a known beginning to first new token",
     "memory": "Bytes of one layer's cache",
 }
 

@@ -84,14 +84,18 @@ class PrefillLane:
 
     def turn(self) -> list[float]:
         """The prompt once, in ms."""
+        return self.read(self.prompt.ids, self.prompt.mask)
+
+    def read(self, ids: torch.Tensor, mask: torch.Tensor) -> list[float]:
+        """A prompt `[B, T]` with its mask to the first new token, in ms."""
         clock = StepClock()
         self.cache = None
         given: dict[str, Any] = {}
         if not self.contender.is_ours and self.contender.name != DYNAMIC and self.contender.new_cache is not None:
-            given["past_key_values"] = self.contender.new_cache(self.model, self.prompt.ids.shape[1] + 1)
+            given["past_key_values"] = self.contender.new_cache(self.model, ids.shape[1] + 1)
         output: Any = self.model.generate(
-            self.prompt.ids,
-            attention_mask=self.prompt.mask,
+            ids,
+            attention_mask=mask,
             max_new_tokens=1,
             do_sample=False,
             streamer=clock,

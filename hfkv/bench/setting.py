@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from hfkv.bench.errors import BenchError
 
-SUITES = ("attention", "step", "memory", "prefill")
+SUITES = ("attention", "step", "memory", "prefill", "reuse")
 DEFAULT_KV = ("none", "int8", "int4", "fp8", "paged", "int8+paged", "window:1024")
 GRAPHS_KV = ("none+graphs", "int8+graphs", "int8+paged+graphs")  # besides, for steps on a GPU
+REUSE_KV = ("none", "none+reuse", "int8", "int8+reuse")  # of the suite reuse
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Setting:
     """What a run measures.
 
     Attributes:
-        suite: ``"attention"``, ``"step"``, ``"memory"`` or ``"prefill"``.
+        suite: ``"attention"``, ``"step"``, ``"memory"``, ``"prefill"`` or ``"reuse"``.
         shape: a name in `SHAPES`; None where `model` is given.
         model: a folder or a name on the Hub, of which only the config is read; may be None.
         layers: layers to build or to take turns over; None for the suite's own choice.

@@ -25,7 +25,9 @@ EXIT_CODE = 1
 
 def bench(
     context: typer.Context,
-    suite: Annotated[str | None, typer.Argument(help="attention, step, memory or prefill.", show_default=False)] = None,
+    suite: Annotated[
+        str | None, typer.Argument(help="attention, step, memory, prefill or reuse.", show_default=False)
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -67,6 +69,7 @@ def bench(
     step: a whole decode step of generate().
     memory: bytes held, allocated, and needed during a step.
     prefill: a prompt to its first new token.
+    reuse: a prompt whose beginning an earlier call has read, to its first new token.
 
     Random weights of real shapes; nothing is downloaded.
     """

@@ -212,7 +212,7 @@ def _caption(result: Result) -> Table:
             "its time by the time a copy of the bytes it must read would take; a copy reads and writes "
             f"{speed:,.1f} GB/s here"
         )
-    held = {"step": "by all layers", "prefill": "by all layers"}.get(result.suite, "by one layer")
+    held = dict.fromkeys(("step", "prefill", "reuse"), "by all layers").get(result.suite, "by one layer")
     notes["held"] = f"{held}, in keys and values"
     if result.suite in ("attention", "memory"):
         notes["error"] = (

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hfkv.bench import Setting
 
 # Contexts by suite; a CPU and the shape tiny get less of it.
-CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), "prefill": (4096,)}
+CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), "prefill": (4096,), "reuse": (4096,)}
 TINY_CONTEXTS = (512,)
 
 
@@ -44,7 +44,7 @@ def setting_of(words: Words, seed: int) -> Setting:
     """
     from hfkv.bench import SUITES, BenchError, Setting
     from hfkv.bench.contenders import GRAPHS
-    from hfkv.bench.setting import DEFAULT_KV, GRAPHS_KV
+    from hfkv.bench.setting import DEFAULT_KV, GRAPHS_KV, REUSE_KV
 
     if words.suite not in SUITES:
         said = f"the suite {words.suite!r} is unknown" if words.suite else "name a suite, or a result with --from"
@@ -61,8 +61,10 @@ def setting_of(words: Words, seed: int) -> Setting:
     dtype = pick_dtype(words.dtype)
     shape = words.shape
     if shape is None and words.model is None:
-        shape = "small" if device.type == "cpu" and words.suite in ("step", "prefill") else "llama-8b"
+        shape = "small" if device.type == "cpu" and words.suite in ("step", "prefill", "reuse") else "llama-8b"
     kvs = words.kvs or [*DEFAULT_KV, *(GRAPHS_KV if words.suite == "step" and device.type == "cuda" else ())]
+    if words.suite == "reuse":
+        kvs = words.kvs or list(REUSE_KV)
     contexts = TINY_CONTEXTS if shape == "tiny" else CONTEXTS[words.suite]
     if words.contexts is not None:
         contexts = _numbers("--context", words.contexts)

@@ -34,6 +34,7 @@ class PagedStore(Store):
         self.lock = self.pages.lock
         self.page_size = page_size
         self.columns: list[tuple[int, int]] = []
+        self._copies = (1, 0)
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
 
     @property
@@ -63,6 +64,10 @@ class PagedStore(Store):
             forked.pages.join(page for row in forked.table for page in row)
             forked.columns, forked.length, forked.device = list(self.columns), self.length, self.device
         return forked
+
+    def expect_copies(self, copies: int, tokens: int) -> None:
+        """Says that every row will be copied so many times when it holds `tokens`, so that one allocation is enough."""
+        self._copies = (copies, tokens)
 
     def append(self, new: Planes) -> None:
         with self.lock:
@@ -137,6 +142,7 @@ class PagedStore(Store):
     def select(self, rows: torch.Tensor) -> None:
         self.version += 1
         chosen = rows.tolist()
+        self._copies = (1, 0)
         if len(set(chosen)) < len(chosen):
             self.reserved = 0  # rows that share pages need fewer of them, nobody knows how many
         self._retable([list(self.table[row]) for row in chosen])
@@ -209,7 +215,11 @@ class PagedStore(Store):
 
     def _reserved_pages(self) -> int:
         tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
-        return len(self.table) * -(-tokens // self.page_size)
+        columns = -(-tokens // self.page_size)
+        copies, shared = self._copies
+        if copies > 1 and self.bound is None:
+            columns += (copies - 1) * max(columns - shared // self.page_size, 0)
+        return len(self.table) * columns
 
     def _resize(self, size: int) -> None:
         count = min(size, self.blocks.size)

@@ -140,7 +140,7 @@ def zeros(*args: Any, **kwargs: Any) -> Any:
     return torch.zeros_like(output), weights
 
 
-@pytest.mark.parametrize("suite", ["attention", "step", "memory", "prefill"])
+@pytest.mark.parametrize("suite", ["attention", "step", "memory", "prefill", "reuse"])
 def test_no_speed_is_told_of_a_wrong_contender(suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "hfkv", zeros)
     path = tmp_path / "bench.json"
@@ -238,8 +238,8 @@ def test_a_busy_machine_is_told(measured: tuple[Any, dict[str, Any], Path], busy
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], ["name a suite", "--from", "attention, step, memory, prefill"]),
-        (["speed"], ["'speed'", "attention, step, memory, prefill"]),
+        ([], ["name a suite", "--from", "attention, step, memory, prefill, reuse"]),
+        (["speed"], ["'speed'", "attention, step, memory, prefill, reuse"]),
         (["attention", "--shape", "huge"], ["'huge'", "llama-8b, qwen3-30b-a3b, small, tiny"]),
         (["attention", "--shape", "tiny", "--model", "a/b"], ["--shape and --model"]),
         (["attention", "--kv", "int9"], ["'int9'", "allowed: none, int8"]),
@@ -296,3 +296,20 @@ def test_the_pages_target_can_be_read(tmp_path: Path) -> None:
     path.write_text(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
     (target,) = read_targets(path)
     assert (target.contender, target.at_least, target.max_error, target.shape) == ("int8", 6.0, 2e-2, "llama-8b")
+
+
+def test_a_known_beginning_is_not_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    words = ["--shape", "tiny", "--steps", "1", "--dtype", "float32", "--context", "1024", "--peers", "DynamicCache"]
+    small = ["--kv", "none+reuse:8kB"]
+    result = invoke("reuse", *words, "--kv", "none", "--kv", "none+reuse", *small, "--json", str(path))
+    assert result.exit_code == 0, result.output
+    (table,) = json.loads(path.read_text())["tables"]
+    rows = {row["contender"]: row for row in table["rows"]}
+    assert table["context"] == 1024
+    assert rows["none+reuse"]["p50_ms"] < rows["none"]["p50_ms"]
+    assert rows["none+reuse"]["error_logits"] < 1e-5
+    assert (rows["none+reuse:8kB"]["status"], rows["none+reuse:8kB"]["p50_ms"]) == ("left out", None)
+    assert "does not hold the prefix" in rows["none+reuse:8kB"]["note"]
+    result = invoke("prefill", *words, "--kv", "none+reuse")
+    assert "see the suite reuse" in " ".join(result.stdout.split())

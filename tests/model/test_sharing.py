@@ -1,4 +1,4 @@
-"""One row read for all beams and samples; forks; used caches that the prompt does not continue."""
+"""One row read for all beams and samples, and forks of a prefix."""
 
 import copy
 from typing import Any
@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
 
 import hfkv
 from hfkv.layer import KVLayer
@@ -108,11 +107,13 @@ def test_four_beams_hold_one_prompt(kv: str | None, rows_read: list[tuple[int, i
     inputs = prompt(1, length)
     bytes_held: list[int] = []
     touched: list[int] = []
+    places: set[tuple[int, ...]] = set()
     reorder = hfkv.KVCache.reorder_cache
 
     def watched(self: hfkv.KVCache, beam_idx: torch.Tensor) -> None:
         bytes_held.append(self.nbytes())
         planes = [plane for leaf in self.leaves for plane in leaf.store.planes]
+        places.add(tuple(plane.data_ptr() for plane in planes))
         with PlaneTraffic(planes) as traffic:
             reorder(self, beam_idx)
         touched.append(traffic.count)
@@ -132,6 +133,8 @@ def test_four_beams_hold_one_prompt(kv: str | None, rows_read: list[tuple[int, i
     assert max(bytes_held) <= 1.15 * one_prompt + beams * new_tokens * one_prompt / length
     assert isinstance(cache.layers[0].store, PagedStore)
     assert set(touched) == {0}
+    # The planes were allocated once: no copy of them stood beside them.
+    assert len(places) == 1
     if kv != "int8":
         stock = run(model, inputs, num_beams=beams, max_new_tokens=new_tokens)
         assert torch.equal(ours.sequences, stock.sequences)
@@ -192,157 +195,3 @@ def test_forks_share_pages_and_copy_the_last() -> None:
         cache.fork(0)
     with pytest.raises(TypeError, match="number of copies"):
         cache.fork("2")  # type: ignore[arg-type]
-
-
-# Used caches.
-
-
-def test_a_conversation_goes_on() -> None:
-    model, inputs = llama(), prompt(1, 10)
-    with hfkv.patch(model, "int8"):
-        cache = hfkv.KVCache(model, "int8")
-        text = greedy(model, inputs, past_key_values=cache)
-        assert cache.holds_tokens is not None
-        assert torch.equal(cache.holds_tokens, text[:, :-1])
-        more = torch.cat((text, prompt(1, 4)["input_ids"]), dim=1)
-        whole = greedy(model, {"input_ids": more})
-        assert torch.equal(greedy(model, {"input_ids": more}, past_key_values=copy.deepcopy(cache)), whole)
-        # Only what is new, with a mask over all.
-        new = more[:, cache.get_seq_length() :]
-        mask = torch.ones_like(more)
-        ours = greedy(model, {"input_ids": new, "attention_mask": mask}, past_key_values=copy.deepcopy(cache))
-        assert torch.equal(ours[:, new.shape[1] :], whole[:, more.shape[1] :])
-        assisted = greedy(model, {"input_ids": more}, past_key_values=cache, prompt_lookup_num_tokens=2)
-        assert torch.equal(assisted, whole)
-
-
-@pytest.mark.parametrize("mode", [{}, {"prompt_lookup_num_tokens": 2}, {"num_beams": 2}, {"prefill_chunk_size": 3}])
-@pytest.mark.parametrize("own", [True, False])
-def test_a_prompt_that_does_not_continue_is_refused(own: bool, mode: dict[str, Any]) -> None:
-    model, inputs = llama(), prompt(1, 10)
-    with hfkv.patch(model):
-        cache = hfkv.KVCache(model) if own else None
-        cache = greedy(model, inputs, 5, past_key_values=cache, return_dict_in_generate=True).past_key_values
-        other = inputs["input_ids"].clone()
-        other[0, 7] += 1
-        longer = torch.cat((other, other), dim=1)
-        held = cache.holds_tokens.clone()
-        with pytest.raises(ValueError, match=r"at position 7 row 0 has token .*cache.crop\(-7\) keeps the 7 tokens"):
-            greedy(model, {"input_ids": longer}, past_key_values=cache, **mode)
-        with pytest.raises(ValueError, match=r"holds 14 tokens and the prompt has 10.*cache.crop\(-5\)"):
-            greedy(model, inputs, past_key_values=cache, **mode)
-        assert torch.equal(cache.holds_tokens, held)
-        cache.crop(-7)
-        expected = greedy(model, {"input_ids": longer}, **mode)
-        assert torch.equal(greedy(model, {"input_ids": longer}, past_key_values=cache, **mode), expected)
-
-
-def test_batches_and_masks_that_do_not_fit_are_refused() -> None:
-    model, inputs = llama(), prompt(1, 10)
-    with hfkv.patch(model):
-        cache = hfkv.KVCache(model)
-        text = greedy(model, inputs, 5, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"holds 1 rows and the prompt has 3: give cache.fork\(3\)"):
-            greedy(model, {"input_ids": text.expand(3, -1)}, past_key_values=cache)
-        with pytest.raises(ValueError, match="mask is of 13"):
-            greedy(model, {"input_ids": text[:, -1:], "attention_mask": torch.ones(1, 13)}, past_key_values=cache)
-        mask = torch.ones_like(text)
-        mask[0, :2] = 0
-        with pytest.raises(ValueError, match="differs in its padding"):
-            greedy(model, {"input_ids": text, "attention_mask": mask}, past_key_values=cache)
-
-
-def test_padded_conversations_go_on() -> None:
-    model, inputs = llama(), prompt(2, 10, 3)
-    with hfkv.patch(model):
-        cache = hfkv.KVCache(model)
-        text = greedy(model, inputs, 5, past_key_values=cache)
-        mask = torch.cat((inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)), dim=1)
-        more = {"input_ids": text, "attention_mask": mask}
-        whole = greedy(model, more)
-        assert torch.equal(greedy(model, more, past_key_values=cache), whole)
-
-
-def test_other_weights_are_refused() -> None:
-    model, other, inputs = llama(), llama(hidden_size=32), prompt(1, 10)
-    with hfkv.patch(model):
-        cache = hfkv.KVCache(model)
-        text = greedy(model, inputs, 5, past_key_values=cache)
-        with hfkv.patch(other), pytest.raises(ValueError, match="another model"):
-            greedy(other, {"input_ids": text}, past_key_values=cache)
-        same = copy.deepcopy(model)
-        assert torch.equal(
-            greedy(same, {"input_ids": text}, past_key_values=cache.fork()),
-            greedy(model, {"input_ids": text}, past_key_values=cache.fork()),
-        )
-        with torch.no_grad():
-            model.model.embed_tokens.weight[5] += 1
-        with pytest.raises(ValueError, match="other weights"):
-            greedy(model, {"input_ids": text}, past_key_values=cache)
-        cache.reset()
-        assert torch.equal(
-            greedy(model, {"input_ids": text}, past_key_values=cache), greedy(model, {"input_ids": text})
-        )
-
-
-def test_a_forward_that_fails_midway_is_noticed() -> None:
-    model, inputs = llama(), prompt(1, 10)
-    with hfkv.patch(model):
-        cache = hfkv.KVCache(model)
-        text = greedy(model, inputs, 5, past_key_values=cache)
-
-        def fail(*args: Any) -> None:
-            raise KeyboardInterrupt
-
-        hook = model.model.layers[1].register_forward_pre_hook(fail)
-        with pytest.raises(KeyboardInterrupt):
-            greedy(model, {"input_ids": text}, past_key_values=cache)
-        hook.remove()
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"failed midway \(KeyboardInterrupt.*cache.reset\(\)"):
-                greedy(model, {"input_ids": text}, past_key_values=cache)
-        with pytest.raises(RuntimeError, match="failed midway"):
-            model(text[:, -1:], past_key_values=cache)
-        cache.reset()
-        assert torch.equal(
-            greedy(model, {"input_ids": text}, past_key_values=cache), greedy(model, {"input_ids": text})
-        )
-
-
-def test_what_a_cache_holds() -> None:
-    model, inputs = llama(), prompt(2, 10, 3)
-    ids = inputs["input_ids"]
-    with torch.no_grad():
-        unpatched = hfkv.KVCache(model)
-        model(**inputs, past_key_values=unpatched)
-        assert unpatched.holds_tokens is None
-        with hfkv.patch(model):
-            cache = hfkv.KVCache(model)
-            assert cache.holds_tokens is None
-            model(**inputs, past_key_values=cache)
-            assert torch.equal(cache.holds_tokens, ids)
-            cache.reorder_cache(torch.tensor([1, 1]))
-            assert torch.equal(cache.holds_tokens, ids[[1, 1]])
-            cache.batch_repeat_interleave(2)
-            cache.crop(-4)
-            assert torch.equal(cache.holds_tokens, ids[[1, 1, 1, 1], :6])
-            cache.batch_select_indices(torch.tensor([True, False, False, True]))
-            assert cache.holds_tokens.shape == (2, 6)
-            cache.reset()
-            assert cache.holds_tokens is None
-            model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=cache)
-            assert cache.holds_tokens is None
-            # What an unpatched model has filled goes on, but cannot be checked.
-            with pytest.raises(ValueError, match="not known"):
-                greedy(model, inputs, past_key_values=unpatched)
-
-
-def test_stock_caches_are_left_alone() -> None:
-    model, inputs = llama(), prompt(1, 10)
-    with hfkv.patch(model):
-        cache = DynamicCache(config=model.config)
-        text = greedy(model, inputs, 5, past_key_values=cache)
-        assert cache.get_seq_length() == 14
-        assert torch.equal(
-            greedy(model, {"input_ids": text}, past_key_values=cache), greedy(model, {"input_ids": text})
-        )

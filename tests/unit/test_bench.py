@@ -258,7 +258,7 @@ def test_a_step_reads_no_embedding_table_and_the_chosen_experts_only() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suite": "speed"}, "allowed: attention, step, memory, prefill"),
+        ({"suite": "speed"}, "allowed: attention, step, memory, prefill, reuse"),
         ({"shape": None}, "a shape or a model"),
         ({"contexts": ()}, "give a context"),
         ({"contexts": (0,)}, "context must be at least 1"),
