@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_WHOLE = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([a-z]+)$")
 
 
@@ -37,7 +38,8 @@ class Reuse:
         return self.budget
 
     def __str__(self) -> str:
-        return f"{self.budget_bytes}B"
+        unit, size = next((unit, size) for unit, size in _WHOLE if self.budget_bytes % size == 0)
+        return f"{self.budget_bytes // size}{unit}"
 
 
 def read_bytes(name: str, given: int | str) -> int:

@@ -16,12 +16,13 @@ from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
-from hfkv.patches.reuse import drop_pool, pool_of, refusal
+from hfkv.patches.reuse import drop_pool, pool_of
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
 from hfkv.prefixes import PrefixPool, ReuseStats, page_keys
 from hfkv.probe import base_model, frequencies, probe_rotary
 from hfkv.rotary import Rotary
+from hfkv.sharing import sharing_refusal
 
 logger = logging.getLogger("hfkv")
 
@@ -182,7 +183,7 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
     check_generate(base)
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
-        reason = refusal(base, probe)
+        reason = sharing_refusal(base.config, probe)
         if reason is not None:
             raise ValueError(f"reuse: {reason}; leave reuse out")
     ours = probe.kv_layers

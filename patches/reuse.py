@@ -50,24 +50,6 @@ def drop_pool(patch: Patch) -> None:
         _pools.pop(patch, None)
 
 
-def refusal(model: Any, cache: KVCache) -> str | None:
-    """Why the prompts of `model` cannot be shared at all, in words, or None where they can."""
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        return f"{name} is an encoder-decoder: its keys and values depend on more than the tokens before them"
-    others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
-    if others:
-        return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
-    parameters = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {parameters.get("rope_type")} | {
-        part.get("rope_type") for part in parameters.values() if isinstance(part, dict)
-    }
-    changing = sorted(kinds & {"dynamic", "longrope"})
-    if changing:
-        return f"the {changing[0]} rotary scaling of {name} changes with the length of the text"
-    return None
-
-
 def root_of(model: Any, cache: KVCache, state: ModelState, model_kwargs: dict[str, Any]) -> bytes | None:
     """The key under which this call's pages may be shared, or None where they may not."""
     patch: Patch = model.hfkv

@@ -30,6 +30,8 @@ bench step-1x2k 300 step --shape llama-8b --layers 32 --context 2048 --peers Dyn
     --kv none --kv int8 --kv none+graphs --kv int8+graphs
 bench memory 200 memory --shape llama-8b --context 32768
 bench prefill 300 prefill --shape llama-8b --layers 8 --ragged 8192,4096,2048,1024 --peers DynamicCache
+bench reuse 300 reuse --shape llama-8b --layers 8 --context 32768 --peers DynamicCache --steps 3 \
+    --kv none --kv none+reuse:16GiB --kv int8 --kv int8+reuse:16GiB
 run check 60 hfkv bench --check docs/benchmarks/targets-gpu.toml --from "$out/attention.json" \
     --from "$out/step-8x32k.json" --from "$out/step-1x2k.json"
 cat "$out/summary.txt"

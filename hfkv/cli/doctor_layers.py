@@ -142,7 +142,14 @@ def describe_layers(
 
 def _cache(config: PreTrainedConfig, kv: KVConfig) -> KVCache:
     from hfkv import KVCache
+    from hfkv.sharing import sharing_refusal
 
+    if kv.reuse is not None:
+        cache = _cache(config, replace(kv, reuse=None))
+        reason = sharing_refusal(config, cache)
+        if reason is not None:
+            raise ValueError(f"reuse: {reason}; leave reuse out")
+        return cache
     if not kv.needs_rotary:
         return KVCache(config, kv)
     # Only which layers there are matters here, not how their keys are rotated.

@@ -9,11 +9,15 @@ import hfkv
 README = Path(__file__).parent.parent.parent / "README.md"
 
 
-def test_the_readmes_examples_run(capsys: Any) -> None:
-    first, second = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def test_the_readmes_examples_run(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, second, third = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)
     assert "def parse(" in capsys.readouterr().out
     hfkv.unpatch(names["model"])
     exec(second, names)
     assert 0 < names["cache"].held_bytes() <= names["cache"].nbytes()
+    exec(third, names)
+    assert names["cache"].holds_tokens.shape[1] == names["text"].shape[1] - 1
+    assert names["model"].hfkv.reuse_stats().lookups > 0

@@ -1,5 +1,7 @@
 """On a GPU: the same tokens, pinned host memory, and only one layer at a time on the device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -96,3 +98,23 @@ def test_an_offloaded_cache_takes_one_layer_of_device_memory() -> None:
             del cache
     # Seven of eight layers are elsewhere.
     assert peaks["none"] - peaks["offload"] >= held * 6 / 8
+
+
+@pytest.mark.parametrize("kv", ["none+paged+page_size:8+reuse", "int8+reuse", "int8+offload+paged+page_size:8+reuse"])
+def test_sharing_gives_the_tokens_of_a_cold_run(kv: str, tmp_path: Path) -> None:
+    model = llama().cuda()
+    inputs = {name: value.cuda() for name, value in prompt(1, 90).items()}
+    with hfkv.patch(model, kv.replace("+reuse", "")):
+        expected, beams = greedy(model, inputs), greedy(model, inputs, num_beams=3)
+    with hfkv.patch(model, kv) as patch:
+        for _ in range(2):
+            assert torch.equal(greedy(model, inputs), expected)
+            assert torch.equal(greedy(model, inputs, num_beams=3), beams)
+        assert patch.reuse_stats().hits == 3
+        cache = patch.new_cache()
+        text = greedy(model, inputs, past_key_values=cache)
+        more = greedy(model, {"input_ids": text})
+        cache.save(tmp_path / "cache.safetensors")
+        loaded = hfkv.KVCache.load(tmp_path / "cache.safetensors", model)
+        for used in (cache.fork(), loaded):
+            assert torch.equal(greedy(model, {"input_ids": text}, past_key_values=used), more)

@@ -1,0 +1,25 @@
+"""Which models can share prompt prefixes at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfkv.cache import KVCache
+
+
+def sharing_refusal(config: Any, cache: KVCache) -> str | None:
+    """Why the prompts of a model of this config cannot be shared at all, in words, or None where they can."""
+    name = config.model_type
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder: its keys and values depend on more than the tokens before them"
+    others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
+    if others:
+        return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = {parameters.get("rope_type")} | {
+        part.get("rope_type") for part in parameters.values() if isinstance(part, dict)
+    }
+    changing = next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
+    if changing is not None:
+        return f"the {changing} rotary scaling of {name} changes with the length of the text"
+    return None
