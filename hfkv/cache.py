@@ -165,6 +165,8 @@ class KVCache(DynamicCache):
             self.record.crop(self.get_seq_length())
         else:
             self.record.forget()
+            for leaf in self.leaves:
+                leaf.is_assigned = False
 
     def reset(self) -> None:
         """Forgets everything; another batch, model or adapter may come."""
@@ -211,7 +213,8 @@ class KVCache(DynamicCache):
                 if not isinstance(layer, OURS):
                     _repeat(layer, self.batch_size, n)
         forked.record = self.record.copy()
-        forked.record.repeat(n)
+        if n > 1:
+            forked.record.repeat(n)
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:

@@ -59,6 +59,7 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         self._store_kind = self.kv.store
         self._copies = (1, 0)
         self._assignment = Assignment()
+        self.is_assigned = False
         self.captured: Captured | None = None
         self._tracked = False  # whether autograd follows some of the states: see hfkv.view
 

@@ -185,12 +185,14 @@ class PrefixPool:
         first_held = max(layer.span.held_from for layer in layers)
         with self._lock:
             for row, (of_row, pad) in enumerate(zip(keys, pads, strict=True)):
+                if not self._learn(layers):
+                    return
                 known = next((i for i, key in enumerate(of_row) if key not in self._index), len(of_row))
                 for key in reversed(of_row[:known]):
                     self._index.move_to_end(key)
                 if known == len(of_row) or pad + known * self.page_size < first_held:
                     continue
-                pages = self._room(of_row, len(of_row) - known) if self._learn(layers) else []
+                pages = self._room(of_row, len(of_row) - known)
                 if not pages:
                     continue
                 first = pad + known * self.page_size

@@ -25,11 +25,13 @@ class TokenRecord:
         is_known: whether every token has been written down.
         broken: what a forward that failed midway has left, in words, or None.
         root: under which key the tokens' pages may be shared with other calls, or None where they may not.
-        kept: whole pages of tokens that have been shared already.
+        kept: tokens whose whole pages have been shared already.
         repeated: tokens that the next forward is given though they are held.
+        is_wanted: whether anyone may ask; not where `generate` makes a cache and throws it away.
     """
 
     def __init__(self) -> None:
+        self.is_wanted = True
         self.forget()
 
     def forget(self) -> None:
@@ -131,6 +133,7 @@ class TokenRecord:
     def crop(self, left: int) -> None:
         """Only the first `left` tokens are left."""
         self.length = min(self.length, left)
+        self.kept = min(self.kept, left)
         if self._hidden is not None:
             self._hidden = self._hidden[:, :left]
 

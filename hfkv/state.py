@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,7 @@ class ModelState:
         versions: a digest of where the weights lie and how often torch has written to them; of one process.
         buffers: a digest of numbers of every buffer: rotary frequencies, say.
         precision: autocast's dtype, and whether rotary angles are exact.
+        has_hooks: whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches).
         object: the model itself, while it lives.
     """
 
@@ -60,6 +61,7 @@ class ModelState:
     versions: str
     buffers: str
     precision: str
+    has_hooks: bool = field(default=False, compare=False)
     object: Any = field(default=None, compare=False)
 
     def difference(self, other: ModelState) -> str | None:
@@ -114,11 +116,13 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     parameters: list[torch.Tensor] = []
     buffers: list[torch.Tensor] = []
     adapters: dict[str, None] = {}
+    has_hooks = bool(_global_forward_hooks or _global_forward_pre_hooks)
     for module in _modules_in_use(model):
         parameters += [
             _at_rest(module, name, weight) for name, weight in module._parameters.items() if weight is not None
         ]
         buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
+        has_hooks = has_hooks or bool(module._forward_hooks or module._forward_pre_hooks)
         if _is_adapted(module):
             adapters[_adapters_of(module)] = None
     versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in parameters]
@@ -131,19 +135,14 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
         versions=hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest(),
         buffers=_digest(buffers),
         precision=f"{autocast}{', exact rotary angles' if exact_rotary else ''}",
+        has_hooks=has_hooks,
         object=weakref.ref(model),
     )
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches)."""
-    if _global_forward_hooks or _global_forward_pre_hooks:
-        return True
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 def _is_adapted(module: Any) -> bool:
-    return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
+    # The class is asked: a module looks for an attribute that is not there among its parts, which takes long.
+    return hasattr(type(module), "adapter_layer_names") and hasattr(type(module), "active_adapters")
 
 
 def _in_use(module: Any) -> set[str]:
@@ -163,20 +162,24 @@ def _adapters_of(module: Any) -> str:
     return " ".join(words)
 
 
-def _modules_in_use(module: Any) -> Iterator[Any]:
-    yield module
-    named: tuple[str, ...] = module.adapter_layer_names if _is_adapted(module) else ()
-    for name, child in module._modules.items():
-        if child is None:
-            continue
-        if name not in named:
-            yield from _modules_in_use(child)
-        elif isinstance(child, nn.ParameterDict):
-            yield _Chosen({key: weight for key, weight in child.items() if key in _in_use(module)})
-        else:
-            for key, adapter in child._modules.items():
-                if key in _in_use(module):
-                    yield from _modules_in_use(adapter)
+def _modules_in_use(model: nn.Module) -> list[Any]:
+    """Every module, those of adapters that are not in use left out."""
+    found: list[Any] = []
+    waiting: list[Any] = [model]
+    while waiting:
+        module = waiting.pop()
+        found.append(module)
+        named: tuple[str, ...] = module.adapter_layer_names if _is_adapted(module) else ()
+        for name, child in module._modules.items():
+            if child is None:
+                continue
+            if name not in named:
+                waiting.append(child)
+            elif isinstance(child, nn.ParameterDict):
+                found.append(_Chosen({key: weight for key, weight in child.items() if key in _in_use(module)}))
+            else:
+                waiting += [adapter for key, adapter in child._modules.items() if key in _in_use(module)]
+    return found
 
 
 class _Chosen:
@@ -185,6 +188,7 @@ class _Chosen:
     def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
         self._parameters = parameters
         self._buffers: dict[str, torch.Tensor] = {}
+        self._forward_hooks = self._forward_pre_hooks = None
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:

@@ -86,7 +86,7 @@ def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
         kwargs["input_ids"],
         kwargs["model_kwargs"],
     )
-    if isinstance(cache, KVCache) and model_kwargs.get("inputs_embeds") is None:
+    if isinstance(cache, KVCache) and cache.record.is_wanted and model_kwargs.get("inputs_embeds") is None:
         config = kwargs["generation_config"]
         begin(self, cache, ids, config, model_kwargs)
         share(self, cache, ids, config, model_kwargs)
@@ -121,6 +121,7 @@ def _prepare_cache(
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
+    own.record.is_wanted = bool(generation_config.return_dict_in_generate) or self.hfkv.kv.reuse is not None
     own.reserve(max_cache_length + expect_prefix(self, own))
     if generation_config.is_assistant:
         own.activate_past_recording()

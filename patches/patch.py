@@ -96,10 +96,9 @@ class Patch:
     def keep_pages(self, cache: KVCache) -> None:
         """Keeps the whole pages of a cache's texts for later calls, once there are new ones."""
         record, pool = cache.record, self.pool
-        whole = record.length // pool.page_size
-        if record.root is None or whole <= record.kept:
+        if record.root is None or record.length // pool.page_size <= record.kept // pool.page_size:
             return
-        record.kept = whole
+        record.kept = record.length
         tokens, pads = cache.holds_tokens, record.pads()
         if tokens is None or pads is None:
             record.root = None

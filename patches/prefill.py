@@ -12,7 +12,7 @@ from hfkv.cache import KVCache
 from hfkv.patches.continuing import check_continues, mask_of
 from hfkv.patches.reuse import positions_are_plain, root_of
 from hfkv.prefixes import PrefixPool, page_keys
-from hfkv.state import has_hooks, state_of
+from hfkv.state import ModelState, state_of
 
 # What is expanded row by row, and can be taken back.
 EXPANDED = {"attention_mask", "position_ids"}
@@ -38,8 +38,10 @@ def prefill(
     if not isinstance(cache, KVCache) or is_inner or model_kwargs.get("inputs_embeds") is not None:
         return type(model)._prefill(model, input_ids, *rest)
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    begin(model, cache, input_ids, generation_config, model_kwargs, copies)
-    once = _once(model, cache, input_ids, model_kwargs, copies)
+    if copies == 1 and not cache.record.is_wanted:
+        return _read(model, cache, input_ids, *rest)
+    state = begin(model, cache, input_ids, generation_config, model_kwargs, copies)
+    once = None if state.has_hooks else _once(model, cache, input_ids, model_kwargs, copies)
     if once is None:
         share(model, cache, input_ids, generation_config, model_kwargs)
         return _read(model, cache, input_ids, *rest)
@@ -54,7 +56,7 @@ def prefill(
 
 def begin(
     model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], copies: int = 1
-) -> None:
+) -> ModelState:
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
     state = state_of(model, model.hfkv.exact_rotary)
     cache.record.repeated = 0
@@ -64,6 +66,7 @@ def begin(
         cache.record.forget()
         cache.record.state = state
     cache.record.root = root_of(model, cache, state, model_kwargs)
+    return state
 
 
 def _once(
@@ -71,7 +74,7 @@ def _once(
 ) -> tuple[torch.Tensor, dict[str, Any]] | None:
     """One row of each prompt, with its inputs; None where the rows have to be read one by one."""
     rows, batch = len(ids), cache.batch_size
-    if copies == 1 or rows % copies or (batch is not None and batch == rows) or has_hooks(model):
+    if copies == 1 or rows % copies or (batch is not None and batch == rows):
         return None
     inputs = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
     if not inputs.keys() <= EXPANDED or model.config.is_encoder_decoder:
@@ -161,7 +164,7 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
             return
         pool.give(cache.leaves, pages, pads, columns)
     record.append(ids[:, :columns], columns, None if mask is None else mask[:, :columns])
-    record.kept = columns // pool.page_size
+    record.kept = columns
 
 
 def _left_pads(mask: torch.Tensor | None, ids: torch.Tensor) -> tuple[int, ...] | None:

@@ -13,7 +13,7 @@ import torch
 from hfkv.cache import KVCache
 from hfkv.patches.prompt import learned_prompt
 from hfkv.prefixes import PrefixPool
-from hfkv.state import ModelState, has_hooks
+from hfkv.state import ModelState
 
 if TYPE_CHECKING:
     from hfkv.patches.patch import Patch
@@ -55,14 +55,14 @@ def root_of(model: Any, cache: KVCache, state: ModelState, model_kwargs: dict[st
     patch: Patch = model.hfkv
     if patch.kv.reuse is None or cache.kv != patch.own_kv:
         return None
-    reason = _reason(model, model_kwargs)
+    reason = _reason(model, state, model_kwargs)
     if reason is not None:
         patch.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")
         return None
     return state.key(patch.kv.reuse.salt)
 
 
-def _reason(model: Any, model_kwargs: dict[str, Any]) -> str | None:
+def _reason(model: Any, state: ModelState, model_kwargs: dict[str, Any]) -> str | None:
     extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and _is_input(value))
     if extra:
         return f"it is more than ids and left padding ({', '.join(extra)})"
@@ -70,7 +70,7 @@ def _reason(model: Any, model_kwargs: dict[str, Any]) -> str | None:
         return "PEFT puts learned tokens before it"
     if model.training:
         return "the model is in training mode"
-    if has_hooks(model):
+    if state.has_hooks:
         return "the model has forward hooks, which may change what it computes"
     return None
 

@@ -41,8 +41,11 @@ class Store(ABC):
         self.keeps_place = False  # whether `select` writes to the same planes where it can: a CUDA graph reads them
         self.planes: list[torch.Tensor] = []
         self.device: torch.device | None = None
-        # Held while planes are written that other stores may share.
-        self.lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """Held while planes are written that other stores may share."""
+        return contextlib.nullcontext()
 
     @property
     def reads_slices(self) -> bool:

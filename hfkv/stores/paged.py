@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -31,7 +33,6 @@ class PagedStore(Store):
         self.table: list[list[int]] = []  # [B][column] -> page
         super().__init__(offload=offload, bound=bound)
         self.pages.join(())
-        self.lock = self.pages.lock
         self.page_size = page_size
         self.columns: list[tuple[int, int]] = []
         self._copies = (1, 0)
@@ -51,15 +52,24 @@ class PagedStore(Store):
         """The reference counts of the pages."""
         return self.pages.blocks
 
+    @property
+    def lock(self) -> contextlib.AbstractContextManager[Any]:
+        """That of the pages."""
+        return self.pages.lock
+
     def __del__(self) -> None:
-        self.pages.leave(page for row in self.table for page in row)
+        if "table" in vars(self):  # else it was never made whole
+            self.pages.leave(page for row in self.table for page in row)
+
+    def __deepcopy__(self, memo: Any) -> PagedStore:
+        return self.fork(torch.arange(len(self.table)))
 
     def fork(self, rows: torch.Tensor) -> PagedStore:
         """Shares the pages; see `Store.fork`."""
         forked = PagedStore(self.page_size, offload=self.offload, bound=self.bound)
         with self.lock:
             forked.pages.leave(())
-            forked.pages, forked.lock = self.pages, self.lock
+            forked.pages = self.pages
             forked.table = [list(self.table[row]) for row in rows.tolist()]
             forked.pages.join(page for row in forked.table for page in row)
             forked.columns, forked.length, forked.device = list(self.columns), self.length, self.device

@@ -43,5 +43,9 @@ class Pages:
             self.stores -= 1
             self.blocks.release(pages)
 
-    def __deepcopy__(self, memo: Any) -> Pages:
-        raise TypeError("pages are shared by reference counts, not copied; fork the store that lists them")
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.lock = threading.RLock()
