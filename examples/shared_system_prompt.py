@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
@@ -92,7 +92,8 @@ def main(
     with hfkv.patch(loaded, hfkv.KVConfig(reuse=hfkv.Reuse(budget=budget))) as patch:  # or "none+reuse:512MiB"
         shared = ask(loaded, prompts, new_tokens)
         stats = patch.reuse_stats()
-    table = Table("question", "tokens found", "tokens read", "first token, ms", "without reuse, ms", "same text")
+    asked = Column("question", no_wrap=True)
+    table = Table(asked, "tokens found", "tokens read", "first token, ms", "without reuse, ms", "same text")
     for question, prompt, one, other in zip(QUESTIONS, prompts, shared, without, strict=True):
         table.add_row(
             question,

@@ -5,23 +5,18 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
+from hfkv.build import OURS, build_layers, decoder_config
 from hfkv.config import KVConfig
 from hfkv.layer import KVLayer
-from hfkv.probe import cross_attention_layers, probe_rotary
 from hfkv.record import TokenRecord
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
 from hfkv.stores.base import storage_bytes
-from hfkv.window import Window
-
-OURS = (KVLayer, SplitLayer)
 
 
 class KVCache(DynamicCache):
@@ -48,7 +43,7 @@ class KVCache(DynamicCache):
         kv: KVConfig | str | None = None,
         rotary: Mapping[int, Rotary | None] | None = None,
     ) -> None:
-        config = _decoder_config(config_or_model)
+        config = decoder_config(config_or_model)
         self.kv = KVConfig.of(kv)
         if self.kv.reuse is not None:
             raise ValueError(
@@ -58,73 +53,7 @@ class KVCache(DynamicCache):
         self.model_type: str = config.model_type
         super().__init__(config=config)
         self.record = TokenRecord()
-        cross = cross_attention_layers(config)
-        if rotary is None and self.kv.needs_rotary:
-            rotary = _probe(config_or_model)
-        self.layers: list[Any] = [
-            layer if index in cross else _replace(layer, index, self.kv.for_layer(index), rotary or {})
-            for index, layer in enumerate(self.layers)
-        ]
-        self._check_layers()
-        self._check_windows()
-        self._check_heads(config)
-
-    def _check_layers(self) -> None:
-        if not self.kv_layers:
-            kinds = sorted({type(layer).__name__ for layer in self.layers})
-            raise ValueError(
-                f"{self.model_type!r} has no plain attention layer for an hfkv cache to hold (its layers are: "
-                f"{', '.join(kinds) or 'none'}); use transformers' own cache"
-            )
-        window = self.kv.window
-        named = {"KVConfig.layers": self.kv.last_named_layer}
-        if isinstance(window, Window):
-            named["Window.global_layers"] = max(window.global_layers, default=-1)
-            named["Window.global_heads"] = max(window.global_heads, default=-1)
-        for field, last in named.items():
-            if last >= len(self.layers):
-                raise ValueError(f"{field} names layer {last}; {self.model_type!r} has layers 0-{len(self.layers) - 1}")
-        for index, layer in enumerate(self.layers):
-            if self.kv.names_layer(index) and layer not in self.kv_layers:
-                raise ValueError(
-                    f"KVConfig.layers names layer {index}, which stays transformers' own ({type(layer).__name__})"
-                )
-
-    def _check_windows(self) -> None:
-        window = self.kv.window
-        kept = {*window.global_layers, *window.global_heads} if isinstance(window, Window) else set()
-        for index in kept:
-            layer = self.layers[index]
-            if not isinstance(layer, OURS) or layer.is_sliding or self.kv.names_layer(index):
-                raise ValueError(
-                    f"Window.global_layers or global_heads names layer {index}, which the window is not for: it slides "
-                    "by itself, stays transformers' own, or has a config of its own in KVConfig.layers"
-                )
-        for index, layer in enumerate(self.layers):
-            if not isinstance(layer, KVLayer) or not layer.is_sliding:
-                continue
-            slides = f"it slides over {layer.sliding} tokens already"
-            if self.kv.names_layer(index) and self.kv.for_layer(index).window is not None:
-                raise ValueError(f"KVConfig.layers gives layer {index} a window, but {slides}")
-        if window is not None and not any(layer.window and not layer.is_sliding for layer in self.kv_layers):
-            raise ValueError(
-                f"a window was asked for, but no attention layer of {self.model_type!r} is left for it: each already "
-                "slides over tokens of its own, or global_layers or KVConfig.layers keep it whole; leave the window out"
-            )
-
-    def _check_heads(self, config: PreTrainedConfig) -> None:
-        heads = self.kv.window.global_heads if isinstance(self.kv.window, Window) else {}
-        for index, named in heads.items():
-            try:
-                count = getattr(config, "num_key_value_heads", None)
-            except RuntimeError:  # layers differ (gemma4), and the config refuses to say one number
-                count = None
-            # Layers may differ from the config (and a part of a model has fewer): those find out at the first key.
-            if isinstance(count, int) and (named[-1] >= count or len(named) == count):
-                raise ValueError(
-                    f"Window.global_heads names the kv heads {list(named)} of layer {index}; it has 0-{count - 1}, and "
-                    "at least one must slide (global_layers keeps whole layers)"
-                )
+        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
 
     @property
     def kv_layers(self) -> list[KVLayer | SplitLayer]:
@@ -262,47 +191,6 @@ class KVCache(DynamicCache):
         if any(layer.is_assigned for layer in self.kv_layers):
             return None
         return self.record.tokens(self.get_seq_length())
-
-
-def _decoder_config(config_or_model: Any) -> PreTrainedConfig:
-    config = getattr(config_or_model, "config", config_or_model)
-    if not isinstance(config, PreTrainedConfig):
-        raise TypeError(
-            f"an hfkv cache is built from a model or its config, got {type(config_or_model).__name__}. (DataParallel "
-            "rebuilds caches from their data, which this cannot serve: use DistributedDataParallel, DDP)"
-        )
-    decoder = config.get_text_config(decoder=True)
-    if not getattr(decoder, "num_attention_heads", None):
-        raise ValueError(
-            f"{decoder.model_type!r} has no attention heads in its config: there are no keys and values to cache"
-        )
-    return decoder
-
-
-def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
-    if not isinstance(config_or_model, torch.nn.Module):
-        raise ValueError(
-            'sink_positions="cache" and summaries need to know how the model rotates its keys: build the cache from '
-            "the model itself, not from its config, or use hfkv.patch(model, kv=...)"
-        )
-    return probe_rotary(config_or_model)
-
-
-def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None]) -> Any:
-    """A layer of ours in place of a plain full or sliding one; any other layer as it is."""
-    if type(layer) is DynamicSlidingWindowLayer:
-        return KVLayer(kv, sliding=layer.sliding_window)
-    if type(layer) is not DynamicLayer:
-        return layer
-    window = kv.window
-    if isinstance(window, Window) and index in window.global_layers:
-        return KVLayer(replace(kv, window=None))
-    if isinstance(window, Window) and window.needs_rotary and index not in known:
-        raise ValueError(f"`rotary` says nothing of layer {index}; leave it out, or give all that probe_rotary returns")
-    rotary = known.get(index)
-    if isinstance(window, Window) and index in window.global_heads:
-        return SplitLayer(kv, window.global_heads[index], rotary)
-    return KVLayer(kv, rotary=rotary)
 
 
 def _repeat(layer: Any, batch: int | None, repeats: int) -> None:

@@ -58,6 +58,7 @@ FORBIDDEN = {
     "hfkv/view.py": ("transformers", "hfkv.stores", "hfkv.codecs", "hfkv.layer", "hfkv.cache"),
     "hfkv/layer.py": ("hfkv.cache", "hfkv.attention", "hfkv.patches"),
     "hfkv/cache.py": ("hfkv.attention", "hfkv.patches"),
+    "hfkv/build.py": ("hfkv.cache", "hfkv.attention", "hfkv.patches"),
     "hfkv/attention.py": ("hfkv.cache", "hfkv.patches", "hfkv.stores", "hfkv.codecs"),
     "hfkv/eval": ("hfkv.cli",),
     "hfkv/bench": ("hfkv.cli",),

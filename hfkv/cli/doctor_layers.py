@@ -195,7 +195,7 @@ class _Layer:
 
     def group(self) -> Group:
         """What the layer keeps, and what reads and writes it."""
-        from hfkv.cache import OURS
+        from hfkv.build import OURS
         from hfkv.split import SplitLayer
 
         if not isinstance(self.layer, OURS):
