@@ -8,7 +8,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hfkv
-from hfkv.layer import KVLayer
 from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED, generate
 
@@ -46,20 +45,6 @@ def longer(inputs: dict[str, torch.Tensor], count: int, seed: int = 3) -> dict[s
     more = torch.randint(3, 99, (len(ids), count))
     mask = torch.cat((inputs["attention_mask"], torch.ones_like(more)), dim=1)
     return {"input_ids": torch.cat((ids, more), dim=1), "attention_mask": mask}
-
-
-@pytest.fixture
-def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens) of every update of the first layer of any cache."""
-    read: list[tuple[int, int]] = []
-    update = KVLayer.update
-
-    def counted(self: KVLayer, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        read.append((keys.shape[0], keys.shape[2]))
-        return update(self, keys, *args, **kwargs)
-
-    monkeypatch.setattr(KVLayer, "update", counted)
-    return read
 
 
 @pytest.mark.smoke

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hfkv
-from hfkv.layer import KVLayer
 from hfkv.stores import PagedStore
 from tests.tiny import greedy, llama, prompt
 
@@ -20,20 +19,6 @@ EXPANDED: dict[str, dict[str, Any]] = {
     "beam_sample": {"num_beams": 3, "do_sample": True},
     "groups": {"num_beams": 3, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
 }
-
-
-@pytest.fixture
-def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens) of every update of any layer."""
-    read: list[tuple[int, int]] = []
-    update = KVLayer.update
-
-    def counted(self: KVLayer, keys: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        read.append((keys.shape[0], keys.shape[2]))
-        return update(self, keys, *args, **kwargs)
-
-    monkeypatch.setattr(KVLayer, "update", counted)
-    return read
 
 
 class PlaneTraffic(TorchDispatchMode):
