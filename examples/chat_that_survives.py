@@ -5,8 +5,8 @@
     python examples/chat_that_survives.py --forget "another first line"
 
 The second run loads what the first has left in chat.safetensors and reads only the new line; the turns so far are
-printed from the tokens that the cache holds. A file that is damaged, or of another model, is refused in one line. Loading
-pays where there is much to read: say "$(head -c 1500 README.md)" first.
+printed from the tokens that the cache holds. A file that is damaged, or of another model, is refused in one line.
+Loading pays where there is much to read: say "$(head -c 1500 README.md)" first.
 (The bundled model has seen no chat: its replies only look like text.)
 """
 
@@ -65,7 +65,7 @@ def reply(model: Any, tokenizer: Any, cache: hfkv.KVCache, line: str, new_tokens
         do_sample=False,
     )
     # `generate` never reads the last token it makes. Read it, so that the cache holds the text to its end.
-    pass
+    model(text[:, cache.get_seq_length() :], past_key_values=cache)
     return text, text.shape[1] - prompt.shape[1]
 
 

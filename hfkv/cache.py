@@ -47,8 +47,8 @@ class KVCache(DynamicCache):
         self.kv = KVConfig.of(kv)
         if self.kv.reuse is not None:
             raise ValueError(
-                "reuse is between the calls of a patched model, not of one cache: hfkv.patch(model, kv=...), or share "
-                "a prefix by hand with cache.fork(n)"
+                "reuse is between the calls of a patched model, not of one cache: hfkv.patch(model, kv=...). Leave it "
+                "out here (on a patched model, model.hfkv.new_cache() does), and share a prefix with cache.fork(n)"
             )
         self.model_type: str = config.model_type
         super().__init__(config=config)
@@ -147,14 +147,20 @@ class KVCache(DynamicCache):
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
-        """Writes everything held to a safetensors file; see `hfkv.files.save_cache`."""
+        """Writes everything held to a safetensors file; see `hfkv.files.save_cache`.
+
+        The last token that `generate` returns is not in the cache: it has not been read yet. The next prompt brings it.
+        """
         from hfkv.files import save_cache
 
         save_cache(self, path, model)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> KVCache:
-        """Such a file as a cache for the model that filled it; see `hfkv.files.load_cache`."""
+        """Such a file as a cache for the model that filled it; see `hfkv.files.load_cache`.
+
+        It knows its tokens; only a patched model goes on writing them down.
+        """
         from hfkv.files import load_cache
 
         return load_cache(path, model)
@@ -173,7 +179,10 @@ class KVCache(DynamicCache):
             layer.reserve(tokens)
 
     def nbytes(self) -> int:
-        """Bytes allocated: the sum over unique storages, layers of transformers' own included."""
+        """Bytes allocated: the sum over unique storages, layers of transformers' own included.
+
+        Forks that share pages share planes: each counts all of them.
+        """
         others = [layer for layer in self.layers if not isinstance(layer, OURS)]
         return sum(layer.nbytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
 

@@ -50,7 +50,7 @@ class ModelState:
         weights: a digest of 64 numbers of every weight, those of adapters that are not in use left out.
         versions: a digest of where the weights lie and how often torch has written to them; of one process.
         buffers: a digest of numbers of every buffer: rotary frequencies, say.
-        precision: autocast's dtype, and whether rotary angles are exact.
+        precision: the dtype of the first weights, autocast's, and whether rotary angles are exact.
         has_hooks: whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches).
         object: the model itself, while it lives.
     """
@@ -96,11 +96,9 @@ def fingerprint_difference(one: Mapping[str, str], other: Mapping[str, str], is_
         return f"another model: {one['model']} and not {other['model']}"
     if one["adapters"] != other["adapters"]:
         return f"another state of the adapters: {one['adapters']} and not {other['adapters']}"
-    if one["weights"] != other["weights"] or is_rewritten:
-        return "other weights"
     if one["precision"] != other["precision"]:
         return f"another precision: {one['precision']} and not {other['precision']}"
-    return None
+    return "other weights" if one["weights"] != other["weights"] or is_rewritten else None
 
 
 def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
@@ -127,14 +125,16 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
             adapters[_adapters_of(module)] = None
     versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in parameters]
     device_type = next((tensor.device.type for tensor in parameters if tensor.device.type != "meta"), "cpu")
-    autocast = str(torch.get_autocast_dtype(device_type)) if torch.is_autocast_enabled(device_type) else "as loaded"
+    precision = str(next((tensor.dtype for tensor in parameters if tensor.is_floating_point()), None))
+    if torch.is_autocast_enabled(device_type):
+        precision += f" under autocast to {torch.get_autocast_dtype(device_type)}"
     return ModelState(
         model=f"{type(model).__name__} {digest}",
         adapters=", ".join(adapters) or "none",
         weights=_digest(parameters),
         versions=hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest(),
         buffers=_digest(buffers),
-        precision=f"{autocast}{', exact rotary angles' if exact_rotary else ''}",
+        precision=f"{precision}{', exact rotary angles' if exact_rotary else ''}".replace("torch.", ""),
         has_hooks=has_hooks,
         object=weakref.ref(model),
     )

@@ -54,6 +54,10 @@ def write_file(name: str, tensors: Mapping[str, torch.Tensor], text: str) -> Non
         OSError: it cannot be written.
     """
     name = os.path.realpath(name)
+    if os.path.isdir(name):
+        raise IsADirectoryError(f"{name!r} is a folder; name a file in it")
+    if not os.path.isdir(os.path.dirname(name)):
+        raise FileNotFoundError(f"{name!r}: there is no folder {os.path.dirname(name)!r}; make it, or name another")
     beside = os.path.join(os.path.dirname(name), f".{KEY}-{secrets.token_hex(8)}.tmp")
     try:
         with open(beside, "xb") as file:

@@ -94,7 +94,13 @@ def _refuse_other_tokens(
         else f"has token {int(given[row, first])} where the cache holds {int(held[row, first])}"
     )
     # A prompt needs one token at least that is not held.
-    keep = min(first, length - 1)
+    keep, whole = min(first, length - 1), held.shape[1] + length
+    if keep == 0:
+        raise ValueError(
+            f"past_key_values holds {held.shape[1]} tokens and the prompt begins otherwise: at position 0 row {row} "
+            f"{what}. A prompt is the whole text that goes on; to give its {length} new tokens alone, give them an "
+            f"attention_mask of all {whole}. cache.reset() starts anew"
+        )
     raise ValueError(
         f"past_key_values holds {held.shape[1]} tokens that the prompt does not continue: at position {first} row "
         f"{row} {what}. cache.crop({keep - held.shape[1]}) keeps the {keep} tokens that are alike, a cache.fork() made "

@@ -127,6 +127,24 @@ def test_a_chat_reads_only_what_is_new(chat):
     assert torch.equal(cache.holds_tokens, text)
 
 
+def test_a_reply_that_came_to_its_end_is_not_ended_twice():
+    turn = runpy.run_path(str(EXAMPLES / "chat_that_survives.py"))["turn"]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_lm.PATH)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}<eos>{% endfor %}assistant: "
+    )
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for held, line, expected in (
+        ("", "a", "user: a<eos>assistant: "),
+        ("user: a<eos>assistant: b", "c", "<eos>user: c<eos>assistant: "),
+        ("user: a<eos>assistant: b<eos>", "c", "user: c<eos>assistant: "),
+    ):
+        assert turn(tokenizer, line, torch.tensor([ids(held)], dtype=torch.long))[0].tolist() == ids(expected)
+
+
 def test_a_damaged_file_is_refused_in_one_line(chat, tmp_path):
     damaged = bytearray((chat[0] / "chat.safetensors").read_bytes())
     damaged[len(damaged) // 2] ^= 1

@@ -45,7 +45,7 @@ def test_another_model_is_refused(path: Path) -> None:
     refused(path, llama(num_hidden_layers=3), "another model: LlamaForCausalLM")
     refused(path, llama(rope_parameters={"rope_type": "default", "rope_theta": 5.0}), "another model")
     refused(path, sliding(MistralConfig, MistralForCausalLM), "another model: LlamaForCausalLM .* and not Mistral")
-    refused(path, llama().to(torch.bfloat16), "other weights")
+    refused(path, llama().to(torch.bfloat16), "another precision: float32 and not bfloat16")
     with pytest.raises(TypeError, match="got LlamaConfig"):
         KVCache.load(path, llama().config)
     assert KVCache.load(path, llama()).get_seq_length()
@@ -68,10 +68,10 @@ def test_other_weights_are_refused(path: Path) -> None:
 def test_another_precision_is_refused(path: Path) -> None:
     saved(llama(), path)
     with torch.autocast("cpu", torch.bfloat16):
-        refused(path, llama(), "another precision: as loaded and not torch.bfloat16")
+        refused(path, llama(), "another precision: float32 and not float32 under autocast to bfloat16")
     model = llama()
     with hfkv.patch(model, exact_rotary=True):
-        refused(path, model, "another precision: as loaded and not as loaded, exact rotary angles")
+        refused(path, model, "another precision: float32 and not float32, exact rotary angles")
         used(model, "none")[0].save(path, model)
         KVCache.load(path, model)
     refused(path, model, "another precision")
