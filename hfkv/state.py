@@ -113,13 +113,17 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     parameters: list[torch.Tensor] = []
     buffers: list[torch.Tensor] = []
+    packed: list[int] = []
     adapters: dict[str, None] = {}
     has_hooks = bool(_global_forward_hooks or _global_forward_pre_hooks)
     for module in _modules_in_use(model):
-        parameters += [
-            _at_rest(module, name, weight) for name, weight in module._parameters.items() if weight is not None
-        ]
-        buffers += [buffer for buffer in module._buffers.values() if buffer is not None]
+        for name, weight in module._parameters.items():
+            if weight is not None and _is_packed_later(weight):
+                packed.append(id(weight))
+            elif weight is not None:
+                parameters += _plain(_at_rest(module, name, weight))
+        for buffer in module._buffers.values():
+            buffers += [] if buffer is None else _plain(buffer)
         has_hooks = has_hooks or bool(module._forward_hooks or module._forward_pre_hooks)
         if _is_adapted(module):
             adapters[_adapters_of(module)] = None
@@ -132,7 +136,7 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
         model=f"{type(model).__name__} {digest}",
         adapters=", ".join(adapters) or "none",
         weights=_digest(parameters),
-        versions=hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest(),
+        versions=hashlib.blake2b(repr((versions, packed)).encode(), digest_size=16).hexdigest(),
         buffers=_digest(buffers),
         precision=f"{precision}{', exact rotary angles' if exact_rotary else ''}".replace("torch.", ""),
         has_hooks=has_hooks,
@@ -221,8 +225,21 @@ def _at_rest(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _is_packed_later(weight: torch.Tensor) -> bool:
+    """Whether its numbers change at the first forward: bitsandbytes packs 4-bit weights anew there, on a CPU."""
+    return type(weight).__name__ == "Params4bit" and weight.device.type == "cpu"
+
+
+def _plain(tensor: Any) -> list[torch.Tensor]:
+    """The tensors that one which stands for others (shards, quantised weights) consists of, or the tensor itself."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        return [tensor]
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [plain for part in parts if isinstance(part, torch.Tensor) for plain in _plain(part)]
+
+
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    plain = tensor.to_local() if hasattr(tensor, "to_local") else tensor.data
+    plain = tensor.data
     flat = plain.view(-1) if plain.is_contiguous() else plain.flatten()
     # An odd step does not stay in one column of a matrix.
     return flat[:: max(len(flat) // SAMPLES, 1) | 1][: 2 * SAMPLES]

@@ -38,6 +38,7 @@ class Patch:
         kv: the policies every new cache gets.
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
         rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
+        num_layers: layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
         graphs: what captures decode steps, or None where that was not asked for.
@@ -48,6 +49,7 @@ class Patch:
         self.kv = kv
         self.own_attention: str | None = None
         self.own_layers: dict[int, str] = {}
+        self.num_layers = 0
         self.exact_rotary = False
         self.graphs: Graphs | None = None
         self._rotary: dict[int, Rotary | None] | None = None
@@ -186,6 +188,7 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         if reason is not None:
             raise ValueError(f"reuse: {reason}; leave reuse out")
     ours = probe.kv_layers
+    handle.num_layers = len(probe.layers)
     handle.own_layers = {i: type(layer).__name__ for i, layer in enumerate(probe.layers) if layer not in ours}
     try:
         handle.own_attention = set_attention(base, handle._undo)

@@ -162,7 +162,11 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
             pool.count(len(text), count)
         if not any(reused):
             return
-        pool.give(cache.leaves, pages, pads, columns)
+        try:
+            pool.give(cache.leaves, pages, pads, columns)
+        except BaseException:
+            cache.reset()  # some layers may hold them, others not
+            raise
     record.append(ids[:, :columns], columns, None if mask is None else mask[:, :columns])
     record.kept = columns
 

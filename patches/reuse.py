@@ -55,6 +55,8 @@ def root_of(model: Any, cache: KVCache, state: ModelState, model_kwargs: dict[st
     patch: Patch = model.hfkv
     if patch.kv.reuse is None or cache.kv != patch.own_kv:
         return None
+    if len(cache.layers) != patch.num_layers:  # an assistant that leaves its model early
+        return None
     reason = _reason(model, state, model_kwargs)
     if reason is not None:
         patch.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")

@@ -134,3 +134,23 @@ def test_unpatch_restores_the_quantized_model(model):
     assert torch.equal(again, stock)
     assert torch.equal(logits_again, logits)
     assert model.config._attn_implementation == attention
+
+
+def test_quantised_weights_share_prefixes_and_their_caches_go_on(folder, tmp_path):
+    for quantization, _ in WEIGHTS.values():
+        # Fresh weights: some are packed anew by their first forward, which is no change of theirs.
+        fresh = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+        inputs = prompt(1, LENGTH)
+        with hfkv.patch(fresh, "paged+page_size:8+reuse") as patch:
+            cache = patch.new_cache()
+            text, _, _ = run(fresh, inputs, past_key_values=cache)
+            again, _, _ = run(fresh, inputs)
+            assert torch.equal(again, text)
+            assert patch.reuse_stats().hits == 1
+            more = {"input_ids": torch.cat((inputs["input_ids"], text, text), dim=1)}
+            expected = run(fresh, more)[0]
+            cache.save(tmp_path / "cache.safetensors")
+            unused = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
+            loaded = hfkv.KVCache.load(tmp_path / "cache.safetensors", unused)
+            for used in (cache, loaded):
+                assert torch.equal(run(fresh, more, past_key_values=used)[0], expected)
