@@ -46,6 +46,7 @@ OWN_ATTENTION = {
 # Keywords that reach an attention function and do not change its result: flags and inputs of the model's forward,
 # and `sliding_window`, which the mask already says.
 _WITHOUT_EFFECT = {
+    "assistant_tokenizer",
     "cache_position",
     "logits_to_keep",
     "num_items_in_batch",
@@ -57,6 +58,7 @@ _WITHOUT_EFFECT = {
     "return_dict",
     "sliding_window",
     "token_type_ids",
+    "tokenizer",
     "use_cache",
 }
 # Keywords the model's own eager attention implements and scaled_dot_product_attention does not.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import torch
@@ -26,13 +27,18 @@ class TokenRecord:
         broken: what a forward that failed midway has left, in words, or None.
         root: under which key the tokens' pages may be shared with other calls, or None where they may not.
         kept: tokens whose whole pages have been shared already.
-        repeated: tokens that the next forward is given though they are held.
-        is_wanted: whether anyone may ask; not where `generate` makes a cache and throws it away.
+        repeated: tokens that the next forward is given though they are held, and by whom: a weak reference.
+        is_temporary: whether `generate` has made the cache and throws it away: nobody else ever sees it.
+        is_wanted: whether anyone may ask for the tokens.
     """
 
     def __init__(self) -> None:
+        self.is_temporary = False
         self.is_wanted = True
         self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "repeated": None}  # a weak reference cannot be pickled
 
     def forget(self) -> None:
         """Nothing seen."""
@@ -41,7 +47,7 @@ class TokenRecord:
         self.broken: str | None = None
         self.root: bytes | None = None
         self.kept = 0
-        self.repeated = 0
+        self.repeated: tuple[int, weakref.ref[Any]] | None = None
         self.length = 0
         self._ids: torch.Tensor | None = None  # int64 [B, C], of which `length` columns are written
         self._hidden: torch.Tensor | None = None  # bool [B, T]: pad tokens; later columns hold none

@@ -38,6 +38,7 @@ _VOLATILE = (
     "transformers_version",
     "use_cache",
 )
+_LIBRARIES = ("transformers", "accelerate", "kernels", "hfkv")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ModelState:
         adapters: PEFT's active, merged and disabled adapters and their scalings, in words.
         weights: a digest of 64 numbers of every weight, those of adapters that are not in use left out.
         versions: a digest of where the weights lie and how often torch has written to them; of one process.
-        buffers: a digest of numbers of every buffer: rotary frequencies, say.
+        buffers: a digest of numbers of every buffer (rotary frequencies, say) and of the classes of all modules.
         precision: the dtype of the first weights, autocast's, and whether rotary angles are exact.
         has_hooks: whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches).
         object: the model itself, while it lives.
@@ -63,6 +64,9 @@ class ModelState:
     precision: str
     has_hooks: bool = field(default=False, compare=False)
     object: Any = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "object": None}  # a weak reference cannot be pickled
 
     def difference(self, other: ModelState) -> str | None:
         """What `other` has that this has not, in words, or None where keys and values of both are the same."""
@@ -113,21 +117,26 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     digest = hashlib.blake2b(json.dumps(shaping, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
     parameters: list[torch.Tensor] = []
     buffers: list[torch.Tensor] = []
-    packed: list[int] = []
+    names: list[str] = []
+    versions: list[tuple[int, int]] = []
     adapters: dict[str, None] = {}
     has_hooks = bool(_global_forward_hooks or _global_forward_pre_hooks)
     for module in _modules_in_use(model):
+        names.append(type(module).__qualname__)
         for name, weight in module._parameters.items():
-            if weight is not None and _is_packed_later(weight):
-                packed.append(id(weight))
-            elif weight is not None:
-                parameters += _plain(_at_rest(module, name, weight))
+            if weight is None:
+                continue
+            if _is_packed_later(weight):
+                versions.append((id(weight), 0))
+                continue
+            if weight.device.type != "meta":
+                versions += [_version(part) for part in _plain(weight)]
+            parameters += _plain(_at_rest(module, name, weight))
         for buffer in module._buffers.values():
             buffers += [] if buffer is None else _plain(buffer)
-        has_hooks = has_hooks or bool(module._forward_hooks or module._forward_pre_hooks)
+        has_hooks = has_hooks or _is_hooked(module)
         if _is_adapted(module):
             adapters[_adapters_of(module)] = None
-    versions = [(tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version) for tensor in parameters]
     device_type = next((tensor.device.type for tensor in parameters if tensor.device.type != "meta"), "cpu")
     precision = str(next((tensor.dtype for tensor in parameters if tensor.is_floating_point()), None))
     if torch.is_autocast_enabled(device_type):
@@ -136,12 +145,31 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
         model=f"{type(model).__name__} {digest}",
         adapters=", ".join(adapters) or "none",
         weights=_digest(parameters),
-        versions=hashlib.blake2b(repr((versions, packed)).encode(), digest_size=16).hexdigest(),
-        buffers=_digest(buffers),
+        versions=hashlib.blake2b(repr(versions).encode(), digest_size=16).hexdigest(),
+        buffers=_digest(buffers) + hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest(),
         precision=f"{precision}{', exact rotary angles' if exact_rotary else ''}".replace("torch.", ""),
         has_hooks=has_hooks,
         object=weakref.ref(model),
     )
+
+
+def _version(tensor: torch.Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version
+
+
+def _is_hooked(module: Any) -> bool:
+    """Whether code of its user's runs in the forward of one module."""
+    hooks = [*(module._forward_hooks or {}).values(), *(module._forward_pre_hooks or {}).values()]
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        hooks.append(vars(module)["forward"])
+    return any(not _is_known(hook) for hook in hooks)
+
+
+def _is_known(hook: Any) -> bool:
+    """Whether it is of a library that changes nothing: transformers captures hidden states by hooks that stay."""
+    while hasattr(hook, "func"):
+        hook = hook.func
+    return (getattr(hook, "__module__", None) or "").split(".")[0] in _LIBRARIES
 
 
 def _is_adapted(module: Any) -> bool:
@@ -192,7 +220,7 @@ class _Chosen:
     def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
         self._parameters = parameters
         self._buffers: dict[str, torch.Tensor] = {}
-        self._forward_hooks = self._forward_pre_hooks = None
+        self._forward_hooks = self._forward_pre_hooks = None  # as a module has them
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from transformers import GenerationConfig
 
 from hfkv.cache import KVCache
 from hfkv.state import ModelState
@@ -50,37 +52,53 @@ def check_continues(
             f"give cache.fork({rows // copies})" if batch == 1 else "keep some rows with cache.batch_select_indices()"
         )
         raise ValueError(f"past_key_values holds {batch} rows and the prompt has {rows}: {remedy}")
+    if batch is not None and batch != rows:
+        ids, mask = ids[::copies], mask if mask is None else mask[::copies]
     if mask_length is not None and mask_length != ids.shape[1]:
         if mask_length != seen + ids.shape[1]:
             raise ValueError(
                 f"past_key_values holds {seen} tokens and the prompt adds {ids.shape[1]}, but the attention mask is of "
                 f"{mask_length}: give the whole text, or its new tokens with a mask over all {seen + ids.shape[1]}"
             )
+        if cache.holds_tokens is not None:
+            _check_tokens(cache.holds_tokens, None, record.hidden(), mask, mask_length)
         return
-    _check_tokens(
-        cache, ids if batch == rows else ids[::copies], mask if mask is None or batch == rows else mask[::copies]
-    )
-
-
-def _check_tokens(cache: KVCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
-    seen, length = cache.get_seq_length(), ids.shape[1]
     held = cache.holds_tokens
-    shared = min(seen, length)
     if held is not None:
-        given = ids[:, :shared].cpu()
-        hidden = cache.record.hidden()
-        was_hidden = torch.zeros_like(held, dtype=torch.bool) if hidden is None else hidden
-        is_hidden = torch.zeros_like(given, dtype=torch.bool) if mask is None else mask[:, :shared].cpu() == 0
-        same = (is_hidden == was_hidden[:, :shared]) & ((given == held[:, :shared]) | is_hidden)
-        if not bool(same.all()):
-            _refuse_other_tokens(held, given, same, is_hidden != was_hidden[:, :shared], length)
-    if length <= seen:
+        _check_tokens(held, ids, record.hidden(), mask, ids.shape[1])
+    if ids.shape[1] <= seen:
         known = "" if held is not None else " (which ones is not known: they were not given to a patched model)"
         raise ValueError(
-            f"past_key_values holds {seen} tokens{known} and the prompt has {length}: a prompt is the whole text and "
-            f"must go on behind what is held. cache.crop({length - 1 - seen}) keeps the first {length - 1} tokens, a "
-            "cache.fork() made earlier keeps them all, cache.reset() none"
+            f"past_key_values holds {seen} tokens{known} and the prompt has {ids.shape[1]}: a prompt is the whole text "
+            f"and must go on behind what is held. cache.crop({ids.shape[1] - 1 - seen}) keeps the first "
+            f"{ids.shape[1] - 1} tokens, a cache.fork() made earlier keeps them all, cache.reset() none"
         )
+
+
+def _check_tokens(
+    held: torch.Tensor, ids: torch.Tensor | None, hidden: torch.Tensor | None, mask: torch.Tensor | None, length: int
+) -> None:
+    """Raises ValueError unless a prompt begins as `held` does.
+
+    Args:
+        held: int64 `[B, seen]`.
+        ids: the whole text, `[B, length]`; None where only what is new was given.
+        hidden: which of `held` are padding; None where none is.
+        mask: of the whole text.
+        length: tokens of it.
+    """
+    shared = min(held.shape[1], length)
+    given = held[:, :shared] if ids is None else ids[:, :shared].cpu()
+    none = torch.zeros_like(given, dtype=torch.bool)
+    was_hidden = none if hidden is None else hidden[:, :shared]
+    is_hidden = none if mask is None else mask[:, :shared].cpu() == 0
+    # The last tokens of a row that were read may be hidden from what follows: the padding behind one that ended. No
+    # other, since positions count what is shown.
+    is_behind_newly_hidden = (is_hidden & ~was_hidden).cumsum(1) > 0
+    moved = ~is_hidden & (was_hidden | is_behind_newly_hidden)
+    same = ~moved & ((given == held[:, :shared]) | is_hidden)
+    if not bool(same.all()):
+        _refuse_other_tokens(held, given, same, moved, length)
 
 
 def _refuse_other_tokens(
@@ -114,3 +132,16 @@ def mask_of(generation_config: Any, model_kwargs: dict[str, Any], ids: torch.Ten
     if mask is None:
         return None, getattr(generation_config, "_mask_length", None)  # dropped, all ones
     return (None if bool((mask != 0).all()) else mask), mask.shape[1]
+
+
+def check_takes_new_tokens(what: str) -> None:
+    """Refuses to go on from new tokens alone where this transformers would read them at the wrong positions.
+
+    Raises:
+        NotImplementedError: it would.
+    """
+    if "_mask_length" not in GenerationConfig.__annotations__:
+        raise NotImplementedError(
+            f"{what} in transformers {transformers.__version__} misplaces new tokens that are given alone with a mask "
+            "over all: give the whole text, or update transformers"
+        )

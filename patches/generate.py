@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
 from typing import Any
 
 from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache import KVCache
-from hfkv.patches.continuing import mask_of
+from hfkv.patches.continuing import check_takes_new_tokens, mask_of
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import expect_prefix
 from hfkv.patches.undo import Undo
@@ -86,13 +87,20 @@ def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
         kwargs["input_ids"],
         kwargs["model_kwargs"],
     )
-    if isinstance(cache, KVCache) and cache.record.is_wanted and model_kwargs.get("inputs_embeds") is None:
-        config = kwargs["generation_config"]
-        begin(self, cache, ids, config, model_kwargs)
-        share(self, cache, ids, config, model_kwargs)
-        if mask_of(config, model_kwargs, ids)[1] in (None, ids.shape[1]):
-            cache.record.repeated = cache.get_seq_length()
-    return type(self)._get_candidate_generator(self, **kwargs)
+    if not isinstance(cache, KVCache) or not cache.record.is_wanted or model_kwargs.get("inputs_embeds") is not None:
+        return type(self)._get_candidate_generator(self, **kwargs)
+    config, record = kwargs["generation_config"], cache.record
+    begin(self, cache, ids, config, model_kwargs)
+    share(self, cache, ids, config, model_kwargs)
+    if not record.is_temporary:
+        record.root = None
+    generator = type(self)._get_candidate_generator(self, **kwargs)
+    gives_all = mask_of(config, model_kwargs, ids)[1] in (None, ids.shape[1])
+    if not gives_all:
+        check_takes_new_tokens("assisted decoding and prompt lookup")
+    if gives_all and cache.get_seq_length():
+        record.repeated = (cache.get_seq_length(), weakref.ref(generator))
+    return generator
 
 
 def _prepare_cache(
@@ -121,7 +129,8 @@ def _prepare_cache(
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
-    own.record.is_wanted = bool(generation_config.return_dict_in_generate) or self.hfkv.kv.reuse is not None
+    own.record.is_temporary = not generation_config.return_dict_in_generate
+    own.record.is_wanted = not own.record.is_temporary or self.hfkv.kv.reuse is not None
     own.reserve(max_cache_length + expect_prefix(self, own))
     if generation_config.is_assistant:
         own.activate_past_recording()

@@ -23,6 +23,7 @@ from hfkv.prefixes import PrefixPool, ReuseStats, page_keys
 from hfkv.probe import base_model, frequencies, probe_rotary
 from hfkv.rotary import Rotary
 from hfkv.sharing import sharing_refusal
+from hfkv.state import state_of
 
 logger = logging.getLogger("hfkv")
 
@@ -106,6 +107,13 @@ class Patch:
             record.root = None
             return
         keys = [page_keys(record.root, row[pad:], pool.page_size) for row, pad in zip(tokens, pads, strict=True)]
+        if not pool.missing([key for row in keys for key in row]):
+            return
+        # Another thread may have changed the model since the prompt was looked up.
+        state = state_of(self.model, self.exact_rotary)
+        if state.has_hooks or self.kv.reuse is None or state.key(self.kv.reuse.salt) != record.root:
+            record.root = None
+            return
         pool.take(cache.leaves, keys, pads)
 
     def log_once(self, message: str) -> None:

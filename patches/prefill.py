@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hfkv.cache import KVCache
-from hfkv.patches.continuing import check_continues, mask_of
-from hfkv.patches.reuse import positions_are_plain, root_of
+from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of
+from hfkv.patches.reuse import is_input, positions_are_plain, root_of
 from hfkv.prefixes import PrefixPool, page_keys
 from hfkv.state import ModelState, state_of
 
@@ -40,16 +40,22 @@ def prefill(
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if copies == 1 and not cache.record.is_wanted:
         return _read(model, cache, input_ids, *rest)
-    state = begin(model, cache, input_ids, generation_config, model_kwargs, copies)
-    once = None if state.has_hooks else _once(model, cache, input_ids, model_kwargs, copies)
-    if once is None:
-        share(model, cache, input_ids, generation_config, model_kwargs)
-        return _read(model, cache, input_ids, *rest)
-    ids, given = once
-    cache.expect_copies(copies, ids.shape[1])
-    share(model, cache, ids, generation_config, given)
-    output = _read(model, cache, ids, generation_config, given, is_first_iteration)
-    cache.record.root = None  # beams and samples are many, and most of them are thrown away
+    try:
+        state = begin(model, cache, input_ids, generation_config, model_kwargs, copies)
+        once = None if state.has_hooks else _once(model, cache, input_ids, model_kwargs, copies)
+        if once is None:
+            if copies > 1 and cache.batch_size == len(input_ids) // copies:
+                cache.batch_repeat_interleave(copies)
+            share(model, cache, input_ids, generation_config, model_kwargs)
+            return _read(model, cache, input_ids, *rest)
+        ids, given = once
+        cache.expect_copies(copies, ids.shape[1])
+        share(model, cache, ids, generation_config, given)
+        output = _read(model, cache, ids, generation_config, given, is_first_iteration)
+    finally:
+        # From here on others may give the cache tokens; and beams and samples are many, most of them thrown away.
+        if copies > 1 or not cache.record.is_temporary:
+            cache.record.root = None
     cache.batch_repeat_interleave(copies)
     return _expand(output, len(ids), copies)
 
@@ -59,13 +65,13 @@ def begin(
 ) -> ModelState:
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
     state = state_of(model, model.hfkv.exact_rotary)
-    cache.record.repeated = 0
+    cache.record.repeated = cache.record.root = None
     if cache.get_seq_length():
         check_continues(cache, ids, *mask_of(generation_config, model_kwargs, ids), state, copies)
     else:
         cache.record.forget()
         cache.record.state = state
-    cache.record.root = root_of(model, cache, state, model_kwargs)
+        cache.record.root = root_of(model, cache, state, generation_config, model_kwargs)
     return state
 
 
@@ -80,7 +86,7 @@ def _once(
     if not inputs.keys() <= EXPANDED or model.config.is_encoder_decoder:
         return None
     others = (value for name, value in model_kwargs.items() if name not in inputs and name != "past_key_values")
-    if any(not isinstance(value, bool | int | float | str | None) for value in others):
+    if any(is_input(value) for value in others):
         return None
     prompts = ids[::copies]
     if not torch.equal(prompts.repeat_interleave(copies, dim=0), ids):
@@ -115,6 +121,8 @@ def _read(
     """Reads what of the prompt the cache does not hold."""
     chunk, first, last = generation_config.prefill_chunk_size, cache.get_seq_length(), ids.shape[1]
     mask_length = mask_of(generation_config, model_kwargs, ids)[1]
+    if first and mask_length not in (None, last) and chunk is not None:
+        check_takes_new_tokens("prefill_chunk_size")
     if chunk is None or not first or (mask_length is not None and mask_length != last):
         return type(model)._prefill(model, ids, generation_config, model_kwargs, is_first_iteration)
     # transformers 5.17 reads a prompt in chunks from its first token, whatever the cache holds.

@@ -32,15 +32,17 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         )
     if before == 0 and (record.length or not record.is_known):
         record.forget()
+    if before != record.length:
+        record.is_known = False  # some of what is held was not written down
     if before == 0 and record.state is None:
         record.state = state_of(model, model.hfkv.exact_rotary)
-    if record.repeated:
+    if record.repeated is not None:
         kwargs = _without_repeated(cache, kwargs)
     try:
         output = forward(*args, **kwargs)
     except BaseException as error:
         if any(leaf.get_seq_length() != before for leaf in cache.leaves):
-            record.broken = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            record.broken = ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))
         raise
     ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
     count = cache.get_seq_length() - before
@@ -52,7 +54,13 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _without_repeated(cache: KVCache, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The inputs without the tokens that `cache` holds: assisted decoding gives the whole text first."""
-    repeated, cache.record.repeated = cache.record.repeated, 0
+    assert cache.record.repeated is not None
+    (repeated, giver), cache.record.repeated = cache.record.repeated, None
+    ids, held = kwargs.get("input_ids"), cache.holds_tokens
+    if giver() is None or ids is None or ids.shape[1] <= repeated:
+        return kwargs  # that call has failed before it came to a forward
+    if held is not None and not torch.equal(ids[:, :repeated].cpu(), held):
+        return kwargs
     given = dict(kwargs)
     for name in ("input_ids", "position_ids"):
         if given.get(name) is not None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from hfkv.cache import KVCache
 from hfkv.patches.prompt import learned_prompt
@@ -50,24 +51,28 @@ def drop_pool(patch: Patch) -> None:
         _pools.pop(patch, None)
 
 
-def root_of(model: Any, cache: KVCache, state: ModelState, model_kwargs: dict[str, Any]) -> bytes | None:
+def root_of(
+    model: Any, cache: KVCache, state: ModelState, generation_config: Any, model_kwargs: dict[str, Any]
+) -> bytes | None:
     """The key under which this call's pages may be shared, or None where they may not."""
     patch: Patch = model.hfkv
     if patch.kv.reuse is None or cache.kv != patch.own_kv:
         return None
     if len(cache.layers) != patch.num_layers:  # an assistant that leaves its model early
         return None
-    reason = _reason(model, state, model_kwargs)
+    reason = _reason(model, state, generation_config, model_kwargs)
     if reason is not None:
         patch.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")
         return None
     return state.key(patch.kv.reuse.salt)
 
 
-def _reason(model: Any, state: ModelState, model_kwargs: dict[str, Any]) -> str | None:
-    extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and _is_input(value))
+def _reason(model: Any, state: ModelState, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
+    extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and is_input(value))
     if extra:
         return f"it is more than ids and left padding ({', '.join(extra)})"
+    if generation_config.output_hidden_states or generation_config.output_attentions:
+        return "hidden states or attentions of all of it are asked for"
     if learned_prompt(model) is not None:
         return "PEFT puts learned tokens before it"
     if model.training:
@@ -77,8 +82,13 @@ def _reason(model: Any, state: ModelState, model_kwargs: dict[str, Any]) -> str 
     return None
 
 
-def _is_input(value: Any) -> bool:
-    return value is not None and not isinstance(value, bool | int | float | str)
+def is_input(value: Any) -> bool:
+    """Whether a keyword of `generate` says something of the prompt: a tensor, or what holds one."""
+    if isinstance(value, Mapping):
+        return any(map(is_input, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(is_input, value))
+    return value is not None and not isinstance(value, bool | int | float | str | PreTrainedTokenizerBase)
 
 
 def positions_are_plain(positions: torch.Tensor | None, pads: Sequence[int], length: int) -> bool:

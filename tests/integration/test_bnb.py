@@ -147,7 +147,8 @@ def test_quantised_weights_share_prefixes_and_their_caches_go_on(folder, tmp_pat
             again, _, _ = run(fresh, inputs)
             assert torch.equal(again, text)
             assert patch.reuse_stats().hits == 1
-            more = {"input_ids": torch.cat((inputs["input_ids"], text, text), dim=1)}
+            ids = torch.cat((inputs["input_ids"], text, text), dim=1)
+            more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             expected = run(fresh, more)[0]
             cache.save(tmp_path / "cache.safetensors")
             unused = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, dtype=torch.float32)
