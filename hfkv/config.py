@@ -51,7 +51,9 @@ class KVConfig:
         if not isinstance(self.offload, bool):
             raise TypeError(f"KVConfig.offload must be True or False, got {self.offload!r}")
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
-            raise TypeError(f"KVConfig.reuse must be None or an hfkv.Reuse, got {self.reuse!r}")
+            raise TypeError(
+                f'KVConfig.reuse must be None or an hfkv.Reuse, such as hfkv.Reuse(budget="4GiB"); got {self.reuse!r}'
+            )
         self._check_page_size()
         self._check_layers()
 
@@ -159,7 +161,8 @@ class KVConfig:
             return cls.parse(kv)
         if isinstance(kv, KVConfig):
             return kv
-        hint = "; write KVConfig(window=...) around it" if isinstance(kv, Window) else ""
+        field = "window" if isinstance(kv, Window) else "reuse" if isinstance(kv, Reuse) else None
+        hint = f"; write KVConfig({field}=...) around it" if field else ""
         raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}{hint}')
 
     def __str__(self) -> str:

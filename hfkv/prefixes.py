@@ -20,8 +20,8 @@ from hfkv.stores.blocks import BlockPool
 
 logger = logging.getLogger("hfkv")
 
-# The pool's planes grow by this factor until its budget is reached.
-GROWTH = 2
+# The pool's planes grow by this part of what they hold until its budget is reached: a later question needs no new ones.
+SLACK = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,13 @@ class ReuseStats:
     nbytes: int
     budget: int
     evictions: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.hits:,} of {self.lookups:,} prompts began like an earlier one; {self.tokens_reused:,} of "
+            f"{self.tokens:,} tokens were not read again; {self.pages:,} pages of {self.page_size} tokens kept, "
+            f"{self.nbytes:,} of at most {self.budget:,} bytes; {self.evictions:,} pages had to go"
+        )
 
 
 def page_keys(root: bytes, ids: torch.Tensor, page_size: int) -> list[bytes]:
@@ -249,14 +256,16 @@ class PrefixPool:
             needed = self.blocks.used + count
         if needed > most and not self._warned:
             self._warned = True
+            kept = "only its beginning is kept" if most else f"not one page of {self.page_size} tokens is kept"
             logger.warning(
-                "the reuse budget of %s bytes is too small for a prompt: it needs %s; only its beginning is kept",
+                "the reuse budget of %s bytes is too small for a prompt: it needs %s; %s",
                 f"{self.budget:,}",
                 f"{needed * self._page_bytes:,}",
+                kept,
             )
         needed = min(needed, most)
         if needed > self.blocks.size:
-            self._grow(min(max(needed, GROWTH * self.blocks.size), most))
+            self._grow(min(needed + needed // SLACK, most))
         return self.blocks.take(max(min(count, self.blocks.size - self.blocks.used), 0))
 
     def _grow(self, size: int) -> None:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_WHOLE = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
+_WHOLE = (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6), ("KiB", 2**10), ("kB", 10**3), ("B", 1))
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([a-z]+)$")
 
 

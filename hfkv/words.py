@@ -113,7 +113,7 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
 _VALUED = {
     "window": (_size, 'a whole number, or "dynamic"'),
     "page_size": _NUMBER,
-    "reuse": (Reuse, 'a size such as "512MiB"'),
+    "reuse": (Reuse, "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"),
     **_WINDOW_WORDS,
 }
 _WORDS = (

@@ -48,10 +48,16 @@ def check_continues(
         )
     rows, batch = len(ids), cache.batch_size
     if batch is not None and batch not in (rows, rows // copies):
-        remedy = (
-            f"give cache.fork({rows // copies})" if batch == 1 else "keep some rows with cache.batch_select_indices()"
+        prompts = rows // copies
+        remedy = f"give {_count(batch, 'prompt')}, or another cache"
+        if batch == 1:
+            remedy = f"give cache.fork({prompts})"
+        elif prompts < batch:
+            remedy = "choose its rows with cache.batch_select_indices()"
+        raise ValueError(
+            f"past_key_values holds {_count(batch, 'row')} and there {'is' if prompts == 1 else 'are'} "
+            f"{_count(prompts, 'prompt')}: {remedy}"
         )
-        raise ValueError(f"past_key_values holds {batch} rows and the prompt has {rows}: {remedy}")
     if batch is not None and batch != rows:
         ids, mask = ids[::copies], mask if mask is None else mask[::copies]
     if mask_length is not None and mask_length != ids.shape[1]:
@@ -106,24 +112,29 @@ def _refuse_other_tokens(
 ) -> None:
     first = int((~same).any(dim=0).nonzero()[0])
     row = int((~same[:, first]).nonzero()[0])
-    what = (
-        "differs in its padding"
-        if bool(padding[row, first])
-        else f"has token {int(given[row, first])} where the cache holds {int(held[row, first])}"
+    where = (
+        f"past_key_values holds {_count(held.shape[1], 'token')} that the prompt does not continue: at position {first} "
+        f"row {row}"
     )
-    # A prompt needs one token at least that is not held.
-    keep, whole = min(first, length - 1), held.shape[1] + length
-    if keep == 0:
+    if bool(padding[row, first]):
         raise ValueError(
-            f"past_key_values holds {held.shape[1]} tokens and the prompt begins otherwise: at position 0 row {row} "
-            f"{what}. A prompt is the whole text that goes on; to give its {length} new tokens alone, give them an "
-            f"attention_mask of all {whole}. cache.reset() starts anew"
+            f"{where} differs in its padding. What is held keeps its place: rows of different lengths are padded "
+            "behind it, between what is held and what is new. cache.reset() starts anew"
         )
+    # A prompt needs one token at least that is not held.
+    keep = min(first, length - 1)
+    going_on = [f"to add {_count(length, 'new token')} alone, give an attention_mask of all {held.shape[1] + length}"]
+    if keep:
+        going_on.append(f"cache.crop({keep - held.shape[1]}) keeps the {_count(keep, 'token')} that are alike")
+        going_on.append("a cache.fork() made before they part goes on by itself")
     raise ValueError(
-        f"past_key_values holds {held.shape[1]} tokens that the prompt does not continue: at position {first} row "
-        f"{row} {what}. cache.crop({keep - held.shape[1]}) keeps the {keep} tokens that are alike, a cache.fork() made "
-        "before they part goes on by itself, cache.reset() starts anew"
+        f"{where} has token {int(given[row, first])} where the cache holds {int(held[row, first])}. A prompt is the "
+        f"whole text: {'; '.join(going_on)}; cache.reset() starts anew"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def mask_of(generation_config: Any, model_kwargs: dict[str, Any], ids: torch.Tensor) -> tuple[Any, int | None]:

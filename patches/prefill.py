@@ -34,6 +34,8 @@ def prefill(
         raise ValueError("the prompt is empty: give at least one token (the bos token, say)")
     cache = model_kwargs.get("past_key_values")
     rest = (generation_config, model_kwargs, is_first_iteration)
+    if model_kwargs.get("inputs_embeds") is not None and model.hfkv.kv.reuse is not None:
+        model.hfkv.log_once(f"{type(model).__name__}: a prompt is not shared: it is embeddings")
     is_inner = generation_config.is_assistant and cache is not None and cache.get_seq_length()
     if not isinstance(cache, KVCache) or is_inner or model_kwargs.get("inputs_embeds") is not None:
         return type(model)._prefill(model, input_ids, *rest)

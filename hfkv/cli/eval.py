@@ -65,6 +65,7 @@ def evaluate(
             num_depths=pass_key_depths,
             trials=trials,
         )
+        _refuse_reuse(setting.kvs)
         _check_outputs(json_path, plot)
         words = _read_text(text)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
@@ -145,3 +146,15 @@ def _write_plots(report: Report, folder: Path) -> None:
 
     grids = {row.text.kv: torch.tensor(row.pass_keys) for row in report.rows if row.pass_keys is not None}
     write_plots(folder, [row.text for row in report.rows], grids, report.setting.lengths, report.depths)
+
+
+def _refuse_reuse(kvs: tuple[str, ...]) -> None:
+    from hfkv import KVConfig
+
+    for kv in kvs:
+        try:
+            reuse = KVConfig.parse(kv).reuse
+        except (TypeError, ValueError):
+            continue  # said where the cache is made
+        if reuse is not None:
+            raise CommandError(f"--kv {kv!r}: reuse shares prompts between calls and changes no forecast; leave it out")

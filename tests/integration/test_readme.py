@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import hfkv
-
 README = Path(__file__).parent.parent.parent / "README.md"
 
 
@@ -15,7 +13,6 @@ def test_the_readmes_examples_run(capsys: Any, tmp_path: Path, monkeypatch: Any)
     names: dict[str, Any] = {}
     exec(first, names)
     assert "def parse(" in capsys.readouterr().out
-    hfkv.unpatch(names["model"])
     exec(second, names)
     assert 0 < names["cache"].held_bytes() <= names["cache"].nbytes()
     exec(third, names)

@@ -56,7 +56,7 @@ def test_batches_and_masks_that_do_not_fit_are_refused() -> None:
     with hfkv.patch(model):
         cache = hfkv.KVCache(model)
         text = greedy(model, inputs, 5, past_key_values=cache)
-        with pytest.raises(ValueError, match=r"holds 1 rows and the prompt has 3: give cache.fork\(3\)"):
+        with pytest.raises(ValueError, match=r"holds 1 row and there are 3 prompts: give cache.fork\(3\)"):
             greedy(model, {"input_ids": text.expand(3, -1)}, past_key_values=cache)
         with pytest.raises(ValueError, match="mask is of 13"):
             greedy(model, {"input_ids": text[:, -1:], "attention_mask": torch.ones(1, 13)}, past_key_values=cache)
