@@ -113,8 +113,8 @@ def _refuse_other_tokens(
     first = int((~same).any(dim=0).nonzero()[0])
     row = int((~same[:, first]).nonzero()[0])
     where = (
-        f"past_key_values holds {_count(held.shape[1], 'token')} that the prompt does not continue: at position {first} "
-        f"row {row}"
+        f"past_key_values holds {_count(held.shape[1], 'token')} that the prompt does not continue: at position "
+        f"{first} row {row}"
     )
     if bool(padding[row, first]):
         raise ValueError(
