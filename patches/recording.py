@@ -22,7 +22,7 @@ def set_recording(model: Any, undo: Undo) -> None:
 
 def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVCache) or not cache.record.is_wanted:
+    if not isinstance(cache, KVCache) or not cache.record.is_wanted or "hfkv" not in vars(model):
         return forward(*args, **kwargs)
     record, before = cache.record, cache.get_seq_length()
     if record.broken is not None:

@@ -210,3 +210,20 @@ def test_text_alone_is_shared_by_models_of_images_too(name: str) -> None:
             assert torch.equal(generate(model, inputs)[0], expected)
         assert patch.reuse_stats().hits == 1
         assert torch.equal(generate(model, inputs, num_beams=3)[0], beams)
+
+
+def test_what_accelerate_has_wrapped_since_stays_wrapped() -> None:
+    model, inputs = llama(), prompt(1, 20)
+    expected = greedy(model, inputs)
+    patch = hfkv.patch(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(greedy(model, inputs), expected)
+    patch.undo()
+    assert torch.equal(greedy(model, inputs), expected)
+    cache = hfkv.KVCache(model)
+    assert torch.equal(greedy(model, inputs, past_key_values=cache), expected)
+    assert cache.holds_tokens is None
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(greedy(model, inputs), expected)
+    with hfkv.patch(model):
+        assert torch.equal(greedy(model, inputs), expected)
