@@ -64,7 +64,7 @@ def _take(
     heads, page_size, width = plane.shape[1:]
     # A page of one head is contiguous: taken whole, it is copied at the speed of memory.
     index = (table[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [rows * H * columns]
-    bits = plane.view(torch.uint8) if plane.element_size() == 1 else plane  # no indexing knows 8-bit floats
+    bits = bits_of(plane)
     pages = bits.view(plane.shape[0] * heads, page_size * bits.shape[3]).index_select(0, index.to(plane.device))
     pages = pages.view(len(table), heads, len(spans) * page_size, width)
     if all(high == page_size for _, high in spans[:-1]) and all(low == 0 for low, _ in spans[1:]):
@@ -72,3 +72,8 @@ def _take(
         return pages[:, :, first : first + count].view(plane.dtype)
     held = torch.cat([torch.arange(low, high) + page_size * i for i, (low, high) in enumerate(spans)])
     return pages.index_select(2, held[skipped : skipped + count].to(plane.device)).view(plane.dtype)
+
+
+def bits_of(plane: torch.Tensor) -> torch.Tensor:
+    """A plane to be indexed: 8-bit floats as bytes, since no indexing knows them; any other as it is."""
+    return plane.view(torch.uint8) if plane.element_size() == 1 else plane

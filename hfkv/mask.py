@@ -83,7 +83,7 @@ class CausalMask(StandIn):
             if self.attention_mask is None:
                 self._pads = (0,) * batch
             else:
-                self._pads = _padding(self.attention_mask[:, :kv_length].bool(), batch)
+                self._pads = padding_of(self.attention_mask[:, :kv_length].bool(), batch)
         return self._pads
 
 
@@ -183,13 +183,13 @@ _NOT_LEFT_PADDED = (
 
 
 def _left_padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...]:
-    pads = _padding(is_real, batch)
+    pads = padding_of(is_real, batch)
     if pads is None:
         raise NotImplementedError(_NOT_LEFT_PADDED)
     return pads
 
 
-def _padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:
+def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:
     """Pad tokens of each row of a bool `[B or 1, kv]`, None if not all stand in front.
 
     A row of nothing but padding has as many as it is long.

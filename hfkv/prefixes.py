@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -15,7 +16,7 @@ import torch
 from hfkv.contents import Contents
 from hfkv.held import Part, PartShape
 from hfkv.layer import KVLayer
-from hfkv.layout import Layout
+from hfkv.layout import Layout, bits_of
 from hfkv.stores.blocks import BlockPool
 
 logger = logging.getLogger("hfkv")
@@ -134,13 +135,7 @@ class PrefixPool:
         held: list[list[int]] = []
         with self._lock:
             for row in keys:
-                pages = []
-                for key in row:
-                    if key not in self._index:
-                        break
-                    pages.append(self._index[key])
-                for key in reversed(row[: len(pages)]):
-                    self._index.move_to_end(key)
+                pages = [self._index[key] for key in self._touched(row)]
                 self.blocks.retain(pages)
                 held.append(pages)
         try:
@@ -149,6 +144,13 @@ class PrefixPool:
             with self._lock:
                 for pages in held:
                     self.blocks.release(pages)
+
+    def _touched(self, keys: Sequence[bytes]) -> list[bytes]:
+        """Those of a text's keys that are here, from the first on; the most recently used now, the first of all."""
+        known = list(itertools.takewhile(self._index.__contains__, keys))
+        for key in reversed(known):
+            self._index.move_to_end(key)
+        return known
 
     def missing(self, keys: Sequence[bytes]) -> set[bytes]:
         """Those of `keys` that are not here."""
@@ -194,9 +196,7 @@ class PrefixPool:
             for row, (of_row, pad) in enumerate(zip(keys, pads, strict=True)):
                 if not self._learn(layers):
                     return
-                known = next((i for i, key in enumerate(of_row) if key not in self._index), len(of_row))
-                for key in reversed(of_row[:known]):
-                    self._index.move_to_end(key)
+                known = len(self._touched(of_row))
                 if known == len(of_row) or pad + known * self.page_size < first_held:
                     continue
                 pages = self._room(of_row, len(of_row) - known)
@@ -210,12 +210,9 @@ class PrefixPool:
                     )
                     for plane, tokens in zip(planes, held, strict=True):
                         whole = tokens[0].unflatten(1, (len(pages), self.page_size)).transpose(0, 1)
-                        _bits(plane)[pages] = _bits(whole)
-                added = of_row[known : known + len(pages)]
-                for key, page in reversed(list(zip(added, pages, strict=True))):
-                    self._index[key] = page
-                for key in reversed(of_row[:known]):
-                    self._index.move_to_end(key)
+                        bits_of(plane)[pages] = bits_of(whole)
+                self._index |= zip(of_row[known:], pages, strict=False)  # not all may have found room
+                self._touched(of_row)
 
     def _learn(self, layers: Sequence[KVLayer]) -> bool:
         """Makes empty planes like those of a cache, where there are none; whether its pages fit in."""
@@ -224,8 +221,8 @@ class PrefixPool:
             self.clear()  # the model has been cast or moved: nothing here can be found again
         if self._layers:
             return self._layers == shapes
+        self._layers = shapes
         for layer in layers:
-            self._layers.append((layer.parts, layer.device))
             with torch.inference_mode(False):
                 self._planes.append(
                     [
@@ -292,10 +289,6 @@ def _stacked(
         rows = plane.new_zeros(len(texts), plane.shape[1], columns, plane.shape[3])
         for row, text in zip(rows, texts, strict=True):
             count = text[index].shape[2]
-            _bits(row)[:, columns - count :] = _bits(text[index][0])
+            bits_of(row)[:, columns - count :] = bits_of(text[index][0])
         stacked.append(rows)
     return tuple(stacked)
-
-
-def _bits(plane: torch.Tensor) -> torch.Tensor:
-    return plane.view(torch.uint8) if plane.element_size() == 1 else plane  # no indexing knows 8-bit floats

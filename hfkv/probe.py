@@ -66,13 +66,21 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 
 def moving_angles(config: PreTrainedConfig, decoder: torch.nn.Module) -> str | None:
     """Why a token's rotary angles are not fixed multiples of its index in the text, or None where they are."""
-    for settings in _rope_settings(config):
-        kind = str(settings.get("rope_type", settings.get("type", "")))
-        if "dynamic" in kind or kind == "longrope":
-            return f"its rotary frequencies change as the text grows (rope_type {kind!r})"
+    kind = growing_rope_type(config)
+    if kind is not None:
+        return f"its rotary frequencies change as the text grows (rope_type {kind!r})"
     multiple = any(settings.get("mrope_section") for settings in _rope_settings(config))
     if multiple or any(getattr(module, "mrope_section", None) for module in decoder.modules()):
         return "its rotary positions have several axes (mrope_section), and those of images are not token indices"
+    return None
+
+
+def growing_rope_type(config: PreTrainedConfig) -> str | None:
+    """The rope type whose frequencies change as the text grows, or None where none does."""
+    for settings in _rope_settings(config):
+        kind = str(settings.get("rope_type", settings.get("type", "")))
+        if "dynamic" in kind or kind == "longrope":
+            return kind
     return None
 
 

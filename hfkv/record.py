@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hfkv.mask import padding_of
 from hfkv.state import ModelState
 
 # The buffer of tokens grows by this factor, and by so many tokens at least.
@@ -51,6 +52,14 @@ class TokenRecord:
         self.length = 0
         self._ids: torch.Tensor | None = None  # int64 [B, C], of which `length` columns are written
         self._hidden: torch.Tensor | None = None  # bool [B, T]: pad tokens; later columns hold none
+
+    def check_whole(self) -> None:
+        """Raises RuntimeError where a forward that failed has left the layers with different tokens."""
+        if self.broken is not None:
+            raise RuntimeError(
+                f"a forward of this cache failed midway ({self.broken}): its layers hold different tokens. Call "
+                "cache.reset() and prefill again"
+            )
 
     def copy(self) -> TokenRecord:
         """Another one of the same tokens."""
@@ -118,9 +127,7 @@ class TokenRecord:
         hidden = self.hidden()
         if hidden is None:
             return (0,) * batch
-        pads = hidden.sum(dim=1)
-        is_left = torch.arange(hidden.shape[1]) < pads[:, None]
-        return tuple(pads.tolist()) if torch.equal(hidden, is_left) else None
+        return padding_of(~hidden, batch)
 
     def select(self, rows: Any) -> None:
         """Row i becomes the present row `rows[i]`."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_WHOLE = (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6), ("KiB", 2**10), ("kB", 10**3), ("B", 1))
+_UNITS = (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6), ("KiB", 2**10), ("kB", 10**3), ("B", 1))
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([a-z]+)$")
 
 
@@ -38,7 +37,7 @@ class Reuse:
         return self.budget
 
     def __str__(self) -> str:
-        unit, size = next((unit, size) for unit, size in _WHOLE if self.budget_bytes % size == 0)
+        unit, size = next((unit, size) for unit, size in _UNITS if self.budget_bytes % size == 0)
         return f"{self.budget_bytes // size}{unit}"
 
 
@@ -56,11 +55,12 @@ def read_bytes(name: str, given: int | str) -> int:
         raise TypeError(f'{name} must be a number of bytes or a str such as "512MiB", got {given!r}')
     if isinstance(given, str):
         match = _SIZE.match(given.strip().lower())
-        if match is None or match[2] not in _UNITS:
+        sizes = {unit.lower(): size for unit, size in _UNITS}
+        if match is None or match[2] not in sizes:
             raise ValueError(
                 f'{name} takes a size such as "512MiB" or "2GB" (B, kB, MB, GB, KiB, MiB, GiB), got {given!r}'
             )
-        given = int(float(match[1]) * _UNITS[match[2]])
+        given = int(float(match[1]) * sizes[match[2]])
     if given < 1:
         raise ValueError(f"{name} must be at least 1 byte, got {given}")
     return given

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hfkv.cache import KVCache
+from hfkv.probe import growing_rope_type
 
 
 def sharing_refusal(config: Any, cache: KVCache) -> str | None:
@@ -15,11 +16,7 @@ def sharing_refusal(config: Any, cache: KVCache) -> str | None:
     others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
     if others:
         return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
-    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {parameters.get("rope_type")} | {
-        part.get("rope_type") for part in parameters.values() if isinstance(part, dict)
-    }
-    changing = next((kind for kind in ("dynamic", "longrope") if kind in kinds), None)
+    changing = growing_rope_type(config.get_text_config(decoder=True))
     if changing is not None:
         return f"the {changing} rotary scaling of {name} changes with the length of the text"
     return None

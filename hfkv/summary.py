@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.layout import bits_of
 from hfkv.rotary import Rotary
 from hfkv.window import Window
 
@@ -49,8 +50,7 @@ def sinks_in_pages(pages: torch.Tensor, window: Window) -> torch.Tensor:
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """The tokens `index` `[B, n]` of each row of `[B, H, T, d]`."""
-    # Neither gather nor where knows 8-bit floats.
-    bits = states.view(torch.uint8) if states.element_size() == 1 else states
+    bits = bits_of(states)
     index = index[:, None, :, None].expand(-1, bits.shape[1], -1, bits.shape[3])
     return bits.gather(2, index).view(states.dtype)
 

@@ -34,12 +34,8 @@ def check_continues(
         ValueError: saying where they part and how to go on.
         RuntimeError: an earlier forward has left the cache in pieces.
     """
-    record, seen = cache.record, cache.get_seq_length()
-    if record.broken is not None:
-        raise RuntimeError(
-            f"past_key_values: a forward failed midway ({record.broken}), and its layers hold different tokens. Call "
-            "cache.reset() and prefill again"
-        )
+    record, seen, held = cache.record, cache.get_seq_length(), cache.holds_tokens
+    record.check_whole()
     difference = None if record.state is None else record.state.difference(state)
     if difference is not None:
         raise ValueError(
@@ -66,10 +62,9 @@ def check_continues(
                 f"past_key_values holds {seen} tokens and the prompt adds {ids.shape[1]}, but the attention mask is of "
                 f"{mask_length}: give the whole text, or its new tokens with a mask over all {seen + ids.shape[1]}"
             )
-        if cache.holds_tokens is not None:
-            _check_tokens(cache.holds_tokens, None, record.hidden(), mask, mask_length)
+        if held is not None:
+            _check_tokens(held, None, record.hidden(), mask, mask_length)
         return
-    held = cache.holds_tokens
     if held is not None:
         _check_tokens(held, ids, record.hidden(), mask, ids.shape[1])
     if ids.shape[1] <= seen:
@@ -137,12 +132,17 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def mask_of(generation_config: Any, model_kwargs: dict[str, Any], ids: torch.Tensor) -> tuple[Any, int | None]:
-    """The padding mask of a prompt, None where all tokens are real, and how many tokens it is of."""
+def mask_of(model_kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """The padding mask of a prompt, None where all tokens are real."""
     mask = model_kwargs.get("attention_mask")
-    if mask is None:
-        return None, getattr(generation_config, "_mask_length", None)  # dropped, all ones
-    return (None if bool((mask != 0).all()) else mask), mask.shape[1]
+    return None if mask is None or bool((mask != 0).all()) else mask
+
+
+def text_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
+    """How many tokens the padding mask of a prompt is of, those that a cache holds included; None without one."""
+    mask = model_kwargs.get("attention_mask")
+    # generate() drops one that hides nothing.
+    return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
 
 
 def check_takes_new_tokens(what: str) -> None:

@@ -12,7 +12,7 @@ from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache import KVCache
-from hfkv.patches.continuing import check_takes_new_tokens, mask_of
+from hfkv.patches.continuing import check_takes_new_tokens, text_length
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import expect_prefix
 from hfkv.patches.undo import Undo
@@ -82,11 +82,8 @@ def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
 
 def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
     """Assisted decoding calls no `_prefill`, and gives its first forward the whole text, whatever the cache holds."""
-    cache, ids, model_kwargs = (
-        kwargs["model_kwargs"].get("past_key_values"),
-        kwargs["input_ids"],
-        kwargs["model_kwargs"],
-    )
+    ids, model_kwargs = kwargs["input_ids"], kwargs["model_kwargs"]
+    cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, KVCache) or not cache.record.is_wanted or model_kwargs.get("inputs_embeds") is not None:
         return type(self)._get_candidate_generator(self, **kwargs)
     config, record = kwargs["generation_config"], cache.record
@@ -95,7 +92,7 @@ def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
     if not record.is_temporary:
         record.root = None
     generator = type(self)._get_candidate_generator(self, **kwargs)
-    gives_all = mask_of(config, model_kwargs, ids)[1] in (None, ids.shape[1])
+    gives_all = text_length(config, model_kwargs) in (None, ids.shape[1])
     if not gives_all:
         check_takes_new_tokens("assisted decoding and prompt lookup")
     if gives_all and cache.get_seq_length():

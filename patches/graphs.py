@@ -18,6 +18,7 @@ from hfkv.cache import KVCache
 from hfkv.device_step import DeviceStep, advance, step_reason
 from hfkv.layout import Layout
 from hfkv.patches.undo import Undo
+from hfkv.probe import growing_rope_type
 
 logger = logging.getLogger("hfkv")
 
@@ -200,9 +201,7 @@ def model_reason(model: Any) -> str | None:
     hooks = hooks_reason(model)
     if hooks is not None:
         return hooks
-    scaling = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = {scaling.get("rope_type")} | {part.get("rope_type") for part in scaling.values() if isinstance(part, dict)}
-    if kinds & {"dynamic", "longrope"}:
+    if growing_rope_type(model.config.get_text_config(decoder=True)) is not None:
         return "its rotary angles depend on the length of the text"
     return None
 

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from hfkv.cache import KVCache
-from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of
+from hfkv.mask import padding_of
+from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of, text_length
 from hfkv.patches.reuse import is_input, positions_are_plain, root_of
 from hfkv.prefixes import PrefixPool, page_keys
+from hfkv.record import TokenRecord
 from hfkv.state import ModelState, state_of
 
 # What is expanded row by row, and can be taken back.
@@ -69,7 +71,8 @@ def begin(
     state = state_of(model, model.hfkv.exact_rotary)
     cache.record.repeated = cache.record.root = None
     if cache.get_seq_length():
-        check_continues(cache, ids, *mask_of(generation_config, model_kwargs, ids), state, copies)
+        length = text_length(generation_config, model_kwargs)
+        check_continues(cache, ids, mask_of(model_kwargs), length, state, copies)
     else:
         cache.record.forget()
         cache.record.state = state
@@ -122,7 +125,7 @@ def _read(
 ) -> Any:
     """Reads what of the prompt the cache does not hold."""
     chunk, first, last = generation_config.prefill_chunk_size, cache.get_seq_length(), ids.shape[1]
-    mask_length = mask_of(generation_config, model_kwargs, ids)[1]
+    mask_length = text_length(generation_config, model_kwargs)
     if first and mask_length not in (None, last) and chunk is not None:
         check_takes_new_tokens("prefill_chunk_size")
     if chunk is None or not first or (mask_length is not None and mask_length != last):
@@ -146,12 +149,12 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     record = cache.record
     if record.root is None or cache.get_seq_length():
         return
-    mask, mask_length = mask_of(generation_config, model_kwargs, ids)
+    mask = mask_of(model_kwargs)
     positions = model_kwargs.get("position_ids")
-    pads = None if mask_length != ids.shape[1] else _left_pads(mask, ids)
+    pads = (0,) * len(ids) if mask is None else padding_of(mask != 0, len(ids))
     # A model that is given no positions may count padding as text.
     reason = None
-    if pads is None:
+    if pads is None or text_length(generation_config, model_kwargs) != ids.shape[1]:
         reason = "its attention mask hides more than left padding"
     elif (any(pads) and positions is None) or not positions_are_plain(positions, pads, ids.shape[1]):
         reason = "its positions do not count the text from 0"
@@ -163,31 +166,33 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     texts = [row[pad:] for row, pad in zip(ids.cpu(), pads, strict=True)]
     keys = [page_keys(record.root, text[:-1], pool.page_size) for text in texts]
     for row, end in _worth_reading_alone(pool, keys, pads, ids.shape[1]):
-        _read_alone(model, texts[row][:end], pool, generation_config, model_kwargs)
+        _read_alone(model, record, texts[row][:end], keys[row], generation_config, model_kwargs)
+    columns = _take_over(cache, pool, ids, mask, keys, pads)
+    for text, pad in zip(texts, pads, strict=True):
+        pool.count(len(text), max(columns - pad, 0))
+
+
+def _take_over(
+    cache: KVCache,
+    pool: PrefixPool,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    keys: Sequence[Sequence[bytes]],
+    pads: Sequence[int],
+) -> int:
+    """Copies the pages of all rows that the pool has into an empty cache; how many columns it holds then."""
     with pool.found(keys) as pages:
-        counts = [len(of_row) * pool.page_size for of_row in pages]
-        columns = min(pad + count for pad, count in zip(pads, counts, strict=True))
-        reused = [max(columns - pad, 0) for pad in pads]
-        for text, count in zip(texts, reused, strict=True):
-            pool.count(len(text), count)
-        if not any(reused):
-            return
+        columns = min(pad + len(of_row) * pool.page_size for pad, of_row in zip(pads, pages, strict=True))
+        if columns <= min(pads):
+            return 0
         try:
             pool.give(cache.leaves, pages, pads, columns)
         except BaseException:
             cache.reset()  # some layers may hold them, others not
             raise
-    record.append(ids[:, :columns], columns, None if mask is None else mask[:, :columns])
-    record.kept = columns
-
-
-def _left_pads(mask: torch.Tensor | None, ids: torch.Tensor) -> tuple[int, ...] | None:
-    """Pad tokens before the text of each row, or None where others are hidden too."""
-    if mask is None:
-        return (0,) * len(ids)
-    hidden = mask.cpu() == 0
-    pads = hidden.sum(dim=1)
-    return tuple(pads.tolist()) if torch.equal(hidden, torch.arange(ids.shape[1]) < pads[:, None]) else None
+    cache.record.append(ids[:, :columns], columns, None if mask is None else mask[:, :columns])
+    cache.record.kept = columns
+    return columns
 
 
 def _worth_reading_alone(
@@ -231,10 +236,23 @@ def _worth_reading_alone(
 
 
 def _read_alone(
-    model: Any, text: torch.Tensor, pool: PrefixPool, generation_config: Any, model_kwargs: dict[str, Any]
+    model: Any,
+    record: TokenRecord,
+    text: torch.Tensor,
+    keys: Sequence[bytes],
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
 ) -> None:
-    """Reads the beginning of one row's text without padding, so that the pool has its pages."""
-    ids = text[None].to(model.device)
+    """Reads the beginning of one row's text without padding, so that the pool has its pages.
+
+    Args:
+        model: the patched model.
+        record: of the batch's cache: under which key its pages are.
+        text: whole pages, int64 `[T]`.
+        keys: of the pages of the row's whole text.
+        generation_config, model_kwargs: of the batch.
+    """
+    ids, pool = text[None].to(model.device), model.hfkv.pool
     cache = model.hfkv.new_cache()
     mask = None if model_kwargs.get("attention_mask") is None else torch.ones_like(ids)
     given = {**model_kwargs, "attention_mask": mask, "past_key_values": cache}
@@ -244,14 +262,7 @@ def _read_alone(
     alone = copy.copy(generation_config)
     alone._mask_length = len(text)
     cache.reserve(len(text))
-    begin(model, cache, ids, alone, given)
-    root = cache.record.root
-    if root is None:
-        return
-    keys = page_keys(root, text[:-1], pool.page_size)
-    with pool.found([keys]) as pages:
-        columns = len(pages[0]) * pool.page_size
-        if columns:
-            pool.give(cache.leaves, pages, (0,), columns)
-            cache.record.append(ids[:, :columns], columns)
+    cache.record.state, cache.record.root = record.state, record.root
+    # A prompt needs one token at least that is not held.
+    _take_over(cache, pool, ids, None, [keys[: (len(text) - 1) // pool.page_size]], (0,))
     _read(model, cache, ids, alone, given, True)

@@ -25,11 +25,7 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(cache, KVCache) or not cache.record.is_wanted or "hfkv" not in vars(model):
         return forward(*args, **kwargs)
     record, before = cache.record, cache.get_seq_length()
-    if record.broken is not None:
-        raise RuntimeError(
-            f"a forward of this cache failed midway ({record.broken}): its layers hold different tokens. Call "
-            "cache.reset() and prefill again"
-        )
+    record.check_whole()
     if before == 0 and (record.length or not record.is_known):
         record.forget()
     if before != record.length:
