@@ -137,13 +137,12 @@ class KVCache(DynamicCache):
             raise ValueError(f"cache.fork takes a number of copies of at least 1, got {n}")
         forked = copy.copy(self)
         forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
-        if n > 1:
-            for layer in forked.layers:
-                if not isinstance(layer, OURS):
-                    _repeat(layer, self.batch_size, n)
         forked.record = self.record.copy()
         if n > 1:
             forked.record.repeat(n)
+            for layer in forked.layers:
+                if not isinstance(layer, OURS):
+                    _repeat(layer, self.batch_size, n)
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:

@@ -41,14 +41,9 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], model: Any = None) 
     """
     name = _file_name(path)
     _check_complete(cache)
-    header = FileHeader(
-        cache.kv,
-        cache.model_type,
-        len(cache.layers),
-        tuple(_leaf_header(leaf) for leaf in cache.leaves),
-        _fingerprint(cache, model),
-    ).to_json()
-    tensors = _tensors(cache)
+    fingerprint = _fingerprint(cache, model)
+    leaves, tensors = _leaves_and_tensors(cache)
+    header = FileHeader(cache.kv, cache.model_type, len(cache.layers), leaves, fingerprint).to_json()
     write_file(name, tensors, canonical({**header, "digest": digest_of(canonical(header), tensors)}))
 
 
@@ -145,19 +140,14 @@ def _fingerprint(cache: KVCache, model: Any) -> Mapping[str, str]:
     return now.fingerprint()
 
 
-def _leaf_header(leaf: KVLayer) -> LeafHeader:
-    contents = leaf.contents()
-    assert contents is not None
-    parts = contents.parts
-    return LeafHeader(parts["key"], parts["value"], contents.seen, contents.gone_below, contents.pads)
-
-
-def _tensors(cache: KVCache) -> dict[str, torch.Tensor]:
-    """Everything the file holds, contiguous and on the CPU."""
-    tensors = {}
+def _leaves_and_tensors(cache: KVCache) -> tuple[tuple[LeafHeader, ...], dict[str, torch.Tensor]]:
+    """What the header says of each leaf, and all that the file holds, contiguous and on the CPU."""
+    leaves, tensors = [], {}
     for index, leaf in enumerate(cache.leaves):
         contents = leaf.contents()
         assert contents is not None
+        parts = contents.parts
+        leaves.append(LeafHeader(parts["key"], parts["value"], contents.seen, contents.gone_below, contents.pads))
         for kind, planes in (("slots", contents.slots or ()), ("tokens", contents.tokens)):
             for number, plane in enumerate(planes):
                 if kind == "tokens" or plane.shape[2]:
@@ -167,7 +157,7 @@ def _tensors(cache: KVCache) -> dict[str, torch.Tensor]:
         tensors["ids"] = ids
         if hidden is not None and bool(hidden.any()):
             tensors["padding"] = hidden
-    return tensors
+    return tuple(leaves), tensors
 
 
 def _contents(

@@ -129,9 +129,12 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
             if _is_packed_later(weight):
                 versions.append((id(weight), 0))
                 continue
-            if weight.device.type != "meta":
-                versions += [_version(part) for part in _plain(weight)]
-            parameters += _plain(_at_rest(module, name, weight))
+            if weight.device.type == "meta":
+                parameters += _plain(_at_rest(module, name, weight))
+                continue
+            parts = _plain(weight)
+            versions += map(_version, parts)
+            parameters += parts
         for buffer in module._buffers.values():
             buffers += [] if buffer is None else _plain(buffer)
         has_hooks = has_hooks or _is_hooked(module)
@@ -242,9 +245,7 @@ def _digest(tensors: list[torch.Tensor]) -> str:
 
 
 def _at_rest(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """A weight, or, where accelerate has put it away, what it will bring back."""
-    if weight.device.type != "meta":
-        return weight
+    """What accelerate will bring back of a weight that it has put away; the empty weight where nobody knows."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         weights = getattr(part, "weights_map", None)

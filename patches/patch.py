@@ -19,11 +19,10 @@ from hfkv.patches.recording import set_recording
 from hfkv.patches.reuse import drop_pool, pool_of
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.patches.undo import Undo
-from hfkv.prefixes import PrefixPool, ReuseStats, page_keys
+from hfkv.prefixes import PrefixPool, ReuseStats
 from hfkv.probe import base_model, frequencies, probe_rotary
 from hfkv.rotary import Rotary
 from hfkv.sharing import sharing_refusal
-from hfkv.state import state_of
 
 logger = logging.getLogger("hfkv")
 
@@ -95,26 +94,6 @@ class Patch:
             RuntimeError: the patch was made without reuse.
         """
         self.pool.clear()
-
-    def keep_pages(self, cache: KVCache) -> None:
-        """Keeps the whole pages of a cache's texts for later calls, once there are new ones."""
-        record, pool = cache.record, self.pool
-        if record.root is None or record.length // pool.page_size <= record.kept // pool.page_size:
-            return
-        record.kept = record.length
-        tokens, pads = cache.holds_tokens, record.pads()
-        if tokens is None or pads is None:
-            record.root = None
-            return
-        keys = [page_keys(record.root, row[pad:], pool.page_size) for row, pad in zip(tokens, pads, strict=True)]
-        if not pool.missing([key for row in keys for key in row]):
-            return
-        # Another thread may have changed the model since the prompt was looked up.
-        state = state_of(self.model, self.exact_rotary)
-        if state.has_hooks or self.kv.reuse is None or state.key(self.kv.reuse.salt) != record.root:
-            record.root = None
-            return
-        pool.take(cache.leaves, keys, pads)
 
     def log_once(self, message: str) -> None:
         """A warning, the first time."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hfkv.cache import KVCache
+from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
 from hfkv.state import state_of
 
@@ -44,7 +45,7 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     count = cache.get_seq_length() - before
     record.append(ids, count, kwargs.get("attention_mask"))
     if record.root is not None:
-        model.hfkv.keep_pages(cache)
+        keep_pages(model, cache)
     return output
 
 

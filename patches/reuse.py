@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from hfkv.cache import KVCache
 from hfkv.patches.prompt import learned_prompt
-from hfkv.prefixes import PrefixPool
-from hfkv.state import ModelState
+from hfkv.prefixes import PrefixPool, page_keys
+from hfkv.state import ModelState, state_of
 
 if TYPE_CHECKING:
     from hfkv.patches.patch import Patch
@@ -99,3 +99,25 @@ def positions_are_plain(positions: torch.Tensor | None, pads: Sequence[int], len
         return False
     counted = torch.arange(length) - torch.tensor(pads)[:, None]
     return bool(((positions.cpu() == counted) | (counted < 0)).all())
+
+
+def keep_pages(model: Any, cache: KVCache) -> None:
+    """Keeps the whole pages of a cache's texts for later calls, once there are new ones."""
+    patch: Patch = model.hfkv
+    record, pool = cache.record, patch.pool
+    if record.root is None or record.length // pool.page_size <= record.kept // pool.page_size:
+        return
+    record.kept = record.length
+    tokens, pads = cache.holds_tokens, record.pads()
+    if tokens is None or pads is None:
+        record.root = None
+        return
+    keys = [page_keys(record.root, row[pad:], pool.page_size) for row, pad in zip(tokens, pads, strict=True)]
+    if not pool.missing([key for row in keys for key in row]):
+        return
+    # Another thread may have changed the model since the prompt was looked up.
+    state = state_of(model, patch.exact_rotary)
+    if state.has_hooks or patch.kv.reuse is None or state.key(patch.kv.reuse.salt) != record.root:
+        record.root = None
+        return
+    pool.take(cache.leaves, keys, pads)
