@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from hfkv.reuse import Reuse
+from hfkv.sizes import read_bytes
 from hfkv.window import Window
 from hfkv.words import CODECS, STORES, read_words, words_of
 
@@ -25,7 +26,10 @@ class KVConfig:
             by beams) or ``"auto"`` (contiguous).
         page_size: tokens a page, a power of two; None takes 256 on a CPU and 64 on an accelerator. Only
             with ``store="paged"``.
-        offload: keep the bytes in host memory and bring one layer at a time to the device.
+        offload: keep the bytes in host memory and bring them to the device a stretch at a time. Where the host's
+            memory is the device's (a CPU), nothing moves.
+        device_budget: with ``offload``, the most bytes of keys and values of all layers to keep on the device: a
+            number, or ``"8GiB"``. None keeps only the newest page of each row there.
         reuse: None, or a `Reuse`: the calls of a patched model share prompt prefixes.
         layers: overrides for single layers, by index or range: ``{"0-1": KVConfig(codec="none")}``.
 
@@ -38,6 +42,7 @@ class KVConfig:
     store: str = "auto"
     page_size: int | None = None
     offload: bool = False
+    device_budget: int | str | None = None
     reuse: Reuse | None = None
     layers: Mapping[str, KVConfig] = field(default_factory=dict)
 
@@ -50,6 +55,10 @@ class KVConfig:
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
         if not isinstance(self.offload, bool):
             raise TypeError(f"KVConfig.offload must be True or False, got {self.offload!r}")
+        if self.device_budget is not None:
+            object.__setattr__(self, "device_budget", read_bytes("KVConfig.device_budget", self.device_budget))
+            if not self.offload:
+                raise ValueError("KVConfig.device_budget needs offload=True: without it every byte is on the device")
         if self.reuse is not None and not isinstance(self.reuse, Reuse):
             raise TypeError(
                 f'KVConfig.reuse must be None or an hfkv.Reuse, such as hfkv.Reuse(budget="4GiB"); got {self.reuse!r}'
@@ -77,6 +86,10 @@ class KVConfig:
                 raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
             if override.layers:
                 raise ValueError(f"KVConfig.layers[{key!r}] must not itself have layers")
+            if override.device_budget is not None:
+                raise ValueError(
+                    f"KVConfig.layers[{key!r}] must not have a device_budget: it is for all layers together"
+                )
             if override.reuse is not None:
                 raise ValueError(f"KVConfig.layers[{key!r}] must not have reuse: a prefix is shared in all layers")
             if isinstance(override.window, Window) and (override.window.global_layers or override.window.global_heads):
@@ -90,20 +103,20 @@ class KVConfig:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
     def __hash__(self) -> int:
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.reuse)
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
         return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
 
     def __reduce__(self) -> tuple:
         # A mapping proxy can be neither copied nor pickled.
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.reuse, dict(self.layers))
-        return (KVConfig, fields)
+        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
+        return (KVConfig, (*fields, dict(self.layers)))
 
     def for_layer(self, layer_idx: int) -> KVConfig:
         """The config of one layer: the override that names it, or this one without overrides."""
         for key, override in self.layers.items():
             if layer_idx in _layer_range(key):
                 return override
-        return replace(self, layers={}, reuse=None)
+        return replace(self, layers={}, device_budget=None, reuse=None)
 
     def names_layer(self, layer_idx: int) -> bool:
         """Whether `layers` has an override for this layer."""
@@ -139,8 +152,8 @@ class KVConfig:
 
         Args:
             text: words joined by ``+``: a codec (none, int8, int4, fp8), ``contiguous`` or ``paged``,
-                ``page_size:TOKENS``, ``offload``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or
-                ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
+                ``page_size:TOKENS``, ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and
+                ``window:SIZE`` or ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
                 (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1 of layer 2, head 3 of layer 5),
                 ``summary:mean``, ``summary_pages:COUNT``, ``summary_page_size:TOKENS``.

@@ -128,12 +128,14 @@ def kv_to_json(kv: KVConfig) -> dict[str, Any]:
     Raises:
         ValueError: a window has a schedule of one's own.
     """
+    budget = {} if kv.device_budget is None else {"device_budget": kv.device_budget}
     return {
         "codec": kv.codec,
         "window": _window_to_json(kv.window) if isinstance(kv.window, Window) else None,
         "store": kv.store,
         "page_size": kv.page_size,
         "offload": kv.offload,
+        **budget,
         "layers": {indices: kv_to_json(override) for indices, override in kv.layers.items()},
     }
 
@@ -145,6 +147,8 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
         ValueError: it is no config.
     """
     names = {"codec", "window", "store", "page_size", "offload", "layers"}
+    if isinstance(value, dict) and "device_budget" in value:
+        names.add("device_budget")
     given = dict(_object(value, "the config", names))
     layers = _object(given["layers"], "the config's layers", set() if is_override else None)
     try:

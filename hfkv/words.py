@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hfkv.reuse import Reuse
+from hfkv.sizes import read_bytes, say_bytes
 from hfkv.window import Window
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def words_of(kv: KVConfig) -> list[str]:
     words += [kv.store] if kv.store != "auto" else []
     words += [f"page_size:{kv.page_size}"] if kv.page_size is not None else []
     words += ["offload"] if kv.offload else []
+    words += [f"device_budget:{say_bytes(int(kv.device_budget))}"] if kv.device_budget is not None else []
     words += [f"reuse:{kv.reuse}"] if kv.reuse is not None else []
     return words
 
@@ -110,10 +112,12 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "summary_pages": _NUMBER,
     "summary_page_size": _NUMBER,
 }
+_A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
 _VALUED = {
     "window": (_size, 'a whole number, or "dynamic"'),
     "page_size": _NUMBER,
-    "reuse": (Reuse, "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"),
+    "device_budget": (lambda text: read_bytes("device_budget", text), _A_SIZE),
+    "reuse": (Reuse, _A_SIZE),
     **_WINDOW_WORDS,
 }
 _WORDS = (
@@ -124,6 +128,7 @@ _WORDS = (
     "paged",
     "page_size:TOKENS",
     "offload",
+    "device_budget:SIZE",
     "reuse",
     "reuse:SIZE",
 )

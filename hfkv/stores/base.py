@@ -6,7 +6,7 @@ import contextlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,22 @@ Planes = tuple[torch.Tensor, ...]
 
 # Appending one token at a time copies each byte O(1) times, and never holds more than 1.25 x what is used.
 GROWTH = 1.25
+
+
+class PlaneBytes(NamedTuple):
+    """What one plane of a store takes on one device.
+
+    Attributes:
+        plane: its index among the store's planes.
+        device: where.
+        allocated: bytes.
+        held: bytes of these that tokens are in, shared ones counted once.
+    """
+
+    plane: int
+    device: torch.device
+    allocated: int
+    held: int
 
 
 class Store(ABC):
@@ -94,8 +110,20 @@ class Store(ABC):
         """Where the held tokens lie in `planes`."""
 
     @abstractmethod
+    def held_tokens(self) -> int:
+        """Tokens held in all rows, shared ones counted once."""
+
     def held_bytes(self) -> int:
         """Bytes of the tokens held, shared ones counted once."""
+        return self.held_tokens() * sum(token_bytes(plane) for plane in self.planes)
+
+    def memory(self) -> list[PlaneBytes]:
+        """Where the bytes of each plane are."""
+        tokens = self.held_tokens()
+        return [
+            PlaneBytes(index, plane.device, storage_bytes((plane,)), tokens * token_bytes(plane))
+            for index, plane in enumerate(self.planes)
+        ]
 
     def truncate(self, length: int) -> None:
         """Keeps the first `length` tokens."""
@@ -139,6 +167,11 @@ class Store(ABC):
             logger.warning("no room to reserve what max_length asks for, growing step by step instead: %s", error)
             self.reserved = 0
             allocate(needed)
+
+
+def token_bytes(plane: torch.Tensor) -> int:
+    """The bytes of one token of a plane `[.., H, T, d]`."""
+    return plane.shape[1] * plane.shape[3] * plane.element_size()
 
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -102,8 +102,8 @@ class ContiguousStore(Store):
         held = (plane[:, :, begin:end] for plane in self.planes[which])
         return tuple(plane.to(self.device) for plane in held) if self.offload else tuple(held)
 
-    def held_bytes(self) -> int:
-        return sum(plane[:, :, : self.length].numel() * plane.element_size() for plane in self.planes)
+    def held_tokens(self) -> int:
+        return len(self.planes[0]) * self.length if self.planes else 0
 
     def _limit(self) -> int:
         """The capacity a window needs: what it holds and some slack."""

@@ -166,10 +166,9 @@ class PagedStore(Store):
         held = self.layout().read(self.planes[which], first, self.length if last is None else last)
         return tuple(plane.to(self.device) for plane in held) if self.offload else held
 
-    def held_bytes(self) -> int:
+    def held_tokens(self) -> int:
         spans = {(page, span) for row in self.table for page, span in zip(row, self.columns, strict=True)}
-        tokens = sum(high - low for _, (low, high) in spans)
-        return tokens * sum(plane.shape[1] * plane.shape[3] * plane.element_size() for plane in self.planes)
+        return sum(high - low for _, (low, high) in spans)
 
     def _room(self) -> int:
         return self.page_size - self.columns[-1][1] if self.columns else 0
