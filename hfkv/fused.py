@@ -10,7 +10,7 @@ import torch
 from hfkv.held import HeldTokens
 from hfkv.kernels.dispatch import attention_kernel
 from hfkv.kernels.inputs import Scoring, Visibility
-from hfkv.kernels.merge import Attended
+from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.mask import CausalMask
 
 
@@ -53,7 +53,41 @@ def fused_attention(
     visibility = _visibility(query, held, mask, is_causal)
     if visibility is None:
         return None
-    return kernel(query, *held.encoded(), visibility, scoring).out
+    return attend_held(kernel, query, held, held.last, visibility, scoring).out
+
+
+def attend_held(
+    kernel: Callable[..., Attended],
+    query: torch.Tensor,
+    held: HeldTokens,
+    last: int,
+    visibility: Visibility,
+    scoring: Scoring,
+) -> Attended:
+    """Attention by a kernel to the tokens held up to `last`, run by run where they lie apart.
+
+    Args:
+        kernel: see `kernel_for`.
+        query: `[B, Hq, q, D]`.
+        held: the tokens.
+        last: index behind the last of them.
+        visibility: which of them each query sees.
+        scoring: what becomes of scores.
+
+    Returns:
+        The output `[B, Hq, q, Dv]` in the query's dtype, and its log-sum-exp.
+    """
+    # A logit that takes weight and is no token's comes once, behind the last run.
+    alone = replace(scoring, sink_logits=None)
+    attended: Attended | None = None
+    for keys, values, layout, of_run in held.runs(last, visibility):
+        if layout.length == last:
+            return kernel(query, keys, values, layout, of_run, scoring)
+        part = kernel(query, keys, values, layout, of_run, alone)
+        attended = part if attended is None else merge(attended, part)
+    attended = nothing(query, held.parts["value"].head_dim) if attended is None else attended
+    attended = with_sink_logits(attended, scoring.sink_logits)
+    return Attended(attended.out.to(query.dtype), attended.lse)
 
 
 def _on_device(held: HeldTokens) -> Visibility:

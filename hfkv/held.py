@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -10,7 +10,7 @@ import torch
 
 from hfkv.codecs import Codec
 from hfkv.kernels.device_inputs import DeviceInputs
-from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.inputs import Encoded, Visibility
 from hfkv.layout import Layout
 from hfkv.padding import LeftPadding
 from hfkv.rotary import Rotary
@@ -149,15 +149,31 @@ class HeldTokens:
         """
         self._check_version()
         planes, layout = tuple(self.store.planes), self.store.layout()
-        if planes[0].device != self.device:
-            planes, layout = self.store.read(), Layout(layout.length)
         if layout.length != self.last:  # tokens were appended since
             layout = replace(layout, length=self.last)
-        parts: tuple[Part, Part] = ("key", "value")
-        keys, values = (
-            Encoded(self.codec.name, planes[self.parts[part].planes], self.parts[part].head_dim) for part in parts
-        )
-        return keys, values, layout
+        return *self._encoded(planes), layout
+
+    def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
+        """What a kernel takes, of the tokens up to `last` in as many runs as they lie in.
+
+        Each is to be read before the next is asked for; a store that brings tokens from elsewhere has few buffers.
+
+        Args:
+            last: index behind the last of all tokens held that are looked at.
+            visibility: which of them each query sees.
+
+        Raises:
+            RuntimeError: see `decode`.
+        """
+        self._check_version()
+        uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
+        for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
+            yield *self._encoded(planes), layout, visibility.of(begin, begin + layout.length)
+
+    def _encoded(self, planes: tuple[torch.Tensor, ...]) -> tuple[Encoded, Encoded]:
+        key, value = self.parts["key"], self.parts["value"]
+        keys = Encoded(self.codec.name, planes[key.planes], key.head_dim)
+        return keys, Encoded(self.codec.name, planes[value.planes], value.head_dim)
 
     def _check_version(self) -> None:
         if self.version != self.store.version:

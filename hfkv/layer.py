@@ -18,12 +18,13 @@ from hfkv.layout import Layout
 from hfkv.rotary import Rotary
 from hfkv.rows import Rows
 from hfkv.span import Span
-from hfkv.stores import PagedStore, Store, make_store
+from hfkv.stored import Stored
+from hfkv.stores import OffloadedStore, Store
 from hfkv.view import make_views
 from hfkv.window import Window
 
 
-class KVLayer(Assignable, Rows, CacheLayerMixin):
+class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -77,11 +78,7 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
                 slice(len(keys), None), value_states.shape[1], value_states.shape[3], value_states.dtype
             ),
         }
-        bound = self.window.capacity() if self.window else None
-        self._store = make_store(self._store_kind, self.device, self.kv.page_size, offload=self.kv.offload, bound=bound)
-        if isinstance(self._store, PagedStore):
-            self._store.expect_copies(*self._copies)
-        self._store.reserve(self._reserved + self._num_slots)
+        self._store = self._new_store(self.device)
         slots = (
             states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
             for states in (key_states, value_states)
@@ -118,7 +115,7 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
             self._tracked = True
         new = key_states.detach(), value_states.detach()
         kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
-        if kernel is None or self.kv.offload or not self.store.planes:
+        if kernel is None or isinstance(self.store, OffloadedStore) or not self.store.planes:
             self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
             return
         with self.store.lock:
@@ -143,11 +140,6 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
             )
         self._parts["key"].check("key", key_states, self._batch, self.device)
         self._parts["value"].check("value", value_states, self._batch, self.device)
-
-    @property
-    def store(self) -> Store:
-        assert self._store is not None, "the layer has not seen a key yet"
-        return self._store
 
     @property
     def batch(self) -> int:
@@ -225,14 +217,6 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         offset = max(self.span.seen - self.sliding + 1, 0)
         return self.span.seen - offset + query_length, offset
 
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return self._store.nbytes() if self._store else 0
-
-    def held_bytes(self) -> int:
-        """Bytes of the tokens held."""
-        return self._store.held_bytes() if self._store else 0
-
     @property
     def record_past(self) -> bool:
         """Whether what the forwards since the last `crop` added can be cropped again; transformers resets it."""
@@ -267,12 +251,6 @@ class KVLayer(Assignable, Rows, CacheLayerMixin):
         self.span.crop(left)
         if self.record_past:
             self._forget_unseen()
-
-    def reserve(self, tokens: int) -> None:
-        """Says how many tokens there will be in all, so that memory is allocated once."""
-        self._reserved = tokens
-        if self._store:
-            self._store.reserve(tokens + self._num_slots)
 
     def contents(self) -> Contents | None:
         """Everything the layer holds, or None before the first key."""

@@ -91,7 +91,7 @@ class PrefixPool:
         self._lock = threading.RLock()
         self._index: OrderedDict[bytes, int] = OrderedDict()  # key -> page, the least recently used first
         self._planes: list[list[torch.Tensor]] = []  # of each layer: [N, H_i, P, d_i]
-        self._layers: list[tuple[dict[Part, PartShape], torch.device]] = []
+        self._layers: list[tuple[int, dict[Part, PartShape], torch.device]] = []  # those that are filled
         self._page_bytes = 0
         self._capacity: int | None = None  # in pages, where memory has run out before the budget
         self._lookups = self._hits = self._tokens = self._reused = self._evictions = 0
@@ -161,7 +161,7 @@ class PrefixPool:
         """Puts pages into the empty layers of a cache, as its first `columns` tokens.
 
         Args:
-            layers: of the cache.
+            layers: all of the cache.
             rows: the pages of each row's text, from `found`.
             pads: pad tokens of each row; behind them come its pages, as far as there are columns.
             columns: tokens to hold, pad tokens included.
@@ -170,7 +170,8 @@ class PrefixPool:
         tables = [torch.tensor([list(row)], dtype=torch.long) for row in (rows[:1] if same else rows)]
         with self._lock:
             planes, shapes = [list(of_layer) for of_layer in self._planes], self._layers
-        for layer, of_layer, (parts, device) in zip(layers, planes, shapes, strict=True):
+        for of_layer, (index, parts, device) in zip(planes, shapes, strict=True):
+            layer = layers[index]
             shown = tuple(min(pad, columns) for pad in pads[: len(tables)])
             texts = [self._text(of_layer, table, columns - pad) for table, pad in zip(tables, shown, strict=True)]
             tokens = texts[0] if len(texts) == 1 and not shown[0] else _stacked(texts, of_layer, columns)
@@ -186,15 +187,16 @@ class PrefixPool:
         """Keeps the pages of a cache's texts that are not here yet.
 
         Args:
-            layers: of the cache.
+            layers: all of the cache; a stage of a pipeline fills its own only.
             keys: of the whole pages of each row's text.
             pads: pad tokens of each row.
         """
         # What a window has dropped is no longer there to be kept.
         first_held = max(layer.span.held_from for layer in layers)
+        filled = [(index, layer) for index, layer in enumerate(layers) if layer.is_initialized]
         with self._lock:
             for row, (of_row, pad) in enumerate(zip(keys, pads, strict=True)):
-                if not self._learn(layers):
+                if not self._learn(filled):
                     return
                 known = len(self._touched(of_row))
                 if known == len(of_row) or pad + known * self.page_size < first_held:
@@ -203,32 +205,29 @@ class PrefixPool:
                 if not pages:
                     continue
                 first = pad + known * self.page_size
-                for layer, planes in zip(layers, self._planes, strict=True):
+                for (_, layer), planes in zip(filled, self._planes, strict=True):
                     begin = layer.held_index(first)
-                    held = layer.store.layout().read(
-                        layer.store.planes, begin, begin + len(pages) * self.page_size, slice(row, row + 1)
-                    )
+                    end = begin + len(pages) * self.page_size
+                    held = layer.store.read(slice(None), begin, end, slice(row, row + 1))
                     for plane, tokens in zip(planes, held, strict=True):
                         whole = tokens[0].unflatten(1, (len(pages), self.page_size)).transpose(0, 1)
-                        bits_of(plane)[pages] = bits_of(whole)
+                        bits_of(plane)[pages] = bits_of(whole).to(plane.device)
                 self._index |= zip(of_row[known:], pages, strict=False)  # not all may have found room
                 self._touched(of_row)
 
-    def _learn(self, layers: Sequence[KVLayer]) -> bool:
+    def _learn(self, layers: Sequence[tuple[int, KVLayer]]) -> bool:
         """Makes empty planes like those of a cache, where there are none; whether its pages fit in."""
-        shapes = [(layer.parts, layer.device) for layer in layers]
+        shapes = [(index, layer.parts, layer.device) for index, layer in layers]
         if self._layers and self._layers != shapes:
             self.clear()  # the model has been cast or moved: nothing here can be found again
         if self._layers:
             return self._layers == shapes
         self._layers = shapes
-        for layer in layers:
+        for _, layer in layers:
             with torch.inference_mode(False):
                 self._planes.append(
                     [
-                        torch.empty(
-                            0, plane.shape[1], self.page_size, plane.shape[3], dtype=plane.dtype, device=plane.device
-                        )
+                        plane.new_empty(0, plane.shape[1], self.page_size, plane.shape[3], device=layer.store.home)
                         for plane in layer.store.planes
                     ]
                 )

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from hfkv.fused import kernel_for
+from hfkv.fused import attend_held, kernel_for
 from hfkv.held import HeldTokens, Part
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, with_sink_logits
@@ -76,15 +76,14 @@ def _by_kernel(
     kernel: Callable[..., Attended], query: torch.Tensor, look: Look, scoring: Scoring, sees_all: bool
 ) -> torch.Tensor:
     held = look.held
-    keys, values, layout = held.encoded()
     if sees_all:
         visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
-        return kernel(query, keys, values, layout, visibility, scoring).out
+        return attend_held(kernel, query, held, held.last, visibility, scoring).out
     num_queries = query.shape[2]
     begin = held.seen - num_queries
     visibility = visibility_of(look, num_queries)
     if not look.has_more_than_tokens:
-        return kernel(query, keys, values, layout, visibility, scoring).out
+        return attend_held(kernel, query, held, held.last, visibility, scoring).out
     outputs = []
     block = look.block_length()
     for start in range(begin, held.seen, block):
@@ -92,9 +91,9 @@ def _by_kernel(
         queries = query[:, :, start - begin : end - begin]
         bounds, segments = look.beside(queries, start, end)
         newest = replace(visibility, seen=end, first=visibility.num_slots, sinks=0, bounds=bounds)
-        up_to = replace(layout, length=visibility.num_slots + end - held.held_from)
+        last = visibility.num_slots + end - held.held_from
         alone = replace(scoring, sink_logits=None)
-        attended = merge(kernel(queries, keys, values, up_to, newest, alone), attend_apart(segments, alone))
+        attended = merge(attend_held(kernel, queries, held, last, newest, alone), attend_apart(segments, alone))
         outputs.append(with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype))
     return torch.cat(outputs, dim=2)
 

@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 
+from hfkv.stores import bus
+from tests.lazy_bus import LazyBus
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
@@ -43,3 +46,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is offloaded on a CPU goes over a bus, as if its memory and the host's were two."""
+    monkeypatch.setitem(bus.BUSES, "cpu", LazyBus)
+    monkeypatch.setattr(bus, "_buses", {})

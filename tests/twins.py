@@ -22,11 +22,20 @@ from hfkv.files import load_cache, save_cache
 from hfkv.layer import KVLayer
 from hfkv.stores import PagedStore
 from hfkv.stores.pages import Pages
+from hfkv.stores.tiers import TieredPages
 from tests.tiny import llama_config
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 4
 MOST_CACHES, MOST_ROWS = 4, 4
-STORES = ("contiguous", "paged+page_size:1", "paged+page_size:2", "paged+page_size:4", "auto")
+STORES = (
+    "contiguous",
+    "paged+page_size:1",
+    "paged+page_size:2",
+    "paged+page_size:4",
+    "auto",
+    "paged+page_size:2+offload",
+    "paged+page_size:4+offload+device_budget:4kB",
+)
 
 
 @functools.cache
@@ -266,6 +275,12 @@ def check_pages(pages: Pages, stores: list[PagedStore]) -> None:
     assert pages.blocks.refcounts == counts
     assert sorted(pages.blocks.free) == [page for page, count in enumerate(counts) if count == 0]
     assert pages.stores == len(stores)
+    if isinstance(pages, TieredPages):
+        slots = [pages.slot(page) for page, count in enumerate(counts) if count]
+        assert sorted([slot for slot in slots if slot >= 0] + pages._free) == list(range(len(pages.planes[0])))
+        assert sorted([~slot for slot in slots if slot < 0] + pages.host.free) == list(range(pages.host.size))
+        assert pages.most is None or len(pages.planes[0]) <= pages.most
+        return
     assert all(len(plane) == pages.blocks.size for plane in pages.planes)
 
 

@@ -44,7 +44,9 @@ def flash_attention(
         padding = max(pads - (visibility.seen - num_queries), 0)
         for begin in range(padding, num_queries, length):
             queries = slice(begin, min(begin + length, num_queries))
-            own = layout.length - num_queries + begin
+            # Of a part of what is held the queries' own tokens may be none.
+            shift = visibility.num_slots - visibility.held_from
+            own = visibility.seen - num_queries + begin + shift
             of_tile = _of(visibility, queries, num_queries)
             tile = _Tile(keys, values, layout, of_tile, scoring, rows, min(firsts[rows]), own)
             its_query = query[rows, :, queries]
@@ -101,29 +103,30 @@ class _Tile:
 
     def _stretches(self, num_queries: int) -> Iterator[tuple[int, int]]:
         """The tokens that some query sees, the queries' own on their own where there are many."""
-        visibility, first = self.visibility, self.first
+        visibility, first, length = self.visibility, self.first, self.layout.length
         if visibility.mask is not None:
-            yield from self._cut(first, self.layout.length)
+            yield from self._cut(first, length)
             return
+        own, end = min(self.own, length), min(self.own + num_queries, length)
         if visibility.bounds is not None:
             shift = visibility.num_slots - visibility.held_from
             bounds = visibility.bounds[self.rows] if len(visibility.bounds) > 1 else visibility.bounds
             lowest, highest = (int(bound) + shift for bound in bounds.aminmax())
             behind_sinks = max(visibility.num_slots, max(visibility.pads[self.rows]) + visibility.sinks + shift)
             if behind_sinks < lowest:
-                yield from self._cut(first, min(behind_sinks, self.own))
+                yield from self._cut(first, min(behind_sinks, own))
                 first = max(first, lowest)
             if num_queries > 1:
                 # What only some of the queries see, on its own: the rest needs no mask.
-                highest = min(highest, self.own)
+                highest = min(highest, own)
                 yield from self._cut(first, highest)
                 first = max(first, highest)
-        end = self.own + num_queries
         if num_queries == 1:
             yield from self._cut(first, end)
-        else:
-            yield from self._cut(first, self.own)
-            yield max(first, self.own), end
+            return
+        yield from self._cut(first, own)
+        if max(first, own) < end:
+            yield max(first, own), end
 
     def _cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
         """Stretches short enough to be decoded."""

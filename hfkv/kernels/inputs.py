@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,23 @@ class Visibility:
     sinks: int = 0
     bounds: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+
+    def of(self, begin: int, end: int) -> Visibility:
+        """The same of the tokens `begin .. end - 1` alone, counted from the first of them.
+
+        Slots that are looked at must all be among them, or none.
+        """
+        if begin == 0:
+            mask = None if self.mask is None else self.mask[..., : max(end - self.first, 0)]
+            return replace(self, mask=mask)
+        first = max(self.first, begin)
+        return replace(
+            self,
+            first=first - begin,
+            held_from=self.held_from + begin - self.num_slots,
+            num_slots=0,
+            mask=None if self.mask is None else self.mask[..., first - self.first : end - self.first],
+        )
 
 
 @dataclass(frozen=True)

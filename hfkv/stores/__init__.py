@@ -5,16 +5,33 @@ from __future__ import annotations
 import torch
 
 from hfkv.stores.base import Store
+from hfkv.stores.bus import is_apart
 from hfkv.stores.contiguous import ContiguousStore
+from hfkv.stores.offload import Offload, Place
+from hfkv.stores.offloaded import OffloadedStore
 from hfkv.stores.paged import PagedStore
 
-__all__ = ["ContiguousStore", "PagedStore", "Store", "copy_rows", "make_store"]
+__all__ = [
+    "ContiguousStore",
+    "Offload",
+    "OffloadedStore",
+    "PagedStore",
+    "Place",
+    "Store",
+    "copy_rows",
+    "make_store",
+]
 
 CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
 
 
 def make_store(
-    kind: str, device: torch.device, page_size: int | None = None, *, offload: bool = False, bound: int | None = None
+    kind: str,
+    device: torch.device,
+    page_size: int | None = None,
+    *,
+    offload: Place | None = None,
+    bound: int | None = None,
 ) -> Store:
     """A store for planes on `device`.
 
@@ -22,16 +39,21 @@ def make_store(
         kind: ``"paged"``, or anything else for a contiguous one.
         device: where attention computes.
         page_size: tokens a page; None for 256 on a CPU and 64 on an accelerator, less in a small window.
-        offload, bound: see `Store`.
+        offload: the layer's place among those that are offloaded, or None. Where host memory is the device's own, there
+            is nothing to offload; else what is offloaded lies in pages, whatever the kind.
+        bound: see `Store`.
     """
-    if kind != "paged":
-        return ContiguousStore(offload=offload, bound=bound)
+    is_offloaded = offload is not None and is_apart(device)
+    if kind != "paged" and not is_offloaded:
+        return ContiguousStore(bound=bound)
     if page_size is None:
         page_size = CPU_PAGE_SIZE if device.type == "cpu" else ACCELERATOR_PAGE_SIZE
         if bound is not None:
             # Up to three pages of a window are partly filled: the slots', the oldest and the newest.
             page_size = min(page_size, 1 << (max(bound // 16, 1).bit_length() - 1))
-    return PagedStore(page_size, offload=offload, bound=bound)
+    if is_offloaded and offload is not None:
+        return OffloadedStore(page_size, offload, bound=bound)
+    return PagedStore(page_size, bound=bound)
 
 
 def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None) -> Store:
@@ -47,7 +69,7 @@ def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None
     repeats = len(set(rows.tolist())) < len(rows)
     if kind != "auto" or not repeats or isinstance(store, PagedStore):
         return store.fork(rows)
-    paged = make_store("paged", store.device, page_size, offload=store.offload, bound=store.bound)
+    paged = make_store("paged", store.device, page_size, bound=store.bound)
     assert isinstance(paged, PagedStore)
     if store.length < paged.page_size:
         return store.fork(rows)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,20 @@ Planes = tuple[torch.Tensor, ...]
 
 # Appending one token at a time copies each byte O(1) times, and never holds more than 1.25 x what is used.
 GROWTH = 1.25
+
+
+class Run(NamedTuple):
+    """Some of the tokens held, one after the other, as they lie on the device.
+
+    Attributes:
+        planes: they are in these.
+        layout: where, counted from the first of them.
+        begin: its index among all tokens held.
+    """
+
+    planes: Planes
+    layout: Layout
+    begin: int
 
 
 class PlaneBytes(NamedTuple):
@@ -42,14 +57,10 @@ class Store(ABC):
     All rows hold the same number of tokens. Planes may differ in heads, width and dtype.
 
     Args:
-        offload: allocate in host memory (pinned, where an accelerator is present); `read` brings the
-            planes to the device the appended ones came from, and appending sends the new tokens only. Both
-            wait for the copy: host code moves these bytes about.
         bound: the number of tokens held between two steps, where a window limits it; None without a limit.
     """
 
-    def __init__(self, *, offload: bool = False, bound: int | None = None) -> None:
-        self.offload = offload
+    def __init__(self, *, bound: int | None = None) -> None:
         self.bound = bound
         self.length = 0
         self.reserved = 0
@@ -62,6 +73,11 @@ class Store(ABC):
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         """Held while planes are written that other stores may share."""
         return contextlib.nullcontext()
+
+    @property
+    def home(self) -> torch.device | None:
+        """Where what is held grows: the compute device, or the host where most of it is kept there."""
+        return self.device
 
     @property
     def reads_slices(self) -> bool:
@@ -97,17 +113,29 @@ class Store(ABC):
         """A store of its own whose row i holds what row `rows[i]` of this one does; `rows` is int64 `[B']`."""
 
     @abstractmethod
-    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
-        """Held tokens in order, `[B, H_i, last - first, d_i]`, on the compute device; not to be written to.
+    def read(
+        self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
+    ) -> Planes:
+        """Held tokens in order, `[rows, H_i, last - first, d_i]`, on the compute device; not to be written to.
 
         Args:
             which: the planes to read.
             first, last: the tokens to read, counted from the first held one; all by default.
+            rows: whose; all by default.
         """
 
     @abstractmethod
     def layout(self) -> Layout:
         """Where the held tokens lie in `planes`."""
+
+    def runs(self, last: int, first: int = 0, uncut: int = 0) -> Iterator[Run]:
+        """The tokens `first .. last - 1`, and what lies beside them, in runs to be read before the next is asked for.
+
+        Args:
+            last, first: counted from the first token held.
+            uncut: so many tokens at the front are to be in one run.
+        """
+        yield Run(tuple(self.planes), replace(self.layout(), length=last), 0)
 
     @abstractmethod
     def held_tokens(self) -> int:
@@ -143,19 +171,8 @@ class Store(ABC):
         Raises:
             MemoryError: there is not that much.
         """
-        pinned = self.offload and self.device is not None and self.device.type != "cpu"
-        # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
-        with torch.inference_mode(False):
-            try:
-                device = torch.device("cpu") if self.offload else self.device
-                return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
-            except RuntimeError as error:
-                num_bytes = torch.Size(shape).numel() * like.element_size()
-                raise MemoryError(
-                    f"could not allocate {num_bytes:,} bytes for keys and values in "
-                    f"{'pinned host memory' if pinned else device} ({str(error).splitlines()[0]}); use a smaller "
-                    "codec, a window, offload or a shorter context"
-                ) from error
+        assert self.device is not None
+        return allocate(shape, like.dtype, self.device)
 
     def allocate_reserved(self, needed: int, wanted: int, allocate: Callable[[int], None]) -> None:
         """Calls `allocate(wanted)`, or, where the memory for a reservation is not there, `allocate(needed)`."""
@@ -169,6 +186,28 @@ class Store(ABC):
             allocate(needed)
 
 
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised memory for keys and values.
+
+    Raises:
+        MemoryError: there is not that much.
+    """
+    # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
+    with torch.inference_mode(False):
+        try:
+            return torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:
+            raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error
+
+
+def no_memory(num_bytes: int, where: str, error: Exception) -> MemoryError:
+    """The error of bytes for keys and values that are not to be had."""
+    return MemoryError(
+        f"could not allocate {num_bytes:,} bytes for keys and values in {where} ({str(error).splitlines()[0]}); use a "
+        "smaller codec, a window, offload or a shorter context"
+    )
+
+
 def token_bytes(plane: torch.Tensor) -> int:
     """The bytes of one token of a plane `[.., H, T, d]`."""
     return plane.shape[1] * plane.shape[3] * plane.element_size()
@@ -176,5 +215,6 @@ def token_bytes(plane: torch.Tensor) -> int:
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The bytes of the unique storages behind `tensors`."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+    # Not by address: every tensor on the meta device has the same.
+    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storage.nbytes() for storage in storages.values())

@@ -20,13 +20,13 @@ class ContiguousStore(Store):
     slack in proportion to what is held that costs O(1) a token.
     """
 
-    def __init__(self, *, offload: bool = False, bound: int | None = None) -> None:
-        super().__init__(offload=offload, bound=bound)
+    def __init__(self, *, bound: int | None = None) -> None:
+        super().__init__(bound=bound)
         self.start = 0
 
     @property
     def reads_slices(self) -> bool:
-        return not self.offload
+        return True
 
     @property
     def capacity(self) -> int:
@@ -86,7 +86,7 @@ class ContiguousStore(Store):
 
     def fork(self, rows: torch.Tensor) -> ContiguousStore:
         """Copies what is held; see `Store.fork`."""
-        forked = ContiguousStore(offload=self.offload, bound=self.bound)
+        forked = ContiguousStore(bound=self.bound)
         forked.device, forked.length = self.device, self.length
         held = slice(self.start, self.start + self.length)
         for plane in self.planes:
@@ -97,10 +97,11 @@ class ContiguousStore(Store):
     def layout(self) -> Layout:
         return Layout(self.length, self.start)
 
-    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
+    def read(
+        self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
+    ) -> Planes:
         begin, end = self.start + first, self.start + (self.length if last is None else last)
-        held = (plane[:, :, begin:end] for plane in self.planes[which])
-        return tuple(plane.to(self.device) for plane in held) if self.offload else tuple(held)
+        return tuple(plane[rows, :, begin:end] for plane in self.planes[which])
 
     def held_tokens(self) -> int:
         return len(self.planes[0]) * self.length if self.planes else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,10 @@ class PagedStore(Store):
         page_size: P, in tokens.
     """
 
-    def __init__(self, page_size: int, *, offload: bool = False, bound: int | None = None) -> None:
+    def __init__(self, page_size: int, *, bound: int | None = None) -> None:
         self.pages = Pages()
         self.table: list[list[int]] = []  # [B][column] -> page
-        super().__init__(offload=offload, bound=bound)
+        super().__init__(bound=bound)
         self.pages.join(())
         self.page_size = page_size
         self.columns: list[tuple[int, int]] = []
@@ -66,7 +67,7 @@ class PagedStore(Store):
 
     def fork(self, rows: torch.Tensor) -> PagedStore:
         """Shares the pages; see `Store.fork`."""
-        forked = PagedStore(self.page_size, offload=self.offload, bound=self.bound)
+        forked = self._empty()
         with self.lock:
             forked.pages.leave(())
             forked.pages = self.pages
@@ -81,40 +82,39 @@ class PagedStore(Store):
 
     def append(self, new: Planes) -> None:
         with self.lock:
-            batch, count = new[0].shape[0], new[0].shape[2]
             if not self.planes:
-                self.device = new[0].device
-                self.table = [[] for _ in range(batch)]
-                shapes = [(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
-                self.planes = [self.allocate(shape, plane) for shape, plane in zip(shapes, new, strict=True)]
-            first = len(self.columns)
+                self._begin(new)
+            count, first = new[0].shape[2], len(self.columns)
             slot = self.columns[-1][1] if self.columns else self.page_size
             self.extend(count)
             head = min(count, self.page_size - slot)
             if head:
-                self._write(new, 0, head, [row[first - 1] for row in self.table], slot)
+                self._write([row[first - 1] for row in self.table], slot, [tokens[:, :, :head] for tokens in new])
             full, tail = divmod(count - head, self.page_size)
             if full:
+                last = head + full * self.page_size
+                whole = (tokens[:, :, head:last].unflatten(2, (full, self.page_size)) for tokens in new)
                 pages = [page for row in self.table for page in row[first : first + full]]
-                for plane, tokens in zip(self.planes, new, strict=True):
-                    whole = tokens[:, :, head : head + full * self.page_size].unflatten(2, (full, self.page_size))
-                    plane[pages] = whole.transpose(1, 2).flatten(0, 1).to(plane.device)
+                self._fill(pages, [tokens.transpose(1, 2).flatten(0, 1) for tokens in whole])
             if tail:
-                self._write(new, count - tail, count, [row[-1] for row in self.table], 0)
+                self._write([row[-1] for row in self.table], 0, [tokens[:, :, count - tail :] for tokens in new])
 
     def extend(self, count: int) -> Layout:
         with self.lock:
             before = self.layout()
             head = min(count, self._room())
+            full, tail = divmod(count - head, self.page_size)
+            # What may find no memory comes first: then nothing has changed.
             if head:
                 self._own(-1)
+            if full or tail:
+                for row, pages in zip(self.table, self._take_columns(full, tail > 0), strict=True):
+                    row.extend(pages)
+                self._ids = None
+            if head:
                 low, high = self.columns[-1]
                 self.columns[-1] = (low, high + head)
-            full, tail = divmod(count - head, self.page_size)
-            if full:
-                self._add_columns(full, self.page_size)
-            if tail:
-                self._add_columns(1, tail)
+            self.columns += [(0, self.page_size)] * full + [(0, tail)] * (tail > 0)
             self.length += count
             return replace(before, table=self.layout().table)
 
@@ -145,8 +145,8 @@ class PagedStore(Store):
                 head, tail = max(first, start), min(last, stop)
                 if head < tail:
                     self._own(column)
-                    pages = [row[column] for row in self.table]
-                    self._write(new, head - start, tail - start, pages, low + head - first)
+                    tokens = [states[:, :, head - start : tail - start] for states in new]
+                    self._write([row[column] for row in self.table], low + head - first, tokens)
                 first = last
 
     def select(self, rows: torch.Tensor) -> None:
@@ -162,9 +162,10 @@ class PagedStore(Store):
             self._ids = torch.tensor(self.table, dtype=torch.long).view(len(self.table), len(self.columns))
         return Layout(self.length, table=self._ids, spans=tuple(self.columns))
 
-    def read(self, which: slice = slice(None), first: int = 0, last: int | None = None) -> Planes:
-        held = self.layout().read(self.planes[which], first, self.length if last is None else last)
-        return tuple(plane.to(self.device) for plane in held) if self.offload else held
+    def read(
+        self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
+    ) -> Planes:
+        return self.layout().read(self.planes[which], first, self.length if last is None else last, rows)
 
     def held_tokens(self) -> int:
         spans = {(page, span) for row in self.table for page, span in zip(row, self.columns, strict=True)}
@@ -182,9 +183,7 @@ class PagedStore(Store):
         if not copies:
             return
         old = [row[column] for row in copies]
-        fresh = self._take(len(copies))
-        for plane in self.planes:
-            plane[fresh] = plane[old]
+        fresh = self._copy(old)
         self.blocks.release(old)
         for row, page in zip(copies, fresh, strict=True):
             row[column] = page
@@ -195,17 +194,39 @@ class PagedStore(Store):
         page = row[column]
         return self.blocks.refcounts[page] == sum(other[column] == page for other in self.table) + row.count(page) - 1
 
-    def _write(self, new: Planes, first: int, last: int, pages: list[int], offset: int) -> None:
-        for plane, tokens in zip(self.planes, new, strict=True):
-            plane[pages, :, offset : offset + last - first] = tokens[:, :, first:last].to(plane.device)
+    def _empty(self) -> PagedStore:
+        """Another store of this kind."""
+        return PagedStore(self.page_size, bound=self.bound)
 
-    def _add_columns(self, count: int, filled: int) -> None:
-        """Adds columns of new pages with `filled` tokens each."""
+    def _begin(self, new: Planes) -> None:
+        """Makes planes for the kind of tokens that `new` are."""
+        self.device = new[0].device
+        self.table = [[] for _ in range(len(new[0]))]
+        shapes = [(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
+        self.planes = [self.allocate(shape, plane) for shape, plane in zip(shapes, new, strict=True)]
+
+    def _write(self, pages: list[int], first: int, tokens: Sequence[torch.Tensor]) -> None:
+        """Writes tokens `[B, H_i, n, d_i]` from slot `first` of B `pages` on."""
+        for plane, states in zip(self.planes, tokens, strict=True):
+            plane[pages, :, first : first + states.shape[2]] = states.to(plane.device)
+
+    def _fill(self, pages: list[int], content: Sequence[torch.Tensor]) -> None:
+        """Writes whole pages `[n, H_i, P, d_i]`."""
+        for plane, states in zip(self.planes, content, strict=True):
+            plane[pages] = states.to(plane.device)
+
+    def _copy(self, pages: list[int]) -> list[int]:
+        """Copies of `pages`, to be written to."""
+        fresh = self._take(len(pages))
+        for plane in self.planes:
+            plane[fresh] = plane[pages]
+        return fresh
+
+    def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
+        """New pages for every row: `full` to be filled at once, and one to be filled by and by."""
+        count = full + has_tail
         pages = self._take(count * len(self.table))
-        for index, row in enumerate(self.table):
-            row.extend(pages[index * count : (index + 1) * count])
-        self.columns.extend([(0, filled)] * count)
-        self._ids = None
+        return [pages[index * count : (index + 1) * count] for index in range(len(self.table))]
 
     def _take(self, count: int) -> list[int]:
         needed = self.blocks.used + count

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.span import ROLLBACK_MARGIN
+from hfkv.stores import OffloadedStore, Store
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.unit.test_stores import CopiedBytes
 
@@ -128,10 +129,15 @@ def test_nbytes_is_the_sum_of_unique_storages(kv: str) -> None:
     storages = {
         plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes()
         for layer in cache.kv_layers
-        for plane in layer.store.planes
+        for plane in planes_of(layer.store)
     }
     assert cache.nbytes() == sum(storages.values())
     assert cache.nbytes() >= cache.held_bytes()
+
+
+def planes_of(store: Store) -> list[torch.Tensor]:
+    away = store.tiers.host.planes() if isinstance(store, OffloadedStore) else []
+    return [*store.planes, *(segment for plane in away for segment in plane)]
 
 
 @pytest.mark.parametrize("kv", ["none", "int8", "int8+paged+page_size:16", "window:64+sinks:4"])

@@ -1,5 +1,6 @@
 """Stores against a plain tensor model, their bytes, and what they copy."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,13 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfkv.stores import ContiguousStore, PagedStore, Store
+from hfkv.stores import ContiguousStore, Offload, OffloadedStore, PagedStore, Store
 
 
-def make(kind: str, bound: int | None = None, offload: bool = False) -> Store:
+def make(kind: str, bound: int | None = None, offload: bool = False, budget: int | None = None) -> Store:
     if kind == "contiguous":
-        return ContiguousStore(bound=bound, offload=offload)
-    return PagedStore(int(kind.removeprefix("paged")), bound=bound, offload=offload)
+        return ContiguousStore(bound=bound)
+    page_size = int(kind.removeprefix("paged"))
+    if offload:
+        return OffloadedStore(page_size, Offload(budget, [bound]).place(0), bound=bound)
+    return PagedStore(page_size, bound=bound)
 
 
 def tokens(batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,11 +39,17 @@ operations = st.lists(
 
 
 @settings(max_examples=120, deadline=None)
-@given(operations=operations, kind=st.sampled_from(KINDS), bound=st.sampled_from([None, 6, 30]), offload=st.booleans())
+@given(
+    operations=operations,
+    kind=st.sampled_from(KINDS),
+    bound=st.sampled_from([None, 6, 30]),
+    offload=st.booleans(),
+    budget=st.sampled_from([None, 700, 5000]),
+)
 def test_any_sequence_of_operations_equals_a_plain_tensor(
-    operations: list[tuple[Any, ...]], kind: str, bound: int | None, offload: bool
+    operations: list[tuple[Any, ...]], kind: str, bound: int | None, offload: bool, budget: int | None
 ) -> None:
-    store, expected = make(kind, bound, offload), list(tokens(3, 0))
+    store, expected = make(kind, bound, offload, budget), list(tokens(3, 0))
     store.append(tuple(expected))
     for name, *given_values in operations:
         batch, length = expected[0].shape[0], expected[0].shape[2]
@@ -63,8 +73,21 @@ def test_any_sequence_of_operations_equals_a_plain_tensor(
         assert store.length == expected[0].shape[2]
         for plane, wanted in zip(held, expected, strict=True):
             assert torch.equal(plane, wanted)
+        for plane, wanted in zip(read_in_runs(store), expected, strict=True):
+            assert torch.equal(plane, wanted)
     if isinstance(store, PagedStore):
         check_refcounts(store)
+
+
+def read_in_runs(store: Store) -> list[torch.Tensor]:
+    """The planes from `Store.runs`, each taken before the next is asked for."""
+    runs = [(run.begin, run.layout.read(run.planes, 0, run.layout.length)) for run in store.runs(store.length)]
+    assert [begin for begin, _ in runs] == list(
+        itertools.accumulate((planes[0].shape[2] for _, planes in runs), initial=0)
+    )[:-1]
+    return [torch.cat(parts, dim=2) for parts in zip(*(planes for _, planes in runs), strict=True)] or list(
+        store.read()
+    )
 
 
 def check_refcounts(store: PagedStore) -> None:

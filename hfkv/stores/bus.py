@@ -1,0 +1,191 @@
+"""`Bus`: the way between host memory and one device, and what has gone over it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (source, target), both contiguous and of one shape
+
+
+class Bus:
+    """Copies between host memory and a device, one after the other in the order they were asked for.
+
+    This one waits for each copy. What `mark` returns stands for everything the device has been asked to compute
+    so far, what `to_device` returns for everything asked of the bus.
+
+    Args:
+        device: the one at the other end.
+
+    Attributes:
+        bytes_to_host, bytes_to_device: moved so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes_to_host = 0
+        self.bytes_to_device = 0
+
+    def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory, uninitialised, that the bus reaches at its full speed; exactly as many bytes as asked for.
+
+        Raises:
+            MemoryError: there is not that much.
+        """
+        num_bytes = torch.Size(shape).numel() * dtype.itemsize
+        # Where memory is promised that is not there, whoever writes to it is killed: better to be told.
+        available = psutil.virtual_memory().available
+        if num_bytes > available:
+            raise MemoryError(f"{num_bytes:,} bytes were asked for and {available:,} bytes of host memory are free")
+        try:
+            return self._allocate(shape, dtype, num_bytes)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise MemoryError(f"{num_bytes:,} bytes of host memory: {str(error).splitlines()[0]}") from error
+
+    def mark(self) -> Any:
+        """Stands for what the device has been asked to compute so far."""
+        return None
+
+    def to_host(self, copies: Copies) -> None:
+        """Copies to the host, behind what the device has been asked to compute so far."""
+        self.bytes_to_host += _total(copies)
+        self._copy(copies)
+
+    def to_device(self, copies: Copies, after: Any = None) -> Any:
+        """Copies to the device.
+
+        Args:
+            copies: from where to where.
+            after: a mark of the computation that must be done before the targets are written to.
+
+        Returns:
+            What `wait` takes.
+        """
+        self.bytes_to_device += _total(copies)
+        self._copy(copies, after)
+        return None
+
+    def wait(self, copied: Any) -> None:
+        """What the device is asked to compute from here on comes after those copies."""
+
+    def catch_up(self) -> None:
+        """What the device is asked to compute from here on comes after everything asked of the bus so far."""
+
+    def settle(self) -> None:
+        """Returns when everything asked of the bus is done: host code may read and write host memory."""
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def _copy(self, copies: Copies, after: Any = None) -> None:
+        for source, target in copies:
+            target.copy_(source)
+
+
+class CudaBus(Bus):
+    """Copies on a stream of their own, beside what the device computes.
+
+    Both directions share the stream: a page is written to the host before it is read back, whoever asked. Host memory
+    is pinned by registering it: torch's allocator of pinned memory rounds up to powers of two.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def to_host(self, copies: Copies) -> None:
+        self._stream.wait_event(self.mark())
+        super().to_host(copies)
+
+    def to_device(self, copies: Copies, after: Any = None) -> torch.cuda.Event:
+        super().to_device(copies, after)
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def wait(self, copied: Any) -> None:
+        if copied is not None:
+            torch.cuda.current_stream(self.device).wait_event(copied)
+
+    def catch_up(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
+
+    def settle(self) -> None:
+        self._stream.synchronize()
+
+    def _allocate(self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int) -> torch.Tensor:
+        if num_bytes == 0:
+            return torch.empty(tuple(shape), dtype=dtype)
+        with torch.cuda.device(self.device):
+            memory = _PinnedMemory(num_bytes)
+        return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
+
+    def _copy(self, copies: Copies, after: Any = None) -> None:
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for source, target in copies:
+                target.copy_(source, non_blocking=True)
+                for tensor in (source, target):
+                    if tensor.device.type == "cuda":
+                        # Freed earlier, its memory would be given to others while the copy is on its way.
+                        tensor.record_stream(self._stream)
+
+
+class _PinnedMemory(mmap.mmap):
+    """Anonymous memory, page-locked as long as it lives."""
+
+    def __new__(cls, num_bytes: int) -> _PinnedMemory:
+        memory = super().__new__(cls, -1, num_bytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        error = torch.cuda.cudart().cudaHostRegister(memory._address, num_bytes, 0)
+        if int(error) != 0:
+            memory._address = 0
+            raise RuntimeError(
+                f"it cannot be pinned (cudaHostRegister: {error}). Allow the process to lock more memory (ulimit -l), "
+                "or use a smaller codec, a larger device_budget or a shorter context"
+            )
+        return memory
+
+    def __init__(self, num_bytes: int) -> None:
+        """Nothing: `__new__` has done it."""
+
+    _address = 0
+
+    def __del__(self) -> None:
+        if self._address:
+            torch.cuda.cudart().cudaHostUnregister(self._address)
+
+
+def _total(copies: Copies) -> int:
+    return sum(target.numel() * target.element_size() for _, target in copies)
+
+
+# device type -> what reaches it from host memory; of others host memory is their own.
+BUSES: dict[str, Callable[[torch.device], Bus]] = {"cuda": CudaBus, "xpu": Bus}
+
+
+_buses: dict[torch.device, Bus] = {}
+
+
+def bus_to(device: torch.device) -> Bus:
+    """The way to `device`, the same for everyone: copies of one page keep their order, whoever asks for them."""
+    if device not in _buses:
+        _buses[device] = BUSES[device.type](device)
+    return _buses[device]
+
+
+def is_apart(device: torch.device) -> bool:
+    """Whether a device has memory of its own: else there is nothing to move."""
+    return device.type in BUSES

@@ -1,0 +1,53 @@
+"""`LazyBus`: a bus between two parts of one memory, for machines without an accelerator."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+from hfkv.stores.bus import Bus, Copies
+
+
+class LazyBus(Bus):
+    """Copies as late as whoever asked for it allows: what is read too early, or written too early, is wrong."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._done = 0
+        self._lock = threading.RLock()
+
+    def to_device(self, copies: Copies, after: Any = None) -> int:
+        with self._lock:
+            super().to_device(copies, after)
+            for _, target in copies:
+                assert target.is_contiguous()
+                target.view(torch.uint8).fill_(0x7F)  # a NaN in every float
+            return self._done + len(self._waiting)
+
+    def wait(self, copied: Any) -> None:
+        with self._lock:
+            if copied is not None:
+                self._run(copied - self._done)
+
+    def catch_up(self) -> None:
+        self._run(len(self._waiting))
+
+    def settle(self) -> None:
+        self._run(len(self._waiting))
+
+    def _copy(self, copies: Copies, after: Any = None) -> None:
+        for source, target in copies:
+            assert source.is_contiguous()
+            assert source.shape == target.shape
+        with self._lock:
+            self._waiting += copies
+
+    def _run(self, count: int) -> None:
+        with self._lock:
+            for source, target in self._waiting[: max(count, 0)]:
+                target.copy_(source)
+            del self._waiting[: max(count, 0)]
+            self._done += max(count, 0)
