@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from hfkv.build import OURS, build_layers, decoder_config
 from hfkv.config import KVConfig
+from hfkv.errors import CacheMemoryError
 from hfkv.layer import KVLayer
+from hfkv.memory import CacheMemory, PlaneMemory, own_tensors
 from hfkv.record import TokenRecord
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
+from hfkv.stores import Offload
 from hfkv.stores.base import storage_bytes
+
+# Those that are in use anywhere, forks included: a MemoryMonitor counts them.
+_live: weakref.WeakSet[KVCache] = weakref.WeakSet()
+_live_lock = threading.Lock()
 
 
 class KVCache(DynamicCache):
@@ -37,6 +46,12 @@ class KVCache(DynamicCache):
             for reuse.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        with _live_lock:
+            _live.add(self)
+        return self
+
     def __init__(
         self,
         config_or_model: Any,
@@ -54,6 +69,7 @@ class KVCache(DynamicCache):
         super().__init__(config=config)
         self.record = TokenRecord()
         self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
+        self.offload = self._share_offload()
 
     @property
     def kv_layers(self) -> list[KVLayer | SplitLayer]:
@@ -66,6 +82,17 @@ class KVCache(DynamicCache):
         return [
             leaf for layer in self.kv_layers for leaf in (layer.parts if isinstance(layer, SplitLayer) else (layer,))
         ]
+
+    def _share_offload(self) -> Offload | None:
+        """Gives the offloaded layers one budget, and buffers in common; None where there are none."""
+        offloaded = [leaf for leaf in self.leaves if leaf.kv.offload]
+        if not offloaded:
+            return None
+        budget = None if self.kv.device_budget is None else int(self.kv.device_budget)
+        offload = Offload(budget, [leaf.bound for leaf in offloaded])
+        for index, leaf in enumerate(offloaded):
+            leaf.offload_to(offload.place(index))
+        return offload
 
     @property
     def batch_size(self) -> int | None:
@@ -81,7 +108,52 @@ class KVCache(DynamicCache):
                 f"this cache was built for {len(self.layers)} layers and was given keys of layer {layer_idx}: it "
                 "was built from another model's config. Build it from this model: KVCache(model, kv=...)"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except MemoryError as error:
+            if not self._level(layer_idx):
+                raise
+            raise CacheMemoryError(
+                f"{error}. The {self.get_seq_length():,} tokens read before are still held: the `cache` of this error "
+                "goes on with them (past_key_values=error.cache) once there is memory",
+                self,
+            ) from error
+
+    def _level(self, layer_idx: int) -> bool:
+        """Takes back what layers have added in a forward that failed at layer `layer_idx`; whether it could."""
+        if not all(isinstance(layer, OURS) for layer in self.layers):
+            return False
+        failed = self.layers[layer_idx]
+        left = min(leaf.get_seq_length() for leaf in (failed.parts if isinstance(failed, SplitLayer) else (failed,)))
+        for leaf in self.leaves:
+            if leaf.get_seq_length() > left:
+                leaf.crop(left - leaf.get_seq_length())
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        return super().get_seq_length(self._filled(layer_idx) if layer_idx == 0 else layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that the mask of a layer is made for."""
+        # A sliding layer holds fewer keys than a full one.
+        kind = self.is_sliding[layer_idx] if layer_idx < len(self.layers) else None
+        return super().get_mask_sizes(query_length, self._filled(layer_idx, kind))
+
+    def _filled(self, first: int, kind: bool | None = None) -> int:
+        """The first layer from `first` on that holds something, or `first`: a stage of a pipeline fills its own only.
+
+        Args:
+            first: a layer.
+            kind: whether it must slide; None for either.
+        """
+        filled = (
+            index
+            for index, layer in enumerate(self.layers[first:], first)
+            if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+            if kind in (None, getattr(layer, "is_sliding", False))
+        )
+        return next(filled, first)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
@@ -138,6 +210,7 @@ class KVCache(DynamicCache):
         forked = copy.copy(self)
         forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
         forked.record = self.record.copy()
+        forked.offload = forked._share_offload()
         if n > 1:
             forked.record.repeat(n)
             for layer in forked.layers:
@@ -180,15 +253,30 @@ class KVCache(DynamicCache):
     def nbytes(self) -> int:
         """Bytes allocated: the sum over unique storages, layers of transformers' own included.
 
-        Forks that share pages share planes: each counts all of them.
+        Forks that share pages share planes: each counts all of them. The buffers that offloaded pages pass through
+        count too.
         """
-        others = [layer for layer in self.layers if not isinstance(layer, OURS)]
-        return sum(layer.nbytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
+        buffers = 0 if self.offload is None else sum(self.offload.buffer_bytes().values())
+        return sum(layer.nbytes() for layer in self.kv_layers) + self._own_bytes() + buffers
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held, shared ones counted once."""
+        return sum(layer.held_bytes() for layer in self.kv_layers) + self._own_bytes()
+
+    def memory(self) -> CacheMemory:
+        """What `nbytes` and `held_bytes` are made of: bytes by layer, plane and device, as a table when printed."""
+        buffers = {} if self.offload is None else self.offload.buffer_bytes()
+        shared = [
+            PlaneMemory(None, "state", "staging buffers", device, num_bytes, 0)
+            for device, num_bytes in buffers.items()
+            if num_bytes
+        ]
+        return CacheMemory.of(self.layers, shared)
+
+    def _own_bytes(self) -> int:
+        """Of the layers that are transformers' own."""
         others = [layer for layer in self.layers if not isinstance(layer, OURS)]
-        return sum(layer.held_bytes() for layer in self.kv_layers) + storage_bytes(_tensors(others))
+        return storage_bytes(tensor for layer in others for _, tensor in own_tensors(layer))
 
     @property
     def holds_tokens(self) -> torch.Tensor | None:
@@ -201,18 +289,15 @@ class KVCache(DynamicCache):
         return self.record.tokens(self.get_seq_length())
 
 
+def live_caches() -> list[KVCache]:
+    """The caches that are in use in this process; some may not be whole yet."""
+    with _live_lock:
+        return list(_live)
+
+
 def _repeat(layer: Any, batch: int | None, repeats: int) -> None:
     """Repeats every row of a layer; linear attention knows no repeating, but reordering."""
     if hasattr(layer, "batch_repeat_interleave"):
         layer.batch_repeat_interleave(repeats)
     elif batch is not None:
         layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
-
-
-def _tensors(layers: list[Any]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    for layer in layers:
-        for value in vars(layer).values():
-            values = value.values() if isinstance(value, dict) else (value,)
-            found += [tensor for tensor in values if isinstance(tensor, torch.Tensor)]
-    return found

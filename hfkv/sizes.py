@@ -37,3 +37,13 @@ def say_bytes(size: int) -> str:
     """A size exactly, in the largest unit of which it is a whole number: ``"512MiB"``."""
     unit, unit_size = next((unit, unit_size) for unit, unit_size in _UNITS if size % unit_size == 0)
     return f"{size // unit_size}{unit}"
+
+
+def about_bytes(size: int) -> str:
+    """A size in three digits or so: ``"1.46 GiB"``, ``"64.0 KiB"``, ``"12 B"``."""
+    for unit, unit_size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= 0.9995 * unit_size:
+            amount = size / unit_size
+            digits = 0 if abs(amount) >= 99.95 else 1 if abs(amount) >= 9.995 else 2
+            return f"{amount:,.{digits}f} {unit}"
+    return f"{size:,} B"

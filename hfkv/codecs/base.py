@@ -21,9 +21,14 @@ class Codec(ABC):
     The law: *row-local*. What is written for a token depends on that token's row alone and is the same bits
     whatever else is encoded with it, so append, drop, page, offload, beam-select and crop commute with
     the codec and nothing is ever encoded twice.
+
+    Attributes:
+        name: in a `KVConfig`.
+        plane_names: of the planes that `encode` returns, in their order.
     """
 
     name: str
+    plane_names: tuple[str, ...]
 
     def encode(self, x: torch.Tensor) -> Planes:
         """Encodes, on a CPU so many tokens at a time that what is computed on the way stays in the caches.

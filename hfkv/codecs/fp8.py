@@ -13,6 +13,7 @@ class Fp8(Codec):
     """float8_e4m3fn under a scale that brings the row's largest magnitude to 448: D + 2 bytes a row."""
 
     name = "fp8"
+    plane_names = ("codes", "scale")
 
     def _encode(self, x: torch.Tensor) -> Planes:
         scale = scale_for(row_absmax(x), E4M3_MAX)

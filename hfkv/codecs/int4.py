@@ -19,6 +19,7 @@ class Int4(Codec):
     """
 
     name = "int4"
+    plane_names = ("codes", "scale_and_low")
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

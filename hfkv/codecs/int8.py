@@ -14,6 +14,7 @@ class Int8(Codec):
     """
 
     name = "int8"
+    plane_names = ("codes", "scale")
 
     def _encode(self, x: torch.Tensor) -> Planes:
         scale = scale_for(row_absmax(x), 127)

@@ -11,6 +11,7 @@ class Plain(Codec):
     """The model's own dtype, bit for bit."""
 
     name = "none"
+    plane_names = ("states",)
 
     def encode(self, x: torch.Tensor) -> Planes:
         return self._encode(x)
