@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from hfkv.reuse import Reuse
 from hfkv.sizes import read_bytes
@@ -177,6 +178,29 @@ class KVConfig:
         field = "window" if isinstance(kv, Window) else "reuse" if isinstance(kv, Reuse) else None
         hint = f"; write KVConfig({field}=...) around it" if field else ""
         raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}{hint}')
+
+    @classmethod
+    def for_budget(
+        cls, model: Any, budget: int | str, context: int, batch: int = 1, *, offload: bool = False
+    ) -> KVConfig:
+        """The least lossy config whose keys and values fit in a budget: none, int8, fp8 or int4, in this order.
+
+        Args:
+            model: a model, a config, the name of a shape (``"llama-8b"``), a folder, or a name on the Hub. Only its
+                config is read.
+            budget: bytes for keys and values alone, a number or ``"8GiB"``.
+            context: tokens of each row, prompt and reply together.
+            batch: rows; beams count.
+            offload: where ``"none"`` does not fit, keep the budget on the device and the rest in host memory
+                instead: lossless, and slower.
+
+        Raises:
+            TypeError, ValueError: nothing fits, naming what the smallest needs and the longest context that fits; or an
+                argument is not what it should be.
+        """
+        from hfkv.planning.plan import least_lossy
+
+        return least_lossy(model, budget, context, batch, offload=offload)
 
     def __str__(self) -> str:
         return "+".join(words_of(self))

@@ -12,6 +12,7 @@ from hfkv.cli.demo import demo
 from hfkv.cli.doctor import doctor
 from hfkv.cli.eval import evaluate
 from hfkv.cli.generate import generate
+from hfkv.cli.plan import plan
 
 app = typer.Typer(
     name="hfkv",
@@ -40,6 +41,7 @@ def options(
 
 app.command()(demo)
 app.command()(generate)
+app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(doctor)

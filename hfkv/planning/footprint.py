@@ -1,0 +1,203 @@
+"""`Footprint`: the bytes a cache of one config takes, at any length and batch, without filling it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from hfkv.cache import KVCache
+from hfkv.config import KVConfig
+from hfkv.layer import KVLayer
+from hfkv.planning.geometry import Geometry, States
+from hfkv.span import Span
+from hfkv.split import SplitLayer
+from hfkv.stores import PagedStore, Store, make_store
+from hfkv.stores.base import token_bytes
+from hfkv.stores.bus import BUSES
+from hfkv.stores.staging import BUFFER_BYTES, BUFFERS
+
+# Tokens of a prompt that are read at a time: generate(prefill_chunk_size=2048). What a forward brings is held until the
+# next one, windows or not, and its activations grow with it.
+PREFILL_CHUNK = 2048
+# The buffers through which offloaded tokens come to the device.
+STAGING = BUFFERS * BUFFER_BYTES
+# Steps of one token that are followed one by one: after so many, what a window has room for changes no more.
+MOST_STEPS = 4096
+# Rows that are followed together where a window drops pages: how many pages stay spare is rounded over all rows.
+ROWS_TOGETHER = 8
+
+
+class Bytes(NamedTuple):
+    """What rows take.
+
+    Attributes:
+        allocated: while it decodes.
+        peak: the most while its prompt is read, `PREFILL_CHUNK` tokens at a time.
+        held: what the tokens are in, without spare room: what a step reads.
+    """
+
+    allocated: int
+    peak: int
+    held: int
+
+    def times(self, factor: int, divisor: int = 1) -> Bytes:
+        """Field by field, rounded down."""
+        return Bytes(*(count * factor // divisor for count in self))
+
+    def plus(self, other: Bytes) -> Bytes:
+        """The sum, field by field."""
+        return Bytes(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Layers that take the same: a `KVLayer`'s policies and what it is given."""
+
+    kv: KVConfig
+    sliding: int | None
+    states: States
+
+
+class Footprint:
+    """The bytes of a cache, as its own stores allocate them for planes without contents.
+
+    A batch is its rows' sum. Beams count as rows; the pages they share do not show.
+
+    Args:
+        geometry: of the model.
+        kv: the cache.
+        device: where attention computes: pages differ by its type. It need not be there.
+        reply: how many of the tokens come one by one; the others are prompt. Spare room behind a window depends on it.
+
+    Raises:
+        ValueError: `kv` does not fit the model's layers; see `KVCache`.
+    """
+
+    def __init__(self, geometry: Geometry, kv: KVConfig, device: torch.device, reply: int = 1) -> None:
+        self.geometry, self.kv, self.device, self.reply = geometry, kv, device, reply
+        kv = replace(kv, reuse=None)
+        config = geometry.config
+        # How keys are rotated changes no byte, and finding it out would take weights.
+        rotary = dict.fromkeys(range(len(KVCache(config).layers))) if kv.needs_rotary else None
+        self._kinds = Counter(
+            kind
+            for index, layer in enumerate(KVCache(config, kv, rotary).layers)
+            if index in geometry.states
+            for kind in _kinds(layer, geometry.states[index])
+        )
+        self._known: dict[tuple[int, int], tuple[Bytes, Bytes]] = {}
+
+    def of(self, tokens: int, batch: int = 1) -> Bytes:
+        """What `batch` rows of `tokens` take, on all devices together.
+
+        Args:
+            tokens: held in all, at least 1; known beforehand, as a patched `generate` knows them.
+            batch: rows.
+        """
+        resident, offloaded = self._parts(tokens, batch)
+        return resident.plus(offloaded)
+
+    def offloaded(self, tokens: int, batch: int = 1) -> Bytes:
+        """The part of it that is kept in host memory; on a CPU nothing is."""
+        return self._parts(tokens, batch)[1]
+
+    def on_device(self, tokens: int, batch: int = 1) -> int:
+        """The most bytes of it where attention computes.
+
+        Offloaded tokens leave there what `device_budget` says, or the newest page of each row, and the staging buffers.
+        """
+        resident, offloaded = self._parts(tokens, batch)
+        if not offloaded.peak:
+            return resident.peak
+        if self.kv.device_budget is not None:
+            kept = int(self.kv.device_budget)
+        else:
+            newest = (self._page_bytes(kind) * count for kind, count in self._kinds.items() if self._is_away(kind))
+            kept = sum(newest) * batch
+        return resident.peak + min(offloaded.peak, kept + STAGING)
+
+    def _parts(self, tokens: int, batch: int) -> tuple[Bytes, Bytes]:
+        """What stays on the device by itself, and what is offloaded."""
+        stores = [self._store_of(kind) for kind in self._kinds]
+        rounds = any(isinstance(store, PagedStore) and store.bound is not None for store in stores)
+        rows = min(batch, ROWS_TOGETHER) if rounds else 1
+        if (tokens, rows) not in self._known:
+            own = rows * (self.geometry.own_row_bytes + tokens * self.geometry.own_token_bytes)
+            resident, offloaded = Bytes(own, own, own), Bytes(0, 0, 0)
+            for kind, count in self._kinds.items():
+                filled = self._fill(kind, tokens, rows).times(count)
+                if self._is_away(kind):
+                    # Host memory that a prompt has taken is kept.
+                    offloaded = offloaded.plus(filled._replace(allocated=filled.peak))
+                else:
+                    resident = resident.plus(filled)
+            self._known[tokens, rows] = resident, offloaded
+        resident, offloaded = self._known[tokens, rows]
+        return resident.times(batch, rows), offloaded.times(batch, rows)
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether some of it is kept in a memory that is not the device's."""
+        return any(self._is_away(kind) for kind in self._kinds)
+
+    def _is_away(self, kind: _Kind) -> bool:
+        return kind.kv.offload and self.device.type in BUSES
+
+    def _store_of(self, kind: _Kind) -> Store:
+        """A store like that of such layers; what is offloaded lies in pages, which take the same wherever they are."""
+        kind_of_store = "paged" if self._is_away(kind) else kind.kv.store
+        return make_store(kind_of_store, self.device, kind.kv.page_size, bound=KVLayer(kind.kv, kind.sliding).bound)
+
+    def _page_bytes(self, kind: _Kind) -> int:
+        """Bytes of a row's page, which is on the device while it is filled."""
+        store = self._store_of(kind)
+        assert isinstance(store, PagedStore)
+        return store.page_size * sum(token_bytes(plane) for plane in _planes(kind, 1, 1))
+
+    def _fill(self, kind: _Kind, tokens: int, rows: int) -> Bytes:
+        """What one layer's store takes, step by step as `KVLayer` fills it."""
+        window, store = KVLayer(kind.kv, kind.sliding).window, self._store_of(kind)
+        slots = window.num_slots if window else 0
+        span = Span(window)
+        store.reserve(tokens + slots)
+        store.append(_planes(kind, rows, slots))
+        peak = 0
+        chunks = _chunks(tokens, self.reply) if window else (tokens,)
+        for count in chunks:
+            gone_below = span.next_gone_below(rows)
+            if gone_below != span.gone_below:
+                dropped = span.forget_below(gone_below)
+                store.drop(slots, slots + dropped)
+            store.extend(count)
+            span.advance(count)
+            peak = max(peak, sum(plane.nbytes for plane in store.planes))
+        return Bytes(sum(plane.nbytes for plane in store.planes), peak, store.held_bytes())
+
+
+def _kinds(layer: KVLayer | SplitLayer, states: States) -> list[_Kind]:
+    if not isinstance(layer, SplitLayer):
+        return [_Kind(replace(layer.kv, device_budget=None), layer.sliding, states)]
+    kept = len(layer.global_heads)
+    heads = (kept, states.key_heads - kept)
+    return [
+        _Kind(part.kv, None, states._replace(key_heads=count, value_heads=count))
+        for part, count in zip(layer.parts, heads, strict=True)
+    ]
+
+
+def _chunks(tokens: int, reply: int) -> list[int]:
+    """A prompt in chunks, and behind it tokens one by one."""
+    steps = min(reply, MOST_STEPS, tokens - 1)
+    full, rest = divmod(tokens - steps, PREFILL_CHUNK)
+    return [*[PREFILL_CHUNK] * full, *([rest] if rest else []), *[1] * steps]
+
+
+def _planes(kind: _Kind, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
+    """The planes the layer's codec writes, `[B, H, T, d]`, without contents."""
+    codec, states = KVLayer(kind.kv).codec, kind.states
+    keys = torch.empty(rows, states.key_heads, tokens, states.key_dim, dtype=states.dtype, device="meta")
+    values = torch.empty(rows, states.value_heads, tokens, states.value_dim, dtype=states.dtype, device="meta")
+    return codec.encode(keys) + codec.encode(values)

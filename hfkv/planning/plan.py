@@ -1,0 +1,283 @@
+"""`MemoryPlan`: what a model's weights and caches take, what of it fits, and what to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from hfkv.config import KVConfig
+from hfkv.machine import free_bytes
+from hfkv.planning.fit import MOST_TOKENS, Fit, Planner, largest_that, most_context, resolve
+from hfkv.planning.footprint import Footprint
+from hfkv.planning.recommendation import LEAST_LOSSY, Recommendation, recommend
+from hfkv.planning.speeds import Speeds
+from hfkv.planning.weights import Weights, loaded_weights, stacked_experts
+from hfkv.sizes import about_bytes, read_bytes
+
+DEFAULT_KV = ("none", "int8", "fp8", "int4", "int8+window:4096", "none+offload")
+# What CUDA's context, its libraries and the allocator's rounding take of an accelerator's memory besides.
+DEVICE_OVERHEAD = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class PlannedCache:
+    """A cache of the planned context and batch.
+
+    Attributes:
+        kv: its config, in words.
+        kv_bytes: allocated while it decodes, on all devices: what `cache.nbytes()` will say.
+        device_bytes: the most of it on the device, while the prompt is read or after.
+        host_bytes: of it in host memory.
+        read_bytes: of it read by a step.
+        fits: whether it fits beside each of the weights.
+        total_bytes: on the device, with the chosen weights, activations and overhead.
+        largest_context: tokens of each row that fit with the chosen weights and the planned batch; 0 where none do.
+        largest_batch: rows that fit with the chosen weights and the planned context; 0 where none do.
+        floor_ms: the least time of a decode step with the chosen weights.
+    """
+
+    kv: str
+    kv_bytes: int
+    device_bytes: int
+    host_bytes: int
+    read_bytes: int
+    fits: dict[str, bool]
+    total_bytes: int
+    largest_context: int
+    largest_batch: int
+    floor_ms: float
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What fits where; see `memory_plan`.
+
+    Attributes:
+        model: its name.
+        dtype: of keys, values and unquantised weights.
+        device: the type of device that is planned for.
+        memory_bytes, memory_source: the limit, and who says so.
+        context, most_context, batch: tokens of a row; the most the model was made for, None without a limit; rows.
+        weights: in every precision.
+        chosen: the name of those that totals, largest contexts and times are for.
+        activation_bytes: beside weights and cache.
+        overhead_bytes: of the device's own.
+        speeds: of the floor.
+        caches: as asked for.
+        recommended: None where nothing fits.
+        notes: what else there is to know.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    memory_bytes: int
+    memory_source: str
+    context: int
+    most_context: int | None
+    batch: int
+    weights: tuple[Weights, ...]
+    chosen: str
+    activation_bytes: int
+    overhead_bytes: int
+    speeds: Speeds
+    caches: tuple[PlannedCache, ...]
+    recommended: Recommendation | None
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON has it."""
+        weights = [{**asdict(each), "read_bytes": each.read(self.batch)} for each in self.weights]
+        return {**asdict(self), "weights": weights}
+
+
+def memory_plan(
+    model: Any,
+    memory: int | str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    *,
+    reply: int = 1,
+    kv: Iterable[KVConfig | str] | None = None,
+    weights: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    bandwidth: int | str | None = None,
+    bus: int | str | None = None,
+) -> MemoryPlan:
+    """Says what fits, from a model's config alone: no weights are read.
+
+    Args:
+        model: a model, a config, the name of a shape (``"llama-8b"``; see `hfkv.bench`), a folder, or a name on the
+            Hub. Of a model, the weights as they were loaded are planned with too.
+        memory: bytes of the device for everything, a number or ``"24GiB"``; None is what is free on this machine's.
+        context: tokens of each row, prompt and reply together; None is the model's most.
+        batch: rows; beams count.
+        reply: how many of the tokens are generated, one by one; the spare room behind a window depends on it.
+        kv: the caches to plan; None for a list of usual ones.
+        weights: ``"auto"`` (those as loaded, or the least lossy that fit), or the name of a precision.
+        dtype: of keys, values and unquantised weights; None for the model's, or bfloat16.
+        device: ``"cuda"`` or ``"cpu"``: page sizes and offloading differ. None is an accelerator where `memory` is
+            given, else this machine's.
+        bandwidth: bytes a second that the device reads, a number or ``"4.3TB/s"``; None is measured by a copy.
+        bus: bytes a second to the device from host memory, likewise; assumed where there is no GPU to measure it.
+
+    Raises:
+        TypeError, ValueError: naming what was given and what is allowed.
+    """
+    source = resolve(model)
+    _check_count("batch", batch)
+    _check_count("reply", reply)
+    if context is not None:
+        _check_count("context", context)
+    planner = Planner.of(source, dtype, _device(device, memory), reply)
+    most = most_context(planner.geometry.config)
+    context = context or most
+    if context is None:
+        raise ValueError("the model names no longest context (max_position_embeddings); say one with context=")
+    notes = list(planner.geometry.notes)
+    if most is not None and context > most:
+        notes.append(f"{context:,} tokens are more than the model was made for ({most:,})")
+    footprints = _footprints(planner, kv, notes)
+    all_weights = {
+        **planner.weights,
+        **({"loaded": loaded_weights(source)} if isinstance(source, torch.nn.Module) else {}),
+    }
+    if weights not in ("auto", *all_weights):
+        raise ValueError(f"weights {weights!r} is unknown; allowed: auto, {', '.join(all_weights)}")
+    stacks = stacked_experts(planner.geometry.skeleton)
+    if stacks:
+        notes.append(
+            f"bitsandbytes leaves the experts, {about_bytes(stacks)} in stacks of one parameter a layer, unquantised"
+        )
+    limit = free_bytes(_here()) if memory is None else read_bytes("memory", memory)
+    overhead = 0 if memory is None or planner.device.type == "cpu" else DEVICE_OVERHEAD
+    fit = Fit(planner, limit - overhead, most)
+    names = [weights] if weights != "auto" else ["loaded"] if "loaded" in all_weights else list(planner.weights)
+    recommended = recommend(
+        footprints, names, lambda name, footprint: fit.holds(all_weights[name], footprint, context, batch)
+    )
+    chosen = recommended.weights if recommended else names[-1]
+    speeds = Speeds.of(bandwidth, bus)
+    caches = tuple(
+        _planned(text, footprint, all_weights, chosen, fit, speeds, context, batch)
+        for text, footprint in footprints.items()
+    )
+    return MemoryPlan(
+        model=model if isinstance(model, str) else planner.geometry.config.model_type,
+        dtype=str(planner.dtype).removeprefix("torch."),
+        device=planner.device.type,
+        memory_bytes=limit,
+        memory_source="free on this machine" if memory is None else "as given",
+        context=context,
+        most_context=most,
+        batch=batch,
+        weights=tuple(all_weights.values()),
+        chosen=chosen,
+        activation_bytes=planner.activation_bytes(context, batch),
+        overhead_bytes=overhead,
+        speeds=speeds,
+        caches=caches,
+        recommended=recommended,
+        notes=tuple(notes),
+    )
+
+
+def least_lossy(model: Any, budget: int | str, context: int, batch: int = 1, *, offload: bool = False) -> KVConfig:
+    """See `KVConfig.for_budget`."""
+    num_bytes = read_bytes("budget", budget)
+    _check_count("context", context)
+    _check_count("batch", batch)
+    planner = Planner.of(resolve(model), None, torch.device("cuda"))
+    footprints = {codec: planner.footprint(KVConfig(codec=codec)) for codec in LEAST_LOSSY}
+    fitting = [codec for codec, footprint in footprints.items() if footprint.of(context, batch).peak <= num_bytes]
+    if offload and "none" not in fitting:
+        return KVConfig(offload=True, device_budget=num_bytes)
+    if fitting:
+        return KVConfig(codec=fitting[0])
+    smallest = min(footprints, key=lambda codec: footprints[codec].of(context, batch).peak)
+    needed = footprints[smallest].of(context, batch).peak
+    largest = largest_that(lambda tokens: footprints[smallest].of(tokens, batch).peak <= num_bytes, MOST_TOKENS)
+    raise ValueError(
+        f"no codec holds {batch} × {context:,} tokens in {about_bytes(num_bytes)}: {smallest} needs "
+        f"{about_bytes(needed)} ({needed:,} bytes), and {largest:,} tokens a row are the most that fit. Give that "
+        "budget, shorten the context, let a window forget (KVConfig(window=4096)), or keep the bytes in host memory "
+        "(offload=True)"
+    )
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _here() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _device(name: str | None, memory: int | str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda") if memory is not None else _here()
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f'device must be "cuda" or "cpu", got {name!r}') from error
+
+
+def _footprints(planner: Planner, kv: Iterable[KVConfig | str] | None, notes: list[str]) -> dict[str, Footprint]:
+    """The caches by name. Of the usual ones those that the model cannot have are left out, with a note."""
+    footprints = {}
+    for each in DEFAULT_KV if kv is None else kv:
+        config = KVConfig.of(each)
+        try:
+            _check_window(planner, config)
+            footprints[str(config)] = planner.footprint(config)
+        except ValueError as error:
+            if kv is not None:
+                raise
+            notes.append(f"{config} is left out: {error}")
+        if config.reuse is not None:
+            notes.append(f"what reuse keeps between calls, at most {config.reuse}, comes on top of {config}")
+    return footprints
+
+
+def _check_window(planner: Planner, kv: KVConfig) -> None:
+    """Refuses a window where the attention cannot follow it, as `hfkv doctor` does."""
+    config = planner.geometry.config
+    windowed = any(each.window is not None for each in (kv, *kv.layers.values()))
+    biased = hasattr(config, "relative_attention_num_buckets") or getattr(config, "alibi", False)
+    if windowed and (biased or getattr(config, "kv_lora_rank", None)):
+        raise ValueError(f"{config.model_type!r} takes no window: its attention is not hfkv's; leave the window out")
+
+
+def _planned(
+    text: str,
+    footprint: Footprint,
+    weights: dict[str, Weights],
+    chosen: str,
+    fit: Fit,
+    speeds: Speeds,
+    context: int,
+    batch: int,
+) -> PlannedCache:
+    whole, away = footprint.of(context, batch), footprint.offloaded(context, batch)
+    beside = weights[chosen]
+    on_device = footprint.on_device(context, batch)
+    # Of what is offloaded, a device_budget keeps a part on the device; the rest travels at every step.
+    travels = max(away.held - int(footprint.kv.device_budget or 0), 0)
+    seconds = max((beside.read(batch) + whole.held) / speeds.bandwidth, travels / speeds.bus)
+    return PlannedCache(
+        kv=text,
+        kv_bytes=whole.allocated,
+        device_bytes=on_device,
+        host_bytes=away.allocated,
+        read_bytes=whole.held,
+        fits={name: fit.holds(each, footprint, context, batch) for name, each in weights.items()},
+        total_bytes=fit.total(beside, footprint, context, batch),
+        largest_context=fit.largest_context(beside, footprint, batch),
+        largest_batch=fit.largest_batch(beside, footprint, context),
+        floor_ms=1e3 * seconds,
+    )

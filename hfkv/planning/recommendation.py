@@ -1,0 +1,86 @@
+"""`Recommendation`: the least lossy weights and cache that fit, and what they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hfkv.config import KVConfig
+from hfkv.planning.footprint import Footprint
+from hfkv.window import Window
+
+# By what they add to a model's loss, in per cent, over the whole held-out text of the bundled model: docs/concepts.md.
+LOSS_PERCENT = {"none": 0.0, "int8": 0.005, "fp8": 0.066, "int4": 0.624}
+LEAST_LOSSY = tuple(LOSS_PERCENT)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to choose.
+
+    Attributes:
+        weights: the name of a precision.
+        kv: a cache, in words.
+        costs: what it costs.
+    """
+
+    weights: str
+    kv: str
+    costs: str
+
+
+def recommend(
+    footprints: Mapping[str, Footprint], weights: Sequence[str], holds: Callable[[str, Footprint], bool]
+) -> Recommendation | None:
+    """The first that fits: caches that keep every token on the device, then offloaded ones, then windows.
+
+    In each of these, weights of higher precision come first, and with the same weights the codec that loses least.
+
+    Args:
+        footprints: caches by name.
+        weights: names, the least lossy first.
+        holds: whether weights of a name and a cache fit together.
+    """
+    for kind in range(3):
+        alike = [(name, footprint) for name, footprint in footprints.items() if _kind(footprint) == kind]
+        alike.sort(key=lambda item: LEAST_LOSSY.index(_coarsest(item[1].kv)))
+        for precision in weights:
+            for name, footprint in alike:
+                if holds(precision, footprint):
+                    return Recommendation(precision, name, _costs(precision, footprint))
+    return None
+
+
+def _kind(footprint: Footprint) -> int:
+    """0 for every token on the device, 1 for some elsewhere, 2 for some gone."""
+    if _windows(footprint.kv):
+        return 2
+    return 1 if footprint.is_offloaded else 0
+
+
+def _configs(kv: KVConfig) -> tuple[KVConfig, ...]:
+    return (kv, *kv.layers.values())
+
+
+def _windows(kv: KVConfig) -> list[Window]:
+    return [config.window for config in _configs(kv) if isinstance(config.window, Window)]
+
+
+def _coarsest(kv: KVConfig) -> str:
+    return max((config.codec for config in _configs(kv)), key=LEAST_LOSSY.index)
+
+
+def _costs(precision: str, footprint: Footprint) -> str:
+    codec = _coarsest(footprint.kv)
+    costs = {
+        "int8": "linear layers in 8 bits",
+        "int4": "linear layers in 4 bits",
+    }
+    found = [costs[precision]] if precision in costs else []
+    if codec != "none":
+        found.append(f"{LOSS_PERCENT[codec]:g} % more loss on the bundled model (docs/concepts.md)")
+    if footprint.is_offloaded:
+        found.append("every step waits for keys and values to come over the bus")
+    if _windows(footprint.kv):
+        found.append("tokens that have left the window are forgotten: what only they say is not found again")
+    return "; ".join(found) or "nothing is lost"

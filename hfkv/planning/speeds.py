@@ -1,0 +1,88 @@
+"""`Speeds`: how fast a device reads its memory, how fast what is offloaded comes, and who says so."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from hfkv.sizes import read_bytes
+
+# PCIe 5.0 with sixteen lanes carries 63 GB/s; pinned copies reach about this.
+ASSUMED_BUS = 50 * 10**9
+_RATE = re.compile(r"^(\d+(?:\.\d+)?)\s*tb$")
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes a second.
+
+    Attributes:
+        bandwidth: of the device's memory.
+        bandwidth_source: who says so.
+        bus: between host memory and the device.
+        bus_source: who says so.
+    """
+
+    bandwidth: int
+    bandwidth_source: str
+    bus: int
+    bus_source: str
+
+    @classmethod
+    def of(cls, bandwidth: int | str | None, bus: int | str | None) -> Speeds:
+        """What is given, or else what copies on this machine's device show.
+
+        Args:
+            bandwidth, bus: bytes a second, a number or such as ``"4.3TB/s"``; None is measured, which takes a second.
+
+        Raises:
+            TypeError, ValueError: one is no speed.
+        """
+        memory = None if bandwidth is None else read_speed("bandwidth", bandwidth)
+        way = None if bus is None else read_speed("bus", bus)
+        here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        memory_source = way_source = "as given"
+        if memory is None:
+            from hfkv.bench.timing import copy_bandwidth
+
+            memory = round(copy_bandwidth(here))
+            memory_source = f"measured by a copy on this machine's {here.type}"
+        if way is None and here.type == "cuda":
+            way = round(_bus_bandwidth(here))
+            way_source = f"measured by a copy from pinned host memory to this machine's {here.type}"
+        elif way is None:
+            way, way_source = ASSUMED_BUS, "assumed: there is no GPU here to measure it"
+        return cls(memory, memory_source, way, way_source)
+
+
+def read_speed(name: str, given: int | str) -> int:
+    """Bytes a second, at least 1.
+
+    Args:
+        name: of the field, for the error.
+        given: a number, or one with a unit: ``"4.3TB/s"``, ``"50GB/s"``.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if not isinstance(given, str):
+        return read_bytes(name, given)
+    text = given.strip().lower().removesuffix("/s")
+    match = _RATE.match(text)
+    try:
+        return read_bytes(name, int(float(match[1]) * 10**12) if match else text)
+    except ValueError as error:
+        raise ValueError(f'{name} takes a speed such as "50GB/s" or "4.3TB/s", got {given!r}') from error
+
+
+def _bus_bandwidth(device: torch.device) -> float:
+    """Bytes a second of the fastest of several large copies from pinned host memory."""
+    from hfkv.bench.timing import COPIES, COPY_BYTES, milliseconds
+
+    num_bytes = COPY_BYTES["cpu"]
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=True)
+    target = torch.empty(source.shape, dtype=source.dtype, device=device)
+    best = min(milliseconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(COPIES))
+    return num_bytes / (1e-3 * best)
