@@ -28,10 +28,12 @@ bench step-8x32k 500 step --shape llama-8b --layers 32 --batch 8 --context 32768
     --kv none --kv int8 --kv int8+graphs --kv int8+paged+graphs
 bench step-1x2k 300 step --shape llama-8b --layers 32 --context 2048 --peers DynamicCache \
     --kv none --kv int8 --kv none+graphs --kv int8+graphs
+bench offload-1x32k 400 step --shape llama-8b --layers 32 --context 32768 --peers DynamicCache+offload \
+    --kv none+offload --kv int8+offload --kv int4+offload --kv int8+offload+device_budget:1GiB
 bench memory 200 memory --shape llama-8b --context 32768
 bench prefill 300 prefill --shape llama-8b --layers 8 --ragged 8192,4096,2048,1024 --peers DynamicCache
 bench reuse 300 reuse --shape llama-8b --layers 8 --context 32768 --peers DynamicCache --steps 3 \
     --kv none --kv none+reuse:16GiB --kv int8 --kv int8+reuse:16GiB
 run check 60 hfkv bench --check docs/benchmarks/targets-gpu.toml --from "$out/attention.json" \
-    --from "$out/step-8x32k.json" --from "$out/step-1x2k.json"
+    --from "$out/step-8x32k.json" --from "$out/step-1x2k.json" --from "$out/offload-1x32k.json"
 cat "$out/summary.txt"

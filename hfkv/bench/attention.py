@@ -15,7 +15,7 @@ from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors, attention_errors
 from hfkv.bench.shapes import Heads, skeleton, with_layers
 from hfkv.bench.timing import milliseconds
-from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
+from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
 
 # On an accelerator so many bytes of keys and values take turns, that its L2 (50 to 60 MB) holds none of them even at a
 # quarter of the size, and so many layers at least, that launches overlap as in a model.
@@ -139,6 +139,10 @@ class AttentionLane:
     def read_bytes(self) -> int:
         """What one layer's step must read."""
         return self.held_bytes()
+
+    def bus_bytes(self) -> int | None:
+        """What of one layer has to come from host memory."""
+        return bus_bytes(self.cache, 1)
 
     def close(self) -> None:
         """Lets go of the cache."""

@@ -24,7 +24,7 @@ from hfkv.bench.setting import Setting
 from hfkv.bench.shapes import MOST_SHARE, Heads, build_model, shape_config, with_layers
 from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
 from hfkv.bench.step import MOST_UNCACHED, STEPS_A_TURN, StepLane, StepTask
-from hfkv.bench.timing import Turns, copy_bandwidth, free_memory, out_of_memory, quantiles, take_turns
+from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth, free_memory, out_of_memory, quantiles, take_turns
 from hfkv.bench.tokens import Tokens
 from hfkv.machine import describe_machine, free_bytes, load
 
@@ -60,6 +60,7 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
 
             tables.append(grid.measure(context, on_share))
             bandwidths.append(copy_bandwidth(grid.device))
+    bus = bus_bandwidth(grid.device)
     return Result(
         command=command,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -72,7 +73,8 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
         machine={**describe_machine(grid.device), "load_before": load_before},
         copy_bytes_per_second=max(bandwidths),
         seconds=time.perf_counter() - start,
-        tables=[replace(table, rows=_compared(table.rows, max(bandwidths))) for table in tables],
+        tables=[replace(table, rows=_compared(table.rows, max(bandwidths), bus)) for table in tables],
+        bus_bytes_per_second=bus,
     )
 
 
@@ -150,7 +152,8 @@ class _Grid:
 
         def look() -> None:
             held, allocated, read = lane.held_bytes(), lane.allocated_bytes(), lane.read_bytes()
-            found.append((replace(row, held_bytes=held, allocated_bytes=allocated, read_bytes=read), lane.check()))
+            known = replace(row, held_bytes=held, allocated_bytes=allocated, read_bytes=read)
+            found.append((replace(known, bus_bytes=lane.bus_bytes()), lane.check()))
 
         peak = None
         if self.setting.suite == "memory":
@@ -257,13 +260,21 @@ def _timed(row: Row, times: Sequence[float]) -> Row:
     return replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(times))
 
 
-def _compared(rows: list[Row], bandwidth: float) -> list[Row]:
-    """The rows with their ratios to the fastest peer and to the floor."""
+def _compared(rows: list[Row], bandwidth: float, bus: float | None) -> list[Row]:
+    """The rows with their ratios to the fastest peer and to the floor.
+
+    Args:
+        rows: of one table.
+        bandwidth: of a copy on the device.
+        bus: of a copy to the device, or None.
+    """
     best = min((row.p50_ms for row in rows if not row.is_ours and row.p50_ms is not None), default=None)
     compared = []
     for row in rows:
         if row.p50_ms is not None:
             floor_ms = 1e3 * row.read_bytes / bandwidth if row.read_bytes else None
+            if floor_ms and bus and row.bus_bytes:
+                floor_ms = max(floor_ms, 1e3 * row.bus_bytes / bus)
             row = replace(
                 row,
                 floor_ms=floor_ms,

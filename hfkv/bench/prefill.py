@@ -114,6 +114,9 @@ class PrefillLane:
         """Of all layers, as the last turn left them."""
         return allocated_bytes(self.cache, self.model.config.num_hidden_layers)
 
+    def bus_bytes(self) -> None:
+        """Nothing is said of it."""
+
     def read_bytes(self) -> None:
         """Reading a prompt is arithmetic, not bytes: it has no floor here."""
         return None

@@ -28,7 +28,8 @@ class Row:
         allocated_bytes: allocated for them.
         peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
         read_bytes: what a step must read: those held, and in the suite step the weights.
-        floor_ms: the time a copy of `read_bytes` alone would take on this device.
+        bus_bytes: those of them that have to come from host memory; None where nothing is offloaded.
+        floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it.
         floor_ratio: `p50_ms` over it.
         speedup: the fastest peer's `p50_ms` over this one's: above 1 is faster than every peer.
         error_twin: of the attention against fp32 attention over the keys and values this cache decodes to, as norms.
@@ -48,6 +49,7 @@ class Row:
     allocated_bytes: int | None = None
     peak_bytes: int | None = None
     read_bytes: int | None = None
+    bus_bytes: int | None = None
     floor_ms: float | None = None
     floor_ratio: float | None = None
     speedup: float | None = None
@@ -97,6 +99,7 @@ class Result:
         copy_bytes_per_second: bytes read and written by a copy on the device, in this run.
         seconds: the whole run.
         tables: one a context.
+        bus_bytes_per_second: from pinned host memory to the device, in this run; None but on GPUs.
     """
 
     command: str
@@ -111,6 +114,7 @@ class Result:
     copy_bytes_per_second: float
     seconds: float
     tables: list[Table]
+    bus_bytes_per_second: float | None = None
 
     @property
     def wrong(self) -> list[Row]:

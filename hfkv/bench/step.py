@@ -13,7 +13,7 @@ import hfkv
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors, logit_errors
 from hfkv.bench.shapes import share_weights, weights_read
-from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
+from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
 
 # Timed steps of one call of generate; the first, which comes with the setting up, is not timed.
 STEPS_A_TURN = 4
@@ -134,6 +134,10 @@ class StepLane:
     def read_bytes(self) -> int:
         """What a step must read: the cache and the weights."""
         return self.held_bytes() + weights_read(self.model, self.ids.shape[0])
+
+    def bus_bytes(self) -> int | None:
+        """What of all layers has to come from host memory."""
+        return bus_bytes(self.cache, self._num_layers)
 
     def close(self) -> None:
         """Lets go of the cache."""

@@ -50,6 +50,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * num_bytes / (1e-3 * best)
 
 
+def bus_bandwidth(device: torch.device) -> float | None:
+    """Bytes a second of the fastest of several large copies from pinned host memory; None but on GPUs."""
+    if device.type != "cuda":
+        return None
+    num_bytes = COPY_BYTES["cpu"]
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=True)
+    target = torch.empty(source.shape, dtype=source.dtype, device=device)
+    best = min(milliseconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(COPIES))
+    return num_bytes / (1e-3 * best)
+
+
 class Lane(Protocol):
     """One contender on its way through a suite."""
 

@@ -84,6 +84,15 @@ def allocated_bytes(cache: Any, layers: int) -> int:
     return sum(storage_bytes(_tensors(layer)) for layer in cache.layers[:layers])
 
 
+def bus_bytes(cache: Any, layers: int) -> int | None:
+    """Bytes of the first layers of a cache of ours that are not on the device and have to come; None where none are."""
+    if not isinstance(cache, KVCache) or cache.offload is None:
+        return None
+    rows = [row for row in cache.memory().rows if row.layer is not None and row.layer < layers]
+    elsewhere = sum(row.held_bytes for row in rows if row.device.type == "cpu")
+    return elsewhere if any(row.device.type != "cpu" for row in rows) else None
+
+
 def _tensors(layer: Any) -> list[torch.Tensor]:
     return [tensor for value in vars(layer).values() for tensor in _plain(value)]
 

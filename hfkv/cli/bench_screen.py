@@ -212,6 +212,8 @@ def _caption(result: Result) -> Table:
             "its time by the time a copy of the bytes it must read would take; a copy reads and writes "
             f"{speed:,.1f} GB/s here"
         )
+        if result.bus_bytes_per_second:
+            notes["× floor"] += f"; what is offloaded comes at {result.bus_bytes_per_second / 1e9:,.1f} GB/s"
     held = dict.fromkeys(("step", "prefill", "reuse"), "by all layers").get(result.suite, "by one layer")
     notes["held"] = f"{held}, in keys and values"
     if result.suite in ("attention", "memory"):

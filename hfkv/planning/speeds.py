@@ -44,16 +44,18 @@ class Speeds:
         way = None if bus is None else read_speed("bus", bus)
         here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         memory_source = way_source = "as given"
-        if memory is None:
-            from hfkv.bench.timing import copy_bandwidth
+        if memory is None or way is None:
+            from hfkv.bench.timing import bus_bandwidth, copy_bandwidth
 
-            memory = round(copy_bandwidth(here))
-            memory_source = f"measured by a copy on this machine's {here.type}"
-        if way is None and here.type == "cuda":
-            way = round(_bus_bandwidth(here))
-            way_source = f"measured by a copy from pinned host memory to this machine's {here.type}"
-        elif way is None:
-            way, way_source = ASSUMED_BUS, "assumed: there is no GPU here to measure it"
+            if memory is None:
+                memory = round(copy_bandwidth(here))
+                memory_source = f"measured by a copy on this machine's {here.type}"
+            measured = bus_bandwidth(here) if way is None else None
+            if measured is not None:
+                way = round(measured)
+                way_source = f"measured by a copy from pinned host memory to this machine's {here.type}"
+            elif way is None:
+                way, way_source = ASSUMED_BUS, "assumed: there is no GPU here to measure it"
         return cls(memory, memory_source, way, way_source)
 
 
@@ -75,14 +77,3 @@ def read_speed(name: str, given: int | str) -> int:
         return read_bytes(name, int(float(match[1]) * 10**12) if match else text)
     except ValueError as error:
         raise ValueError(f'{name} takes a speed such as "50GB/s" or "4.3TB/s", got {given!r}') from error
-
-
-def _bus_bandwidth(device: torch.device) -> float:
-    """Bytes a second of the fastest of several large copies from pinned host memory."""
-    from hfkv.bench.timing import COPIES, COPY_BYTES, milliseconds
-
-    num_bytes = COPY_BYTES["cpu"]
-    source = torch.ones(num_bytes // 4, dtype=torch.float32, pin_memory=True)
-    target = torch.empty(source.shape, dtype=source.dtype, device=device)
-    best = min(milliseconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(COPIES))
-    return num_bytes / (1e-3 * best)

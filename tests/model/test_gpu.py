@@ -1,12 +1,14 @@
 """On a GPU: the same tokens, pinned host memory, and only one layer at a time on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import hfkv
-from tests.tiny import greedy, llama, prompt
+from hfkv.stores import staging
+from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED, generate
 
 pytestmark = pytest.mark.gpu
@@ -71,21 +73,60 @@ def test_a_windowed_prefill_takes_memory_in_proportion_to_the_text() -> None:
     assert peaks[1] <= 4.4 * peaks[0]
 
 
-@pytest.mark.parametrize("store", ["contiguous", "paged"])
-def test_offloaded_planes_lie_in_pinned_memory(store: str) -> None:
+@pytest.mark.parametrize("store", ["contiguous", "paged+page_size:16"])
+@pytest.mark.parametrize("budget", ["", "+device_budget:64kB"])
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_offloaded_gives_the_tokens_of_resident_from_pinned_memory(codec: str, budget: str, store: str) -> None:
     model = llama().cuda()
-    inputs = {key: value.cuda() for key, value in prompt().items()}
-    with hfkv.patch(model, f"offload+{store}"):
-        cache = greedy(model, inputs, return_dict_in_generate=True).past_key_values
-    planes = [plane for layer in cache.kv_layers for plane in layer.store.planes]
-    assert planes
-    assert all(plane.is_pinned() for plane in planes)
-    assert all(layer.store.read()[0].is_cuda for layer in cache.kv_layers)
+    inputs = {key: value.cuda() for key, value in prompt(2, 300, padding=7).items()}
+    with hfkv.patch(model, f"{codec}+{store}"):
+        expected = greedy(model, inputs, 80)
+    with hfkv.patch(model, f"{codec}+{store}+offload{budget}"):
+        out = greedy(model, inputs, 80, return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    for leaf in out.past_key_values.leaves:
+        away = [segment for plane in leaf.store.tiers.host.planes() for segment in plane]
+        assert away
+        assert all(segment.is_pinned() for segment in away)
+        assert all(plane.is_cuda for plane in leaf.store.read())
+
+
+def test_offloaded_caches_of_several_threads_and_forks_share_one_bus() -> None:
+    model = llama().cuda()
+    prompts = [{key: value.cuda() for key, value in prompt(1, 200 + 40 * i).items()} for i in range(4)]
+    with hfkv.patch(model, "int8+paged+page_size:8"):
+        expected = [greedy(model, inputs, 60) for inputs in prompts]
+    with hfkv.patch(model, "int8+offload+paged+page_size:8"), ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            given = list(pool.map(lambda inputs: greedy(model, inputs, 60), prompts))
+            assert all(torch.equal(ours, wanted) for ours, wanted in zip(given, expected, strict=True))
+
+
+def test_device_memory_stays_within_the_budget_and_the_buffers() -> None:
+    config = llama_config(num_hidden_layers=8, num_key_value_heads=8, head_dim=128)
+    budget, size, layers = 64 << 20, 64, 8
+    cache = hfkv.KVCache(config, f"offload+paged+page_size:{size}+device_budget:{budget}B")
+    cache.reserve(20_000)
+    page = size * 8 * 128 * 2 * 2
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for count in [64] * 300 + [1] * 40:
+        for index in range(layers):
+            states = torch.randn(2, 1, 8, count, 128, device="cuda", dtype=torch.bfloat16)
+            cache.update(*states, index)
+            for run in cache.layers[index].store.runs(cache.layers[index].store.length):
+                run.planes[0].sum()
+    torch.cuda.synchronize()
+    buffers = staging.BUFFERS * staging.BUFFER_BYTES
+    peak = torch.cuda.max_memory_allocated() - before
+    assert sum(row.held_bytes for row in cache.memory().rows if row.device.type == "cpu") > budget
+    assert peak <= budget + layers * page + buffers
 
 
 def test_an_offloaded_cache_takes_one_layer_of_device_memory() -> None:
-    model = llama(num_hidden_layers=8, max_position_embeddings=20_000).cuda()
-    ids = torch.randint(3, 99, (1, 16_000), device="cuda")
+    model = llama(num_hidden_layers=8, head_dim=128, max_position_embeddings=20_000).cuda()
+    ids = torch.randint(3, 99, (4, 16_000), device="cuda")
     peaks = {}
     for kv in ("none", "offload"):
         with hfkv.patch(model, kv):
@@ -96,8 +137,8 @@ def test_an_offloaded_cache_takes_one_layer_of_device_memory() -> None:
             peaks[kv] = torch.cuda.max_memory_allocated() - before
             held = cache.past_key_values.held_bytes()
             del cache
-    # Seven of eight layers are elsewhere.
-    assert peaks["none"] - peaks["offload"] >= held * 6 / 8
+    # Seven of eight layers are elsewhere, and the others come through the buffers.
+    assert peaks["none"] - peaks["offload"] >= held * 6 / 8 - staging.BUFFERS * staging.BUFFER_BYTES
 
 
 @pytest.mark.parametrize("kv", ["none+paged+page_size:8+reuse", "int8+reuse", "int8+offload+paged+page_size:8+reuse"])

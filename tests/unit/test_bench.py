@@ -12,8 +12,10 @@ from hfkv.bench import PEERS, SHAPES, BenchError, Setting
 from hfkv.bench.attention import AttentionLane, AttentionModule, attention_config
 from hfkv.bench.contenders import DYNAMIC, STATIC, ours, peers
 from hfkv.bench.gate import logit_errors
+from hfkv.bench.grid import _compared
+from hfkv.bench.results import Row
 from hfkv.bench.shapes import Heads, build_model, shape_config, share_weights, weights_read, with_layers
-from hfkv.bench.timing import Turns, copy_bandwidth, milliseconds, quantiles, take_turns
+from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth, milliseconds, quantiles, take_turns
 from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
 from tests.tiny import llama, llama_config
 
@@ -278,3 +280,19 @@ def test_layers_of_an_own_cache_are_found_by_type() -> None:
     cache = DynamicCache(config=llama_config())
     cache.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16), 0)
     assert held_bytes(cache, 1) == allocated_bytes(cache, 1) == 2 * 2 * 3 * 16 * 4
+
+
+def test_the_floor_of_what_is_offloaded_is_the_way_it_comes() -> None:
+    rows = [
+        Row("DynamicCache", False, p50_ms=30.0, read_bytes=10**9),
+        Row("int8+offload", True, p50_ms=10.0, read_bytes=10**9, bus_bytes=4 * 10**8),
+        Row("int8+offload+device_budget:1GB", True, p50_ms=2.0, read_bytes=10**9, bus_bytes=10**6),
+    ]
+    compared = _compared(rows, bandwidth=10**12, bus=5 * 10**10)
+    assert [row.floor_ms for row in compared] == [1.0, 8.0, 1.0]
+    assert [row.floor_ratio for row in compared] == [30.0, 1.25, 2.0]
+    assert _compared(rows, bandwidth=10**12, bus=None)[1].floor_ms == 1.0
+
+
+def test_on_a_cpu_no_bus_is_measured() -> None:
+    assert bus_bandwidth(torch.device("cpu")) is None
