@@ -99,6 +99,8 @@ def hfkv_attention(
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
     _refuse_own_attention(getattr(module, "config", None))
+    # transformers' pipeline parallelism hands on the keywords of its forward as one.
+    kwargs = {**(kwargs.pop("kwargs", None) or {}), **kwargs}
     for name, given in kwargs.items():
         if given is not None and name not in _UNDERSTOOD:
             raise NotImplementedError(

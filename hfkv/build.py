@@ -15,6 +15,7 @@ from hfkv.layer import KVLayer
 from hfkv.probe import cross_attention_layers, probe_rotary
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
+from hfkv.spread import spread_of
 from hfkv.window import Window
 
 OURS = (KVLayer, SplitLayer)
@@ -39,6 +40,7 @@ def build_layers(
     _check_layers(layers, kv, config.model_type)
     _check_windows(layers, kv, config.model_type)
     _check_heads(kv, config)
+    _check_spread(kv, config_or_model)
     return layers
 
 
@@ -102,6 +104,15 @@ def _check_heads(kv: KVConfig, config: PreTrainedConfig) -> None:
                 f"Window.global_heads names the kv heads {list(named)} of layer {index}; it has 0-{count - 1}, and "
                 "at least one must slide (global_layers keeps whole layers)"
             )
+
+
+def _check_spread(kv: KVConfig, config_or_model: Any) -> None:
+    spread, window = spread_of(config_or_model), kv.window
+    if spread.heads > 1 and isinstance(window, Window) and window.global_heads:
+        raise ValueError(
+            "Window.global_heads names kv heads of the whole model, and tensor parallelism gives each of "
+            f"{spread.heads} processes only some of them; use global_layers"
+        )
 
 
 def decoder_config(config_or_model: Any) -> PreTrainedConfig:

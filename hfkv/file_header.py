@@ -59,14 +59,14 @@ class FileHeader:
     Attributes:
         kv: its policies.
         model_type, num_layers: of the model it was built for.
-        leaves: its `KVLayer`s, those of split layers included.
+        leaves: its `KVLayer`s, those of split layers included; None for those of a pipeline's other stages.
         fingerprint: of the model that filled it; see `ModelState.fingerprint`.
     """
 
     kv: KVConfig
     model_type: str
     num_layers: int
-    leaves: tuple[LeafHeader, ...]
+    leaves: tuple[LeafHeader | None, ...]
     fingerprint: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class FileHeader:
             "kv": kv_to_json(self.kv),
             "model_type": self.model_type,
             "num_layers": self.num_layers,
-            "leaves": [leaf.to_json() for leaf in self.leaves],
+            "leaves": [None if leaf is None else leaf.to_json() for leaf in self.leaves],
             "fingerprint": dict(self.fingerprint),
         }
 
@@ -95,7 +95,7 @@ class FileHeader:
             kv_from_json(given["kv"]),
             _text(given["model_type"], "model_type"),
             _count(given["num_layers"], "num_layers", 1),
-            tuple(LeafHeader.from_json(leaf) for leaf in _list(given["leaves"], "leaves")),
+            tuple(None if leaf is None else LeafHeader.from_json(leaf) for leaf in _list(given["leaves"], "leaves")),
             {name: _text(words, f"the fingerprint's {name}") for name, words in fingerprint.items()},
         )
 

@@ -14,6 +14,7 @@ from hfkv.contents import Contents
 from hfkv.file_header import VERSION, FileHeader, LeafHeader, canonical, read_json
 from hfkv.layer import KVLayer
 from hfkv.probe import base_model, decoder_of
+from hfkv.spread import own_layers
 from hfkv.state import ModelState, fingerprint_difference, state_of
 from hfkv.tensor_file import digest_of, read_file, write_file
 
@@ -40,7 +41,8 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], model: Any = None) 
         OSError: the file cannot be written.
     """
     name = _file_name(path)
-    _check_complete(cache)
+    filled_by = cache.record.state
+    _check_complete(cache, filled_by.object() if model is None and filled_by and filled_by.object else model)
     fingerprint = _fingerprint(cache, model)
     leaves, tensors = _leaves_and_tensors(cache)
     header = FileHeader(cache.kv, cache.model_type, len(cache.layers), leaves, fingerprint).to_json()
@@ -89,17 +91,17 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
         )
     try:
         cache = KVCache(base, header.kv, base.hfkv.rotary if "hfkv" in vars(base) else None)
-        contents = _contents(cache, header, tensors, _devices(base, len(cache.layers)))
+        contents = _contents(cache, header, tensors, base)
     except ValueError as error:
         raise ValueError(f"{name} cannot be loaded for {type(base).__name__}: {error}. {_AGAIN}") from error
-    for leaf, of_leaf in zip(cache.leaves, contents, strict=True):
-        leaf.adopt(of_leaf)
+    for number, of_leaf in contents.items():
+        cache.leaves[number].adopt(of_leaf)
     _write_down(cache, tensors, state, base)
     return cache
 
 
-def _check_complete(cache: KVCache) -> None:
-    """Raises unless all that the cache holds is known, and is ours."""
+def _check_complete(cache: KVCache, model: Any) -> None:
+    """Raises unless all that the cache holds for `model` is known, and is ours."""
     dummy = getattr(cache_utils, "DummyLayer", KVLayer)
     others = [layer for layer in cache.layers if not isinstance(layer, (*OURS, dummy))]
     if others:
@@ -110,14 +112,16 @@ def _check_complete(cache: KVCache) -> None:
     broken = cache.record.broken
     for leaf in cache.leaves:
         leaf._assignment.check_complete()
-    if broken is None and len({leaf.get_seq_length() for leaf in cache.leaves}) > 1:
+    # A stage of a pipeline fills its own layers only.
+    own = own_layers(base_model(model), len(cache.layers))
+    if broken is None and len({leaf.get_seq_length() for index, leaf in _leaves(cache) if index in own}) > 1:
         broken = "nobody wrote down how"
     if broken is not None:
         raise RuntimeError(
             f"a forward of this cache failed midway ({broken}): its layers hold different tokens. Call cache.reset() "
             "and prefill again"
         )
-    if not cache.leaves[0].get_seq_length():
+    if not cache.get_seq_length():
         raise ValueError("this cache is empty: nothing has been seen that could be saved; fill it first")
 
 
@@ -140,12 +144,15 @@ def _fingerprint(cache: KVCache, model: Any) -> Mapping[str, str]:
     return now.fingerprint()
 
 
-def _leaves_and_tensors(cache: KVCache) -> tuple[tuple[LeafHeader, ...], dict[str, torch.Tensor]]:
+def _leaves_and_tensors(cache: KVCache) -> tuple[tuple[LeafHeader | None, ...], dict[str, torch.Tensor]]:
     """What the header says of each leaf, and all that the file holds, contiguous and on the CPU."""
-    leaves, tensors = [], {}
+    leaves: list[LeafHeader | None] = []
+    tensors = {}
     for index, leaf in enumerate(cache.leaves):
         contents = leaf.contents()
-        assert contents is not None
+        if contents is None:
+            leaves.append(None)
+            continue
         parts = contents.parts
         leaves.append(LeafHeader(parts["key"], parts["value"], contents.seen, contents.gone_below, contents.pads))
         for kind, planes in (("slots", contents.slots or ()), ("tokens", contents.tokens)):
@@ -161,35 +168,37 @@ def _leaves_and_tensors(cache: KVCache) -> tuple[tuple[LeafHeader, ...], dict[st
 
 
 def _contents(
-    cache: KVCache, header: FileHeader, tensors: Mapping[str, torch.Tensor], devices: Mapping[int, torch.device]
-) -> list[Contents]:
-    """What the leaves of an empty cache are to hold.
+    cache: KVCache, header: FileHeader, tensors: Mapping[str, torch.Tensor], model: PreTrainedModel
+) -> dict[int, Contents]:
+    """What the leaves of an empty cache are to hold, by their number.
 
     Raises:
         ValueError: header and tensors are not those of such a cache.
     """
-    leaves = [
-        (index, leaf)
-        for index, layer in enumerate(cache.layers)
-        if isinstance(layer, OURS)
-        for leaf in ((layer,) if isinstance(layer, KVLayer) else layer.parts)
-    ]
+    leaves = _leaves(cache)
+    own, devices = own_layers(model, len(cache.layers)), _devices(model, len(cache.layers))
+    held_leaves = [leaf for leaf in header.leaves if leaf is not None]
     checks: tuple[tuple[str, Any, Any], ...] = (
         ("model type", header.model_type, cache.model_type),
         ("number of layers", header.num_layers, len(cache.layers)),
-        ("number of layers held", len(header.leaves), len(leaves)),
-        ("number of different lengths", len({(leaf.seen, len(leaf.pads)) for leaf in header.leaves}), 1),
+        ("number of layers", len(header.leaves), len(leaves)),
+        ("number of layers held", len(held_leaves), sum(index in own for index, _ in leaves)),
+        ("number of different lengths", len({(leaf.seen, len(leaf.pads)) for leaf in held_leaves}), 1),
     )
     for what, saved, expected in checks:
         if saved != expected:
             raise ValueError(f"its {what} is {saved} and should be {expected}")
-    seen, batch = header.leaves[0].seen, len(header.leaves[0].pads)
+    seen, batch = held_leaves[0].seen, len(held_leaves[0].pads)
     wanted: dict[str, _Kind] = {"ids": (torch.int64, (batch, seen))} if "ids" in tensors else {}
     if "ids" in tensors and "padding" in tensors:
         wanted["padding"] = (torch.bool, (batch, seen))
-    for number, ((_, leaf), of_leaf) in enumerate(zip(leaves, header.leaves, strict=True)):
+    for number, ((index, leaf), of_leaf) in enumerate(zip(leaves, header.leaves, strict=True)):
+        if of_leaf is None:
+            continue
+        if index not in own:
+            raise ValueError(f"it holds layer {index}, which another stage of the pipeline computes")
         for kind, planes in _planes(leaf, of_leaf).items():
-            wanted |= {f"{number}.{kind}.{index}": plane for index, plane in enumerate(planes)}
+            wanted |= {f"{number}.{kind}.{plane_idx}": plane for plane_idx, plane in enumerate(planes)}
     found: dict[str, _Kind] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
@@ -199,8 +208,8 @@ def _contents(
         names = (f"{number}.{kind}.{index}" for index in range(len(wanted)))
         return tuple(tensors[name] for name in names if name in wanted)
 
-    return [
-        Contents(
+    return {
+        number: Contents(
             {"key": of_leaf.key, "value": of_leaf.value},
             devices[index],
             held(number, "slots") or None,
@@ -210,7 +219,14 @@ def _contents(
             of_leaf.pads,
         )
         for number, ((index, _), of_leaf) in enumerate(zip(leaves, header.leaves, strict=True))
-    ]
+        if of_leaf is not None
+    }
+
+
+def _leaves(cache: KVCache) -> list[tuple[int, KVLayer]]:
+    """The leaves of a cache, each with the index of its layer."""
+    ours = [(index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, OURS)]
+    return [(i, leaf) for i, layer in ours for leaf in ((layer,) if isinstance(layer, KVLayer) else layer.parts)]
 
 
 def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:

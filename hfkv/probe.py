@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hfkv.rotary import Rotary
+from hfkv.spread import spread_of
 
 # Where the keys are measured: few, small enough for any model, and far enough apart to tell frequencies apart.
 _POSITIONS = (0, 1, 2, 5, 17, 101)
@@ -94,6 +95,8 @@ def _rope_settings(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(model: PreTrainedModel, config: PreTrainedConfig, decoder: PreTrainedModel) -> str | None:
+    if spread_of(model).stages > 1:
+        return "its layers are shared by the stages of a pipeline, none of which can run a token through all of them"
     if model.config.is_encoder_decoder:
         return "the keys of encoder-decoder models are not known to be rotated by their positions"
     if getattr(config, "alibi", False):

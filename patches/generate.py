@@ -127,7 +127,9 @@ def _prepare_cache(
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
     own.record.is_temporary = not generation_config.return_dict_in_generate
-    own.record.is_wanted = not own.record.is_temporary or self.hfkv.kv.reuse is not None
+    # Where memory ends, what has been generated is to be found.
+    is_offloaded = own.offload is not None
+    own.record.is_wanted = not own.record.is_temporary or self.hfkv.kv.reuse is not None or is_offloaded
     own.reserve(max_cache_length + expect_prefix(self, own))
     if generation_config.is_assistant:
         own.activate_past_recording()

@@ -19,6 +19,7 @@ from hfkv.device_step import DeviceStep, advance, step_reason
 from hfkv.layout import Layout
 from hfkv.patches.undo import Undo
 from hfkv.probe import growing_rope_type
+from hfkv.spread import spread_of
 
 logger = logging.getLogger("hfkv")
 
@@ -198,6 +199,8 @@ def model_reason(model: Any) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
         return f"its parameters are on {', '.join(sorted(map(str, devices)))}, and a graph is of one CUDA device"
+    if not spread_of(model).is_one:
+        return "it is spread over several processes"
     hooks = hooks_reason(model)
     if hooks is not None:
         return hooks

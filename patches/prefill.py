@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mas
 from hfkv.patches.reuse import is_input, positions_are_plain, root_of
 from hfkv.prefixes import PrefixPool, page_keys
 from hfkv.record import TokenRecord
+from hfkv.spread import agreed
 from hfkv.state import ModelState, state_of
 
 # What is expanded row by row, and can be taken back.
@@ -70,14 +72,27 @@ def begin(
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
     state = state_of(model, model.hfkv.exact_rotary)
     cache.record.repeated = cache.record.root = None
+    refusal: ValueError | RuntimeError | None = None
+    root = None
     if cache.get_seq_length():
         length = text_length(generation_config, model_kwargs)
-        check_continues(cache, ids, mask_of(model_kwargs), length, state, copies)
+        try:
+            check_continues(cache, ids, mask_of(model_kwargs), length, state, copies)
+        except (ValueError, RuntimeError) as error:
+            refusal = error
     else:
+        root = root_of(model, cache, state, generation_config, model_kwargs)
+    # A process that went on differently from the others of its model would wait for them for ever.
+    fits, is_unhooked, may_share = agreed(model, [refusal is None, not state.has_hooks, root is not None])
+    if not fits:
+        raise refusal or ValueError(
+            "another process of this model refuses its past_key_values, and says why; call cache.reset() in all of them"
+        )
+    if not cache.get_seq_length():
         cache.record.forget()
         cache.record.state = state
-        cache.record.root = root_of(model, cache, state, generation_config, model_kwargs)
-    return state
+        cache.record.root = root if may_share else None
+    return state if is_unhooked else replace(state, has_hooks=True)
 
 
 def _once(
@@ -165,23 +180,36 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
     pool: PrefixPool = model.hfkv.pool
     texts = [row[pad:] for row, pad in zip(ids.cpu(), pads, strict=True)]
     keys = [page_keys(record.root, text[:-1], pool.page_size) for text in texts]
-    for row, end in _worth_reading_alone(pool, keys, pads, ids.shape[1]):
-        _read_alone(model, record, texts[row][:end], keys[row], generation_config, model_kwargs)
-    columns = _take_over(cache, pool, ids, mask, keys, pads)
+    if len(keys) > 1:
+        missing = _missing(model, pool, [key for row in keys for key in row])
+        for row, end in _worth_reading_alone(missing, pool.page_size, keys, pads, ids.shape[1]):
+            _read_alone(
+                model, record, texts[row][None, :end].to(ids.device), keys[row], generation_config, model_kwargs
+            )
+    columns = _take_over(model, cache, ids, mask, keys, pads)
     for text, pad in zip(texts, pads, strict=True):
         pool.count(len(text), max(columns - pad, 0))
 
 
+def _missing(model: Any, pool: PrefixPool, keys: Sequence[bytes]) -> set[bytes]:
+    """Those of `keys` that the pool of any of the model's processes lacks."""
+    missing = pool.missing(keys)
+    there = agreed(model, [key not in missing for key in keys])
+    return {key for key, is_there in zip(keys, there, strict=True) if not is_there}
+
+
 def _take_over(
+    model: Any,
     cache: KVCache,
-    pool: PrefixPool,
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     keys: Sequence[Sequence[bytes]],
     pads: Sequence[int],
 ) -> int:
     """Copies the pages of all rows that the pool has into an empty cache; how many columns it holds then."""
-    with pool.found(keys) as pages:
+    pool: PrefixPool = model.hfkv.pool
+    with pool.found(keys) as found:
+        pages = [row[:count] for row, count in zip(found, agreed(model, [*map(len, found)]), strict=True)]
         columns = min(pad + len(of_row) * pool.page_size for pad, of_row in zip(pads, pages, strict=True))
         if columns <= min(pads):
             return 0
@@ -196,19 +224,24 @@ def _take_over(
 
 
 def _worth_reading_alone(
-    pool: PrefixPool, keys: Sequence[Sequence[bytes]], pads: Sequence[int], length: int
+    missing: set[bytes], size: int, keys: Sequence[Sequence[bytes]], pads: Sequence[int], length: int
 ) -> list[tuple[int, int]]:
     """Which rows of a batch to read by themselves first, and how far: (row, tokens of its text).
 
     All rows of a batch are read from one column on. Where some begin with pages that others lack, or several begin
     alike, it is less work to read what is missing once, page by page, and find it in the pool.
+
+    Args:
+        missing: those of `keys` that the pool lacks.
+        size: tokens a page.
+        keys: of the pages of each row's text.
+        pads: pad tokens of each row.
+        length: tokens of each row, padding included.
     """
-    if len(keys) == 1:
-        return []
-    size, batch = pool.page_size, len(keys)
+    batch = len(keys)
     # By the column where each page ends: those that would have to be read to begin there.
     ends = sorted({pad + (i + 1) * size for pad, row in zip(pads, keys, strict=True) for i in range(len(row))})
-    missing = pool.missing([key for row in keys for key in row])
+    missing = set(missing)
     read: set[bytes] = set()
     if not missing:
         return []
@@ -238,7 +271,7 @@ def _worth_reading_alone(
 def _read_alone(
     model: Any,
     record: TokenRecord,
-    text: torch.Tensor,
+    ids: torch.Tensor,
     keys: Sequence[bytes],
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -248,21 +281,20 @@ def _read_alone(
     Args:
         model: the patched model.
         record: of the batch's cache: under which key its pages are.
-        text: whole pages, int64 `[T]`.
+        ids: of whole pages, int64 `[1, T]`, where the batch is: offloaded weights say no device.
         keys: of the pages of the row's whole text.
         generation_config, model_kwargs: of the batch.
     """
-    ids, pool = text[None].to(model.device), model.hfkv.pool
-    cache = model.hfkv.new_cache()
+    cache, pool, length = model.hfkv.new_cache(), model.hfkv.pool, ids.shape[1]
     mask = None if model_kwargs.get("attention_mask") is None else torch.ones_like(ids)
     given = {**model_kwargs, "attention_mask": mask, "past_key_values": cache}
     positions = model_kwargs.get("position_ids")
     if positions is not None:
-        given["position_ids"] = torch.arange(len(text), device=positions.device).expand(*positions.shape[:-2], 1, -1)
+        given["position_ids"] = torch.arange(length, device=positions.device).expand(*positions.shape[:-2], 1, -1)
     alone = copy.copy(generation_config)
-    alone._mask_length = len(text)
-    cache.reserve(len(text))
+    alone._mask_length = length
+    cache.reserve(length)
     cache.record.state, cache.record.root = record.state, record.root
     # A prompt needs one token at least that is not held.
-    _take_over(cache, pool, ids, None, [keys[: (len(text) - 1) // pool.page_size]], (0,))
+    _take_over(model, cache, ids, None, [keys[: (length - 1) // pool.page_size]], (0,))
     _read(model, cache, ids, alone, given, True)

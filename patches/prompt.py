@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
 from hfkv.patches.undo import Undo
+from hfkv.spread import own_layers, spread_of
 
 # PEFT asks for the prefix deep inside `generate` and names no cache. `.cache` refers weakly to the one of this
 # thread's running call.
@@ -60,10 +61,16 @@ def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refill(peft_model: Any, prefix: DynamicCache) -> KVCache:
     base = peft_model.get_base_model()
+    if spread_of(base).heads > 1:
+        raise NotImplementedError(
+            "PEFT's prefix tuning has keys and values of all kv heads, and tensor parallelism gives each process only "
+            "some of them: load the model without tp_size (pp_size will do)"
+        )
     cache = getattr(_call, "cache", lambda: None)()
     if cache is None or cache.get_seq_length():
         cache = base.hfkv.new_cache()
-    for layer_idx, layer in enumerate(prefix.layers):
+    for layer_idx in own_layers(base, len(prefix.layers)):
+        layer = prefix.layers[layer_idx]
         if layer.is_initialized:
             cache.update(layer.keys, layer.values, layer_idx)
     return cache

@@ -16,9 +16,7 @@ from hfkv.state import state_of
 def set_recording(model: Any, undo: Undo) -> None:
     """Overrides `forward` on this instance."""
     # generate() looks at the signature of forward.
-    undo.set(
-        model, "forward", functools.update_wrapper(functools.partial(_forward, model, model.forward), model.forward)
-    )
+    undo.set_forward(model, lambda inner: functools.update_wrapper(functools.partial(_forward, model, inner), inner))
 
 
 def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +36,7 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         output = forward(*args, **kwargs)
     except BaseException as error:
-        if any(leaf.get_seq_length() != before for leaf in cache.leaves):
+        if any(leaf.is_initialized and leaf.get_seq_length() != before for leaf in cache.leaves):
             record.broken = ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))
         raise
     ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)

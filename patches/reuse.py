@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfkv.cache import KVCache
 from hfkv.patches.prompt import learned_prompt
 from hfkv.prefixes import PrefixPool, page_keys
+from hfkv.spread import spread_of
 from hfkv.state import ModelState, state_of
 
 if TYPE_CHECKING:
@@ -77,6 +80,8 @@ def _reason(model: Any, state: ModelState, generation_config: Any, model_kwargs:
         return "PEFT puts learned tokens before it"
     if model.training:
         return "the model is in training mode"
+    if spread_of(model).replicas > 1 or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled():
+        return "processes with batches of their own exchange weights in every forward, and must run equally many"
     if state.has_hooks:
         return "the model has forward hooks, which may change what it computes"
     return None

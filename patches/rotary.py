@@ -55,9 +55,8 @@ def set_exact_rotary(model: PreTrainedModel, undo: Undo) -> None:
         )
     for module in modules:
         stock = {layer_type: _learn(module, buffer, layer_type) for layer_type, buffer in _buffers(module).items()}
-        # A module with a hook of accelerate's calls its own forward by this name.
-        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
-        undo.set(module, name, functools.partial(_forward, module, stock))
+        ours = functools.partial(_forward, module, stock)
+        undo.set_forward(module, lambda _, ours=ours: ours)
 
 
 def _buffers(module: torch.nn.Module) -> dict[str | None, str]:
