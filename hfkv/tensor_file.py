@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +28,9 @@ _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
+
+# No space left, a file too large, a quota used up.
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -67,9 +71,17 @@ def write_file(name: str, tensors: Mapping[str, torch.Tensor], text: str) -> Non
         with contextlib.suppress(FileNotFoundError):
             shutil.copymode(name, beside)
         os.replace(beside, name)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(beside)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: {num_bytes:,} bytes do not fit. What was there before is as it was, and so is the "
+                "cache: make room, or save it elsewhere",
+                name,
+            ) from error
         raise
 
 

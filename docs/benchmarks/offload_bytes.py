@@ -1,7 +1,7 @@
 """Counts what an offloaded cache sends over the bus at each decode step, on a machine without an accelerator.
 
-The CPU is treated as a device whose memory is not the host's: every page that would travel is copied, and counted. Times
-mean nothing here.
+The CPU is treated as a device whose memory is not the host's: every page that would travel is copied, and counted.
+Times mean nothing here.
 
     python docs/benchmarks/offload_bytes.py --context 8192 --steps 128
 """
@@ -81,8 +81,8 @@ def main(
     console = Console(width=120)
     console.print(table)
     console.print(
-        f"1 × {context:,} tokens, {LAYERS} layers of 8 kv heads of 128, bf16, pages of {PAGE_SIZE}; the mean of {steps} "
-        f"steps. hfkv {said['hfkv']}, torch {said['torch']}, transformers {said['transformers']}, {said['processor']}"
+        f"1 × {context:,} tokens, {LAYERS} layers of 8 kv heads of 128, bf16, pages of {PAGE_SIZE}; the mean of "
+        f"{steps} steps. hfkv {said['hfkv']}, torch {said['torch']}, transformers {said['transformers']}, {said['processor']}"
     )
 
 

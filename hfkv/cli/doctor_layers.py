@@ -253,7 +253,7 @@ class _Layer:
         from hfkv.kernels.dispatch import append_kernel
 
         if self.layer.kv.offload and self.device.type != "cpu":
-            return Use("append", "torch", "offloaded: encoded on the device; a page goes to host memory when it is full")
+            return Use("append", "torch", "offloaded: encoded on the device; full pages go to host memory")
         try:
             kernel = append_kernel(self.layer.kv.codec, self.dtype, self.device, heads[:2])
         except Exception as error:  # as in `_attention`

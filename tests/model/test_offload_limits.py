@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +101,26 @@ def test_on_a_cpu_of_its_own_nothing_is_moved(monkeypatch: pytest.MonkeyPatch) -
     assert not any(isinstance(leaf.store, OffloadedStore) for leaf in out.past_key_values.leaves)
     with hfkv.patch(model, "int8"):
         assert torch.equal(out.sequences, greedy(model, prompt()))
+
+
+def test_a_full_disk_leaves_the_cache_and_the_file_before_it(tmp_path: Path) -> None:
+    model, inputs, path = llama(), prompt(1, 30), tmp_path / "cache.safetensors"
+    with hfkv.patch(model, "offload"):
+        out = greedy(model, inputs, 4, return_dict_in_generate=True)
+        cache = out.past_key_values
+        cache.save(path)
+        before = path.read_bytes()
+        longer = greedy(model, {"input_ids": out.sequences, "past_key_values": cache}, 80, return_dict_in_generate=True)
+        _, most = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, most))
+        try:
+            with pytest.raises(OSError, match="bytes do not fit") as caught:
+                cache.save(path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert caught.value.filename == str(path)
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+        assert path.read_bytes() == before
+        assert torch.equal(KVCache.load(path, model).holds_tokens, out.sequences[:, :-1])
+        more = greedy(model, {"input_ids": longer.sequences, "past_key_values": cache}, 5)
+        assert torch.equal(more, greedy(model, inputs, 4 + 80 + 5))
