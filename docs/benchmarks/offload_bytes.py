@@ -82,7 +82,8 @@ def main(
     console.print(table)
     console.print(
         f"1 × {context:,} tokens, {LAYERS} layers of 8 kv heads of 128, bf16, pages of {PAGE_SIZE}; the mean of "
-        f"{steps} steps. hfkv {said['hfkv']}, torch {said['torch']}, transformers {said['transformers']}, {said['processor']}"
+        f"{steps} steps. hfkv {said['hfkv']}, torch {said['torch']}, transformers {said['transformers']}, "
+        f"{said['processor']}"
     )
 
 
