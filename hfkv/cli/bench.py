@@ -13,6 +13,7 @@ from hfkv.cli.bench_screen import show, show_verdicts
 from hfkv.cli.bench_words import Words, setting_of
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
+from hfkv.cli.outputs import check_outputs
 from hfkv.cli.said import command_line
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def bench(
     Random weights of real shapes; nothing is downloaded.
     """
     with told_in_one_line():
-        _check_outputs(json_path, plot)
+        check_outputs(json_path, plot)
         targets = _targets(check)
         if earlier:
             _refuse_beside_from(context)
@@ -147,25 +148,6 @@ def _refuse_beside_from(context: typer.Context) -> None:
         name = option.opts[0] if option.opts[0].startswith("--") else "a suite"
         if given is not None and given.name == "COMMANDLINE" and name not in ("--from", "--check", "--plot"):
             raise CommandError(f"--from reads earlier results and measures nothing; leave {name} out")
-
-
-def _check_outputs(json_path: Path | None, plot: Path | None) -> None:
-    """Refuses what could not be written, before anything is measured."""
-    for name, path in (("--json", json_path), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"{name} {str(path)!r}: there is no folder {str(path.parent)!r}")
-        if path is not None and path.is_dir():
-            raise CommandError(f"{name} {str(path)!r} is a folder; name a file in it")
-    if plot is None:
-        return
-    from hfkv.figure import check_matplotlib
-
-    if plot.suffix.lower() != ".png":
-        raise CommandError(f"--plot {str(plot)!r} must be a PNG file: give it the ending .png")
-    try:
-        check_matplotlib()
-    except ImportError as error:
-        raise CommandError(f"--plot: {error}") from error
 
 
 def _draw(path: Path, results: list[Result]) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from hfkv.cli.errors import CommandError, first_line, told_in_one_line
 from hfkv.cli.loading import pick_dtype
+from hfkv.cli.outputs import check_outputs
 from hfkv.cli.plan_screen import show
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def plan(
     Of a model only its config is read, and of the shapes by name (llama-8b) not even that: no network is needed.
     """
     with told_in_one_line():
-        _check_outputs(json_path, plot)
+        check_outputs(json_path, plot)
         made = make_plan(model, memory, context, batch, reply, kv, weights, dtype, device, bandwidth, bus)
         show(made, Console(highlight=False))
         if json_path is not None:
@@ -117,22 +118,3 @@ def _count(option: str, given: str) -> int:
     if match is None or int(match[1]) < 1:
         raise CommandError(f"{option} takes a number of tokens such as 4096, 128k or 1m (k is 1,024), got {given!r}")
     return int(match[1]) * _UNITS[match[2]]
-
-
-def _check_outputs(json_path: Path | None, plot: Path | None) -> None:
-    """Refuses what could not be written, before anything is planned."""
-    for name, path in (("--json", json_path), ("--plot", plot)):
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"{name} {str(path)!r}: there is no folder {str(path.parent)!r}")
-        if path is not None and path.is_dir():
-            raise CommandError(f"{name} {str(path)!r} is a folder; name a file in it")
-    if plot is None:
-        return
-    from hfkv.figure import check_matplotlib
-
-    if plot.suffix.lower() != ".png":
-        raise CommandError(f"--plot {str(plot)!r} must be a PNG file: give it the ending .png")
-    try:
-        check_matplotlib()
-    except ImportError as error:
-        raise CommandError(f"--plot: {error}") from error
