@@ -145,7 +145,9 @@ class _PinnedMemory(mmap.mmap):
     """Anonymous memory, page-locked as long as it lives."""
 
     def __new__(cls, num_bytes: int) -> _PinnedMemory:
-        memory = super().__new__(cls, -1, num_bytes)
+        # By default it would be shared with processes that are forked.
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        memory = super().__new__(cls, -1, num_bytes, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         memory._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
