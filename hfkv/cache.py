@@ -17,7 +17,7 @@ from hfkv.config import KVConfig
 from hfkv.errors import CacheMemoryError
 from hfkv.layer import KVLayer
 from hfkv.memory import CacheMemory, PlaneMemory, own_tensors
-from hfkv.record import TokenRecord
+from hfkv.record import TokenRecord, what_failed
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
 from hfkv.stores import Offload
@@ -108,27 +108,46 @@ class KVCache(DynamicCache):
                 f"this cache was built for {len(self.layers)} layers and was given keys of layer {layer_idx}: it "
                 "was built from another model's config. Build it from this model: KVCache(model, kv=...)"
             )
+        self.record.check_whole()
         try:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        except MemoryError as error:
-            if not self._level(layer_idx):
+        except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
+            layer = self.layers[layer_idx]
+            parts = layer.parts if isinstance(layer, SplitLayer) else (layer,)
+            is_whole = self.take_back(min(part.get_seq_length() for part in parts))
+            if not is_whole:
+                self.record.broken = what_failed(error)
+            if isinstance(error, ValueError) or not is_whole:
                 raise
-            raise CacheMemoryError(
-                f"{error}. The {self.get_seq_length():,} tokens read before are still held: the `cache` of this error "
-                "goes on with them (past_key_values=error.cache) once there is memory",
-                self,
-            ) from error
+            raise self.memory_error(error) from error
 
-    def _level(self, layer_idx: int) -> bool:
-        """Takes back what layers have added in a forward that failed at layer `layer_idx`; whether it could."""
-        if not all(isinstance(layer, OURS) for layer in self.layers):
+    def take_back(self, left: int) -> bool:
+        """Takes back what layers have added in a forward that failed, so that each has seen `left` tokens.
+
+        Returns:
+            Whether that was possible: layers of transformers' own cannot go back.
+        """
+        if any(
+            tensor is not None for layer in self.layers if not isinstance(layer, OURS) for tensor in own_tensors(layer)
+        ):
             return False
-        failed = self.layers[layer_idx]
-        left = min(leaf.get_seq_length() for leaf in (failed.parts if isinstance(failed, SplitLayer) else (failed,)))
-        for leaf in self.leaves:
-            if leaf.get_seq_length() > left:
-                leaf.crop(left - leaf.get_seq_length())
+        ahead = [leaf for leaf in self.leaves if leaf.get_seq_length() > left]
+        try:
+            for leaf in ahead:
+                leaf.check_crop(left - leaf.get_seq_length())
+        except RuntimeError:
+            return False
+        for leaf in ahead:
+            leaf.crop(left - leaf.get_seq_length())
         return True
+
+    def memory_error(self, error: Exception) -> CacheMemoryError:
+        """What to raise where a forward found no memory and has been taken back."""
+        return CacheMemoryError(
+            f"{error}. The {self.get_seq_length():,} tokens read before are still held: the `cache` of this error goes "
+            "on with them (past_key_values=error.cache) once there is memory",
+            self,
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""
@@ -173,6 +192,8 @@ class KVCache(DynamicCache):
         """Forgets everything; another batch, model or adapter may come."""
         super().reset()
         self.record.forget()
+        if self.offload is not None:
+            self.offload.divide_anew()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
@@ -247,6 +268,8 @@ class KVCache(DynamicCache):
 
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that memory is allocated once."""
+        if self.offload is not None:
+            self.offload.divide_anew()
         for layer in self.kv_layers:
             layer.reserve(tokens)
 

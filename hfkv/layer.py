@@ -120,7 +120,11 @@ class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
             return
         with self.store.lock:
             before = self.store.extend(key_states.shape[2])
-            kernel(*new, *self._held().encoded()[:2], before)
+            try:
+                kernel(*new, *self._held().encoded()[:2], before)
+            except BaseException:
+                self.store.truncate(before.length)
+                raise
 
     def step(self) -> Layout:
         """Makes room for one token and counts it as seen, for a CUDA graph to write.

@@ -151,6 +151,11 @@ class TokenRecord:
             self._hidden = self._hidden[:, :left]
 
 
+def what_failed(error: BaseException) -> str:
+    """An error in a line."""
+    return ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))
+
+
 def _at(rows: Any, tensor: torch.Tensor) -> Any:
     """An index on the device of `tensor`."""
     return rows.to(tensor.device) if isinstance(rows, torch.Tensor) else rows

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from hfkv.cache import KVCache
+from hfkv.errors import CacheMemoryError
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
+from hfkv.record import what_failed
 from hfkv.state import state_of
 
 
@@ -36,8 +38,13 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         output = forward(*args, **kwargs)
     except BaseException as error:
-        if any(leaf.is_initialized and leaf.get_seq_length() != before for leaf in cache.leaves):
-            record.broken = ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))
+        # A pipeline's other stages leave their layers empty.
+        held = [leaf.get_seq_length() for leaf in cache.leaves if leaf.is_initialized]
+        is_whole = record.broken is None and min(held, default=before) >= before and cache.take_back(before)
+        if not is_whole:
+            record.broken = record.broken or what_failed(error)
+        elif isinstance(error, MemoryError | torch.OutOfMemoryError) and not isinstance(error, CacheMemoryError):
+            raise cache.memory_error(error) from error
         raise
     ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
     count = cache.get_seq_length() - before

@@ -277,7 +277,7 @@ def check_pages(pages: Pages, stores: list[PagedStore]) -> None:
     assert pages.stores == len(stores)
     if isinstance(pages, TieredPages):
         slots = [pages.slot(page) for page, count in enumerate(counts) if count]
-        assert sorted([slot for slot in slots if slot >= 0] + pages._free) == list(range(len(pages.planes[0])))
+        assert sorted([slot for slot in slots if slot >= 0] + pages.device.free) == list(range(len(pages.planes[0])))
         assert sorted([~slot for slot in slots if slot < 0] + pages.host.free) == list(range(pages.host.size))
         assert pages.most is None or len(pages.planes[0]) <= pages.most
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ from hfkv.planning.weights import Weights, planned_weights
 
 # Where searches end: no model's context, and no batch, is longer.
 MOST_TOKENS, MOST_ROWS = 1 << 24, 1 << 20
+# Names on the Hub: with an owner, and old ones without.
+_HUB, _OLD_HUB = re.compile(r"^[\w-][\w.-]*/[\w.-]+$"), re.compile(r"^\w[\w.-]*$")
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -29,17 +33,19 @@ class Planner:
         dtype: of keys, values and unquantised weights.
         device: of the type that is planned for.
         weights: in every precision.
-        reply: tokens of each row that come one by one.
+        reply: tokens of each row that come one by one; None for any number.
     """
 
     geometry: Geometry
     dtype: torch.dtype
     device: torch.device
     weights: dict[str, Weights]
-    reply: int = 1
+    reply: int | None = None
 
     @classmethod
-    def of(cls, source: Any, dtype: torch.dtype | None, device: torch.device, reply: int = 1) -> Planner:
+    def of(
+        cls, source: Any, dtype: torch.dtype | None, device: torch.device, reply: int | None = None
+    ) -> Planner:
         """See `memory_plan`."""
         dtype = dtype or getattr(source, "dtype", None)
         if dtype not in _SHORT:
@@ -115,19 +121,26 @@ def resolve(model: Any) -> Any:
     Raises:
         ValueError: there is no config of that name.
     """
-    if not isinstance(model, str):
+    if not isinstance(model, str | os.PathLike):
         return model
     from hfkv.bench.shapes import SHAPES, shape_config
 
-    if model in SHAPES:
-        return shape_config(model, None)
-    folder = Path(model).expanduser()
+    name = os.fspath(model)
+    if name in SHAPES:
+        return shape_config(name, None)
+    folder = Path(name).expanduser()
+    is_here, is_hubs = folder.is_dir(), isinstance(model, str) and _HUB.match(name) is not None
     try:
-        return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else model)
+        if not is_here and not is_hubs and not _OLD_HUB.match(name):
+            raise ValueError("there is no such folder.")
+        # Names without an owner are looked for in what was downloaded before, and not asked for: most are mistyped.
+        return AutoConfig.from_pretrained(str(folder) if is_here else name, local_files_only=not is_hubs)
     except (OSError, ValueError, ImportError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
+        if not is_here and not is_hubs:
+            reason = "there is no such folder."
         raise ValueError(
-            f"{model!r} is neither a shape ({', '.join(SHAPES)}) nor has it a config that could be read: {reason} "
+            f"{name!r} is neither a shape ({', '.join(SHAPES)}) nor has it a config that could be read: {reason} "
             "Give a shape, a folder that save_pretrained wrote, or a name on the Hub (org/name)"
         ) from error
 

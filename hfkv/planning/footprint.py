@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ PREFILL_CHUNK = 2048
 STAGING = BUFFERS * BUFFER_BYTES
 # Steps of one token that are followed one by one: after so many, what a window has room for changes no more.
 MOST_STEPS = 4096
+# Tokens between the last chunks of a prompt that are tried.
+LAST_CHUNKS = 128
 # Rows that are followed together where a window drops pages: how many pages stay spare is rounded over all rows.
 ROWS_TOGETHER = 8
 
@@ -70,13 +73,14 @@ class Footprint:
         geometry: of the model.
         kv: the cache.
         device: where attention computes: pages differ by its type. It need not be there.
-        reply: how many of the tokens come one by one; the others are prompt. Spare room behind a window depends on it.
+        reply: how many of the tokens come one by one; the others are prompt. Spare room behind a window depends on it:
+            None is the most there can be, whatever the reply.
 
     Raises:
-        ValueError: `kv` does not fit the model's layers; see `KVCache`.
+        ValueError: `kv` does not fit the model's layers, or its `device_budget` is less than a page of each.
     """
 
-    def __init__(self, geometry: Geometry, kv: KVConfig, device: torch.device, reply: int = 1) -> None:
+    def __init__(self, geometry: Geometry, kv: KVConfig, device: torch.device, reply: int | None = None) -> None:
         self.geometry, self.kv, self.device, self.reply = geometry, kv, device, reply
         kv = replace(kv, reuse=None)
         config = geometry.config
@@ -89,6 +93,8 @@ class Footprint:
             for kind in _kinds(layer, geometry.states[index])
         )
         self._known: dict[tuple[int, int], tuple[Bytes, Bytes]] = {}
+        self._spare: dict[tuple[_Kind, int, int], int] = {}
+        self._check_budget()
 
     def of(self, tokens: int, batch: int = 1) -> Bytes:
         """What `batch` rows of `tokens` take, on all devices together.
@@ -143,6 +149,21 @@ class Footprint:
         """Whether some of it is kept in a memory that is not the device's."""
         return any(self._is_away(kind) for kind in self._kinds)
 
+    @property
+    def least_budget(self) -> int:
+        """The smallest `device_budget`: a page of every offloaded layer; 0 where nothing is offloaded."""
+        away = {kind: count for kind, count in self._kinds.items() if self._is_away(kind)}
+        return max(map(self._page_bytes, away), default=0) * sum(away.values())
+
+    def _check_budget(self) -> None:
+        """Refuses what `stores.Offload` would refuse at the first key."""
+        if self.kv.device_budget is not None and int(self.kv.device_budget) < self.least_budget:
+            away = sum(count for kind, count in self._kinds.items() if self._is_away(kind))
+            raise ValueError(
+                f"device_budget is {self.kv.device_budget:,} bytes, less than a page of each of {away} layers; give "
+                f"at least {self.least_budget:,} bytes, or a smaller page_size (paged+page_size:16), or leave it out"
+            )
+
     def _is_away(self, kind: _Kind) -> bool:
         return kind.kv.offload and self.device.type in BUSES
 
@@ -159,13 +180,51 @@ class Footprint:
 
     def _fill(self, kind: _Kind, tokens: int, rows: int) -> Bytes:
         """What one layer's store takes, step by step as `KVLayer` fills it."""
+        window = KVLayer(kind.kv, kind.sliding).window
+        if not window:
+            return self._follow(kind, tokens, rows, (tokens,))
+        filled = self._follow(kind, tokens, rows, _chunks(tokens, self.reply or 1))
+        if self.reply is not None:
+            return filled
+        allocated = max(filled.allocated, self._most_spare(kind, tokens, rows))
+        return filled._replace(allocated=allocated, peak=max(filled.peak, allocated))
+
+    def _most_spare(self, kind: _Kind, tokens: int, rows: int) -> int:
+        """The most bytes allocated after some prompt and a few tokens one by one.
+
+        A buffer that a prompt's last chunk has made is kept while it is not much larger than the window needs: the
+        largest that is kept is looked for among all such chunks.
+        """
+        bound = self._store_of(kind).bound or 0
+        # What came before that is gone.
+        full = bound // PREFILL_CHUNK + 2
+        tokens = min(tokens, (full + 1) * PREFILL_CHUNK)
+        if (kind, tokens, rows) not in self._spare:
+
+            def after(last: int) -> int:
+                before = min((tokens - last - 2) // PREFILL_CHUNK, full)
+                chunks = (*[PREFILL_CHUNK] * before, last, 1, 1)
+                return self._follow(kind, tokens, rows, chunks).allocated
+
+            longest = min(PREFILL_CHUNK, tokens - 2)
+            lasts = [*range(1, longest, LAST_CHUNKS), longest] if longest > 0 else []
+            most, best = max(((after(last), last) for last in lasts), default=(0, 0))
+            low, high = best, min(best + LAST_CHUNKS, longest + 1)
+            while high - low > 1:
+                middle = (low + high) // 2
+                found = after(middle)
+                most, low, high = (found, middle, high) if found >= most else (most, low, middle)
+            self._spare[kind, tokens, rows] = most
+        return self._spare[kind, tokens, rows]
+
+    def _follow(self, kind: _Kind, tokens: int, rows: int, chunks: Sequence[int]) -> Bytes:
+        """What one layer's store takes that is to hold `tokens`, after some forwards."""
         window, store = KVLayer(kind.kv, kind.sliding).window, self._store_of(kind)
         slots = window.num_slots if window else 0
         span = Span(window)
         store.reserve(tokens + slots)
         store.append(_planes(kind, rows, slots))
         peak = 0
-        chunks = _chunks(tokens, self.reply) if window else (tokens,)
         for count in chunks:
             gone_below = span.next_gone_below(rows)
             if gone_below != span.gone_below:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -19,23 +20,24 @@ class Speeds:
     """Bytes a second.
 
     Attributes:
-        bandwidth: of the device's memory.
+        bandwidth: of the device's memory; None where that is not on this machine and nobody said.
         bandwidth_source: who says so.
         bus: between host memory and the device.
         bus_source: who says so.
     """
 
-    bandwidth: int
+    bandwidth: int | None
     bandwidth_source: str
     bus: int
     bus_source: str
 
     @classmethod
-    def of(cls, bandwidth: int | str | None, bus: int | str | None) -> Speeds:
+    def of(cls, bandwidth: float | str | None, bus: float | str | None, device: torch.device) -> Speeds:
         """What is given, or else what copies on this machine's device show.
 
         Args:
             bandwidth, bus: bytes a second, a number or such as ``"4.3TB/s"``; None is measured, which takes a second.
+            device: of the type that is planned for.
 
         Raises:
             TypeError, ValueError: one is no speed.
@@ -44,12 +46,16 @@ class Speeds:
         way = None if bus is None else read_speed("bus", bus)
         here = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         memory_source = way_source = "as given"
+        if memory is None and device.type not in ("cpu", here.type):
+            if way is None:
+                way, way_source = ASSUMED_BUS, f"assumed: there is no {device.type} here to measure it"
+            return cls(None, f"there is no {device.type} here to measure it; give --bandwidth", way, way_source)
         if memory is None or way is None:
             from hfkv.bench.timing import bus_bandwidth, copy_bandwidth
 
             if memory is None:
-                memory = round(copy_bandwidth(here))
-                memory_source = f"measured by a copy on this machine's {here.type}"
+                memory = round(copy_bandwidth(torch.device(device.type)))
+                memory_source = f"measured by a copy on this machine's {device.type}"
             measured = bus_bandwidth(here) if way is None else None
             if measured is not None:
                 way = round(measured)
@@ -59,7 +65,7 @@ class Speeds:
         return cls(memory, memory_source, way, way_source)
 
 
-def read_speed(name: str, given: int | str) -> int:
+def read_speed(name: str, given: float | str) -> int:
     """Bytes a second, at least 1.
 
     Args:
@@ -69,6 +75,10 @@ def read_speed(name: str, given: int | str) -> int:
     Raises:
         TypeError, ValueError: it is neither.
     """
+    if isinstance(given, float):
+        if not 1 <= given < math.inf:
+            raise ValueError(f"{name} must be at least 1 byte a second, got {given}")
+        given = int(given)
     if not isinstance(given, str):
         return read_bytes(name, given)
     text = given.strip().lower().removesuffix("/s")

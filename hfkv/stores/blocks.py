@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class BlockPool:
-    """Hands out block ids `0 .. size - 1`; a block is free again when its last holder releases it."""
+    """Hands out block ids `0 .. size - 1`; a block is free again when its last holder releases it.
 
-    def __init__(self) -> None:
+    Args:
+        on_free: told which blocks have become free.
+    """
+
+    def __init__(self, on_free: Callable[[list[int]], None] | None = None) -> None:
+        self._on_free = on_free
         self.refcounts: list[int] = []
         self.free: list[int] = []
 
@@ -39,10 +44,13 @@ class BlockPool:
 
     def release(self, blocks: Iterable[int]) -> None:
         """Takes a holder from each of `blocks`."""
+        before = len(self.free)
         for block in blocks:
             self.refcounts[block] -= 1
             if self.refcounts[block] == 0:
                 self.free.append(block)
+        if self._on_free is not None and len(self.free) > before:
+            self._on_free(self.free[before:])
 
     def is_shared(self, block: int) -> bool:
         """Whether `block` has more than one holder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -126,7 +127,7 @@ class CudaBus(Bus):
         if num_bytes == 0:
             return torch.empty(tuple(shape), dtype=dtype)
         with torch.cuda.device(self.device):
-            memory = _PinnedMemory(num_bytes)
+            memory = _PinnedMemory(num_bytes, self.settle)
         return torch.frombuffer(memory, dtype=dtype).view(tuple(shape))
 
     def _copy(self, copies: Copies, after: Any = None) -> None:
@@ -144,12 +145,14 @@ class CudaBus(Bus):
 class _PinnedMemory(mmap.mmap):
     """Anonymous memory, page-locked as long as it lives."""
 
-    def __new__(cls, num_bytes: int) -> _PinnedMemory:
-        # By default it would be shared with processes that are forked.
+    def __new__(cls, num_bytes: int, settle: Callable[[], None]) -> _PinnedMemory:
+        # By default it would be shared with processes that are forked, which must not touch what is pinned here.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         memory = super().__new__(cls, -1, num_bytes, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):
+            if hasattr(mmap, advice):
+                memory.madvise(getattr(mmap, advice))
+        memory._settle = settle
         memory._address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
         error = torch.cuda.cudart().cudaHostRegister(memory._address, num_bytes, 0)
         if int(error) != 0:
@@ -160,13 +163,15 @@ class _PinnedMemory(mmap.mmap):
             )
         return memory
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, settle: Callable[[], None]) -> None:
         """Nothing: `__new__` has done it."""
 
     _address = 0
+    _settle: Callable[[], None]
 
     def __del__(self) -> None:
         if self._address:
+            self._settle()  # pages may be on their way still
             torch.cuda.cudart().cudaHostUnregister(self._address)
 
 
@@ -179,13 +184,15 @@ BUSES: dict[str, Callable[[torch.device], Bus]] = {"cuda": CudaBus, "xpu": Bus}
 
 
 _buses: dict[torch.device, Bus] = {}
+_lock = threading.Lock()
 
 
 def bus_to(device: torch.device) -> Bus:
     """The way to `device`, the same for everyone: copies of one page keep their order, whoever asks for them."""
-    if device not in _buses:
-        _buses[device] = BUSES[device.type](device)
-    return _buses[device]
+    with _lock:
+        if device not in _buses:
+            _buses[device] = BUSES[device.type](device)
+        return _buses[device]
 
 
 def is_apart(device: torch.device) -> bool:

@@ -34,6 +34,7 @@ class HostPages:
         self.segments: list[list[torch.Tensor]] = []
         self.begins: list[int] = []  # the first slot of each segment
         self.size = 0
+        self._may_reserve = True
         self.free: list[int] = []  # lowest last: pages that come together lie together
 
     @property
@@ -55,12 +56,13 @@ class HostPages:
         if missing <= 0:
             return
         some = self.size // SEGMENT_SHARE
-        wanted = expected - self.size if expected - self.size >= missing else some
+        wanted = expected - self.size if expected - self.size >= missing and self._may_reserve else some
         try:
             self._add(max(missing, wanted))
         except MemoryError as error:
             if wanted <= missing:
                 raise
+            self._may_reserve = False
             logger.warning("no room to reserve what max_length asks for, growing step by step instead: %s", error)
             self._add(missing)
 
@@ -70,8 +72,9 @@ class HostPages:
 
     def release(self, slots: Sequence[int]) -> None:
         """Makes `slots` free."""
-        if slots:
-            self.free = sorted({*self.free, *slots}, reverse=True)
+        # In place: the garbage collector may release others meanwhile.
+        self.free.extend(slots)
+        self.free.sort(reverse=True)
 
     def trim(self) -> None:
         """Gives back the segments at the end of which no slot is in use."""
@@ -112,15 +115,14 @@ class HostPages:
         Returns:
             What `Bus.wait` takes.
         """
-        copies = []
-        for (begin, end), slot in stretches(away):
-            for start, planes in self.runs(range(slot, slot + end - begin)):
-                first = begin + start
-                copies += [
-                    (source, target[first : first + len(source)])
-                    for source, target in zip(planes[which], into, strict=True)
-                ]
-        return self.bus.to_device(copies, after)
+        return self.bus.to_device(
+            [
+                (source, target[first : first + len(source)])
+                for first, planes in self.stretches(away)
+                for source, target in zip(planes[which], into, strict=True)
+            ],
+            after,
+        )
 
     def send(self, away: Sequence[Located], content: Planes) -> None:
         """Takes pages of planes `[n, H_i, P, d_i]` on the device that nobody else writes to.
@@ -129,16 +131,26 @@ class HostPages:
             away: of each page its place in those planes, and its slot here.
             content: the planes.
         """
-        copies = []
-        for (begin, end), slot in stretches(away):
-            for start, planes in self.runs(range(slot, slot + end - begin)):
-                first = begin + start
-                copies += [
-                    (states[first : first + len(target)], target)
-                    for states, target in zip(content, planes, strict=True)
-                ]
+        copies = [
+            (states[first : first + len(target)], target)
+            for first, planes in self.stretches(away)
+            for states, target in zip(content, planes, strict=True)
+        ]
         if copies:
             self.bus.to_host(copies)
+
+    def stretches(self, away: Sequence[Located]) -> list[tuple[int, list[torch.Tensor]]]:
+        """Pages that lie together here and there: of each stretch the first's place there, and its planes here."""
+        return [
+            (begin + start, planes)
+            for (begin, end), slot in stretches(away)
+            for start, planes in self.runs(range(slot, slot + end - begin))
+        ]
+
+    def page(self, slot: int) -> list[torch.Tensor]:
+        """The planes `[H_i, P, d_i]` of one page."""
+        _, planes = next(self.runs([slot]))
+        return [plane[0] for plane in planes]
 
     def planes(self) -> list[list[torch.Tensor]]:
         """Of each plane its segments."""

@@ -24,6 +24,7 @@ class Offload:
         self.budget = budget
         self.bounds = list(bounds)
         self._shares: dict[int, int] = {}
+        self.asked = object()  # another one when the shares are to be found anew
         self._stagings: dict[torch.device, Staging] = {}
 
     def place(self, index: int) -> Place:
@@ -35,6 +36,11 @@ class Offload:
         if device not in self._stagings:
             self._stagings[device] = Staging(bus_to(device))
         return self._stagings[device]
+
+    def divide_anew(self) -> None:
+        """The cache is to hold another number of tokens, or none: layers ask for their share again."""
+        self._shares.clear()
+        self.asked = object()
 
     def buffer_bytes(self) -> dict[torch.device, int]:
         """Bytes of the buffers on each device."""

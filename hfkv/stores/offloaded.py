@@ -9,29 +9,34 @@ from typing import Any, cast
 import torch
 
 from hfkv.layout import Layout
-from hfkv.stores.base import PlaneBytes, Planes, Run, storage_bytes, token_bytes
+from hfkv.stores.base import PlaneBytes, Planes, Run, allocate, storage_bytes, token_bytes
 from hfkv.stores.offload import Place
 from hfkv.stores.paged import PagedStore
 from hfkv.stores.staging import Staging, Wanted
 from hfkv.stores.tiers import TieredPages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Piece:
-    """Columns of the block table that are read together: where they are, or what to bring.
+    """Columns of the block table that are read together.
 
     Attributes:
-        first, last: columns.
-        begin: index of their first token among those held.
-        table: of pages on the device, int64 `[B, columns]`; None where they are to be brought.
-        wanted: what is to be brought.
+        rows: of the table, each row's pages in these columns.
+        begin, end: index of their first token among those held, and behind their last; None for the last piece,
+            which grows.
+        spans: of the columns; of the last piece as they were.
+        first: column.
+        wanted: what is to be brought; None where all are on the device.
+        table: where the pages are on the device, or in a buffer that has nothing else: int64 `[B, columns]`.
     """
 
-    first: int
-    last: int
+    rows: list[list[int]]
     begin: int
-    table: torch.Tensor | None
+    end: int | None
+    spans: tuple[tuple[int, int], ...]
+    first: int
     wanted: Wanted | None
+    table: torch.Tensor
 
 
 class OffloadedStore(PagedStore):
@@ -49,6 +54,7 @@ class OffloadedStore(PagedStore):
     def __init__(self, page_size: int, place: Place, *, bound: int | None = None) -> None:
         super().__init__(page_size, bound=bound)
         self.place = place
+        self._asked = place.offload.asked
         self._pieces: tuple[Any, tuple[int, int], list[_Piece]] | None = None
 
     @property
@@ -64,7 +70,7 @@ class OffloadedStore(PagedStore):
 
     def move(self, place: Place) -> None:
         """Uses the buffers of another cache from here on: this one is a fork's."""
-        self.place = place
+        self.place, self._asked = place, place.offload.asked
         if self.planes:
             self._join()
 
@@ -94,19 +100,20 @@ class OffloadedStore(PagedStore):
         coming = [piece.wanted for piece in pieces if piece.wanted is not None]
         staging = self.staging
         for piece in pieces:
-            spans = tuple(self.columns[piece.first : piece.last])
-            length = min(sum(high - low for low, high in spans), last - piece.begin)
+            length = min(self._end(piece), last) - piece.begin
+            spans = piece.spans if piece.end is not None else tuple(self.columns[piece.first :])
             if piece.wanted is None:
-                layout = Layout(length, table=piece.table, spans=spans)
-                yield Run(tuple(self.planes), layout, piece.begin)
+                staging.ahead(self, coming)
+                yield Run(tuple(self.planes), Layout(length, table=piece.table, spans=spans), piece.begin)
                 continue
             buffer = staging.bring(coming.pop(0))
-            staging.ahead(self, coming)
-            staging.wait(buffer)
-            table = [[buffer.places[page] for page in row[piece.first : piece.last]] for row in self.table]
-            layout = Layout(length, table=torch.tensor(table, dtype=torch.long), spans=spans)
             try:
-                yield Run(tuple(buffer.planes), layout, piece.begin)
+                staging.ahead(self, coming)
+                staging.wait(buffer)
+                table = piece.table
+                if buffer.holds is not piece.wanted:
+                    table = _table([[buffer.places[page] for page in row] for row in piece.rows])
+                yield Run(tuple(buffer.planes), Layout(length, table=table, spans=spans), piece.begin)
             finally:
                 staging.release(buffer)
         staging.ahead(self, ())
@@ -135,7 +142,7 @@ class OffloadedStore(PagedStore):
         with self.lock:
             if count and self._room():
                 self._own(-1)
-                self.tiers.open([row[-1] for row in self.table])
+                self.tiers.open(self.table, [row[-1] for row in self.table])
             return super().extend(count)
 
     def _empty(self) -> PagedStore:
@@ -143,46 +150,73 @@ class OffloadedStore(PagedStore):
 
     def _begin(self, new: Planes) -> None:
         self.device = new[0].device
+        self.table = [[] for _ in range(len(new[0]))]
         like = [plane.new_empty(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
-        page_bytes = sum(token_bytes(plane) for plane in like) * self.page_size
-        most = self.place.share(page_bytes, self.page_size, len(new[0]), self.reserved)
+        most = self._share(like)
         bus = self.staging.bus
         self.pages.leave(())
         self.pages = TieredPages(bus, most, self.bound is not None, like)
         self.pages.join(())
-        self.table = [[] for _ in range(len(new[0]))]
         self._join()
+
+    def _share(self, like: Sequence[torch.Tensor] | None = None) -> int | None:
+        """Pages that may stay on the device: asked for again when the cache is to hold more."""
+        self._asked = self.place.offload.asked
+        page_bytes = self.page_size * sum(map(token_bytes, like or self.planes))
+        return self.place.share(page_bytes, self.page_size, len(self.table), self.reserved)
 
     def _join(self) -> None:
         self.staging.join(self)
-        self.tiers.stagings.add(self.staging)
+        with self.lock:
+            self.tiers.stagings.add(self.staging)
 
     def _write(self, pages: list[int], first: int, tokens: Sequence[torch.Tensor]) -> None:
         self.tiers.write(pages, first, [states.to(self.device) for states in tokens])
 
+    def _pages_of(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        # Copies: whoever gave the tokens may write to them before they have gone.
+        content = []
+        for tokens in whole:
+            columns, rows, heads = tokens.shape[2], tokens.shape[0], tokens.shape[1]
+            pages = allocate((columns * rows, heads, *tokens.shape[3:]), tokens.dtype, self.staging.bus.device)
+            pages.view(columns, rows, heads, *tokens.shape[3:]).copy_(tokens.permute(2, 0, 1, 3, 4))
+            content.append(pages)
+        return content
+
     def _fill(self, pages: list[int], content: Sequence[torch.Tensor]) -> None:
-        self.tiers.fill(pages, [states.to(self.device).contiguous() for states in content])
+        self.tiers.fill(pages, content)
 
     def _copy(self, pages: list[int]) -> list[int]:
-        return self.tiers.copy(pages)
+        return self.tiers.copy(self.table, pages)
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
         if self.columns:
             # A window's first page has its sinks, which it holds for good.
             is_first = len(self.columns) == 1 and self.bound is not None
-            self.tiers.close(list(dict.fromkeys(row[-1] for row in self.table)), stay=is_first)
+            self.tiers.close(self.table, list(dict.fromkeys(row[-1] for row in self.table)), stay=is_first)
         tokens = self.reserved or (self.bound or 0)
         if self.bound is not None:
             tokens = min(tokens, self.bound + self.page_size)
         expected = len(self.table) * -(-tokens // self.page_size)
-        return self.tiers.take_columns(len(self.table), full, has_tail, expected)
+        if self._asked is not self.place.offload.asked:
+            self.tiers.most = self._share()
+        fresh = self.tiers.take_columns(self.table, full, has_tail, expected)
+        try:
+            # What brings pages back must be there before anything is sent away.
+            columns = [*self.table[0], *fresh[0]] if self.table else []
+            away = sum(self.tiers.slot(page) < 0 for page in columns)
+            self.staging.expect(self.tiers, away * len(self.table))
+        except BaseException:
+            self.blocks.release([page for row in fresh for page in row])
+            raise
+        return fresh
 
     def _shrink(self) -> None:
         if self.planes:
-            self.tiers.host.trim()
+            self.tiers.shrink(len(self.table) if self.bound is not None else None)
 
     def _end(self, piece: _Piece) -> int:
-        return piece.begin + sum(high - low for low, high in self.columns[piece.first : piece.last])
+        return self.length if piece.end is None else piece.end
 
     def _cut(self, uncut: int) -> list[_Piece]:
         """The columns in pieces: all on the device, or as many of others as go into a buffer."""
@@ -205,19 +239,27 @@ class OffloadedStore(PagedStore):
         pieces: list[_Piece] = []
         first = 0
         pages: list[int] = []
+        listed: set[int] = set()
         for c in range(len(columns) + 1):
             ends = c == len(columns) or (c > first and is_here[c] != is_here[first])
             if not ends and not is_here[c] and c >= slots and len(pages) + len(columns[c]) > capacity and c > first:
                 ends = True
             if ends and c > first:
-                pieces.append(self._piece(first, c, begins[first], pages, is_here[first]))
-                first, pages = c, []
+                pieces.append(self._piece(first, c, begins, pages, is_here[first]))
+                first, pages, listed = c, [], set()
             if c < len(columns):
-                pages += [page for page in columns[c] if page not in pages] if not is_here[c] else []
+                pages += [] if is_here[c] else [page for page in columns[c] if page not in listed]
+                listed.update(columns[c])
         return pieces
 
-    def _piece(self, first: int, last: int, begin: int, pages: list[int], is_here: bool) -> _Piece:
-        if not is_here:
-            return _Piece(first, last, begin, None, Wanted(self.tiers, tuple(pages)))
-        slots = [[self.tiers.slot(page) for page in row[first:last]] for row in self.table]
-        return _Piece(first, last, begin, torch.tensor(slots, dtype=torch.long), None)
+    def _piece(self, first: int, last: int, begins: Sequence[int], pages: list[int], is_here: bool) -> _Piece:
+        rows = [row[first:last] for row in self.table]
+        wanted = None if is_here else Wanted(self.tiers, tuple(pages))
+        where = self.tiers.slot if wanted is None else wanted.places.__getitem__
+        end = begins[last] if last < len(begins) else None
+        spans = tuple(self.columns[first:last])
+        return _Piece(rows, begins[first], end, spans, first, wanted, _table([[where(p) for p in row] for row in rows]))
+
+
+def _table(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.long)

@@ -84,20 +84,26 @@ class PagedStore(Store):
         with self.lock:
             if not self.planes:
                 self._begin(new)
-            count, first = new[0].shape[2], len(self.columns)
+            count, first, last = new[0].shape[2], len(self.columns), self.length
             slot = self.columns[-1][1] if self.columns else self.page_size
-            self.extend(count)
             head = min(count, self.page_size - slot)
-            if head:
-                self._write([row[first - 1] for row in self.table], slot, [tokens[:, :, :head] for tokens in new])
             full, tail = divmod(count - head, self.page_size)
-            if full:
-                last = head + full * self.page_size
-                whole = (tokens[:, :, head:last].unflatten(2, (full, self.page_size)) for tokens in new)
-                pages = [page for row in self.table for page in row[first : first + full]]
-                self._fill(pages, [tokens.transpose(1, 2).flatten(0, 1) for tokens in whole])
-            if tail:
-                self._write([row[-1] for row in self.table], 0, [tokens[:, :, count - tail :] for tokens in new])
+            # What may find no memory comes first: then nothing has changed.
+            end = head + full * self.page_size
+            whole = [tokens[:, :, head:end].unflatten(2, (full, self.page_size)) for tokens in new] if full else []
+            content = self._pages_of(whole)
+            self.extend(count)
+            try:
+                if head:
+                    self._write([row[first - 1] for row in self.table], slot, [tokens[:, :, :head] for tokens in new])
+                if full:
+                    pages = [row[column] for column in range(first, first + full) for row in self.table]
+                    self._fill(pages, content)
+                if tail:
+                    self._write([row[-1] for row in self.table], 0, [tokens[:, :, count - tail :] for tokens in new])
+            except BaseException:
+                self.truncate(last)
+                raise
 
     def extend(self, count: int) -> Layout:
         with self.lock:
@@ -214,6 +220,10 @@ class PagedStore(Store):
         """Writes whole pages `[n, H_i, P, d_i]`."""
         for plane, states in zip(self.planes, content, strict=True):
             plane[pages] = states.to(plane.device)
+
+    def _pages_of(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tokens `[B, H_i, columns, P, d_i]` as pages `[columns * B, H_i, P, d_i]`."""
+        return [tokens.permute(2, 0, 1, 3, 4).flatten(0, 1) for tokens in whole]
 
     def _copy(self, pages: list[int]) -> list[int]:
         """Copies of `pages`, to be written to."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,16 +22,34 @@ BUFFERS, BUFFER_BYTES = 3, 1 << 25
 ALIGNMENT = 256
 
 
-class Wanted(NamedTuple):
-    """Pages that are read together.
+class Wanted:
+    """Pages that are read together, as long as none of them moves.
 
-    Attributes:
+    Args:
         of: whose they are.
         pages: their numbers.
+
+    Attributes:
+        places: where each is in a buffer that has nothing else.
     """
 
-    of: TieredPages
-    pages: Sequence[int]
+    def __init__(self, of: TieredPages, pages: Sequence[int]) -> None:
+        self.of, self.pages = of, pages
+        self.places = {page: place for place, page in enumerate(pages)}
+
+    @functools.cached_property
+    def sources(self) -> list[tuple[int, list[torch.Tensor]]]:
+        """Those in host memory, in stretches: the first's place, and planes `[n, H_i, P, d_i]`."""
+        return self.of.host.stretches([(place, ~slot) for place, slot in self._located if slot < 0])
+
+    @functools.cached_property
+    def there(self) -> list[tuple[int, int]]:
+        """Those on the device, in a column of which others are in host memory: place and slot."""
+        return [(place, slot) for place, slot in self._located if slot >= 0]
+
+    @property
+    def _located(self) -> list[tuple[int, int]]:
+        return [(place, self.of.slot(page)) for page, place in self.places.items()]
 
 
 class Buffer:
@@ -39,6 +58,7 @@ class Buffer:
     Attributes:
         planes: `[n, H_i, P, d_i]` in it, of the pages' kind.
         places: where each page is in them.
+        holds: what alone is in them and whole, or None.
     """
 
     def __init__(self) -> None:
@@ -46,11 +66,22 @@ class Buffer:
         self.of: weakref.ref[TieredPages] | None = None
         self.planes: list[torch.Tensor] = []
         self.places: dict[int, int] = {}
+        self.holds: Wanted | None = None
         self.next_place = 0
         self.loaded: Any = None  # what to wait for before it is read
         self.read: Any = None  # up to where the device has been asked to read it
         self.is_read = True  # whether what is in it has been read since it came
         self.in_use = False
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated."""
+        return 0 if self.memory is None else self.memory.numel()
+
+    def forget(self) -> None:
+        """Nothing is in it any more, and its memory is given back."""
+        self.memory, self.of, self.planes, self.places, self.holds = None, None, [], {}, None
+        self.next_place, self.is_read = 0, True
 
 
 class Staging:
@@ -77,10 +108,34 @@ class Staging:
         return max(_fitting(pages, self.buffer_bytes), 1)
 
     def bring(self, wanted: Wanted) -> Buffer:
-        """A buffer with those pages, once `wait` has been called for it; `release` it when it has been read."""
-        buffer = self._load(wanted, self._choose(wanted, must=True))
+        """A buffer with those pages, once `wait` has been called for it; `release` it when it has been read.
+
+        Raises:
+            MemoryError: there is no memory for one.
+        """
+        buffer = self._choose(wanted, must=True)
+        assert buffer is not None
+        try:
+            self._load(wanted, buffer)
+        except MemoryError:
+            needed = _needed(wanted.of, len(wanted.pages))
+            able = [other for other in self.buffers if not other.in_use and other.num_bytes >= needed]
+            if not able:
+                raise
+            buffer = able[0]
+            self._load(wanted, buffer)
         buffer.in_use = True
         return buffer
+
+    def expect(self, of: TieredPages, pages: int) -> None:
+        """Sees to one buffer for so many pages, or as many as a buffer takes, before they are needed.
+
+        Raises:
+            MemoryError: there is no memory for it.
+        """
+        needed = _needed(of, min(pages, self.capacity(of)))
+        if pages and not any(buffer.num_bytes >= needed for buffer in self.buffers):
+            self._allocate(self.buffers[0], needed)
 
     def wait(self, buffer: Buffer) -> None:
         """What the device is asked to compute from here on may read the buffer."""
@@ -101,19 +156,23 @@ class Staging:
             if buffer is None:
                 return
             free -= buffer.is_read
-            self._load(wanted, buffer)
+            try:
+                self._load(wanted, buffer)
+            except MemoryError:
+                return  # it is brought when it is needed
             buffer.is_read = False
 
     def forget(self, of: TieredPages, pages: Sequence[int]) -> None:
         """Those pages have changed."""
         for buffer in self.buffers:
-            if buffer.of is not None and buffer.of() is of:
+            if buffer.of is not None and buffer.of() is of and not buffer.places.keys().isdisjoint(pages):
+                buffer.holds = None
                 for page in pages:
                     buffer.places.pop(page, None)
 
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return sum(0 if buffer.memory is None else buffer.memory.numel() for buffer in self.buffers)
+        return sum(buffer.num_bytes for buffer in self.buffers)
 
     def _coming(self, store: OffloadedStore, rest: Sequence[Wanted]) -> list[Wanted]:
         coming = list(rest)
@@ -141,50 +200,63 @@ class Staging:
             return read[0] if read else None
         return able[0]
 
-    def _load(self, wanted: Wanted, buffer: Buffer | None) -> Buffer:
-        assert buffer is not None
-        pages = wanted.of
+    def _load(self, wanted: Wanted, buffer: Buffer) -> None:
         known = _known(buffer, wanted)
         if known == len(wanted.pages):
-            return buffer
+            return
         if not known or buffer.next_place + len(wanted.pages) - known > len(buffer.planes[0]):
             self._clear(buffer, wanted)
-        missing = [page for page in wanted.pages if page not in buffer.places]
-        for place, page in enumerate(missing, buffer.next_place):
-            buffer.places[page] = place
-        buffer.next_place += len(missing)
-        slots = {page: pages.slot(page) for page in missing}
-        # Of a column some pages may be on the device while others are in host memory.
-        there = [(buffer.places[page], slot) for page, slot in slots.items() if slot >= 0]
-        if there:
+            buffer.places, buffer.next_place = dict(wanted.places), len(wanted.pages)
+            buffer.holds, first = wanted, 0
+        else:  # some pages have come to those that were wanted before
+            wanted = Wanted(wanted.of, [page for page in wanted.pages if page not in buffer.places])
+            buffer.holds, first = None, buffer.next_place
+            buffer.places |= {page: first + place for page, place in wanted.places.items()}
+            buffer.next_place += len(wanted.pages)
+        if wanted.there:
             self.bus.wait(buffer.loaded)  # what is on its way to the buffer may be for the same place
-        for place, slot in there:
-            for plane, source in zip(buffer.planes, pages.planes, strict=True):
-                plane[place] = source[slot]
-        away = [(buffer.places[page], ~slot) for page, slot in slots.items() if slot < 0]
-        if away:
-            buffer.loaded = pages.host.load(away, buffer.planes, after=buffer.read)
-        return buffer
+            for place, slot in wanted.there:
+                for plane, source in zip(buffer.planes, wanted.of.planes, strict=True):
+                    plane[first + place] = source[slot]
+            buffer.read = self.bus.mark()
+        copies = [
+            (source, plane[first + place : first + place + len(source)])
+            for place, sources in wanted.sources
+            for source, plane in zip(sources, buffer.planes, strict=True)
+        ]
+        if copies:
+            buffer.loaded = self.bus.to_device(copies, after=buffer.read)
 
     def _clear(self, buffer: Buffer, wanted: Wanted) -> None:
         """Makes the buffer one for pages of this kind, with none in it."""
         pages, needed = wanted.of, _needed(wanted.of, len(wanted.pages))
-        if buffer.memory is None or buffer.memory.numel() < needed:
-            num_bytes = max(min(2 * needed, self.buffer_bytes), needed)
-            buffer.memory = allocate((num_bytes,), torch.uint8, self.bus.device)
-        count = max(_fitting(pages, buffer.memory.numel()), len(wanted.pages))
-        buffer.planes, first = [], 0
-        for plane in pages.planes:
-            num_bytes = count * _page_bytes(plane)
-            part = buffer.memory[first : first + num_bytes].view(plane.dtype)
-            buffer.planes.append(part.view(count, *plane.shape[1:]))
-            first += -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        buffer.of, buffer.places, buffer.next_place = weakref.ref(pages), {}, 0
+        if buffer.num_bytes < needed:
+            self._allocate(buffer, needed)
+        assert buffer.memory is not None
+        count = max(_fitting(pages, buffer.num_bytes), len(wanted.pages))
+        if buffer.of is None or buffer.of() is not pages or len(buffer.planes[0]) != count:
+            buffer.planes, first = [], 0
+            for plane in pages.planes:
+                num_bytes = count * _page_bytes(plane)
+                part = buffer.memory[first : first + num_bytes].view(plane.dtype)
+                buffer.planes.append(part.view(count, *plane.shape[1:]))
+                first += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        buffer.of, buffer.places, buffer.next_place, buffer.holds = weakref.ref(pages), {}, 0, None
+
+    def _allocate(self, buffer: Buffer, needed: int) -> None:
+        buffer.forget()
+        buffer.memory = allocate((max(min(2 * needed, self.buffer_bytes), needed),), torch.uint8, self.bus.device)
+        buffer.read = self.bus.mark()  # whoever had that memory before may still be computing with it
 
 
 def _known(buffer: Buffer, wanted: Wanted) -> int:
     """How many of the pages are in it."""
+    if buffer.holds is wanted:
+        return len(wanted.pages)
     if buffer.of is None or buffer.of() is not wanted.of:
+        return 0
+    # Pages come and go at the ends: where neither is there, none is.
+    if wanted.pages[0] not in buffer.places and wanted.pages[-1] not in buffer.places:
         return 0
     return sum(page in buffer.places for page in wanted.pages)
 

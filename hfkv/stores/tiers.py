@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfkv.stores.base import allocate
+from hfkv.stores.base import GROWTH
 from hfkv.stores.blocks import BlockPool
 from hfkv.stores.bus import Bus
+from hfkv.stores.device import DevicePages, plane_of
 from hfkv.stores.host import HostPages, Located, stretches
 from hfkv.stores.pages import Pages
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from hfkv.stores.staging import Staging
 
 Planes = Sequence[torch.Tensor]
+Table = list[list[int]]  # [B][column] -> page
 
 
 class TieredPages(Pages):
@@ -33,7 +37,7 @@ class TieredPages(Pages):
         like: planes of a page `[.., H_i, P, d_i]` on the device.
 
     Attributes:
-        host: the pages in host memory.
+        host, device: the pages in host memory, and those on the device.
         version: changes when a page moves.
     """
 
@@ -45,18 +49,27 @@ class TieredPages(Pages):
         like: Planes,
     ) -> None:
         super().__init__()
-        self.blocks = _Blocks(self)
-        self.bus, self.most, self.keeps_newest = bus, most, keeps_newest
+        self.blocks = BlockPool(functools.partial(_tell, weakref.ref(self)))
+        self.bus, self.keeps_newest = bus, keeps_newest
         self.host = HostPages(bus, like)
-        self.planes = [_plane(0, plane) for plane in like]
+        self.device = DevicePages(like, most)
+        self.planes = self.device.planes
         self.version = 0
         self.stagings: weakref.WeakSet[Staging] = weakref.WeakSet()
         self._slots: list[int | None] = []  # of each page: a slot on the device, or ~slot in host memory
-        self._free: list[int] = []  # slots on the device
         self._full: dict[int, None] = {}  # pages on the device that are full, the newest last
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an offloaded cache cannot be pickled: save it with cache.save(path)")
+
+    @property
+    def most(self) -> int | None:
+        """Pages on the device at most."""
+        return self.device.most
+
+    @most.setter
+    def most(self, most: int | None) -> None:
+        self.device.most = most
 
     # Where pages are.
 
@@ -70,76 +83,110 @@ class TieredPages(Pages):
         """Whether all of `pages` are."""
         return all(self.slot(page) >= 0 for page in pages)
 
-    def take_columns(self, rows: int, full: int, has_tail: bool, expected: int) -> list[list[int]]:
+    def take_columns(self, own: Table, full: int, has_tail: bool, expected: int = 0, rows: int | None = None) -> Table:
         """New pages for every row, with one holder each: `full` to be filled at once, then one to be filled by and by.
 
         Args:
-            rows: B.
+            own: the block table of the store that asks.
             full: columns.
             has_tail: whether there is one more.
             expected: pages that are likely to be held in the end.
+            rows: for so many rows; all of them by default.
 
         Raises:
             MemoryError: there is no memory for them; nothing has changed.
         """
+        rows, movable = len(own) if rows is None else rows, self._movable(own)
         tail = rows if has_tail else 0
         kept = 0  # columns that stay on the device, as many as leave room for those that are being filled
         if self.most is not None:
-            room = self.most - self._used - rows + (len(self._full) if self.keeps_newest else 0)
+            room = self.most - self.device.used - rows + (len(movable) if self.keeps_newest else 0)
             kept = min(full, max(room, 0) // rows)
-        self._expect(rows, expected)
-        moved, on_device = self._make_room(tail, rows * kept)
-        self.host.make_room(moved + rows * (full - kept) + tail - on_device, self._host_expected(expected))
-        self._allocate_device(rows * kept + on_device)
-        self._evict(moved)
+        self.device.reserve(rows if self.most is None else min(self.most, expected or self.most))
+        moved, on_device = self._make_room(tail, rows * kept, len(movable))
+        self.host.make_room(
+            moved + rows * (full - kept) + tail - on_device, expected=max(expected - (self.most or 0), 0)
+        )
+        self.device.make_room(rows * kept + on_device)
+        self._evict(movable, moved)
         columns = full + has_tail
         pages = self._number(rows * columns)
         table = [pages[row * columns : (row + 1) * columns] for row in range(rows)]
         first = full - kept if self.keeps_newest else 0
         stay = range(first, first + kept)
-        self._settle_in([row[column] for row in table for column in stay], on_device=True)
+        # Column by column, as they are read: what comes together lies together.
+        self._settle_in([row[column] for column in stay for row in table], on_device=True)
         self._full.update(dict.fromkeys(row[column] for column in stay for row in table))
         go = [column for column in range(full) if column not in stay]
-        self._settle_in([row[column] for row in table for column in go], on_device=False)
+        self._settle_in([row[column] for column in go for row in table], on_device=False)
         tails = [row[-1] for row in table] if has_tail else []
         self._settle_in(tails[:on_device], on_device=True)
         self._settle_in(tails[on_device:], on_device=False)
         return table
 
-    def copy(self, pages: Sequence[int]) -> list[int]:
+    def copy(self, own: Table, pages: Sequence[int]) -> list[int]:
         """Copies of `pages`, to be written to; see `take_columns`."""
         content = self.gather(pages)
-        fresh = [row[0] for row in self.take_columns(len(pages), 0, True, 0)]
+        fresh = [column[0] for column in self.take_columns(own, 0, True, rows=len(pages))]
         self.fill(fresh, content)
         return fresh
 
-    def close(self, pages: Sequence[int], stay: bool = False) -> None:
+    def close(self, own: Table, pages: Sequence[int], stay: bool = False) -> None:
         """Says that `pages` have been filled, and whether they are to stay on the device if others do."""
         pages = [page for page in pages if self.slot(page) >= 0 and page not in self._full]
         if stay and self.most is not None and self.most >= 2 * len(pages):
             return
+        if self.most is None:
+            self.host.make_room(len(self._full) + len(pages))
         self._full.update(dict.fromkeys(pages))
         if self.most is None:
-            self.host.make_room(len(pages))
-            self._evict(len(pages))
+            movable = self._movable(own)
+            self._evict(movable, len(movable))
 
-    def open(self, pages: Sequence[int]) -> None:
-        """Says that `pages` are to be written to again and again: they come to the device where there is room."""
+    def open(self, own: Table, pages: Sequence[int]) -> None:
+        """Says that `pages`, which nobody else lists, are to be written to again and again.
+
+        They come to the device where there is room.
+        """
+        away = list(dict.fromkeys(page for page in pages if self.slot(page) < 0))
+        movable = [page for page in self._movable(own) if page not in pages] if away else []
+        moved, on_device = self._make_room(len(away), 0, len(movable))
+        away = away[:on_device]
+        if away:
+            self.host.make_room(moved)
+            self.device.make_room(len(away))
+            content = self.gather(away)
+            self._evict(movable, moved)
+            left = [~self.slot(page) for page in away]
+            self._settle_in(away, on_device=True)
+            self.host.release(left)
+            self.fill(away, content)
+            self.version += 1
         for page in pages:
             self._full.pop(page, None)
-        away = list(dict.fromkeys(page for page in pages if self.slot(page) < 0))
-        moved, on_device = self._make_room(len(away), 0)
-        away = away[:on_device]
-        if not away:
+
+    def shrink(self, spare: int | None) -> None:
+        """Gives back host memory that is not in use.
+
+        Args:
+            spare: slots to keep, where pages will go on coming and going and the others may be moved together; None
+                where they may not.
+        """
+        self.host.trim()
+        used = [page for page, slot in enumerate(self._slots) if slot is not None and slot < 0]
+        if spare is None or self.stores > 1 or self.host.size <= GROWTH * (len(used) + spare) + spare:
             return
-        self.host.make_room(moved)
-        self._allocate_device(len(away))
-        content = self.gather(away)
-        self._evict(moved)
-        left = [~self.slot(page) for page in away]
-        self._settle_in(away, on_device=True)
-        self.host.release(left)
-        self.fill(away, content)
+        smaller = HostPages(self.bus, self.planes)
+        try:
+            smaller.make_room(len(used) + spare)
+        except MemoryError:
+            return
+        self.bus.settle()
+        for page, slot in zip(used, smaller.take(len(used)), strict=True):
+            for source, target in zip(self.host.page(~self.slot(page)), smaller.page(slot), strict=True):
+                target.copy_(source)
+            self._slots[page] = ~slot
+        self.host = smaller
         self.version += 1
 
     # What is in them.
@@ -155,9 +202,8 @@ class TieredPages(Pages):
         if away:
             self.bus.settle()
         for index, slot in away:
-            _, planes = next(self.host.runs([slot]))
-            for plane, states in zip(planes, tokens, strict=True):
-                plane[0, :, first:last].copy_(states[index])
+            for plane, states in zip(self.host.page(slot), tokens, strict=True):
+                plane[:, first:last].copy_(states[index])
                 self.bus.bytes_to_host += states[index].numel() * states.element_size()
 
     def fill(self, pages: Sequence[int], content: Planes) -> None:
@@ -172,7 +218,7 @@ class TieredPages(Pages):
     def gather(self, pages: Sequence[int], which: slice = slice(None)) -> list[torch.Tensor]:
         """The planes `which` of n pages, `[n, H_i, P, d_i]`, copied together on the device."""
         there, away = self._parted(pages)
-        content = [plane.new_empty((len(pages), *plane.shape[1:])) for plane in self.planes[which]]
+        content = [plane_of(len(pages), plane) for plane in self.planes[which]]
         for (begin, end), slot in stretches(there):
             for plane, states in zip(self.planes[which], content, strict=True):
                 states[begin:end] = plane[slot : slot + end - begin]
@@ -186,62 +232,38 @@ class TieredPages(Pages):
         there = [(index, slot) for index, slot in enumerate(slots) if slot >= 0]
         return there, [(index, ~slot) for index, slot in enumerate(slots) if slot < 0]
 
-    @property
-    def _used(self) -> int:
-        """Slots in use on the device."""
-        return len(self.planes[0]) - len(self._free)
+    def _movable(self, own: Table) -> list[int]:
+        """Full pages on the device that only `own` lists: another thread may be reading those of other stores."""
+        if self.stores == 1:
+            return list(self._full)
+        counts = Counter(page for row in own for page in row)
+        return [page for page in self._full if self.blocks.refcounts[page] == counts[page]]
 
-    def _host_expected(self, expected: int) -> int:
-        return max(expected - (self.most or 0), 0)
-
-    def _make_room(self, count: int, more: int) -> tuple[int, int]:
+    def _make_room(self, count: int, more: int, movable: int) -> tuple[int, int]:
         """How many pages are to go to the host for `count` that are to be filled, of which so many find room.
 
         Args:
             count: pages.
             more: slots that others take.
+            movable: pages that may go.
         """
         if self.most is None:
             return 0, count
-        free = self.most - self._used - more
-        moved = min(max(count - free, 0), len(self._full))
+        free = self.most - self.device.used - more
+        moved = min(max(count - free, 0), movable)
         return moved, max(min(count, free + moved), 0)
 
-    def _expect(self, rows: int, expected: int) -> None:
-        """Reserves slots on the device for as many pages as will stay there."""
-        wanted = rows if self.most is None else self.most if expected == 0 else min(self.most, expected)
-        if len(self.planes[0]) == 0 and wanted > 0:
-            self._resize(wanted)
-
-    def _allocate_device(self, count: int) -> None:
-        """Sees to `count` free slots on the device, those of pages that are to go apart."""
-        needed = self._used + count
-        if self.most is not None:
-            needed = min(needed, self.most)
-        if needed > len(self.planes[0]):
-            self._resize(needed)
-
-    def _resize(self, size: int) -> None:
-        grown = []
-        for old in self.planes:
-            plane = _plane(size, old)
-            plane[: len(old)] = old
-            grown.append(plane)
-        self._free = [*range(size - 1, len(self.planes[0]) - 1, -1), *self._free]
-        self.planes = grown
-
-    def _evict(self, count: int) -> None:
-        """Moves full pages to the host, which has room for them."""
+    def _evict(self, movable: Sequence[int], count: int) -> None:
+        """Moves `count` of the pages `movable` to the host, which has room for them."""
         if not count:
             return
-        pages = list(self._full)
-        pages = pages[:count] if self.keeps_newest else pages[-count:]
+        pages = movable[:count] if self.keeps_newest else movable[-count:]
+        content = self.gather(pages)  # the slots may be filled again before it has gone
+        slots = [self.slot(page) for page in pages]
         for page in pages:
             del self._full[page]
-        slots = [self.slot(page) for page in pages]
-        content = self.gather(pages)  # the slots may be filled again before it has gone
         self._settle_in(pages, on_device=False)
-        self._free += slots
+        self.device.free += slots
         self.host.send([(index, ~self.slot(page)) for index, page in enumerate(pages)], content)
         self.version += 1
 
@@ -252,13 +274,13 @@ class TieredPages(Pages):
 
     def _settle_in(self, pages: Sequence[int], on_device: bool) -> None:
         """Gives `pages` slots, which are there."""
-        taken = [self._free.pop() for _ in pages] if on_device else [~slot for slot in self.host.take(len(pages))]
+        taken = self.device.take(len(pages)) if on_device else [~slot for slot in self.host.take(len(pages))]
         for page, slot in zip(pages, taken, strict=True):
             self._slots[page] = slot
 
     def _changes(self, pages: Sequence[int]) -> None:
         """What has been brought of `pages` no longer holds."""
-        for staging in self.stagings:
+        for staging in list(self.stagings):
             staging.forget(self, pages)
 
     def freed(self, pages: Sequence[int]) -> None:
@@ -270,26 +292,14 @@ class TieredPages(Pages):
             self._slots[page] = None
             self._full.pop(page, None)
             if slot >= 0:
-                self._free.append(slot)
+                self.device.free.append(slot)
             else:
                 away.append(~slot)
         self.host.release(away)
 
 
-class _Blocks(BlockPool):
-    """Says which blocks have become free."""
-
-    def __init__(self, pages: TieredPages) -> None:
-        super().__init__()
-        self._pages = weakref.ref(pages)
-
-    def release(self, blocks: Iterable[int]) -> None:
-        before = len(self.free)
-        super().release(blocks)
-        pages = self._pages()
-        if pages is not None and len(self.free) > before:
-            pages.freed(self.free[before:])
-
-
-def _plane(size: int, like: torch.Tensor) -> torch.Tensor:
-    return allocate((size, *like.shape[1:]), like.dtype, like.device)
+def _tell(of: weakref.ref[TieredPages], pages: list[int]) -> None:
+    """Not a method: the pages would hold themselves."""
+    tiers = of()
+    if tiers is not None:
+        tiers.freed(pages)

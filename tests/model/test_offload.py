@@ -163,7 +163,7 @@ def test_device_bytes_stay_within_the_budget(
             assert sum(cache.offload.buffer_bytes().values()) <= 3 * max(3000, batch * page + 256 * len(ours.planes))
             # As many pages as fit stay: where some are elsewhere there is room for those to be filled next, no more.
             if host_tokens(ours) and not window:
-                assert (ours.tiers.most or 0) - len(ours.planes[0]) + len(ours.tiers._free) < 2 * batch
+                assert (ours.tiers.most or 0) - len(ours.planes[0]) + len(ours.tiers.device.free) < 2 * batch
 
 
 @pytest.mark.parametrize("budget", ["", "+device_budget:20kB"])

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import hfkv
 from tests.tiny import greedy, llama, prompt
+from tests.zoo import NAMED
 
 
 def test_a_conversation_goes_on() -> None:
@@ -99,16 +100,34 @@ def test_other_weights_are_refused() -> None:
         )
 
 
-def test_a_forward_that_fails_midway_is_noticed() -> None:
+def fail(*args: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("kv", ["none", "int8+window:6+sinks:2", "offload"])
+def test_a_forward_that_fails_midway_is_taken_back(kv: str) -> None:
     model, inputs = llama(), prompt(1, 10)
+    with hfkv.patch(model, kv):
+        cache = hfkv.KVCache(model, kv)
+        text = greedy(model, inputs, 5, past_key_values=cache)
+        held = cache.holds_tokens
+        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            greedy(model, {"input_ids": text}, past_key_values=cache)
+        hook.remove()
+        assert torch.equal(cache.holds_tokens, held)
+        assert torch.equal(
+            greedy(model, {"input_ids": text}, past_key_values=cache), greedy(model, {"input_ids": text})
+        )
+
+
+def test_a_forward_that_fails_midway_is_noticed_where_it_cannot_be_taken_back() -> None:
+    sample = NAMED["qwen3_next"]()
+    model, inputs = sample.model, {name: value[1:] for name, value in sample.inputs.items()}
     with hfkv.patch(model):
         cache = hfkv.KVCache(model)
         text = greedy(model, inputs, 5, past_key_values=cache)
-
-        def fail(*args: Any) -> None:
-            raise KeyboardInterrupt
-
-        hook = model.model.layers[1].register_forward_pre_hook(fail)
+        hook = model.model.layers[-1].register_forward_pre_hook(fail)
         with pytest.raises(KeyboardInterrupt):
             greedy(model, {"input_ids": text}, past_key_values=cache)
         hook.remove()

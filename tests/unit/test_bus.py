@@ -30,9 +30,19 @@ class Driver:
         return 0
 
 
+class Stream:
+    settled = 0
+
+    def __init__(self, device: torch.device) -> None:
+        Stream.settled = 0
+
+    def synchronize(self) -> None:
+        Stream.settled += 1
+
+
 @pytest.fixture
 def bus(monkeypatch: pytest.MonkeyPatch) -> CudaBus:
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     return CudaBus(torch.device("cuda"))
 
@@ -57,9 +67,11 @@ def test_memory_is_pinned_without_waste_and_given_back(
     gc.collect()
     assert bool(driver.pinned) == bool(part.numel())
     assert bool((part == 7).all())
+    settled, was_pinned = Stream.settled, len(driver.pinned)
     del part
     gc.collect()
     assert not driver.pinned
+    assert Stream.settled == settled + was_pinned  # pages may be on their way when a cache goes
 
 
 def test_memory_that_cannot_be_pinned_is_an_error_that_says_why(monkeypatch: pytest.MonkeyPatch, bus: CudaBus) -> None:

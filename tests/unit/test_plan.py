@@ -9,8 +9,9 @@ import torch
 from transformers import DeepseekV3Config, Gemma3TextConfig, MambaConfig, MistralConfig, PreTrainedModel
 
 import hfkv
-from hfkv import KVConfig, geometry
+from hfkv import KVConfig
 from hfkv.bench.shapes import shape_config
+from hfkv.planning import geometry
 from hfkv.planning.fit import Fit, Planner, largest_that
 from hfkv.planning.footprint import STAGING, Footprint
 from hfkv.planning.geometry import Geometry

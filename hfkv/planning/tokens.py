@@ -1,0 +1,37 @@
+"""Numbers of tokens, as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_COUNT = re.compile(r"^(\d+)([km]?)$")
+_UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def read_tokens(name: str, given: int | str) -> int:
+    """A number of tokens, at least 1.
+
+    Args:
+        name: of the field, for the error.
+        given: a number, or such as ``"128k"`` (k is 1,024).
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(given, str):
+        match = _COUNT.match(given.strip().lower())
+        if match is None or int(match[1]) < 1:
+            raise ValueError(f"{name} takes a number of tokens such as 4096, 128k or 1m (k is 1,024), got {given!r}")
+        return int(match[1]) * _UNITS[match[2]]
+    check_count(name, given)
+    return given
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no whole number of at least 1.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
