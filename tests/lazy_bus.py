@@ -17,9 +17,15 @@ class LazyBus(Bus):
         super().__init__(device)
         self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._done = 0
+        self._marks = 0
         self._lock = threading.RLock()
 
+    def mark(self) -> int:
+        self._marks += 1
+        return self._marks
+
     def to_device(self, copies: Copies, after: Any = None) -> int:
+        assert after is not None, "memory is written to that others may still be computing with"
         with self._lock:
             super().to_device(copies, after)
             for _, target in copies:

@@ -194,6 +194,9 @@ class OffloadedStore(PagedStore):
             # A window's first page has its sinks, which it holds for good.
             is_first = len(self.columns) == 1 and self.bound is not None
             self.tiers.close(self.table, list(dict.fromkeys(row[-1] for row in self.table)), stay=is_first)
+        if 0 < self.reserved <= self.length:
+            self.reserved = 0  # the text goes on beyond what was reserved: nobody knows how far
+            self.place.offload.divide_anew()
         tokens = self.reserved or (self.bound or 0)
         if self.bound is not None:
             tokens = min(tokens, self.bound + self.page_size)
