@@ -10,6 +10,7 @@ Python. On several machines the second command runs on each of them: see docs/sc
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +30,32 @@ from hfkv import tiny_lm
 NUM_PROMPTS = 24  # of the built-in ones
 
 
+def check(kv: str, out: Path | None) -> None:
+    """Refuses in one line what would fail after the model is loaded."""
+    try:
+        hfkv.KVConfig.parse(kv)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"--kv: {error}") from error
+    if out is None:
+        return
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
+    if out.is_dir():
+        raise typer.BadParameter(f"--out {str(out)!r} is a folder; name a file in it")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise typer.BadParameter(f"--out {str(out)!r} may not be written to")
+
+
 def read_prompts(file: Path | None) -> list[str]:
     """The lines of a file that are not empty, or some of the bundled text's."""
     if file is not None:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"the prompts in {str(file)!r} could not be read: {error}") from error
+        if not lines:
+            raise typer.BadParameter(f"there is no prompt in {str(file)!r}: give a prompt a line")
+        return lines
     starts = [line for line in tiny_lm.held_out_text().splitlines() if line.startswith(("def ", "class ", "import "))]
     return starts[:NUM_PROMPTS]
 
@@ -77,11 +100,12 @@ def main(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that a process continues at a time.")] = 4,
 ) -> None:
     """Share the prompts, continue them, and write all texts in their order."""
+    check(kv, out)
+    given = read_prompts(prompts)
     # Without an accelerator the processes are joined only where that is said.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if not state.is_main_process:
         logging.disable_progress_bar()
-    given = read_prompts(prompts)
     loaded, tokenizer = load(model, dtype, kv, state)
     start = time.perf_counter()
     with state.split_between_processes(given) as share:

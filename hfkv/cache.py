@@ -20,7 +20,7 @@ from hfkv.memory import CacheMemory, PlaneMemory, own_tensors
 from hfkv.record import TokenRecord, what_failed
 from hfkv.rotary import Rotary
 from hfkv.split import SplitLayer
-from hfkv.stores import Offload
+from hfkv.stores import Budget, Offload
 from hfkv.stores.base import storage_bytes
 
 # Those that are in use anywhere, forks included: a MemoryMonitor counts them.
@@ -83,13 +83,13 @@ class KVCache(DynamicCache):
             leaf for layer in self.kv_layers for leaf in (layer.parts if isinstance(layer, SplitLayer) else (layer,))
         ]
 
-    def _share_offload(self) -> Offload | None:
+    def _share_offload(self, budget: Budget | None = None) -> Offload | None:
         """Gives the offloaded layers one budget, and buffers in common; None where there are none."""
         offloaded = [leaf for leaf in self.leaves if leaf.kv.offload]
         if not offloaded:
             return None
-        budget = None if self.kv.device_budget is None else int(self.kv.device_budget)
-        offload = Offload(budget, [leaf.bound for leaf in offloaded])
+        num_bytes = None if self.kv.device_budget is None else int(self.kv.device_budget)
+        offload = Offload(budget or Budget(num_bytes, [leaf.bound for leaf in offloaded]))
         for index, leaf in enumerate(offloaded):
             leaf.offload_to(offload.place(index))
         return offload
@@ -193,7 +193,7 @@ class KVCache(DynamicCache):
         super().reset()
         self.record.forget()
         if self.offload is not None:
-            self.offload.divide_anew()
+            self.offload.restart()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
@@ -231,7 +231,7 @@ class KVCache(DynamicCache):
         forked = copy.copy(self)
         forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
         forked.record = self.record.copy()
-        forked.offload = forked._share_offload()
+        forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
         if n > 1:
             forked.record.repeat(n)
             for layer in forked.layers:
@@ -269,7 +269,7 @@ class KVCache(DynamicCache):
     def reserve(self, tokens: int) -> None:
         """Says how many tokens a row will hold in all, so that memory is allocated once."""
         if self.offload is not None:
-            self.offload.divide_anew()
+            self.offload.budget.divide_anew()
         for layer in self.kv_layers:
             layer.reserve(tokens)
 

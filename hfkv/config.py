@@ -181,7 +181,7 @@ class KVConfig:
 
     @classmethod
     def for_budget(
-        cls, model: Any, budget: int | str, context: int, batch: int = 1, *, offload: bool = False
+        cls, model: Any, budget: int | str, context: int | str, batch: int = 1, *, offload: bool = False
     ) -> KVConfig:
         """The least lossy config whose keys and values fit in a budget: none, int8, fp8 or int4, in this order.
 
@@ -189,10 +189,11 @@ class KVConfig:
             model: a model, a config, the name of a shape (``"llama-8b"``), a folder, or a name on the Hub. Only its
                 config is read.
             budget: bytes for keys and values alone, a number or ``"8GiB"``.
-            context: tokens of each row, prompt and reply together.
+            context: tokens of each row, prompt and reply together: a number, or ``"128k"``.
             batch: rows; beams count.
             offload: where ``"none"`` does not fit, keep the budget on the device and the rest in host memory
-                instead: lossless, and slower.
+                instead: lossless, and slower. The staging buffers, 96 MiB at most, come on top. Refused on a CPU, and
+                with a budget below one page of every layer.
 
         Raises:
             TypeError, ValueError: nothing fits, naming what the smallest needs and the longest context that fits; or an

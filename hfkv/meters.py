@@ -156,7 +156,12 @@ def meters_of(devices: Iterable[torch.device | str] | None) -> list[Meter]:
     if devices is None:
         return [ProcessMeter(), *map(DeviceMeter, counted)]
     meters: dict[str, Meter] = {}
-    for device in map(torch.device, devices):
+    for given in devices:
+        try:
+            device = torch.device(given)
+        except (RuntimeError, TypeError) as error:
+            allowed = ", ".join(("cpu", *dict.fromkeys(one.type for one in counted), *map(str, counted)))
+            raise ValueError(f"MemoryMonitor knows no device {given!r}; allowed here: {allowed}") from error
         if device.type == "cpu":
             meters["cpu"] = ProcessMeter()
             continue

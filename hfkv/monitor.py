@@ -172,7 +172,19 @@ class MemoryMonitor:
 
     @property
     def peak(self) -> dict[str, int]:
-        """The most bytes so far, by the name of the line."""
+        """The most bytes so far, by the name of the line.
+
+        Raises:
+            RuntimeError: it was never started.
+        """
+        self._check_started()
+        return self._peaks()
+
+    def _check_started(self) -> None:
+        if not self._samples:
+            raise RuntimeError("this MemoryMonitor has no samples yet: start it first")
+
+    def _peaks(self) -> dict[str, int]:
         return {meter.name: meter.peak for meter in self._meters}
 
     @property
@@ -197,18 +209,18 @@ class MemoryMonitor:
         Raises:
             ImportError: matplotlib is not installed.
             RuntimeError: there is nothing to draw yet.
+            ValueError: the file is no PNG file, or its folder is missing.
         """
         from hfkv.monitor_screen import write_plot
 
-        if not self._samples:
-            raise RuntimeError("this MemoryMonitor has no samples yet: start it first")
+        self._check_started()
         write_plot(path, self)
 
     def __rich__(self) -> Table:
         return self.summary()
 
     def __repr__(self) -> str:
-        return f"MemoryMonitor(interval={self.interval}, samples={len(self._samples)}, peak={self.peak})"
+        return f"MemoryMonitor(interval={self.interval}, samples={len(self._samples)}, peak={self._peaks()})"
 
     def _run(self) -> None:
         while not self._stopping.wait(self.interval):

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -107,6 +108,13 @@ def summary(monitor: MemoryMonitor) -> Table:
 
 def write_plot(path: str | os.PathLike[str], monitor: MemoryMonitor) -> None:
     """See `MemoryMonitor.plot`."""
+    file = Path(path)
+    if file.suffix.lower() != ".png":
+        raise ValueError(f"plot draws a PNG file, got {str(file)!r}: give it the ending .png")
+    if file.is_dir():
+        raise ValueError(f"plot writes a file, and {str(file)!r} is a folder; name a file in it")
+    if not file.parent.is_dir():
+        raise ValueError(f"plot cannot write {str(file)!r}: there is no folder {str(file.parent)!r}")
     samples, peak = monitor.samples, monitor.peak
     caches = [name for name in peak if name in monitor.caches]
     panels = [("devices", [name for name in peak if name not in caches]), ("caches", caches)]
@@ -116,7 +124,7 @@ def write_plot(path: str | os.PathLike[str], monitor: MemoryMonitor) -> None:
     for axes, (title, names) in zip(drawn, panels, strict=True):
         _draw(axes, title, {name: _points(samples, name) for name in names}, peak)
     drawn[-1].set_xlabel("seconds", fontsize=9)
-    figure.savefig(path, dpi=DPI, format="png")
+    figure.savefig(file, dpi=DPI, format="png")
 
 
 def _points(samples: tuple[Sample, ...], name: str) -> tuple[list[float], list[int]]:

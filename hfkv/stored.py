@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.config import KVConfig
-from hfkv.stores import Offload, OffloadedStore, PagedStore, Place, Store, make_store
+from hfkv.stores import Budget, Offload, OffloadedStore, PagedStore, Place, Store, make_store
 from hfkv.window import Window
 
 
@@ -59,7 +59,7 @@ class Stored:
 
     def _new_store(self, device: torch.device) -> Store:
         if self.kv.offload and self.offloaded is None:
-            self.offloaded = Offload(None, [self.bound]).place(0)
+            self.offloaded = Offload(Budget(None, [self.bound])).place(0)
         store = make_store(self._store_kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
         if isinstance(store, PagedStore):
             store.expect_copies(*self._copies)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,14 +12,11 @@ from rich.console import Console
 from hfkv.cli.errors import CommandError, first_line, told_in_one_line
 from hfkv.cli.loading import pick_dtype
 from hfkv.cli.outputs import check_outputs
-from hfkv.cli.plan_screen import show
 
 if TYPE_CHECKING:
     from hfkv.planning.plan import MemoryPlan
 
 DEVICES = ("auto", "cuda", "cpu")
-_COUNT = re.compile(r"^(\d+)([km]?)$")
-_UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def plan(
@@ -33,7 +29,10 @@ def plan(
         typer.Option(help="Tokens a row, prompt and reply, such as 128k (of 1,024).", show_default="the model's most"),
     ] = None,
     batch: Annotated[int, typer.Option(help="Rows; beams count.")] = 1,
-    reply: Annotated[int, typer.Option(help="Tokens of each row that are generated: a window's spare room.")] = 1,
+    reply: Annotated[
+        int | None,
+        typer.Option(help="Tokens of each row that are generated: a window's spare room.", show_default="the most"),
+    ] = None,
     kv: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +48,8 @@ def plan(
         str, typer.Option(help="auto (an accelerator with --memory, else this machine's), cuda or cpu.")
     ] = "auto",
     bandwidth: Annotated[
-        str | None, typer.Option(help="Of the device's memory, such as 4.3TB/s.", show_default="measured here")
+        str | None,
+        typer.Option(help="Of the device's memory, such as 4.3TB/s.", show_default="measured, if it is here"),
     ] = None,
     bus: Annotated[
         str | None, typer.Option(help="To the device, such as 50GB/s.", show_default="measured on a GPU, or 50GB/s")
@@ -64,6 +64,8 @@ def plan(
     with told_in_one_line():
         check_outputs(json_path, plot)
         made = make_plan(model, memory, context, batch, reply, kv, weights, dtype, device, bandwidth, bus)
+        from hfkv.planning.screen import show
+
         show(made, Console(highlight=False))
         if json_path is not None:
             json_path.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
@@ -78,7 +80,7 @@ def make_plan(
     memory: str | None = None,
     context: str | None = None,
     batch: int = 1,
-    reply: int = 1,
+    reply: int | None = None,
     kv: list[str] | None = None,
     weights: str = "auto",
     dtype: str = "auto",
@@ -92,6 +94,7 @@ def make_plan(
         CommandError: a word is wrong, or the model has no config that could be read.
     """
     from hfkv.planning.plan import memory_plan
+    from hfkv.planning.tokens import read_tokens
 
     if device not in DEVICES:
         raise CommandError(f"--device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
@@ -99,7 +102,7 @@ def make_plan(
         return memory_plan(
             model,
             memory,
-            None if context is None else _count("--context", context),
+            None if context is None else read_tokens("--context", context),
             batch,
             reply=reply,
             kv=kv,
@@ -111,10 +114,3 @@ def make_plan(
         )
     except (TypeError, ValueError) as error:
         raise CommandError(f"hfkv plan: {first_line(error)}") from error
-
-
-def _count(option: str, given: str) -> int:
-    match = _COUNT.match(given.strip().lower())
-    if match is None or int(match[1]) < 1:
-        raise CommandError(f"{option} takes a number of tokens such as 4096, 128k or 1m (k is 1,024), got {given!r}")
-    return int(match[1]) * _UNITS[match[2]]

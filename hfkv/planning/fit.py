@@ -43,9 +43,7 @@ class Planner:
     reply: int | None = None
 
     @classmethod
-    def of(
-        cls, source: Any, dtype: torch.dtype | None, device: torch.device, reply: int | None = None
-    ) -> Planner:
+    def of(cls, source: Any, dtype: torch.dtype | None, device: torch.device, reply: int | None = None) -> Planner:
         """See `memory_plan`."""
         dtype = dtype or getattr(source, "dtype", None)
         if dtype not in _SHORT:

@@ -27,8 +27,8 @@ PREFILL_CHUNK = 2048
 STAGING = BUFFERS * BUFFER_BYTES
 # Steps of one token that are followed one by one: after so many, what a window has room for changes no more.
 MOST_STEPS = 4096
-# Tokens between the last chunks of a prompt that are tried.
-LAST_CHUNKS = 128
+# So many lengths of a prompt's last chunk, up to that of the window, are tried.
+LAST_CHUNKS = 32
 # Rows that are followed together where a window drops pages: how many pages stay spare is rounded over all rows.
 ROWS_TOGETHER = 8
 
@@ -206,10 +206,10 @@ class Footprint:
                 chunks = (*[PREFILL_CHUNK] * before, last, 1, 1)
                 return self._follow(kind, tokens, rows, chunks).allocated
 
-            longest = min(PREFILL_CHUNK, tokens - 2)
-            lasts = [*range(1, longest, LAST_CHUNKS), longest] if longest > 0 else []
+            longest, stride = min(PREFILL_CHUNK, tokens - 2, 2 * bound), max(bound // LAST_CHUNKS, 1)
+            lasts = [*range(1, longest, stride), longest] if longest > 0 else []
             most, best = max(((after(last), last) for last in lasts), default=(0, 0))
-            low, high = best, min(best + LAST_CHUNKS, longest + 1)
+            low, high = best, min(best + stride, longest + 1)
             while high - low > 1:
                 middle = (low + high) // 2
                 found = after(middle)

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hfkv.config import KVConfig
 from hfkv.machine import free_bytes
+from hfkv.planning.asked import asked_footprints
 from hfkv.planning.fit import MOST_TOKENS, Fit, Planner, largest_that, most_context, resolve
 from hfkv.planning.footprint import Footprint
 from hfkv.planning.recommendation import LEAST_LOSSY, Recommendation, recommend
 from hfkv.planning.speeds import Speeds
+from hfkv.planning.tokens import check_count, read_tokens
 from hfkv.planning.weights import Weights, loaded_weights, stacked_experts
 from hfkv.sizes import about_bytes, read_bytes
 
-DEFAULT_KV = ("none", "int8", "fp8", "int4", "int8+window:4096", "none+offload")
+if TYPE_CHECKING:
+    from rich.console import Group
+
 # What CUDA's context, its libraries and the allocator's rounding take of an accelerator's memory besides.
 DEVICE_OVERHEAD = 512 * 2**20
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class PlannedCache:
         total_bytes: on the device, with the chosen weights, activations and overhead.
         largest_context: tokens of each row that fit with the chosen weights and the planned batch; 0 where none do.
         largest_batch: rows that fit with the chosen weights and the planned context; 0 where none do.
-        floor_ms: the least time of a decode step with the chosen weights.
+        floor_ms: the least time of a decode step with the chosen weights; None where the bandwidth is not known.
     """
 
     kv: str
@@ -48,7 +54,7 @@ class PlannedCache:
     total_bytes: int
     largest_context: int
     largest_batch: int
-    floor_ms: float
+    floor_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -93,20 +99,30 @@ class MemoryPlan:
         weights = [{**asdict(each), "read_bytes": each.read(self.batch)} for each in self.weights]
         return {**asdict(self), "weights": weights}
 
+    def __rich__(self) -> Group:
+        from hfkv.planning.screen import tables
+
+        return tables(self)
+
+    def __str__(self) -> str:
+        from hfkv.planning.screen import plain_text
+
+        return plain_text(self)
+
 
 def memory_plan(
     model: Any,
     memory: int | str | None = None,
-    context: int | None = None,
+    context: int | str | None = None,
     batch: int = 1,
     *,
-    reply: int = 1,
-    kv: Iterable[KVConfig | str] | None = None,
+    reply: int | None = None,
+    kv: KVConfig | str | Iterable[KVConfig | str] | None = None,
     weights: str = "auto",
     dtype: torch.dtype | None = None,
     device: str | None = None,
-    bandwidth: int | str | None = None,
-    bus: int | str | None = None,
+    bandwidth: float | str | None = None,
+    bus: float | str | None = None,
 ) -> MemoryPlan:
     """Says what fits, from a model's config alone: no weights are read.
 
@@ -114,40 +130,48 @@ def memory_plan(
         model: a model, a config, the name of a shape (``"llama-8b"``; see `hfkv.bench`), a folder, or a name on the
             Hub. Of a model, the weights as they were loaded are planned with too.
         memory: bytes of the device for everything, a number or ``"24GiB"``; None is what is free on this machine's.
-        context: tokens of each row, prompt and reply together; None is the model's most.
+        context: tokens of each row, prompt and reply together, a number or ``"128k"``; None is the model's most.
         batch: rows; beams count.
-        reply: how many of the tokens are generated, one by one; the spare room behind a window depends on it.
-        kv: the caches to plan; None for a list of usual ones.
+        reply: how many of the tokens are generated, one by one; the spare room behind a window depends on it. None
+            plans the most that any reply takes.
+        kv: the cache to plan, or several; None for a list of usual ones. Of several, those that the model cannot have
+            are left out, with a note.
         weights: ``"auto"`` (those as loaded, or the least lossy that fit), or the name of a precision.
         dtype: of keys, values and unquantised weights; None for the model's, or bfloat16.
         device: ``"cuda"`` or ``"cpu"``: page sizes and offloading differ. None is an accelerator where `memory` is
             given, else this machine's.
-        bandwidth: bytes a second that the device reads, a number or ``"4.3TB/s"``; None is measured by a copy.
+        bandwidth: bytes a second that the device reads, a number or ``"4.3TB/s"``; None is measured by a copy where
+            such a device is on this machine: else there are no floors.
         bus: bytes a second to the device from host memory, likewise; assumed where there is no GPU to measure it.
 
     Raises:
         TypeError, ValueError: naming what was given and what is allowed.
     """
     source = resolve(model)
-    _check_count("batch", batch)
-    _check_count("reply", reply)
-    if context is not None:
-        _check_count("context", context)
+    check_count("batch", batch)
+    if reply is not None:
+        check_count("reply", reply)
+    tokens = None if context is None else read_tokens("context", context)
     planner = Planner.of(source, dtype, _device(device, memory), reply)
     most = most_context(planner.geometry.config)
-    context = context or most
+    context = tokens or most
     if context is None:
-        raise ValueError("the model names no longest context (max_position_embeddings); say one with context=")
+        raise ValueError("the model names no longest context (max_position_embeddings): give context= (--context)")
+    if reply is not None and reply > context:
+        raise ValueError(f"reply must be a part of the context, {context:,} tokens, got {reply:,}")
     notes = list(planner.geometry.notes)
     if most is not None and context > most:
-        notes.append(f"{context:,} tokens are more than the model was made for ({most:,})")
-    footprints = _footprints(planner, kv, notes)
+        notes.append(
+            f"{context:,} tokens are more than the model was made for ({most:,}): the longest contexts, too, are those "
+            "that fit, whatever the model was made for"
+        )
+    footprints = asked_footprints(planner, kv, notes)
     all_weights = {
         **planner.weights,
         **({"loaded": loaded_weights(source)} if isinstance(source, torch.nn.Module) else {}),
     }
     if weights not in ("auto", *all_weights):
-        raise ValueError(f"weights {weights!r} is unknown; allowed: auto, {', '.join(all_weights)}")
+        raise ValueError(_unknown_weights(weights, all_weights))
     stacks = stacked_experts(planner.geometry.skeleton)
     if stacks:
         notes.append(
@@ -155,19 +179,21 @@ def memory_plan(
         )
     limit = free_bytes(_here()) if memory is None else read_bytes("memory", memory)
     overhead = 0 if memory is None or planner.device.type == "cpu" else DEVICE_OVERHEAD
-    fit = Fit(planner, limit - overhead, most)
+    fit = Fit(planner, limit - overhead, most if most is not None and context <= most else None)
     names = [weights] if weights != "auto" else ["loaded"] if "loaded" in all_weights else list(planner.weights)
     recommended = recommend(
         footprints, names, lambda name, footprint: fit.holds(all_weights[name], footprint, context, batch)
     )
     chosen = recommended.weights if recommended else names[-1]
-    speeds = Speeds.of(bandwidth, bus)
+    speeds = Speeds.of(bandwidth, bus, planner.device)
+    if speeds.bandwidth is None:
+        notes.append(f"no floors: {speeds.bandwidth_source}")
     caches = tuple(
         _planned(text, footprint, all_weights, chosen, fit, speeds, context, batch)
         for text, footprint in footprints.items()
     )
     return MemoryPlan(
-        model=model if isinstance(model, str) else planner.geometry.config.model_type,
+        model=os.fspath(model) if isinstance(model, str | os.PathLike) else planner.geometry.config.model_type,
         dtype=str(planner.dtype).removeprefix("torch."),
         device=planner.device.type,
         memory_bytes=limit,
@@ -186,32 +212,57 @@ def memory_plan(
     )
 
 
-def least_lossy(model: Any, budget: int | str, context: int, batch: int = 1, *, offload: bool = False) -> KVConfig:
-    """See `KVConfig.for_budget`."""
+def least_lossy(
+    model: Any, budget: int | str, context: int | str, batch: int = 1, *, offload: bool = False
+) -> KVConfig:
+    """See `KVConfig.for_budget`; it is planned for the device of a loaded model, or else for an accelerator.
+
+    With `offload` the buffers through which tokens come back, 96 MiB at most, are on the device besides the budget.
+    """
     num_bytes = read_bytes("budget", budget)
-    _check_count("context", context)
-    _check_count("batch", batch)
-    planner = Planner.of(resolve(model), None, torch.device("cuda"))
+    context = read_tokens("context", context)
+    check_count("batch", batch)
+    source = resolve(model)
+    place = getattr(source, "device", None) if isinstance(source, torch.nn.Module) else None
+    device = place if isinstance(place, torch.device) and place.type != "meta" else torch.device("cuda")
+    planner = Planner.of(source, None, device)
     footprints = {codec: planner.footprint(KVConfig(codec=codec)) for codec in LEAST_LOSSY}
     fitting = [codec for codec, footprint in footprints.items() if footprint.of(context, batch).peak <= num_bytes]
     if offload and "none" not in fitting:
-        return KVConfig(offload=True, device_budget=num_bytes)
+        return _offloaded(planner, device, num_bytes)
     if fitting:
         return KVConfig(codec=fitting[0])
     smallest = min(footprints, key=lambda codec: footprints[codec].of(context, batch).peak)
     needed = footprints[smallest].of(context, batch).peak
     largest = largest_that(lambda tokens: footprints[smallest].of(tokens, batch).peak <= num_bytes, MOST_TOKENS)
+    window = 1 << max(context // 4, 1).bit_length() - 1
     raise ValueError(
         f"no codec holds {batch} × {context:,} tokens in {about_bytes(num_bytes)}: {smallest} needs "
         f"{about_bytes(needed)} ({needed:,} bytes), and {largest:,} tokens a row are the most that fit. Give that "
-        "budget, shorten the context, let a window forget (KVConfig(window=4096)), or keep the bytes in host memory "
-        "(offload=True)"
+        f"budget, shorten the context, let a window forget (KVConfig(window={window})), or keep the bytes in host "
+        "memory (offload=True)"
     )
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def _offloaded(planner: Planner, device: torch.device, budget: int) -> KVConfig:
+    """What keeps so many bytes on the device, and the rest in host memory."""
+    least = Footprint(planner.geometry, KVConfig(offload=True), device)
+    if not least.is_offloaded:
+        raise ValueError(
+            f"offload saves nothing where memory is one: on {device.type} nothing moves. Leave offload out, for a "
+            "codec that fits, or move the model to an accelerator first"
+        )
+    if budget < least.least_budget:
+        raise ValueError(
+            f"budget must be at least {least.least_budget:,} bytes with offload=True, a page of every layer, got "
+            f"{budget:,}"
+        )
+    return KVConfig(offload=True, device_budget=budget)
+
+
+def _unknown_weights(given: str, known: Iterable[str]) -> str:
+    said = f"weights {given!r} is unknown; allowed: auto, {', '.join(known)}"
+    return f"{said}. For {given} give dtype={DTYPE_NAMES[given]} (--dtype) too" if given in DTYPE_NAMES else said
 
 
 def _here() -> torch.device:
@@ -225,32 +276,6 @@ def _device(name: str | None, memory: int | str | None) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise ValueError(f'device must be "cuda" or "cpu", got {name!r}') from error
-
-
-def _footprints(planner: Planner, kv: Iterable[KVConfig | str] | None, notes: list[str]) -> dict[str, Footprint]:
-    """The caches by name. Of the usual ones those that the model cannot have are left out, with a note."""
-    footprints = {}
-    for each in DEFAULT_KV if kv is None else kv:
-        config = KVConfig.of(each)
-        try:
-            _check_window(planner, config)
-            footprints[str(config)] = planner.footprint(config)
-        except ValueError as error:
-            if kv is not None:
-                raise
-            notes.append(f"{config} is left out: {error}")
-        if config.reuse is not None:
-            notes.append(f"what reuse keeps between calls, at most {config.reuse}, comes on top of {config}")
-    return footprints
-
-
-def _check_window(planner: Planner, kv: KVConfig) -> None:
-    """Refuses a window where the attention cannot follow it, as `hfkv doctor` does."""
-    config = planner.geometry.config
-    windowed = any(each.window is not None for each in (kv, *kv.layers.values()))
-    biased = hasattr(config, "relative_attention_num_buckets") or getattr(config, "alibi", False)
-    if windowed and (biased or getattr(config, "kv_lora_rank", None)):
-        raise ValueError(f"{config.model_type!r} takes no window: its attention is not hfkv's; leave the window out")
 
 
 def _planned(
@@ -268,7 +293,9 @@ def _planned(
     on_device = footprint.on_device(context, batch)
     # Of what is offloaded, a device_budget keeps a part on the device; the rest travels at every step.
     travels = max(away.held - int(footprint.kv.device_budget or 0), 0)
-    seconds = max((beside.read(batch) + whole.held) / speeds.bandwidth, travels / speeds.bus)
+    floor_ms = None
+    if speeds.bandwidth is not None:
+        floor_ms = 1e3 * max((beside.read(batch) + whole.held) / speeds.bandwidth, travels / speeds.bus)
     return PlannedCache(
         kv=text,
         kv_bytes=whole.allocated,
@@ -279,5 +306,5 @@ def _planned(
         total_bytes=fit.total(beside, footprint, context, batch),
         largest_context=fit.largest_context(beside, footprint, batch),
         largest_batch=fit.largest_batch(beside, footprint, context),
-        floor_ms=1e3 * seconds,
+        floor_ms=floor_ms,
     )

@@ -7,11 +7,12 @@ import torch
 from hfkv.stores.base import Store
 from hfkv.stores.bus import is_apart
 from hfkv.stores.contiguous import ContiguousStore
-from hfkv.stores.offload import Offload, Place
+from hfkv.stores.offload import Budget, Offload, Place
 from hfkv.stores.offloaded import OffloadedStore
 from hfkv.stores.paged import PagedStore
 
 __all__ = [
+    "Budget",
     "ContiguousStore",
     "Offload",
     "OffloadedStore",

@@ -11,24 +11,81 @@ from hfkv.stores.bus import bus_to
 from hfkv.stores.staging import Staging
 
 
-class Offload:
-    """Divides a budget among layers and hands out the staging buffers of their devices.
+class Budget:
+    """Divides device memory among layers. Forks of a cache share pages, and so one of these.
 
     Args:
-        budget: bytes of keys and values of all layers that may stay on devices; None for the pages alone that are
-            being filled.
+        num_bytes: of keys and values of all layers that may stay on devices; None for the pages alone that are being
+            filled.
         bounds: for each layer the tokens a window holds at most, or None.
+
+    Attributes:
+        asked: another object when the shares are to be found anew.
     """
 
-    def __init__(self, budget: int | None, bounds: Sequence[int | None]) -> None:
+    def __init__(self, num_bytes: int | None, bounds: Sequence[int | None]) -> None:
+        self.num_bytes, self.bounds = num_bytes, list(bounds)
+        self.asked = object()
+        self._shares: dict[int, int] = {}  # bytes, of the layers that have asked
+        self._least: dict[int, int] = {}  # of those that had asked before
+
+    def divide_anew(self) -> None:
+        """Another number of tokens is to be held: layers ask again, and keep at least what they have."""
+        self._least |= self._shares
+        self._shares = {}
+        self.asked = object()
+
+    def share(self, index: int, page_bytes: int, page_size: int, rows: int, reserved: int) -> int | None:
+        """Pages that a layer may keep on the device; None for those alone that are being filled.
+
+        Args:
+            index: which of the layers.
+            page_bytes, page_size: bytes and tokens of one of its pages.
+            rows: B.
+            reserved: tokens a row will hold in all, or 0.
+
+        Raises:
+            ValueError: it is not even one.
+        """
+        if self.num_bytes is None:
+            return None
+        taken = {**self._least, **self._shares}
+        left = (self.num_bytes - sum(taken.values())) // page_bytes
+        needs: list[tuple[float, int]] = []
+        for other, bound in enumerate(self.bounds):
+            if other == index or other not in self._shares:
+                tokens = min(reserved or math.inf, math.inf if bound is None else bound + page_size)
+                pages = rows * math.ceil(tokens / page_size) if tokens < math.inf else math.inf
+                needs.append((max(pages - taken.get(other, 0) // page_bytes, 0), other))
+        share = taken.get(index, 0) // page_bytes + _fair(max(left, 0), needs, index)
+        if share < 1:
+            least = page_bytes * len(self.bounds)
+            raise ValueError(
+                f"device_budget is {self.num_bytes:,} bytes for {len(self.bounds)} layers, and one page of a layer is "
+                f"{page_bytes:,} bytes ({page_size} tokens); give at least {least:,} bytes, or a smaller page_size "
+                '(store="paged"), or leave device_budget out'
+            )
+        self._shares[index] = max(share * page_bytes, taken.get(index, 0))
+        return share
+
+
+class Offload:
+    """Hands out a budget and the staging buffers of each device.
+
+    Args:
+        budget: what may stay on devices.
+    """
+
+    def __init__(self, budget: Budget) -> None:
         self.budget = budget
-        self.bounds = list(bounds)
-        self._shares: dict[int, int] = {}
-        self.asked = object()  # another one when the shares are to be found anew
         self._stagings: dict[torch.device, Staging] = {}
 
+    def restart(self) -> None:
+        """The cache holds nothing any more, and shares nothing with its forks."""
+        self.budget = Budget(self.budget.num_bytes, self.budget.bounds)
+
     def place(self, index: int) -> Place:
-        """That of layer `index` of those that `bounds` were given for."""
+        """That of layer `index` of those that are offloaded."""
         return Place(self, index)
 
     def staging(self, device: torch.device) -> Staging:
@@ -37,40 +94,13 @@ class Offload:
             self._stagings[device] = Staging(bus_to(device))
         return self._stagings[device]
 
-    def divide_anew(self) -> None:
-        """The cache is to hold another number of tokens, or none: layers ask for their share again."""
-        self._shares.clear()
-        self.asked = object()
-
     def buffer_bytes(self) -> dict[torch.device, int]:
         """Bytes of the buffers on each device."""
         return {device: staging.nbytes() for device, staging in self._stagings.items()}
 
-    def share(self, index: int, page_bytes: int, page_size: int, rows: int, reserved: int) -> int | None:
-        """See `Place.share`."""
-        if self.budget is None:
-            return None
-        self._shares.pop(index, None)
-        left = (self.budget - sum(self._shares.values())) // page_bytes
-        needs = []
-        for other, bound in enumerate(self.bounds):
-            if other not in self._shares:
-                tokens = min(reserved or math.inf, math.inf if bound is None else bound + page_size)
-                needs.append((rows * math.ceil(tokens / page_size) if tokens < math.inf else math.inf, other))
-        share = _fair(left, needs, index)
-        if share < 1:
-            least = page_bytes * len(self.bounds)
-            raise ValueError(
-                f"device_budget is {self.budget:,} bytes for {len(self.bounds)} layers, and one page of a layer is "
-                f"{page_bytes:,} bytes ({page_size} tokens); give at least {least:,} bytes, or a smaller page_size "
-                '(store="paged"), or leave device_budget out'
-            )
-        self._shares[index] = share * page_bytes
-        return share
-
 
 class Place:
-    """One layer's place among them.
+    """One layer's place among those that are offloaded.
 
     Attributes:
         offload: what it shares.
@@ -81,18 +111,10 @@ class Place:
     def __init__(self, offload: Offload, index: int) -> None:
         self.offload, self.index, self.uncut = offload, index, 0
 
-    def share(self, page_bytes: int, page_size: int, rows: int, reserved: int) -> int | None:
-        """Pages the layer may keep on the device; None for those alone that are being filled.
-
-        Args:
-            page_bytes, page_size: bytes and tokens of one of its pages.
-            rows: B.
-            reserved: tokens a row will hold in all, or 0.
-
-        Raises:
-            ValueError: it is not even one.
-        """
-        return self.offload.share(self.index, page_bytes, page_size, rows, reserved)
+    @property
+    def budget(self) -> Budget:
+        """What may stay on devices."""
+        return self.offload.budget
 
 
 def _fair(pages: int, needs: Sequence[tuple[float, int]], index: int) -> int:

@@ -54,7 +54,7 @@ class OffloadedStore(PagedStore):
     def __init__(self, page_size: int, place: Place, *, bound: int | None = None) -> None:
         super().__init__(page_size, bound=bound)
         self.place = place
-        self._asked = place.offload.asked
+        self._asked = place.budget.asked
         self._pieces: tuple[Any, tuple[int, int], list[_Piece]] | None = None
 
     @property
@@ -70,7 +70,7 @@ class OffloadedStore(PagedStore):
 
     def move(self, place: Place) -> None:
         """Uses the buffers of another cache from here on: this one is a fork's."""
-        self.place, self._asked = place, place.offload.asked
+        self.place, self._asked = place, place.budget.asked
         if self.planes:
             self._join()
 
@@ -161,9 +161,9 @@ class OffloadedStore(PagedStore):
 
     def _share(self, like: Sequence[torch.Tensor] | None = None) -> int | None:
         """Pages that may stay on the device: asked for again when the cache is to hold more."""
-        self._asked = self.place.offload.asked
+        self._asked = self.place.budget.asked
         page_bytes = self.page_size * sum(map(token_bytes, like or self.planes))
-        return self.place.share(page_bytes, self.page_size, len(self.table), self.reserved)
+        return self.place.budget.share(self.place.index, page_bytes, self.page_size, len(self.table), self.reserved)
 
     def _join(self) -> None:
         self.staging.join(self)
@@ -196,12 +196,12 @@ class OffloadedStore(PagedStore):
             self.tiers.close(self.table, list(dict.fromkeys(row[-1] for row in self.table)), stay=is_first)
         if 0 < self.reserved <= self.length:
             self.reserved = 0  # the text goes on beyond what was reserved: nobody knows how far
-            self.place.offload.divide_anew()
+            self.place.budget.divide_anew()
         tokens = self.reserved or (self.bound or 0)
         if self.bound is not None:
             tokens = min(tokens, self.bound + self.page_size)
         expected = len(self.table) * -(-tokens // self.page_size)
-        if self._asked is not self.place.offload.asked:
+        if self._asked is not self.place.budget.asked:
             self.tiers.most = self._share()
         fresh = self.tiers.take_columns(self.table, full, has_tail, expected)
         try:

@@ -61,11 +61,9 @@ def test_the_shape_is_planned_without_a_network(no_network: None, tmp_path: Path
 
 
 def test_speeds_are_measured_where_none_is_given(folder: str) -> None:
-    result = invoke(folder, "--memory", "1GiB", "--kv", "none+offload")
+    result = invoke(folder, "--memory", "1GiB", "--device", "cpu", "--kv", "int8")
     assert result.exit_code == 0, result.output
-    output = " ".join(result.stdout.split())
-    assert "measured by a copy on this machine's" in output
-    assert "pinned host memory" in output or "50 GB/s (assumed" in output
+    assert "measured by a copy on this machine's cpu" in " ".join(result.stdout.split())
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough(folder: str) -> None:
@@ -129,6 +127,9 @@ def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (("tiny", "--context", "12kb"), "--context takes a number of tokens"),
         (("tiny", "--context", "0"), "--context takes a number of tokens"),
         (("tiny", "--batch", "0"), "batch must be a whole number of at least 1"),
+        (("tiny", "--context", "100", "--reply", "101"), "reply must be a part of the context"),
+        (("tiny", "--dtype", "float32", "--weights", "bf16"), "--dtype"),
+        (("tiny", "--memory", "1GiB", "--kv", "offload+device_budget:1B"), "less than a page of each"),
         (("tiny", "--reply", "0"), "reply must be a whole number of at least 1"),
         (("tiny", "--kv", "int7"), "int7"),
         (("tiny", "--kv", "window:9+global_layers:7"), "names layer 7"),

@@ -62,3 +62,27 @@ def test_two_processes_write_what_one_does(tmp_path, prompts):
     share = -(-len(prompts) // 2)
     assert f"{share}/{share}" in said
     assert "5/5" not in said  # the bar is of one process's share
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kv", "int7"), "int7"),
+        (("nowhere.txt",), "could not be read"),
+        (("empty.txt",), "there is no prompt"),
+        (("--out", "nowhere/texts.jsonl"), "there is no folder"),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(tmp_path, words, message):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    process = subprocess.run(
+        [sys.executable, str(EXAMPLE), *words, "--model", "/not/looked/for"],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert process.returncode == 2
+    assert message in process.stderr
+    assert "Traceback" not in process.stderr

@@ -97,3 +97,18 @@ def test_a_line_that_cannot_be_shown_ends_nothing(monkeypatch, caplog):
     assert "could not show its line" in caplog.text
     with MemoryMonitor(live=True) as after:
         assert after._line is not None
+
+
+def test_a_plot_that_cannot_be_written_is_refused(tmp_path):
+    with hfkv.MemoryMonitor() as monitor:
+        pass
+    for name, message in (("memory.jpg", "PNG file"), ("nowhere/memory.png", "there is no folder")):
+        with pytest.raises(ValueError, match=message):
+            monitor.plot(tmp_path / name)
+
+
+def test_a_monitor_that_was_never_started_has_no_peak():
+    with pytest.raises(RuntimeError, match="start it first"):
+        _ = hfkv.MemoryMonitor().peak
+    with pytest.raises(ValueError, match="knows no device 'gpu'; allowed here: cpu"):
+        hfkv.MemoryMonitor(devices=["gpu"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfkv.stores import ContiguousStore, Offload, OffloadedStore, PagedStore, Store
+from hfkv.stores import Budget, ContiguousStore, Offload, OffloadedStore, PagedStore, Store
 
 
 def make(kind: str, bound: int | None = None, offload: bool = False, budget: int | None = None) -> Store:
@@ -18,7 +18,7 @@ def make(kind: str, bound: int | None = None, offload: bool = False, budget: int
         return ContiguousStore(bound=bound)
     page_size = int(kind.removeprefix("paged"))
     if offload:
-        return OffloadedStore(page_size, Offload(budget, [bound]).place(0), bound=bound)
+        return OffloadedStore(page_size, Offload(Budget(budget, [bound])).place(0), bound=bound)
     return PagedStore(page_size, bound=bound)
 
 

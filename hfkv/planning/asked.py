@@ -1,0 +1,46 @@
+"""The caches that a plan is asked for, or the usual ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hfkv.config import KVConfig
+from hfkv.planning.fit import Planner
+from hfkv.planning.footprint import Footprint
+
+DEFAULT_KV = ("none", "int8", "fp8", "int4", "int8+window:4096", "none+offload")
+
+
+def asked_footprints(
+    planner: Planner, kv: KVConfig | str | Iterable[KVConfig | str] | None, notes: list[str]
+) -> dict[str, Footprint]:
+    """The caches by name. Those that the model cannot have are left out, with a note, unless none were left."""
+    footprints: dict[str, Footprint] = {}
+    refused: list[ValueError] = []
+    configs = [
+        KVConfig.of(each) for each in (DEFAULT_KV if kv is None else (kv,) if isinstance(kv, KVConfig | str) else kv)
+    ]
+    if not configs:
+        raise ValueError('kv names no cache; give one, such as "int8", or None for the usual ones')
+    for config in configs:
+        try:
+            _check_window(planner, config)
+            footprints[str(config)] = planner.footprint(config)
+        except ValueError as error:
+            refused.append(error)
+            notes.append(f"{config} is left out: {error}")
+            continue
+        if config.reuse is not None:
+            notes.append(f"what reuse keeps between calls, at most {config.reuse}, comes on top of {config}")
+    if not footprints:
+        raise refused[0]
+    return footprints
+
+
+def _check_window(planner: Planner, kv: KVConfig) -> None:
+    """Refuses a window where the attention cannot follow it, as `hfkv doctor` does."""
+    config = planner.geometry.config
+    windowed = any(each.window is not None for each in (kv, *kv.layers.values()))
+    biased = hasattr(config, "relative_attention_num_buckets") or getattr(config, "alibi", False)
+    if windowed and (biased or getattr(config, "kv_lora_rank", None)):
+        raise ValueError(f"{config.model_type!r} takes no window: its attention is not hfkv's; leave the window out")
