@@ -119,7 +119,7 @@ class KVCache(DynamicCache):
                 self.record.broken = what_failed(error)
             if isinstance(error, ValueError) or not is_whole:
                 raise
-            raise self.memory_error(error) from error
+            raise CacheMemoryError.of(error, self) from error
 
     def take_back(self, left: int) -> bool:
         """Takes back what layers have added in a forward that failed, so that each has seen `left` tokens.
@@ -140,14 +140,6 @@ class KVCache(DynamicCache):
         for leaf in ahead:
             leaf.crop(left - leaf.get_seq_length())
         return True
-
-    def memory_error(self, error: Exception) -> CacheMemoryError:
-        """What to raise where a forward found no memory and has been taken back."""
-        return CacheMemoryError(
-            f"{error}. The {self.get_seq_length():,} tokens read before are still held: the `cache` of this error goes "
-            "on with them (past_key_values=error.cache) once there is memory",
-            self,
-        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, padding included."""

@@ -19,3 +19,12 @@ class CacheMemoryError(MemoryError):
     def __init__(self, message: str, cache: KVCache) -> None:
         super().__init__(message)
         self.cache = cache
+
+    @classmethod
+    def of(cls, error: Exception, cache: KVCache) -> CacheMemoryError:
+        """What to raise where a forward found no memory and `cache` has been taken back."""
+        return cls(
+            f"{error}. The {cache.get_seq_length():,} tokens read before are still held: the `cache` of this error "
+            "goes on with them (past_key_values=error.cache) once there is memory",
+            cache,
+        )

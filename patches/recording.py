@@ -44,7 +44,7 @@ def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_whole:
             record.broken = record.broken or what_failed(error)
         elif isinstance(error, MemoryError | torch.OutOfMemoryError) and not isinstance(error, CacheMemoryError):
-            raise cache.memory_error(error) from error
+            raise CacheMemoryError.of(error, cache) from error
         raise
     ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
     count = cache.get_seq_length() - before

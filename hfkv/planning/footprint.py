@@ -136,8 +136,7 @@ class Footprint:
             for kind, count in self._kinds.items():
                 filled = self._fill(kind, tokens, rows).times(count)
                 if self._is_away(kind):
-                    # Host memory that a prompt has taken is kept.
-                    offloaded = offloaded.plus(filled._replace(allocated=filled.peak))
+                    offloaded = offloaded.plus(filled)
                 else:
                     resident = resident.plus(filled)
             self._known[tokens, rows] = resident, offloaded

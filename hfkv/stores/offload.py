@@ -83,6 +83,7 @@ class Offload:
     def restart(self) -> None:
         """The cache holds nothing any more, and shares nothing with its forks."""
         self.budget = Budget(self.budget.num_bytes, self.budget.bounds)
+        self._stagings = {}
 
     def place(self, index: int) -> Place:
         """That of layer `index` of those that are offloaded."""
