@@ -57,9 +57,10 @@ class Visibility:
 
         Slots that are looked at must all be among them, or none.
         """
+        if begin == 0 and (self.mask is None or self.mask.shape[-1] <= end - self.first):
+            return self
         if begin == 0:
-            mask = None if self.mask is None else self.mask[..., : max(end - self.first, 0)]
-            return replace(self, mask=mask)
+            return replace(self, mask=None if self.mask is None else self.mask[..., : max(end - self.first, 0)])
         first = max(self.first, begin)
         return replace(
             self,

@@ -135,7 +135,8 @@ class Store(ABC):
             last, first: counted from the first token held.
             uncut: so many tokens at the front are to be in one run.
         """
-        yield Run(tuple(self.planes), replace(self.layout(), length=last), 0)
+        layout = self.layout()
+        yield Run(tuple(self.planes), layout if layout.length == last else replace(layout, length=last), 0)
 
     @abstractmethod
     def held_tokens(self) -> int:
