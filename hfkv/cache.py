@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -127,9 +127,7 @@ class KVCache(DynamicCache):
         Returns:
             Whether that was possible: layers of transformers' own cannot go back.
         """
-        if any(
-            tensor is not None for layer in self.layers if not isinstance(layer, OURS) for tensor in own_tensors(layer)
-        ):
+        if any(True for _ in self._own_tensors()):
             return False
         ahead = [leaf for leaf in self.leaves if leaf.get_seq_length() > left]
         try:
@@ -288,10 +286,13 @@ class KVCache(DynamicCache):
         ]
         return CacheMemory.of(self.layers, shared)
 
-    def _own_bytes(self) -> int:
+    def _own_tensors(self) -> Iterator[torch.Tensor]:
         """Of the layers that are transformers' own."""
-        others = [layer for layer in self.layers if not isinstance(layer, OURS)]
-        return storage_bytes(tensor for layer in others for _, tensor in own_tensors(layer))
+        others = (layer for layer in self.layers if not isinstance(layer, OURS))
+        return (tensor for layer in others for _, tensor in own_tensors(layer))
+
+    def _own_bytes(self) -> int:
+        return storage_bytes(self._own_tensors())
 
     @property
     def holds_tokens(self) -> torch.Tensor | None:

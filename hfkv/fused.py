@@ -77,13 +77,12 @@ def attend_held(
     Returns:
         The output `[B, Hq, q, Dv]` in the query's dtype, and its log-sum-exp.
     """
-    # A logit that takes weight and is no token's comes once, behind the last run.
-    alone = replace(scoring, sink_logits=None)
     attended: Attended | None = None
     for keys, values, layout, of_run in held.runs(last, visibility):
         if layout.length == last:
             return kernel(query, keys, values, layout, of_run, scoring)
-        part = kernel(query, keys, values, layout, of_run, alone)
+        # A logit that takes weight and is no token's comes once, behind the last run.
+        part = kernel(query, keys, values, layout, of_run, replace(scoring, sink_logits=None))
         attended = part if attended is None else merge(attended, part)
     attended = nothing(query, held.parts["value"].head_dim) if attended is None else attended
     attended = with_sink_logits(attended, scoring.sink_logits)

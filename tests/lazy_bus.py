@@ -38,9 +38,6 @@ class LazyBus(Bus):
             if copied is not None:
                 self._run(copied - self._done)
 
-    def catch_up(self) -> None:
-        self._run(len(self._waiting))
-
     def settle(self) -> None:
         self._run(len(self._waiting))
 

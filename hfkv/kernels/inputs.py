@@ -57,17 +57,18 @@ class Visibility:
 
         Slots that are looked at must all be among them, or none.
         """
-        if begin == 0 and (self.mask is None or self.mask.shape[-1] <= end - self.first):
+        if begin == 0 and self.mask is None:
             return self
-        if begin == 0:
-            return replace(self, mask=None if self.mask is None else self.mask[..., : max(end - self.first, 0)])
         first = max(self.first, begin)
+        mask = None if self.mask is None else self.mask[..., first - self.first : max(end - self.first, 0)]
+        if begin == 0:
+            return replace(self, mask=mask)
         return replace(
             self,
             first=first - begin,
             held_from=self.held_from + begin - self.num_slots,
             num_slots=0,
-            mask=None if self.mask is None else self.mask[..., first - self.first : end - self.first],
+            mask=mask,
         )
 
 

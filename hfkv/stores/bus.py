@@ -73,9 +73,6 @@ class Bus:
     def wait(self, copied: Any) -> None:
         """What the device is asked to compute from here on comes after those copies."""
 
-    def catch_up(self) -> None:
-        """What the device is asked to compute from here on comes after everything asked of the bus so far."""
-
     def settle(self) -> None:
         """Returns when everything asked of the bus is done: host code may read and write host memory."""
 
@@ -116,9 +113,6 @@ class CudaBus(Bus):
     def wait(self, copied: Any) -> None:
         if copied is not None:
             torch.cuda.current_stream(self.device).wait_event(copied)
-
-    def catch_up(self) -> None:
-        torch.cuda.current_stream(self.device).wait_stream(self._stream)
 
     def settle(self) -> None:
         self._stream.synchronize()

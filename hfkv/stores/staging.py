@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfkv.stores.base import allocate
+from hfkv.stores.base import allocate, token_bytes
 from hfkv.stores.bus import Bus
 
 if TYPE_CHECKING:
@@ -262,7 +262,7 @@ def _known(buffer: Buffer, wanted: Wanted) -> int:
 
 
 def _page_bytes(plane: torch.Tensor) -> int:
-    return plane.element_size() * torch.Size(plane.shape[1:]).numel()
+    return plane.shape[2] * token_bytes(plane)
 
 
 def _fitting(pages: TieredPages, num_bytes: int) -> int:
