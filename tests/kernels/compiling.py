@@ -1,32 +1,43 @@
 """Compiles kernels for a GPU without having one: the interpreter takes much that a compiler refuses.
 
 Each argument of ``python -m tests.kernels.compiling`` is one kernel: "<compute capability> <operation> <key codec>
-<value codec> <dtype> <head dim> <page size> <options ...>".
+<value codec> <dtype> <head dim> <page size> <options ...>", or "<compute capability> <gemv or gemm> <form of the
+experts> <dtype> <tokens> <inputs> <options ...>".
 """
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hfkv.kernels import triton_append, triton_merge, triton_operator
+from hfkv.kernels import (
+    triton_append,
+    triton_experts,
+    triton_experts_combine,
+    triton_experts_slots,
+    triton_merge,
+    triton_operator,
+)
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.triton_decode import decode_attention
 from hfkv.kernels.triton_prefill import prefill_attention
 from hfkv.kernels.triton_tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
 from hfkv.layout import Layout
+from tests.kernels.expert_cases import choose, stack
 from tests.kernels.held import garbage
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
-POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32"}
+POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
 # What one program may have of it, in bytes.
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
 ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
+GEMV, GEMM = triton_experts._gemv_kernel, triton_experts._gemm_kernel
+TILE, COMBINE = triton_experts_slots._tile_kernel, triton_experts_combine._combine_kernel
 
 
 class Compiled:
@@ -50,6 +61,8 @@ class Compiled:
                 attributes[(index,)] = [["tt.divisibility", 16]]
             else:
                 signature[parameter.name] = "fp32" if isinstance(argument, float) else "i32"
+                if signature[parameter.name] == "i32" and argument % 16 == 0 and not parameter.do_not_specialize:
+                    attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         assert compiled.metadata.shared <= SHARED_LIMITS[self.capability], compiled.metadata.shared
@@ -62,8 +75,13 @@ def target(capability: int) -> None:
     triton_append._append_kernel = Compiled(APPEND, capability)
     triton_merge._merge_kernel = Compiled(MERGE, capability)
     triton_operator._attention_kernel = Compiled(ATTENTION, capability)
-    triton_operator.device_of = lambda device: Device(132, shared_memory)
-    triton_operator.product_dtypes = lambda dtype, codec, device: PRODUCT_DTYPES(dtype, codec, torch.device("cuda"))
+    triton_experts._gemv_kernel = Compiled(GEMV, capability)
+    triton_experts._gemm_kernel = Compiled(GEMM, capability)
+    triton_experts_slots._tile_kernel = Compiled(TILE, capability)
+    triton_experts_combine._combine_kernel = Compiled(COMBINE, capability)
+    for module in (triton_operator, triton_experts):
+        module.device_of = lambda device: Device(132, shared_memory)
+        module.product_dtypes = lambda dtype, codec, device: PRODUCT_DTYPES(dtype, codec, torch.device("cuda"))
 
 
 def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page_size: int, options: list[str]) -> None:
@@ -87,8 +105,26 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
         decode_attention(query, keys, values, layout, visibility, scoring, num_splits=4)
 
 
+def run_experts(
+    kernel: Literal["gemv", "gemm"], form: str, dtype: str, num_tokens: int, num_inputs: int, options: list[str]
+) -> None:
+    cpu, num_experts, num_outputs = torch.device("cpu"), 8, 256
+    slots = choose(num_tokens, 2, num_experts, cpu)
+    x = torch.zeros(num_tokens, num_inputs, dtype=getattr(torch, dtype))
+    parts = stack(form, (num_experts, num_outputs, num_inputs), x.dtype, cpu)
+    bias = x.new_zeros(num_experts, num_outputs) if "bias" in options else None
+    y = triton_experts.expert_linear(x, parts, slots, num_outputs, bias, rows_are_slots=False, kernel=kernel)
+    if "combine" in options:
+        triton_experts_combine.combine(y, torch.zeros(num_tokens, 2), x.dtype)
+
+
 if __name__ == "__main__":
     for kernel in sys.argv[1:]:
-        capability, operation, key_codec, value_codec, dtype, head_dim, page_size, *options = kernel.split()
+        capability, operation, *rest = kernel.split()
         target(int(capability))
-        run(operation, (key_codec, value_codec), dtype, int(head_dim), int(page_size), options)
+        if operation in ("gemv", "gemm"):
+            form, dtype, num_tokens, num_inputs, *options = rest
+            run_experts(operation, form, dtype, int(num_tokens), int(num_inputs), options)  # type: ignore[arg-type]
+        else:
+            key_codec, value_codec, dtype, head_dim, page_size, *options = rest
+            run(operation, (key_codec, value_codec), dtype, int(head_dim), int(page_size), options)

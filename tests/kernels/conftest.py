@@ -15,6 +15,8 @@ IMPORTED = (
     "triton.experimental.gluon",  # the first launch would import it
     "hfkv.kernels.triton_append",
     "hfkv.kernels.triton_decode",
+    "hfkv.kernels.triton_experts",
+    "hfkv.kernels.triton_experts_combine",
     "hfkv.kernels.triton_prefill",
     "tests.kernels.triton_ranges",
 )
