@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hfkv.attention import NAME, own_attention_reason
+from hfkv.patches.configs import own_configs
 from hfkv.patches.undo import Undo
 
 
@@ -28,11 +28,9 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
     ]
     if not all(module._can_set_attn_implementation() for module in decoders):
         return "its code does not go through transformers' attention functions"
-    copies = _copy_configs(model, undo)
+    own_configs(model, undo)
     decoder = _decoder_config(model.config)
     model.set_attn_implementation(_request(model.config, decoder))
-    for original, copied in copies:
-        undo.stands_in(original, copied)
     if decoder._attn_implementation != NAME:
         return f"it insists on its {decoder._attn_implementation!r} attention"
     return None
@@ -50,15 +48,3 @@ def _request(config: PreTrainedConfig, decoder: PreTrainedConfig) -> Any:
     """The decoder alone where it is a part of a larger model: a vision tower keeps its attention."""
     parts = [name for name in config.sub_configs if getattr(config, name, None) is decoder]
     return {parts[0]: NAME} if decoder is not config and parts else NAME
-
-
-def _copy_configs(model: PreTrainedModel, undo: Undo) -> list[tuple[PreTrainedConfig, PreTrainedConfig]]:
-    """Gives every module of `model` copies of its configs; returns each original with its copy."""
-    memo: dict[int, Any] = {}
-    originals: dict[int, PreTrainedConfig] = {}
-    for module in model.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, PreTrainedConfig):
-                undo.set(module, name, copy.deepcopy(value, memo))
-                originals[id(value)] = value
-    return [(original, memo[key]) for key, original in originals.items()]

@@ -11,9 +11,12 @@ from transformers import PreTrainedModel
 
 from hfkv.cache import KVCache
 from hfkv.config import KVConfig
+from hfkv.moe.config import MoEConfig
+from hfkv.moe.report import MoEReport
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
+from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
 from hfkv.patches.reuse import drop_pool, pool_of
@@ -41,6 +44,7 @@ class Patch:
         num_layers: layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
+        moe: what became of the experts, or None where nothing was asked for them.
         graphs: what captures decode steps, or None where that was not asked for.
     """
 
@@ -51,6 +55,7 @@ class Patch:
         self.own_layers: dict[int, str] = {}
         self.num_layers = 0
         self.exact_rotary = False
+        self.moe: MoEReport | None = None
         self.graphs: Graphs | None = None
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
@@ -127,10 +132,18 @@ class Patch:
         graphs = (
             "" if self.graphs is None else ", graphs" if self.graphs.off is None else f", no graphs: {self.graphs.off}"
         )
-        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{graphs})"
+        experts = "" if self.moe is None else f", {self.moe.summary()}"
+        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{experts}{graphs})"
 
 
-def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = False, graphs: bool = False) -> Patch:
+def patch(
+    model: Any,
+    kv: KVConfig | str | None = None,
+    *,
+    moe: MoEConfig | str | None = None,
+    exact_rotary: bool = False,
+    graphs: bool = False,
+) -> Patch:
     """Gives every `generate` call of `model` a fresh hfkv cache, and the model the attention that reads it.
 
     Without `kv` nothing is lost: no token changes. Pipelines, PEFT adapters, streamers, beams and assistants
@@ -139,6 +152,10 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
     Args:
         model: a transformers model that can generate, or a `PeftModel` around one.
         kv: a `KVConfig`, its string form such as ``"int8+window:4096"``, or None.
+        moe: a `MoEConfig` or its string form: ``"auto"`` gives the experts of a sparse model their fast form, with the
+            numbers they have (on a CPU the weights are packed, for inference and for adapters around them);
+            ``"int8"`` and ``"int4"`` write them in fewer bytes; ``"offload"`` keeps only the last used ones on the
+            device. The router is the model's own. None leaves the experts alone. See ``handle.moe``.
         exact_rotary: compute rotary angles in float64, exact at any position. Changes the last bits of results.
         graphs: capture the decode step in a CUDA graph and replay it. Where that cannot be, the reason is logged and
             the step runs as ever.
@@ -148,8 +165,8 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
 
     Raises:
         TypeError: not such a model, or not a `kv`.
-        ValueError: the model has no layered KV cache, `kv` does not fit its layers, or the model has no rotary
-            embedding that could be made exact.
+        ValueError: the model has no layered KV cache, `kv` does not fit its layers, the model has no experts that `moe`
+            could be for, or it has no rotary embedding that could be made exact.
         RuntimeError: the model is patched already.
         NotImplementedError: a private method of transformers that this overrides has changed.
     """
@@ -168,6 +185,7 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
             "patched already; take that patch off first"
         )
     handle = Patch(base, KVConfig.of(kv))
+    experts = None if moe is None else MoEConfig.of(moe)
     check_generate(base)
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
@@ -190,6 +208,10 @@ def patch(model: Any, kv: KVConfig | str | None = None, *, exact_rotary: bool = 
         set_recording(base, handle._undo)
         if model is not base:
             set_prompt_hook(model, handle._undo)
+        if experts is not None:
+            # The last: what is written in fewer bytes cannot be taken back.
+            handle.moe = set_experts(base, experts, handle._undo)
+        handle._undo.settle()
         handle._undo.set(base, "hfkv", handle)
         _inside.update(_models(base))
     except BaseException:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
+
+from hfkv.moe.stack import ExpertStack
+
+logger = logging.getLogger("hfkv")
 
 _ABSENT = "hfkv: the instance had no such attribute"
 # Where accelerate's hooks keep the forward that they wrap.
@@ -21,7 +27,8 @@ class Undo:
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any, Any]] = []
-        self._copies: list[tuple[Any, Any, dict[str, Any]]] = []
+        self._copies: list[tuple[Any, Any, dict[str, Any] | None]] = []
+        self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembering what the instance had."""
@@ -36,12 +43,33 @@ class Undo:
         name = _WRAPPED if _WRAPPED in vars(module) else "forward"
         self.set(module, name, wrap(getattr(module, name)))
 
-    def stands_in(self, original: Any, copied: Any) -> None:
-        """Notes that `copied` is used in place of `original`: what its owner changes in it is carried back."""
-        self._copies.append((original, copied, dict(vars(copied))))
+    @property
+    def has_copies(self) -> bool:
+        """Whether the model has copies of its configs already."""
+        return bool(self._copies)
+
+    def stand_in(self, copies: list[tuple[Any, Any]]) -> None:
+        """Notes copies that are used in place of originals: what their owner changes in them is carried back."""
+        self._copies = [(original, copied, None) for original, copied in copies]
+
+    def settle(self) -> None:
+        """Says that whatever is in the copies now was set by the patch, and not by the model's owner."""
+        self._copies = [(original, copied, dict(vars(copied))) for original, copied, _ in self._copies]
+
+    def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
+        """Puts `value` in the place of a parameter, whose own numbers are let go of."""
+        original = module._parameters[name]
+        assert original is not None
+        self._parameters.append((module, name, original))
+        module._parameters[name] = value
+        if not hasattr(original, "device_mesh") and original.device.type != "meta":
+            original.data = original.new_empty(0)
 
     def restore(self) -> None:
-        """Puts everything back."""
+        """Puts everything back; a parameter's numbers are those that stand in its place now."""
+        lossy = {_restore_parameter(*self._parameters.pop()) for _ in range(len(self._parameters))} - {None}
+        for form in sorted(filter(None, lossy)):
+            logger.warning("what is back of weights that were %s are their decoded numbers, not those before", form)
         while self._before:
             owner, name, value, ours = self._before.pop()
             if name in ("forward", _WRAPPED):
@@ -52,11 +80,33 @@ class Undo:
                 setattr(owner, name, value)
         while self._copies:
             original, copied, at_first = self._copies.pop()
+            if at_first is None:
+                continue  # the patch did not come to its end
             for name, value in vars(copied).items():
                 # A part of the config is compared by identity: it has a copy, and an entry, of its own.
                 before = at_first.get(name, _ABSENT)
                 if before is not value and (isinstance(value, PreTrainedConfig) or before != value):
                     vars(original)[name] = value
+
+
+def _restore_parameter(module: nn.Module, name: str, original: nn.Parameter) -> str | None:
+    """Returns the form that the parameter was in, if it lost something in it."""
+    now = module._parameters.get(name)
+    if not isinstance(now, ExpertStack):
+        return None
+    lossy = now.weights.form if now.weights.is_lossy else None
+    plain = now.plain()
+    if hasattr(original, "device_mesh"):
+        # A shard's numbers cannot be put into the object that held them.
+        from torch.distributed.tensor import DTensor
+
+        shard = DTensor.from_local(plain, original.device_mesh, original.placements, run_check=False)
+        module._parameters[name] = nn.Parameter(shard, requires_grad=now.requires_grad)
+        return lossy
+    original.data = plain
+    original.requires_grad_(now.requires_grad)
+    module._parameters[name] = original
+    return lossy
 
 
 def _restore_forward(module: Any, value: Any, ours: Any) -> None:

@@ -59,6 +59,7 @@ def stream(
     kv: str,
     max_new_tokens: int,
     console: Console | None = None,
+    moe: str | None = None,
 ) -> Generation:
     """Prints a model's greedy continuation of a prompt to stdout as it comes, and a newline.
 
@@ -69,6 +70,7 @@ def stream(
         kv: the cache's policies, such as ``"int8+window:1024"``.
         max_new_tokens: at least 1.
         console: where the prefill's progress bar goes; None for stderr.
+        moe: how the model's experts are kept, such as ``"int8"``; None leaves them alone.
 
     Raises:
         CommandError: the prompt is empty, `kv` or the model is refused, or there is not enough memory.
@@ -86,9 +88,10 @@ def stream(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
     num_prompt = inputs["input_ids"].shape[1]
     try:
-        patch = hfkv.patch(model, kv)
+        patch = hfkv.patch(model, kv, moe=moe)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise CommandError(f"--kv {kv!r} on {type(model).__name__}: {error}") from error
+        asked = f"--kv {kv!r}" if moe is None else f"--kv {kv!r} --moe {moe!r}"
+        raise CommandError(f"{asked} on {type(model).__name__}: {error}") from error
     with patch, _prefill_bar(patch.model, num_prompt, console or Console(stderr=True)) as end_bar:
         clock = TokenClock(end_bar, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         try:
@@ -151,18 +154,21 @@ def _read_prompt(prompt: str) -> str:
         raise CommandError(f"the prompt is not UTF-8 (byte {error.start}: {error.reason}); convert it first") from error
 
 
-def check_kv(kv: str) -> None:
-    """Refuses a `kv` that does not parse, before a model is loaded for it.
+def check_kv(kv: str, moe: str | None = None) -> None:
+    """Refuses a `kv` or a `moe` that does not parse, before a model is loaded for it.
 
     Raises:
         CommandError: naming the word.
     """
-    from hfkv import KVConfig
+    from hfkv import KVConfig, MoEConfig
 
-    try:
-        KVConfig.parse(kv)
-    except (TypeError, ValueError) as error:
-        raise CommandError(f"--kv {error}") from error
+    for option, parse, given in (("--kv", KVConfig.parse, kv), ("--moe", MoEConfig.parse, moe)):
+        if given is None:
+            continue
+        try:
+            parse(given)
+        except (TypeError, ValueError) as error:
+            raise CommandError(f"{option} {error}") from error
 
 
 def generate(
@@ -171,6 +177,9 @@ def generate(
         str | None, typer.Option(help="A folder, or a name on the Hub.", show_default="the bundled model")
     ] = None,
     kv: Annotated[str, typer.Option(help="The cache, such as int8+window:1024+offload+paged.")] = "none",
+    moe: Annotated[
+        str | None, typer.Option(help="The experts of a sparse model: auto, int8 or int4.", show_default="as they are")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
     lora: Annotated[str | None, typer.Option(help="A PEFT adapter for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
@@ -181,7 +190,7 @@ def generate(
     The text goes to stdout and nothing else does; bars, the closing figures and errors go to stderr.
     """
     with told_in_one_line():
-        check_kv(kv)
+        check_kv(kv, moe)
         text = _read_prompt(prompt)
         if not text.strip():
             raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
@@ -189,5 +198,5 @@ def generate(
         console = Console(stderr=True, highlight=False)
         with loading_bars(console):
             loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
-        generation = stream(loaded, tokenizer, text, kv, max_new_tokens, console)
+        generation = stream(loaded, tokenizer, text, kv, max_new_tokens, console, moe)
         console.print(Text(str(generation), style="dim"), soft_wrap=True)

@@ -25,6 +25,7 @@ from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from tests.integration.parallel_checks import APART, EVICTING, SHARED
+from tests.integration.parallel_experts import EXPERTS
 from tests.integration.parallel_scenarios import ASKED, MODES, SCENARIOS, Side, names, side_of
 
 # A process that waits so long for the other waits for ever.
@@ -76,6 +77,9 @@ def run(kind: str, folder: Path, notes: Notes) -> None:
                     notes.note(f"{kind} {' '.join(name)}", lambda what=name.what: SCENARIOS[what](side))
     for what, scenario in () if few else [*SHARED.items(), *EVICTING.items(), *APART.items()]:
         notes.note(f"{kind} {what}", lambda scenario=scenario: scenario(spread, own))
+    experts = EXPERTS if kind.endswith("mixtral") else {}
+    for what, scenario in experts.items():
+        notes.note(f"{kind} {what}", lambda scenario=scenario: scenario(spread, own))
     dist.barrier()
     plain = AutoModelForCausalLM.from_pretrained(folder / kind)
     work: list[tuple[str, Callable[[], Any]]] = []
@@ -90,6 +94,8 @@ def run(kind: str, folder: Path, notes: Notes) -> None:
         work.append((f"{kind} {what} stock", lambda what=what: SCENARIOS[what](Side(plain, None, MODES[0], own))))
     for what, scenario in () if few else [*SHARED.items(), *EVICTING.items(), *list(APART.items())[:2]]:
         work.append((f"{kind} {what} alone", lambda scenario=scenario: scenario(plain, own)))
+    if experts:  # in their order, by one process
+        work.append((f"{kind} experts alone", lambda: {what: run(plain, own) for what, run in experts.items()}))
     for what, do in work[notes.rank :: notes.size]:
         notes.note(what, do, together=False)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from filelock import FileLock
 
 from tests.integration.parallel_checks import EVICTING, SHARED
@@ -126,6 +127,27 @@ def test_lossless_caches_have_the_tokens_of_transformers_own(launched, kind, nam
     run = launched(kind)
     stock = run.single(f"{kind} {name.what} stock")
     assert run.of(f"{kind} {' '.join(name)}") == [stock, stock]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith("mixtral")])
+def test_experts_are_those_of_a_single_process(launched, kind):
+    run = launched(kind)
+    alone = run.single(f"{kind} experts alone")
+    stock = torch.tensor(alone["experts stock"]["logits"])
+    for what in ("experts stock", "experts auto", "experts int8"):
+        found = run.of(f"{kind} {what}")
+        logits = torch.tensor(alone[what]["logits"])
+        for one in found:
+            # The matrices of a tensor-parallel process have fewer inputs, and so other scales in int8.
+            bound = 0.2 if what == "experts int8" and shares_heads(kind) and kind == "tp-mixtral" else 1e-4
+            assert ((torch.tensor(one["logits"]) - logits).norm() / stock.norm()).item() <= bound
+            if bound == 1e-4:
+                assert one["tokens"] == alone[what]["tokens"]
+    assert run.of(f"{kind} experts auto")[0]["tokens"] == alone["experts stock"]["tokens"]
+    # A packed matrix knows nothing of processes; int8 is made of what each has.
+    assert [one["forms"] for one in run.of(f"{kind} experts auto")] == [["plain"]] * 2
+    assert [one["forms"] for one in run.of(f"{kind} experts int8")] == [["int8"]] * 2
+    assert all(one["ratio"] < 0.35 for one in run.of(f"{kind} experts int8"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

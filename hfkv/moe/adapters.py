@@ -1,0 +1,111 @@
+"""`Factors`: what LoRA adds to the matrices of a layer's experts, as two thin matrices for each."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """``W + scaling · B A`` for E experts, never multiplied out.
+
+    Attributes:
+        a: `[E, r, K]`.
+        b: `[E, N, r]`.
+        scaling: LoRA's.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
+
+    def add_to(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """`y` `[n, N]` with what is added for `x` `[n, K]` and one expert; `y` is not kept."""
+        # PEFT keeps factors in float32: one matrix of x costs less to convert than one of the factor.
+        inner = F.linear(x.to(self.a.dtype), self.a[expert]).to(y.dtype)
+        return torch.addmm(y, inner, self.b[expert].t().to(y.dtype), alpha=self.scaling)
+
+    def ready(self, dtype: torch.dtype) -> Factors:
+        """The same for a forward in `dtype`: without gradients, `b` with an expert's numbers side by side."""
+        if torch.is_grad_enabled() and self.b.requires_grad:
+            return self
+        return Factors(self.a, _side_by_side(self.b, dtype), self.scaling)
+
+    @classmethod
+    def of_product(cls, left: torch.Tensor, right: torch.Tensor, scaling: float, is_transposed: bool) -> Factors:
+        """From a change of the parameter itself, ``left @ right``, in the model's layout."""
+        if is_transposed:
+            return cls(left.transpose(1, 2), right.transpose(1, 2), scaling)
+        return cls(right, left, scaling)
+
+
+_SAMPLES = 64
+# Called when an experts module is found to have adapters that are multiplied out: a patch sees to it that they are not
+# the next time.
+adopters: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
+
+
+# PEFT's matrix `[N, r E]` has an expert's numbers far apart: reading those of one expert reads nearly all. This is the
+# last copy of each with them side by side.
+_copies = WeakTensorKeyDictionary()
+
+
+class _Copy(NamedTuple):
+    """Of a factor, and what it was made of."""
+
+    made_of: tuple[int, int, torch.dtype]
+    sample: torch.Tensor
+    numbers: torch.Tensor
+
+
+def _side_by_side(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`b`, contiguous and of `dtype`: the same copy again as long as nobody has written to it."""
+    owner = b if b._base is None else b._base
+    version = -1 if owner.is_inference() else owner._version
+    made_of = (b.data_ptr(), version, dtype)
+    # Torch counts no writes through `.data`: some of its numbers tell.
+    flat = owner.detach().view(-1) if owner.is_contiguous() else owner.detach().flatten()
+    sample = flat[:: max(len(flat) // _SAMPLES, 1) | 1]
+    copy: _Copy | None = _copies.get(owner)
+    if copy is None or copy.made_of != made_of or not torch.equal(copy.sample, sample):
+        copy = _copies[owner] = _Copy(made_of, sample.clone(), b.detach().to(dtype).contiguous())
+    return copy.numbers
+
+
+class _Applied(threading.local):
+    """What is being added in the forwards of this thread, by module and parameter."""
+
+    def __init__(self) -> None:
+        self.factors: dict[tuple[int, str], tuple[Factors, ...]] = {}
+
+
+_applied = _Applied()
+
+
+@contextmanager
+def applied(experts: Any, name: str, factors: tuple[Factors, ...]) -> Iterator[None]:
+    """While it lasts, the ``hfkv`` experts add `factors` to the parameter `name` of the module `experts`."""
+    key = (id(experts), name)
+    before = _applied.factors.get(key, ())
+    _applied.factors[key] = before + factors
+    try:
+        yield
+    finally:
+        if before:
+            _applied.factors[key] = before
+        else:
+            del _applied.factors[key]
+
+
+def factors_of(experts: Any, name: str) -> tuple[Factors, ...]:
+    """What is being added to a parameter in this thread."""
+    return _applied.factors.get((id(experts), name), ())

@@ -1,0 +1,58 @@
+"""All experts at once on an accelerator: kernels that read the weights as they are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfkv.kernels.expert_slots import Slots
+from hfkv.kernels.triton_support import unsupported
+from hfkv.moe.projection import Projection
+from hfkv.moe.weights import PlainWeights
+
+
+def can_group(projections: tuple[Projection, ...], hidden_states: torch.Tensor) -> bool:
+    """Whether the kernels can: on a GPU, with Triton, where no gradients are asked for."""
+    device = hidden_states.device
+    if device.type == "cpu" or unsupported(device, projections[0].weights.dtype) is not None:
+        return False
+    tracked = [hidden_states, *(part for p in projections for f in p.factors for part in (f.a, f.b))]
+    is_tracked = any(tensor.requires_grad for tensor in tracked) or any(p.is_trained for p in projections)
+    return not (is_tracked and torch.is_grad_enabled())
+
+
+def run_grouped(
+    experts: Any,
+    projections: tuple[Projection, Projection],
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """As `run_by_expert`, without waiting for the device: it can be captured in a CUDA graph."""
+    up, down = projections
+    slots = Slots(top_k_index, up.weights.shape[0])
+    hidden = _linear(up, hidden_states.to(up.weights.dtype), slots, rows_are_slots=False)
+    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
+    out = _linear(down, hidden, slots, rows_are_slots=True)
+    if getattr(experts, "has_post_expert_norm", False):
+        out = experts.post_expert_norm(out)
+    # Slots of no expert here hold zeros, but for what a gate or a norm makes of them; their weights are zero too.
+    weighted = out * top_k_weights.reshape(-1, 1)
+    return weighted.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
+
+
+def _linear(projection: Projection, x: torch.Tensor, slots: Slots, *, rows_are_slots: bool) -> torch.Tensor:
+    from hfkv.kernels.triton_experts import expert_linear
+
+    weights = projection.weights
+    y = expert_linear(x, weights.codes(), slots, weights.shape[1], projection.bias, rows_are_slots=rows_are_slots)
+    for factors in projection.factors:
+        inner = expert_linear(
+            x, PlainWeights(factors.a.to(x.dtype)).codes(), slots, factors.a.shape[1], rows_are_slots=rows_are_slots
+        )
+        outer = expert_linear(
+            inner, PlainWeights(factors.b.to(x.dtype)).codes(), slots, weights.shape[1], rows_are_slots=True
+        )
+        y = torch.add(y, outer, alpha=factors.scaling)
+    return y

@@ -1,0 +1,75 @@
+"""`Int8Weights`: experts as int8 numbers with one scale for each output."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hfkv.kernels.expert_codes import Codes
+from hfkv.moe.weights import ExpertWeights, check_matrix
+
+# `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers.
+_CPU_INPUTS, _CPU_OUTPUTS = 32, 4
+
+
+class Int8Weights(ExpertWeights):
+    """``W ≈ codes · scales``: int8 `[E, N, K]` and float32 `[E, N]`, every scale a bfloat16 number.
+
+    The error of a matrix product is 0.75 % of its size where weights are Gaussian.
+    """
+
+    form = "int8"
+    is_lossy = True
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.int8 = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.scales = torch.ones(shape[:2], dtype=torch.float32, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.int8.device
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        codes, scales = self.int8[expert], self.scales[expert].to(x.dtype)
+        is_tiled = codes.shape[1] % _CPU_INPUTS == 0 and codes.shape[0] % _CPU_OUTPUTS == 0
+        if x.device.type == "cpu" and is_tiled:
+            return torch._weight_int8pack_mm(x, codes, scales)
+        return F.linear(x, self.decode(expert).to(x.dtype))
+
+    def decode(self, expert: int) -> torch.Tensor:
+        return (self.int8[expert] * self.scales[expert, :, None]).to(self.dtype)
+
+    def write(self, expert: int, matrix: torch.Tensor) -> None:
+        check_matrix(self, matrix)
+        matrix = matrix.detach().to(self.device, torch.float32)
+        largest = matrix.abs().amax(dim=1) if matrix.shape[1] else matrix.new_zeros(matrix.shape[0])
+        # Rounded before anything is divided by it, so that its rounding costs no accuracy.
+        scales = (largest / 127).bfloat16().float()
+        scales = torch.where(scales == 0, 1.0, scales)
+        self.int8[expert] = (matrix / scales[:, None]).round_().clamp_(-127, 127).to(torch.int8)
+        self.scales[expert] = scales
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        moved = object.__new__(Int8Weights)
+        moved.shape, moved.dtype = self.shape, dtype
+        moved.int8, moved.scales = self.int8.to(device, copy=True), self.scales.to(device, copy=True)
+        return moved
+
+    def codes(self) -> tuple[Codes, ...]:
+        return (Codes(self.int8, self.scales, None, None, None, self.shape[2]),)
+
+    @classmethod
+    def of_planes(cls, planes: dict[str, torch.Tensor], dtype: torch.dtype) -> Int8Weights:
+        """From `portable_planes`."""
+        weights = object.__new__(cls)
+        weights.int8, weights.scales = planes["int8"], planes["scales"].float()
+        weights.shape, weights.dtype = tuple(weights.int8.shape), dtype  # type: ignore[assignment]
+        return weights
+
+    def portable_planes(self) -> dict[str, torch.Tensor]:
+        """`planes`, in an order that no processor decides."""
+        return self.planes()
+
+    def planes(self) -> dict[str, torch.Tensor]:
+        return {"int8": self.int8, "scales": self.scales}

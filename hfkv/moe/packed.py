@@ -1,0 +1,89 @@
+"""`PackedWeights`: experts in oneDNN's own order, which a CPU reads faster; the same numbers, the same bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfkv.kernels.expert_codes import Codes
+from hfkv.moe.weights import ExpertWeights, PlainWeights, check_matrix, state_without
+
+# Numbers of each expert that stand for all of them where somebody asks whether weights changed.
+_SAMPLES = 8
+
+
+def unpackable(matrices: torch.Tensor) -> str | None:
+    """Why a stack `[E, N, K]` cannot be packed, or None."""
+    if matrices.device.type != "cpu":
+        return f"on {matrices.device.type}"
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return "this torch has no oneDNN"
+    if matrices.dtype == torch.float32:
+        return None
+    if matrices.dtype == torch.bfloat16:
+        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this processor's oneDNN takes no bfloat16"
+    return f"oneDNN packs bfloat16 and float32, not {str(matrices.dtype).removeprefix('torch.')}"
+
+
+class PackedWeights(ExpertWeights):
+    """One opaque tensor of oneDNN's for each expert; decoding is exact.
+
+    Measured on 2 cores of an AMD EPYC (AVX-512, bf16; H 1024, I 2048, E 16, K 2), against plain matrices in the same
+    loop: 1.5 x at one token, 1.6 x at 8 and 1.5 x at 128 tokens.
+    """
+
+    form = "packed"
+
+    def __init__(self, matrices: torch.Tensor) -> None:
+        self.shape = tuple(matrices.shape)  # type: ignore[assignment]
+        self.dtype = matrices.dtype
+        self._packed = [_pack(matrix) for matrix in matrices]
+        # An opaque tensor has no storage to look at: a few numbers tell whether weights are others.
+        self.sample = torch.stack([_few(matrix) for matrix in matrices])
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed[expert], None, "none", [], "")
+
+    def decode(self, expert: int) -> torch.Tensor:
+        return self._packed[expert].to_dense()
+
+    def write(self, expert: int, matrix: torch.Tensor) -> None:
+        check_matrix(self, matrix)
+        self._packed[expert] = _pack(matrix.to(self.dtype))
+        self.sample[expert] = _few(matrix)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        whole = self.read_all().to(device, dtype)
+        return PlainWeights(whole) if unpackable(whole) else PackedWeights(whole)
+
+    def codes(self) -> tuple[Codes, ...]:
+        raise RuntimeError("packed experts are for a CPU; kernels of accelerators read plain ones")
+
+    def planes(self) -> dict[str, torch.Tensor]:
+        return {"sample": self.sample}
+
+    def nbytes(self) -> int:
+        """Bytes of the numbers; oneDNN may add a few to round a matrix up to whole blocks."""
+        experts, outputs, inputs = self.shape
+        return experts * outputs * inputs * self.dtype.itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**state_without(self, "_packed"), "matrices": self.read_all()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["matrices"])  # type: ignore[misc]
+
+
+def _pack(matrix: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None)
+
+
+def _few(matrix: torch.Tensor) -> torch.Tensor:
+    outputs, inputs = matrix.shape
+    places = torch.arange(_SAMPLES)
+    return matrix.detach()[places * 7919 % outputs, places * 104729 % inputs]

@@ -1,0 +1,139 @@
+"""`ExpertWeights`: one matrix for each expert of a layer, in whatever form it is kept."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from hfkv.kernels.expert_codes import Codes
+
+
+class ExpertWeights(ABC):
+    """E matrices ``[N outputs, K inputs]``.
+
+    Attributes:
+        form: ``"plain"``, ``"packed"``, ``"int8"`` or ``"int4"``.
+        shape: (E, N, K).
+        dtype: of the numbers they stand for.
+        is_lossy: whether writing rounds.
+    """
+
+    form: str
+    is_lossy = False
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where they are read."""
+
+    @abstractmethod
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        """``x @ W.T`` of one expert.
+
+        Args:
+            x: `[n, K]` of `dtype`, n at least 1, contiguous.
+            expert: its index.
+
+        Returns:
+            `[n, N]`, of `dtype`.
+        """
+
+    def expect(self, experts: list[int]) -> list[int]:
+        """A forward is going to use `experts`; returns them in the order that is best."""
+        return experts
+
+    @abstractmethod
+    def decode(self, expert: int) -> torch.Tensor:
+        """One expert's matrix `[N, K]` in `dtype`; may share memory with the weights: not to be written to."""
+
+    @abstractmethod
+    def write(self, expert: int, matrix: torch.Tensor) -> None:
+        """Puts `matrix` `[N, K]` in the place of one expert's."""
+
+    @abstractmethod
+    def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        """The same numbers elsewhere, or in another dtype; a copy always."""
+
+    @abstractmethod
+    def codes(self) -> tuple[Codes, ...]:
+        """What a kernel on an accelerator reads."""
+
+    @abstractmethod
+    def planes(self) -> dict[str, torch.Tensor]:
+        """The bytes that matter, by name: what is saved, and what says whether they changed."""
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(plane.nbytes for plane in self.planes().values())
+
+    def read_all(self) -> torch.Tensor:
+        """All matrices `[E, N, K]` in `dtype`, a fresh tensor."""
+        whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        for expert in range(self.shape[0]):
+            whole[expert] = self.decode(expert)
+        return whole
+
+    def write_all(self, matrices: torch.Tensor) -> None:
+        """Puts `matrices` `[E, N, K]` in the place of all."""
+        for expert, matrix in enumerate(matrices):
+            self.write(expert, matrix)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self.shape)}, {self.dtype}, {self.device})"
+
+
+class PlainWeights(ExpertWeights):
+    """A tensor `[E, N, K]`, of any strides, as it is."""
+
+    form = "plain"
+
+    def __init__(self, matrices: torch.Tensor) -> None:
+        self.matrices = matrices
+        self.shape = tuple(matrices.shape)  # type: ignore[assignment]
+        self.dtype = matrices.dtype
+        self._each: Sequence[torch.Tensor] = matrices  # type: ignore[assignment]
+
+    def unbound(self) -> PlainWeights:
+        """The same, each matrix cut out of the tensor once: its gradient then is not as large as that of all."""
+        weights = PlainWeights(self.matrices)
+        weights._each = self.matrices.unbind(0)
+        return weights
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrices.device
+
+    def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        return F.linear(x, self._each[expert])
+
+    def decode(self, expert: int) -> torch.Tensor:
+        return self.matrices[expert]
+
+    def write(self, expert: int, matrix: torch.Tensor) -> None:
+        self.matrices[expert] = matrix
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
+        return PlainWeights(self.matrices.to(device, dtype, copy=True))
+
+    def codes(self) -> tuple[Codes, ...]:
+        return (Codes(self.matrices, None, None, None, None, self.shape[2]),)
+
+    def planes(self) -> dict[str, torch.Tensor]:
+        return {"matrices": self.matrices}
+
+
+def check_matrix(weights: ExpertWeights, matrix: torch.Tensor) -> None:
+    """Raises ValueError where `matrix` is not one of an expert of `weights`."""
+    if tuple(matrix.shape) != weights.shape[1:]:
+        raise ValueError(f"an expert here is a matrix of {list(weights.shape[1:])}, got {list(matrix.shape)}")
+
+
+def state_without(weights: Any, *names: str) -> dict[str, Any]:
+    """The attributes of `weights` but some, for a pickle."""
+    return {name: value for name, value in vars(weights).items() if name not in names}

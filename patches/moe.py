@@ -1,0 +1,161 @@
+"""Gives a model the ``"hfkv"`` experts, and writes their weights as they are to be kept."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hfkv.moe.checkpoint import CODECS, ExpertsConfig, ExpertsQuantizer
+from hfkv.moe.config import MoEConfig
+from hfkv.moe.experts import NAME
+from hfkv.moe.families import experts_of, no_experts, others_of, weight_names
+from hfkv.moe.packed import PackedWeights, unpackable
+from hfkv.moe.report import MoEReport, Swap
+from hfkv.moe.stack import ExpertStack, as_parameter
+from hfkv.moe.weights import ExpertWeights, PlainWeights
+from hfkv.patches.configs import own_configs
+from hfkv.patches.expert_lora import set_expert_lora
+from hfkv.patches.saving import set_saving
+from hfkv.patches.undo import Undo
+
+logger = logging.getLogger("hfkv")
+
+
+def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport:
+    """Makes every experts module of `model` use the ``"hfkv"`` experts; its router is its own.
+
+    Args:
+        model: with experts that transformers' interface runs.
+        moe: how their weights are kept.
+        undo: of the patch.
+
+    Returns:
+        What was changed, and what was not.
+
+    Raises:
+        ValueError: there are no such experts, or their weights cannot be kept so.
+    """
+    if not experts_of(model):
+        raise ValueError(f"moe={str(moe)!r}: {no_experts(model)}")
+    _check_weights(model, moe)
+    own_configs(model, undo)
+    swaps = []
+    replaced: dict[int, Any] = {}
+    for name, experts in experts_of(model).items():
+        is_config = isinstance(experts.config, PreTrainedConfig)
+        undo.set(experts.config, "_experts_implementation_internal" if is_config else "_experts_implementation", NAME)
+        swaps.append(_keep(name, experts, moe, undo, replaced))
+    if moe.codec in CODECS and not moe.offload:
+        _say_how_to_save(model, moe, undo)
+    elif any(swap.form == PackedWeights.form for swap in swaps):
+        set_saving(model, undo)
+    set_expert_lora(model, undo)
+    report = MoEReport(tuple(swaps), others_of(model))
+    for name, why in report.kept.items():
+        logger.warning("%s keeps its own experts: %s", name, why)
+    return report
+
+
+def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None:
+    """So that `save_pretrained` writes the experts in the bytes that they have now."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        logger.warning(
+            "save_pretrained follows the quantisation that the model was loaded with, not that of its experts"
+        )
+        return
+    quantizer = ExpertsQuantizer(ExpertsConfig(moe.codec))
+    undo.set(model, "hf_quantizer", quantizer)
+    undo.set(model.config, "quantization_config", quantizer.quantization_config)
+
+
+def _keep(name: str, experts: Any, moe: MoEConfig, undo: Undo, replaced: dict[int, Any]) -> Swap:
+    """Writes the weights of one module's experts as `moe` says."""
+    before = after = 0
+    forms: dict[str, str] = {}
+    for parameter in weight_names(experts):
+        given = experts._parameters[parameter]
+        before += _num_bytes(given)
+        stack = replaced.get(id(given))
+        if stack is None:
+            stack, why = _stack_of(experts, given, moe)
+            replaced[id(given)] = stack
+        else:
+            why = "shared with another layer"
+        forms[stack.weights.form if isinstance(stack, ExpertStack) else "plain"] = why
+        if stack is not given:
+            undo.set_parameter(experts, parameter, stack)
+        after += stack.weights.nbytes() if isinstance(stack, ExpertStack) else _num_bytes(given)
+    form, why = next(iter(forms.items()))
+    num_experts = experts._parameters["down_proj"].shape[0]
+    return Swap(name, type(experts).__name__, num_experts, form, why, before, after)
+
+
+def _stack_of(experts: Any, given: Any, moe: MoEConfig) -> tuple[Any, str]:
+    """What is to stand in the place of a parameter, or the parameter itself, and why."""
+    if isinstance(given, ExpertStack):
+        return given, "as it was loaded"
+    if moe.codec == "none":
+        why = _why_plain(experts, given)
+        if why is not None:
+            return given, why
+    local = given.to_local() if hasattr(given, "to_local") else given
+    matrices = local.detach().transpose(1, 2) if experts.is_transposed else local.detach()
+    weights: ExpertWeights
+    if moe.codec == "none":
+        weights, why = PackedWeights(matrices), "a CPU reads oneDNN's order faster; the numbers are the same"
+    else:
+        weights = CODECS[moe.codec](tuple(matrices.shape), matrices.dtype, matrices.device)
+        weights.write_all(matrices)
+        why = "as asked for"
+    return as_parameter(ExpertStack(weights, experts.is_transposed), given.requires_grad), why
+
+
+def _why_plain(experts: Any, given: Any) -> str | None:
+    """Why a parameter stays the tensor that it is, where nothing else was asked for."""
+    if given.device.type == "meta":
+        return "put away by accelerate, which brings it back for each forward"
+    if hasattr(given, "to_local"):
+        return "a part of a tensor that is spread over processes"
+    if given.device.type != "cpu":
+        return "kernels read it as it is"
+    if experts.training:
+        return "in training mode: packed experts get no gradients"
+    return unpackable(given)
+
+
+def _check_weights(model: PreTrainedModel, moe: MoEConfig) -> None:
+    for name, experts in experts_of(model).items():
+        for parameter in weight_names(experts):
+            given = experts._parameters.get(parameter)
+            if given is None:
+                raise ValueError(
+                    f"{name}.{parameter} is no plain parameter (it is parametrised, or quantised by another library); "
+                    "hfkv reads plain ones: load the model without that"
+                )
+            if isinstance(given, ExpertStack) and moe.codec not in ("none", given.weights.form):
+                raise ValueError(
+                    f"{name}.{parameter} is {given.weights.form} already, and would lose more as {moe.codec}; use "
+                    'moe="auto"'
+                )
+            if moe.codec == "none" or isinstance(given, ExpertStack):
+                continue
+            if given.device.type == "meta":
+                raise ValueError(
+                    f"{name}.{parameter} is put away by accelerate (on meta), so it cannot be written as {moe.codec} "
+                    f'in place; use moe="{moe.codec}+offload", or load the model without offloading its experts'
+                )
+            if not given.dtype.is_floating_point or given.dtype.itemsize < 2:
+                raise ValueError(
+                    f"{name}.{parameter} is {given.dtype}: quantised already; moe={str(moe)!r} takes bfloat16, float16 "
+                    "and float32"
+                )
+
+
+def _num_bytes(given: torch.Tensor) -> int:
+    if isinstance(given, ExpertStack):
+        return given.weights.nbytes()
+    local = given.to_local() if hasattr(given, "to_local") else given
+    return 0 if local.device.type == "meta" else PlainWeights(local).nbytes()
