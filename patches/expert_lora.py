@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from hfkv.moe.adapters import Factors, adopters, applied
-from hfkv.moe.experts import NAME
-from hfkv.moe.families import experts_of, is_experts
+from hfkv.experts.adapters import Factors, adopters, applied
+from hfkv.experts.families import experts_of, is_experts
+from hfkv.experts.implementation import NAME
 from hfkv.patches.undo import Undo
 
 _METHOD = "_activate_lora"

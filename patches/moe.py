@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkv.moe.checkpoint import CODECS, ExpertsConfig, ExpertsQuantizer
-from hfkv.moe.config import MoEConfig
-from hfkv.moe.experts import NAME
-from hfkv.moe.families import experts_of, no_experts, others_of, weight_names
-from hfkv.moe.packed import PackedWeights, unpackable
-from hfkv.moe.report import MoEReport, Swap
-from hfkv.moe.stack import ExpertStack, as_parameter
-from hfkv.moe.weights import ExpertWeights, PlainWeights
+from hfkv.experts.checkpoint import CODECS, ExpertsConfig, ExpertsQuantizer
+from hfkv.experts.config import MoEConfig
+from hfkv.experts.families import experts_of, no_experts, others_of, weight_names
+from hfkv.experts.implementation import NAME
+from hfkv.experts.offload.at_rest import bring_no_more
+from hfkv.experts.offload.place import offload_experts, slots_for_budget
+from hfkv.experts.offload.trace import ExpertTrace
+from hfkv.experts.packed import PackedWeights, unpackable
+from hfkv.experts.report import MoEReport, Swap
+from hfkv.experts.stack import ExpertStack, as_parameter
+from hfkv.experts.weights import ExpertWeights, PlainWeights
 from hfkv.patches.configs import own_configs
 from hfkv.patches.expert_lora import set_expert_lora
 from hfkv.patches.saving import set_saving
@@ -43,17 +46,17 @@ def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport
     _check_weights(model, moe)
     own_configs(model, undo)
     swaps = []
-    replaced: dict[int, Any] = {}
+    keeper = _Keeper(moe, undo, model)
     for name, experts in experts_of(model).items():
         is_config = isinstance(experts.config, PreTrainedConfig)
         undo.set(experts.config, "_experts_implementation_internal" if is_config else "_experts_implementation", NAME)
-        swaps.append(_keep(name, experts, moe, undo, replaced))
+        swaps.append(keeper.keep(name, experts))
     if moe.codec in CODECS and not moe.offload:
         _say_how_to_save(model, moe, undo)
     elif any(swap.form == PackedWeights.form for swap in swaps):
         set_saving(model, undo)
     set_expert_lora(model, undo)
-    report = MoEReport(tuple(swaps), others_of(model))
+    report = MoEReport(tuple(swaps), others_of(model), keeper.trace)
     for name, why in report.kept.items():
         logger.warning("%s keeps its own experts: %s", name, why)
     return report
@@ -71,26 +74,47 @@ def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None
     undo.set(model.config, "quantization_config", quantizer.quantization_config)
 
 
-def _keep(name: str, experts: Any, moe: MoEConfig, undo: Undo, replaced: dict[int, Any]) -> Swap:
-    """Writes the weights of one module's experts as `moe` says."""
-    before = after = 0
-    forms: dict[str, str] = {}
-    for parameter in weight_names(experts):
-        given = experts._parameters[parameter]
-        before += _num_bytes(given)
-        stack = replaced.get(id(given))
-        if stack is None:
-            stack, why = _stack_of(experts, given, moe)
-            replaced[id(given)] = stack
-        else:
-            why = "shared with another layer"
-        forms[stack.weights.form if isinstance(stack, ExpertStack) else "plain"] = why
-        if stack is not given:
-            undo.set_parameter(experts, parameter, stack)
-        after += stack.weights.nbytes() if isinstance(stack, ExpertStack) else _num_bytes(given)
-    form, why = next(iter(forms.items()))
-    num_experts = experts._parameters["down_proj"].shape[0]
-    return Swap(name, type(experts).__name__, num_experts, form, why, before, after)
+class _Keeper:
+    """Writes the weights of one module's experts after the other as `moe` says.
+
+    Attributes:
+        trace: who was chosen and what travelled, of offloaded experts.
+    """
+
+    def __init__(self, moe: MoEConfig, undo: Undo, model: PreTrainedModel) -> None:
+        self.moe, self._undo = moe, undo
+        self._replaced: dict[int, Any] = {}
+        self.trace = ExpertTrace() if moe.offload else None
+        if moe.offload:
+            budget = None if moe.device_budget is None else int(moe.device_budget)
+            self._num_slots = slots_for_budget(experts_of(model).values(), budget, moe.codec)
+
+    def keep(self, name: str, experts: Any) -> Swap:
+        """Puts stacks in the place of the parameters, where they are to be kept in another form."""
+        names = weight_names(experts)
+        given = [experts._parameters[parameter] for parameter in names]
+        stacks = [self._replaced.get(id(one)) for one in given]
+        why = "shared with another layer"
+        if stacks[0] is None:
+            stacks, why = self._offloaded(name, experts) if self.moe.offload else _stacks_of(experts, given, self.moe)
+            self._replaced |= {id(one): stack for one, stack in zip(given, stacks, strict=True)}
+        before, after = sum(map(_num_bytes, given)), sum(map(_num_bytes, stacks))
+        for parameter, one, stack in zip(names, given, stacks, strict=True):
+            if stack is not one:
+                self._undo.set_parameter(experts, parameter, stack)
+        form = stacks[0].weights.form if isinstance(stacks[0], ExpertStack) else PlainWeights.form
+        return Swap(name, type(experts).__name__, len(stacks[0]), form, why, before, after)
+
+    def _offloaded(self, name: str, experts: Any) -> tuple[list[Any], str]:
+        weights = offload_experts(experts, self.moe, self._num_slots, self.trace, name=name)
+        self._undo.call(bring_no_more(experts, *weight_names(experts)))
+        stacks = [as_parameter(ExpertStack(each, experts.is_transposed), requires_grad=False) for each in weights]
+        return stacks, f"{self._num_slots} slots; the others in {self.moe.path or 'host memory'}"
+
+
+def _stacks_of(experts: Any, given: list[Any], moe: MoEConfig) -> tuple[list[Any], str]:
+    both = [_stack_of(experts, one, moe) for one in given]
+    return [stack for stack, _ in both], both[0][1]
 
 
 def _stack_of(experts: Any, given: Any, moe: MoEConfig) -> tuple[Any, str]:
@@ -140,7 +164,7 @@ def _check_weights(model: PreTrainedModel, moe: MoEConfig) -> None:
                     f"{name}.{parameter} is {given.weights.form} already, and would lose more as {moe.codec}; use "
                     'moe="auto"'
                 )
-            if moe.codec == "none" or isinstance(given, ExpertStack):
+            if moe.codec == "none" or moe.offload or isinstance(given, ExpertStack):
                 continue
             if given.device.type == "meta":
                 raise ValueError(

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hfkv.cache import KVCache
 from hfkv.config import KVConfig
-from hfkv.moe.config import MoEConfig
-from hfkv.moe.report import MoEReport
+from hfkv.experts.config import MoEConfig
+from hfkv.experts.report import MoEReport
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from hfkv.moe.stack import ExpertStack
+from hfkv.experts.stack import ExpertStack
 from hfkv.patches.undo import Undo
 
 

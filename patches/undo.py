@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hfkv.moe.stack import ExpertStack
+from hfkv.experts.stack import ExpertStack
 
 logger = logging.getLogger("hfkv")
 
@@ -29,6 +29,7 @@ class Undo:
         self._before: list[tuple[Any, str, Any, Any]] = []
         self._copies: list[tuple[Any, Any, dict[str, Any] | None]] = []
         self._parameters: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._calls: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name = value``, remembering what the instance had."""
@@ -65,9 +66,15 @@ class Undo:
         if not hasattr(original, "device_mesh") and original.device.type != "meta":
             original.data = original.new_empty(0)
 
+    def call(self, function: Callable[[], None]) -> None:
+        """Has `function` called when everything is put back, after the parameters."""
+        self._calls.append(function)
+
     def restore(self) -> None:
         """Puts everything back; a parameter's numbers are those that stand in its place now."""
         lossy = {_restore_parameter(*self._parameters.pop()) for _ in range(len(self._parameters))} - {None}
+        while self._calls:
+            self._calls.pop()()
         for form in sorted(filter(None, lossy)):
             logger.warning("what is back of weights that were %s are their decoded numbers, not those before", form)
         while self._before:
@@ -93,6 +100,9 @@ def _restore_parameter(module: nn.Module, name: str, original: nn.Parameter) -> 
     """Returns the form that the parameter was in, if it lost something in it."""
     now = module._parameters.get(name)
     if not isinstance(now, ExpertStack):
+        return None
+    if original.device.type == "meta":  # accelerate has its numbers
+        module._parameters[name] = original
         return None
     lossy = now.weights.form if now.weights.is_lossy else None
     plain = now.plain()

@@ -75,6 +75,19 @@ FORBIDDEN = {
     "hfkv/planning/recommendation.py": ("torch", "transformers", "hfkv.stores", "hfkv.patches", "hfkv.cli"),
     "hfkv/planning/fit.py": ("hfkv.stores", "hfkv.patches", "hfkv.cli", "hfkv.planning.plan"),
     "hfkv/planning/plan.py": ("hfkv.stores", "hfkv.patches", "hfkv.cli"),
+    "hfkv/experts": ("hfkv.cache", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.patches", "hfkv.moe", "hfkv.cli"),
+    "hfkv/experts/config.py": ("torch", "transformers"),
+    "hfkv/experts/int8.py": ("transformers",),
+    "hfkv/experts/int4.py": ("transformers",),
+    "hfkv/experts/packed.py": ("transformers",),
+    "hfkv/experts/projection.py": ("transformers",),
+    "hfkv/experts/by_expert.py": ("transformers",),
+    "hfkv/experts/grouped.py": ("transformers",),
+    "hfkv/experts/offload/eviction.py": ("torch", "transformers"),
+    "hfkv/experts/offload/slot_table.py": ("torch", "transformers"),
+    "hfkv/experts/offload/trace.py": ("torch", "transformers"),
+    "hfkv/experts/offload/slots.py": ("transformers",),
+    "hfkv/moe": ("hfkv.cache", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.patches", "hfkv.cli", "hfkv.stores"),
     "hfkv/eval": ("hfkv.cli",),
     "hfkv/bench": ("hfkv.cli",),
     "patches": ("hfkv.cli", "hfkv.stores", "hfkv.codecs"),
@@ -108,14 +121,18 @@ def test_files_hold_one_noun_each() -> None:
             assert len(file.read_text().splitlines()) <= 320, f"{file} has grown past 320 lines"
 
 
-def test_importing_hfkv_registers_the_attention_and_nothing_else() -> None:
+def test_importing_hfkv_registers_its_names_and_nothing_else() -> None:
     code = (
         "from transformers import AttentionInterface as A, DynamicCache as D\n"
+        "from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as E\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as Q\n"
+        "experts, quantisers = set(E.valid_keys()), set(Q)\n"
         "from transformers.masking_utils import AttentionMaskInterface as M\n"
         "import transformers.cache_utils as c\n"
         "layers = dict(c.DYNAMIC_LAYER_TYPE_MAPPING); before = set(A().valid_keys()), set(M().valid_keys())\n"
         "import hfkv\n"
         "assert set(A().valid_keys()) - before[0] == {'hfkv'}; assert set(M().valid_keys()) - before[1] == {'hfkv'}\n"
         "assert c.DYNAMIC_LAYER_TYPE_MAPPING == layers\n"
+        "assert set(E.valid_keys()) - experts == {'hfkv'} == set(Q) - quantisers\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

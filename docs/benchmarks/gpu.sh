@@ -34,6 +34,9 @@ bench memory 200 memory --shape llama-8b --context 32768
 bench prefill 300 prefill --shape llama-8b --layers 8 --ragged 8192,4096,2048,1024 --peers DynamicCache
 bench reuse 300 reuse --shape llama-8b --layers 8 --context 32768 --peers DynamicCache --steps 3 \
     --kv none --kv none+reuse:16GiB --kv int8 --kv int8+reuse:16GiB
+bench moe 400 moe --shape qwen3-30b-a3b
+bench moe-mixtral 300 moe --shape mixtral-8x7b
 run check 60 hfkv bench --check docs/benchmarks/targets-gpu.toml --from "$out/attention.json" \
-    --from "$out/step-8x32k.json" --from "$out/step-1x2k.json" --from "$out/offload-1x32k.json"
+    --from "$out/step-8x32k.json" --from "$out/step-1x2k.json" --from "$out/offload-1x32k.json" \
+    --from "$out/moe.json"
 cat "$out/summary.txt"

@@ -30,6 +30,7 @@ class Target:
         at_least: what the ratio must reach.
         at_most: what it must not exceed; with ``against = "floor"`` only.
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
+        max_held: what the bytes it holds, over those of `against`, must not exceed.
         note: for the reader.
     """
 
@@ -46,13 +47,16 @@ class Target:
     dtype: str | None = None
     layers: int | None = None
     device: str | None = None
+    max_held: float | None = None
     note: str | None = None
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
             raise BenchError(f"the suite {self.suite!r} is unknown; allowed: {', '.join(SUITES)}")
-        if self.at_least is None and self.at_most is None and self.max_error is None:
-            raise BenchError(f"{self} says neither at_least, at_most nor max_error")
+        if all(value is None for value in (self.at_least, self.at_most, self.max_error, self.max_held)):
+            raise BenchError(f"{self} says neither at_least, at_most, max_error nor max_held")
+        if self.max_held is not None and self.against == FLOOR:
+            raise BenchError(f"{self} says max_held, and the floor holds nothing; name a row with against")
         wanted = "at_most" if self.against == FLOOR else "at_least"
         other = "at_least" if self.against == FLOOR else "at_most"
         if getattr(self, other) is not None:
@@ -80,6 +84,7 @@ class Verdict:
         error: what was seen; None where none was asked for.
         verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run.
         note: why the peer could not run; else None.
+        held: the part of the other's bytes that was seen; None where none was asked for.
     """
 
     target: Target
@@ -88,6 +93,7 @@ class Verdict:
     error: float | None
     verdict: str
     note: str | None = None
+    held: float | None = None
 
 
 def read_targets(path: Path) -> list[Target]:
@@ -177,8 +183,12 @@ def _verdict(target: Target, row: Row, table: Table) -> Verdict:
         is_held &= ratio is not None and ratio <= target.at_most
     if target.max_error is not None:
         is_held &= row.error_full is not None and row.error_full <= target.max_error
+    held = None
+    if target.max_held is not None:
+        held = row.held_bytes / other.held_bytes if other and row.held_bytes and other.held_bytes else None
+        is_held &= held is not None and held <= target.max_held
     error = row.error_full if target.max_error is not None else None
-    return Verdict(target, row.contender, ratio, error, HELD if is_held else MISSED)
+    return Verdict(target, row.contender, ratio, error, HELD if is_held else MISSED, held=held)
 
 
 def _ratio(other: Row, row: Row) -> float | None:

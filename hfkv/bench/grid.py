@@ -16,6 +16,7 @@ from hfkv.bench.contenders import NO_CACHE, Contender, ours, peers
 from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors
 from hfkv.bench.memory import peak_of_step
+from hfkv.bench.moe import MoEGrid
 from hfkv.bench.prefill import LEAST_TURNS as LEAST_PREFILLS
 from hfkv.bench.prefill import PrefillLane, Prompt
 from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
@@ -48,7 +49,7 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
     """
     start, load_before = time.perf_counter(), load()
     with torch.no_grad():
-        grid = _Grid(setting)
+        grid: _Grid | MoEGrid = MoEGrid(setting, on_progress) if setting.suite == "moe" else _Grid(setting)
         on_progress("measuring the bandwidth", 0.0)
         bandwidths = [copy_bandwidth(grid.device)]
         tables = []
@@ -73,13 +74,16 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
         machine={**describe_machine(grid.device), "load_before": load_before},
         copy_bytes_per_second=max(bandwidths),
         seconds=time.perf_counter() - start,
-        tables=[replace(table, rows=_compared(table.rows, max(bandwidths), bus)) for table in tables],
+        tables=[grid.compared(table, max(bandwidths), bus) for table in tables],
         bus_bytes_per_second=bus,
+        operations_per_second=grid.peak,
     )
 
 
 class _Grid:
     """A setting made ready: its config, contenders and, where a suite runs one, its model."""
+
+    peak: float | None = None  # no suite of caches has a floor of operations
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -145,6 +149,10 @@ class _Grid:
             lanes[name].close()
         free_memory()
         return Table(context, self.batch, list(self.setting.ragged), num_layers, list(rows.values()))
+
+    def compared(self, table: Table, bandwidth: float, bus: float | None) -> Table:
+        """The table with its rows' ratios to the fastest peer and to the floor."""
+        return replace(table, rows=_compared(table.rows, bandwidth, bus))
 
     def _prepare(self, lane: Any, row: Row) -> Row:
         """Fills a lane and checks it: the row so far."""

@@ -46,6 +46,7 @@ _TITLES = {
     "prefill": "Prompt to first new token",
     "reuse": "Prompt with a known beginning to first new token",
     "memory": "Bytes of one layer's cache",
+    "moe": "One call of a layer's experts",
 }
 
 
@@ -75,7 +76,7 @@ def _draw(axes: Any, result: Result, table: Table) -> None:
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.set_xlabel("MB" if is_memory else "median, ms", fontsize=9)
-    axes.set_title(_panel_title(table), fontsize=10, loc="left")
+    axes.set_title(_panel_title(table, result.suite == "moe"), fontsize=10, loc="left")
     wrong = [row.contender for row in table.rows if row.status == WRONG]
     if wrong:
         text = f"wrong, not timed: {', '.join(wrong)}"
@@ -100,10 +101,16 @@ def _legend(result: Result) -> str:
         return "blue: hfkv, grey: transformers; pale: the most during a step, the cache included"
     has_floor = any(row.floor_ms is not None for table in result.tables for row in table.rows)
     floor = "\nred: the time a copy of what it must read takes" if has_floor else ""
+    if result.suite == "moe":
+        bases = " or ".join(dict.fromkeys(table.base for table in result.tables if table.base is not None))
+        floor = "\nred: the longer of the times that a copy of the chosen experts and the products alone take"
+        return f"blue: hfkv, grey: transformers; ×: times as fast as {bases}{floor}"
     return f"blue: hfkv, grey: transformers; ×: times as fast as the fastest grey one{floor}"
 
 
-def _panel_title(table: Table) -> str:
+def _panel_title(table: Table, is_moe: bool) -> str:
     if table.ragged:
         return f"left-padded rows of {', '.join(f'{length:,}' for length in table.ragged)} tokens"
+    if is_moe:
+        return f"{table.context:,} token{'s' if table.context != 1 else ''}"
     return f"{table.batch} × {table.context:,} tokens"

@@ -24,17 +24,25 @@ class Row:
         note: the reason where it is not ``"ok"``.
         p20_ms, p50_ms, p80_ms: of a step; in the suite attention of one layer's step.
         num_samples: how many steps they are from.
-        held_bytes: of the tokens the cache holds; in the suites attention and memory of one layer.
+        held_bytes: of the tokens the cache holds; in the suites attention and memory of one layer; in the suite moe of
+            the experts' weights.
         allocated_bytes: allocated for them.
         peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
-        read_bytes: what a step must read: those held, and in the suite step the weights.
+        read_bytes: what a step must read: those held, and in the suite step the weights; in the suite moe those of the
+            experts that some token chose, the median of all calls.
         bus_bytes: those of them that have to come from host memory; None where nothing is offloaded.
-        floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it.
+        floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it, or
+            `operations` at the fastest matrix product of the run.
         floor_ratio: `p50_ms` over it.
-        speedup: the fastest peer's `p50_ms` over this one's: above 1 is faster than every peer.
+        speedup: the fastest peer's `p50_ms` over this one's: above 1 is faster than every peer; in the suite moe that
+            of the table's `base`.
         error_twin: of the attention against fp32 attention over the keys and values this cache decodes to, as norms.
-        error_full: against fp32 attention over the keys and values before any codec, as norms.
+        error_full: against fp32 attention over the keys and values before any codec, as norms; in the suite moe of the
+            output against the same experts in fp32.
         error_logits: of one forward's logits against DynamicCache's, as norms.
+        operations: of the matrix products of a call, two for each number of a weight and token; suite moe only, as are:
+        lora_ratio: `p50_ms` over that of the same experts without LoRA.
+        form: how hfkv keeps the experts, and why.
     """
 
     contender: str
@@ -56,6 +64,9 @@ class Row:
     error_twin: float | None = None
     error_full: float | None = None
     error_logits: float | None = None
+    operations: int | None = None
+    lora_ratio: float | None = None
+    form: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,11 +74,12 @@ class Table:
     """All contenders at one context.
 
     Attributes:
-        context: tokens in the cache, or of the longest prompt.
+        context: tokens in the cache, or of the longest prompt, or of a call in the suite moe.
         batch: rows.
         ragged: real tokens of each row of a left-padded prompt; empty where all are full.
         layers: layers that were measured.
         rows: peers first.
+        base: the peer whose time is divided by the others' in the suite moe; None in others, or where it did not run.
     """
 
     context: int
@@ -75,6 +87,7 @@ class Table:
     ragged: list[int]
     layers: int
     rows: list[Row]
+    base: str | None = None
 
     def row(self, contender: str) -> Row | None:
         """The row of that name; hfkv's also by another spelling of the same config."""
@@ -100,6 +113,7 @@ class Result:
         seconds: the whole run.
         tables: one a context.
         bus_bytes_per_second: from pinned host memory to the device, in this run; None but on GPUs.
+        operations_per_second: of the fastest large matrix product in this run; suite moe only.
     """
 
     command: str
@@ -115,6 +129,7 @@ class Result:
     seconds: float
     tables: list[Table]
     bus_bytes_per_second: float | None = None
+    operations_per_second: float | None = None
 
     @property
     def wrong(self) -> list[Row]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from hfkv.bench.errors import BenchError
 
-SUITES = ("attention", "step", "memory", "prefill", "reuse")
+SUITES = ("attention", "step", "memory", "prefill", "reuse", "moe")
 DEFAULT_KV = ("none", "int8", "int4", "fp8", "paged", "int8+paged", "window:1024")
 GRAPHS_KV = ("none+graphs", "int8+graphs", "int8+paged+graphs")  # besides, for steps on a GPU
 REUSE_KV = ("none", "none+reuse", "int8", "int8+reuse")  # of the suite reuse
+DEFAULT_MOE = ("auto", "int8", "int4", "auto+lora")  # of the suite moe
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,22 @@ class Setting:
     """What a run measures.
 
     Attributes:
-        suite: ``"attention"``, ``"step"``, ``"memory"``, ``"prefill"`` or ``"reuse"``.
-        shape: a name in `SHAPES`; None where `model` is given.
+        suite: ``"attention"``, ``"step"``, ``"memory"``, ``"prefill"``, ``"reuse"`` or ``"moe"``.
+        shape: a name in `SHAPES`, in the suite moe in `MOE_SHAPES`; None where `model` is given.
         model: a folder or a name on the Hub, of which only the config is read; may be None.
         layers: layers to build or to take turns over; None for the suite's own choice.
-        contexts: tokens in the cache before a step, or of a prompt.
+        contexts: tokens in the cache before a step, or of a prompt, or of a call in the suite moe.
         batch: rows.
         ragged: real tokens of each row of one left-padded prompt, in place of `contexts` and `batch`; prefill only.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         device: such as ``"cpu"`` or ``"cuda:0"``.
-        kvs: hfkv's contenders.
-        peers: names in `PEERS`; None for all that can run. DynamicCache is always among them.
+        kvs: hfkv's contenders; not in the suite moe.
+        peers: names in `PEERS`, in the suite moe in `MOE_PEERS`; None for all that can run. DynamicCache, there
+            grouped_mm, is always among them.
         steps: timed steps of each contender; None for as many as fit in `seconds`.
         seconds: how long the contenders of one context take turns at least, filling their caches left out.
         seed: of the random keys, values, tokens and weights.
+        moes: hfkv's contenders in the suite moe.
     """
 
     suite: str
@@ -47,6 +50,7 @@ class Setting:
     steps: int | None = None
     seconds: float = 10.0
     seed: int = 0
+    moes: tuple[str, ...] = DEFAULT_MOE
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -57,10 +61,18 @@ class Setting:
             raise BenchError(
                 f"kv must name different caches, at least one; got {', '.join(self.kvs) or 'none of them'}"
             )
+        if not self.moes or len(set(self.moes)) < len(self.moes):
+            raise BenchError(
+                f"moe must name different experts, at least one; got {', '.join(self.moes) or 'none of them'}"
+            )
         if self.ragged and self.suite != "prefill":
             raise BenchError(f"ragged is for the suite prefill only, got the suite {self.suite!r}")
         if not self.contexts and not self.ragged:
             raise BenchError("give a context, in tokens")
+        if self.suite == "moe" and (self.layers is not None or self.batch != 1):
+            raise BenchError(
+                f"the suite moe calls one layer with tokens; leave layers ({self.layers}) and batch ({self.batch}) out"
+            )
         sizes = {"layers": self.layers, "batch": self.batch, "steps": self.steps}
         sizes |= {"context": min(self.contexts, default=None), "ragged": min(self.ragged, default=None)}
         for name, size in sizes.items():

@@ -14,6 +14,8 @@ import torch
 # its bandwidth.
 COPY_BYTES = {"cpu": 2**28, "other": 2**31}
 COPIES = 10
+# A GPU that waits counts its own cycles, at 2 GHz or less.
+CYCLES_A_MS = 2 * 10**6
 # Fewer turns say nothing of the spread; more only take time.
 LEAST_TURNS, MOST_TURNS = 5, 200
 
@@ -33,6 +35,24 @@ def milliseconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     _synchronize(device)
     return 1e3 * (time.perf_counter() - begin)
+
+
+def queued_milliseconds(work: Callable[[], object], device: torch.device, launch_ms: float) -> float:
+    """How long a GPU is busy with `work`, the launching left out: it waits until all is queued, as in a CUDA graph.
+
+    Args:
+        work: what to time. Where it waits for the device itself, launching is counted.
+        device: the GPU.
+        launch_ms: how long launching `work` takes; twice as long is waited for.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(2 * launch_ms * CYCLES_A_MS))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize(device)
+    return float(start.elapsed_time(end))
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""``hfkv bench``: what caches cost in time and memory, side by side, each beside its floor."""
+"""``hfkv bench``: what caches and experts cost in time and memory, side by side, each beside its floor."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ EXIT_CODE = 1
 def bench(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Argument(help="attention, step, memory, prefill or reuse.", show_default=False)
+        str | None, typer.Argument(help="attention, step, memory, prefill, reuse or moe.", show_default=False)
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            help="llama-8b, qwen3-30b-a3b, small or tiny.", show_default="llama-8b; on a CPU whole models: small"
+            help="llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny.",
+            show_default="llama-8b; on a CPU whole models: small, moe: moe-small",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The shape of a model: a folder, or a name on the Hub.")] = None,
@@ -51,11 +52,25 @@ def bench(
             show_default="none, int8, int4, fp8, paged, int8+paged, window:1024",
         ),
     ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="moe: tokens of a call.", show_default="1,8,128,1024; on a GPU 1,32,128,4096"),
+    ] = None,
+    moe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="moe: how hfkv keeps the experts; may be given again. With +lora behind it: under adapters.",
+            show_default="auto, int8, int4, auto+lora",
+        ),
+    ] = None,
     peers: Annotated[str, typer.Option(help="all, or names with commas; see docs/bench.md.")] = "all",
     steps: Annotated[
         int | None, typer.Option(help="Timed steps of each.", show_default="as many as fit in --seconds")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="How long all take turns at a context, at least.")] = 10.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="How long all take turns at a context, at least.", show_default="10; moe: 4"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights, keys, values and tokens.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them as this PNG file.")] = None,
@@ -64,13 +79,14 @@ def bench(
         list[Path] | None, typer.Option("--from", help="Show and check this file of --json; may be given again.")
     ] = None,
 ) -> None:
-    """Time caches side by side in one run: hfkv's and transformers' own, each beside its floor.
+    """Time caches, or experts, side by side in one run: hfkv's and transformers' own, each beside its floor.
 
     attention: one layer's update and attention of a decode step.
     step: a whole decode step of generate().
     memory: bytes held, allocated, and needed during a step.
     prefill: a prompt to its first new token.
     reuse: a prompt whose beginning an earlier call has read, to its first new token.
+    moe: one call of a layer's experts.
 
     Random weights of real shapes; nothing is downloaded.
     """
@@ -82,7 +98,21 @@ def bench(
             results = _read(earlier)
         else:
             words = Words(
-                suite, shape, model, layers, contexts, batch, ragged, dtype, device, kv, peers, steps, seconds
+                suite,
+                shape,
+                model,
+                layers,
+                contexts,
+                batch,
+                ragged,
+                dtype,
+                device,
+                kv,
+                peers,
+                steps,
+                seconds,
+                tokens,
+                moe,
             )
             results = [_measure(setting_of(words, seed), command_line(context, "hfkv", "bench"))]
         console = Console(highlight=False)

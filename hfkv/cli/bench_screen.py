@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hfkv.cli.bench_moe_words import moe_notes, moe_title
 from hfkv.cli.eval_screen import SPACE, wrap
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
         if target.at_least is not None or target.at_most is not None:
             wanted.append(f"≥ {target.at_least:g}" if target.at_least is not None else f"≤ {target.at_most:g}")
             seen.append("-" if verdict.ratio is None else f"{verdict.ratio:.2f}")
+        if target.max_held is not None:
+            wanted.append(f"bytes ≤ {target.max_held:g}")
+            seen.append("-" if verdict.held is None else f"{verdict.held:.3f}")
         if target.max_error is not None:
             wanted.append(f"error ≤ {target.max_error:g}")
             seen.append("-" if verdict.error is None else f"{verdict.error:.1e}")
@@ -69,6 +73,8 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
 
 
 def _title(result: Result, measured: Measured) -> str:
+    if result.suite == "moe":
+        return moe_title(result, measured)
     if measured.ragged:
         rows = f"left-padded rows of {', '.join(f'{length:,}' for length in measured.ragged)} tokens"
     else:
@@ -84,7 +90,7 @@ def _table(result: Result, measured: Measured, width: int) -> Table:
         if header in columns and _room(columns, width) < narrowest:
             del columns[header]
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
-    table.add_column("cache\n", no_wrap=True)
+    table.add_column("experts\n" if result.suite == "moe" else "cache\n", no_wrap=True)
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     num_peers = sum(not row.is_ours for row in measured.rows)
@@ -101,16 +107,22 @@ def _columns(result: Result, measured: Measured) -> dict[str, list[Text]]:
     rows = measured.rows
     if result.suite == "memory":
         return _memory_columns(result, measured)
+    times = "× best\npeer" if result.suite != "moe" else f"×\n{measured.base}" if measured.base else "× base\n"
     columns = {
         "median\nms": [_main(row, row.p50_ms) for row in rows],
         SPREAD: [_cell(row.p20_ms and f"{_ms(row.p20_ms)}–{_ms(row.p80_ms)}", "dim") for row in rows],
-        "× best\npeer": [_speedup(row) for row in rows],
+        times: [_speedup(row) for row in rows],
     }
+    if any(row.lora_ratio is not None for row in rows):
+        columns["× with-\nout LoRA"] = [_cell(row.lora_ratio and _ms(row.lora_ratio)) for row in rows]
     if any(row.floor_ratio is not None for row in rows):
         columns["× its\nfloor"] = [_cell(row.floor_ratio and _ms(row.floor_ratio)) for row in rows]
     unit, unit_name = _unit([row.held_bytes for row in rows if row.held_bytes])
     columns[f"held\n{unit_name}"] = [_bytes(row.held_bytes, unit) for row in rows]
-    return {**columns, **_errors(rows)}
+    plain = next((row.held_bytes for row in rows if row.held_bytes), None) if result.suite == "moe" else None
+    if plain:
+        columns["of\nplain"] = [_cell(row.held_bytes and f"{row.held_bytes / plain:.3f}") for row in rows]
+    return {**columns, **_errors(rows, "error\nto fp32" if result.suite == "moe" else "error\nto full")}
 
 
 def _memory_columns(result: Result, measured: Measured) -> dict[str, list[Text]]:
@@ -130,10 +142,10 @@ def _memory_columns(result: Result, measured: Measured) -> dict[str, list[Text]]
     }
 
 
-def _errors(rows: list[Row]) -> dict[str, list[Text]]:
+def _errors(rows: list[Row], to_full: str) -> dict[str, list[Text]]:
     columns = {
         TO_OWN: [row.error_twin for row in rows],
-        "error\nto full": [row.error_full for row in rows],
+        to_full: [row.error_full for row in rows],
         "logits'\nerror": [row.error_logits for row in rows],
     }
     return {
@@ -202,6 +214,8 @@ def _caption(result: Result) -> Table:
         f"transformers {machine['transformers']}; {result.seconds:.0f} s",
     }
     has_floor = any(row.floor_ms is not None for table in result.tables for row in table.rows)
+    if result.suite == "moe":
+        return _grid({**notes, **moe_notes(result), **_busy(machine)})
     if result.suite != "memory":
         what = {"attention": "one layer's update and attention", "step": "a decode step of generate()"}
         notes["median"] = f"of {what.get(result.suite, 'a prompt to its first new token')}; all caches take turns"
@@ -227,12 +241,20 @@ def _caption(result: Result) -> Table:
         notes["error"] = "not shown; the attention of every cache was checked against fp32"
         notes["peak"] = "the most allocated during one step of the layer, the cache included"
         notes[f"× {result.model_layers}"] = "held by the whole model"
+    return _grid({**notes, **_busy(machine)})
+
+
+def _busy(machine: dict[str, Any]) -> dict[str, str]:
     load = machine["load_before"]
-    if load is not None and load > MOST_LOAD:
-        notes["beware"] = (
-            f"there was a load of {load:.1f} on {machine['cores']} cores before the run: threads that wait for each "
-            "other take many times as long as on an idle machine"
-        )
+    if load is None or load <= MOST_LOAD:
+        return {}
+    return {
+        "beware": f"there was a load of {load:.1f} on {machine['cores']} cores before the run: threads that wait for "
+        "each other take many times as long as on an idle machine"
+    }
+
+
+def _grid(notes: dict[str, str]) -> Table:
     caption = Table.grid(padding=(0, 2, 0, 0))
     for name, note in notes.items():
         caption.add_row(Text(name, "cyan", no_wrap=True), Text(note, "dim"))

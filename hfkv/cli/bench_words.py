@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 # Contexts by suite; a CPU and the shape tiny get less of it.
 CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), "prefill": (4096,), "reuse": (4096,)}
 TINY_CONTEXTS = (512,)
+# Tokens of a call in the suite moe: decoding, and then reading prompts.
+TOKENS = {"cpu": (1, 8, 128, 1024), "other": (1, 32, 128, 4096)}
+# A step or a prompt takes longer than a call of experts, of which four numbers of tokens are timed.
+SECONDS, MOE_SECONDS = 10.0, 4.0
+# What belongs to the suites of caches, and to the suite moe.
+_OF_CACHES = {"model": "--model", "layers": "--layers", "contexts": "--context", "batch": "--batch", "kvs": "--kv"}
+_OF_MOE = {"tokens": "--tokens", "moes": "--moe"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,9 @@ class Words:
     kvs: list[str] | None
     peers: str
     steps: int | None
-    seconds: float
+    seconds: float | None
+    tokens: str | None = None
+    moes: list[str] | None = None
 
 
 def setting_of(words: Words, seed: int) -> Setting:
@@ -49,6 +58,9 @@ def setting_of(words: Words, seed: int) -> Setting:
     if words.suite not in SUITES:
         said = f"the suite {words.suite!r} is unknown" if words.suite else "name a suite, or a result with --from"
         raise CommandError(f"{said}; allowed: {', '.join(SUITES)}")
+    if words.suite == "moe":
+        return _moe_setting(words, seed)
+    _refuse(words, _OF_MOE)
     if words.shape is not None and words.model is not None:
         raise CommandError("--shape and --model both say what to build; give one of them")
     if words.ragged is not None and words.suite != "prefill":
@@ -82,11 +94,46 @@ def setting_of(words: Words, seed: int) -> Setting:
             kvs=tuple(kvs),
             peers=None if words.peers == "all" else tuple(name.strip() for name in words.peers.split(",")),
             steps=words.steps,
-            seconds=words.seconds,
+            seconds=SECONDS if words.seconds is None else words.seconds,
             seed=seed,
         )
     except BenchError as error:
         raise CommandError(str(error)) from error
+
+
+def _moe_setting(words: Words, seed: int) -> Setting:
+    from hfkv.bench import BenchError, Setting
+    from hfkv.bench.setting import DEFAULT_MOE
+
+    _refuse(words, _OF_CACHES)
+    if words.ragged is not None:
+        raise CommandError("--ragged is for the suite prefill only, got the suite 'moe'; leave it out")
+    device = pick_device(words.device)
+    dtype = pick_dtype(words.dtype)
+    kind = "cpu" if device.type == "cpu" else "other"
+    try:
+        return Setting(
+            suite="moe",
+            shape=words.shape or ("moe-small" if kind == "cpu" else "qwen3-30b-a3b"),
+            contexts=TOKENS[kind] if words.tokens is None else _numbers("--tokens", words.tokens),
+            dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
+            device=str(device),
+            moes=DEFAULT_MOE if words.moes is None else tuple(words.moes),
+            peers=None if words.peers == "all" else tuple(name.strip() for name in words.peers.split(",")),
+            steps=words.steps,
+            seconds=MOE_SECONDS if words.seconds is None else words.seconds,
+            seed=seed,
+        )
+    except BenchError as error:
+        raise CommandError(str(error)) from error
+
+
+def _refuse(words: Words, options: dict[str, str]) -> None:
+    """Options that mean nothing in the suite."""
+    for name, option in options.items():
+        if getattr(words, name) is not None:
+            others = ", ".join((_OF_MOE if words.suite == "moe" else _OF_CACHES).values())
+            raise CommandError(f"{option} means nothing in the suite {words.suite!r}; it takes {others}; leave it out")
 
 
 def _numbers(option: str, given: str) -> tuple[int, ...]:

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import hfkv
-from hfkv.moe.adapters import Factors
-from hfkv.moe.families import experts_of, weight_names
+from hfkv.experts.adapters import Factors
+from hfkv.experts.families import experts_of, weight_names
 from tests.zoo import models
 
 # PEFT 0.21 itself reads the attribute that transformers 5.23 renamed.

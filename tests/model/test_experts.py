@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.moe import by_expert
-from hfkv.moe.families import experts_of, weight_names
+from hfkv.experts import by_expert
+from hfkv.experts.families import experts_of, weight_names
 from tests.zoo import models
 
 # One for every way of routing, gating, bias, layout and norm that transformers has.
@@ -80,7 +80,7 @@ def with_gradients(experts: Any, implementation: str, hidden: Any, index: Any, w
 def test_outputs_are_those_of_eager_experts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     original = by_expert.run_by_expert
-    monkeypatch.setattr("hfkv.moe.experts.run_by_expert", lambda *given: ran.append(1) or original(*given))
+    monkeypatch.setattr("hfkv.experts.implementation.run_by_expert", lambda *given: ran.append(1) or original(*given))
     (experts, *_) = experts_modules(family)
     for num_tokens in TOKENS:
         given = inputs(experts, num_tokens)

@@ -90,8 +90,8 @@ def test_models_without_a_layered_kv_cache_are_refused() -> None:
 
 
 def test_an_unknown_keyword_raises() -> None:
-    with pytest.raises(TypeError, match="moe"):
-        hfkv.patch(llama(), moe="auto")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="experts"):
+        hfkv.patch(llama(), experts="auto")  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="unknown word 'int7'"):
         hfkv.patch(llama(), "int7")
 

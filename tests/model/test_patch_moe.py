@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import disk_offload
 from torch import nn
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 import hfkv
-from hfkv.moe.checkpoint import ExpertsConfig
-from hfkv.moe.families import experts_of, others_of, weight_names
-from hfkv.moe.stack import ExpertStack
+from hfkv.experts.checkpoint import ExpertsConfig
+from hfkv.experts.families import experts_of, others_of, weight_names
+from hfkv.experts.stack import ExpertStack
 from tests.tiny import llama
 from tests.zoo import models
 
@@ -258,3 +259,36 @@ def test_compiling_it_gives_the_same() -> None:
             hfkv.patch(patched, moe=moe)
         compiled = torch.compile(patched, backend="eager", fullgraph=moe is None)
         assert relative(logits(compiled), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_offloaded_experts_say_the_same(form: str, tmp_path: Path) -> None:
+    resident, offloaded = model_of("mixtral"), model_of("mixtral")
+    hfkv.patch(resident, moe=form)
+    codec = "none" if form == "auto" else form
+    with pytest.raises(ValueError, match="host memory is the device's own"):
+        hfkv.patch(offloaded, moe=f"{form}+offload")
+    assert not any(isinstance(p, ExpertStack) for p in offloaded.parameters())
+    stock = logits(offloaded)
+    handle = hfkv.patch(offloaded, moe=hfkv.MoEConfig(codec, offload=True, path=str(tmp_path)))
+    assert handle.moe is not None
+    assert {swap.form for swap in handle.moe.swapped} == {f"offloaded {'plain' if form == 'auto' else form}"}
+    assert relative(logits(offloaded), logits(resident)) <= 1e-6
+    assert text(offloaded) == text(resident)
+    assert handle.moe.trace is not None
+    assert 0 < handle.moe.trace.hit_rate() < 1
+    expected = logits(offloaded)
+    handle.undo()
+    assert relative(logits(offloaded), stock if form == "auto" else expected) <= 1e-5
+
+
+def test_experts_on_disk_by_accelerate_are_read_where_they_are(tmp_path: Path) -> None:
+    away = model_of("gpt_oss")
+    expected = logits(away)
+    disk_offload(away, str(tmp_path))
+    assert relative(logits(away), expected) <= 1e-5
+    handle = hfkv.patch(away, moe="offload")
+    assert relative(logits(away), expected) <= 1e-5
+    handle.undo()
+    assert next(iter(experts_of(away).values())).down_proj.device.type == "meta"
+    assert relative(logits(away), expected) <= 1e-5

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hfkv.moe.int8 import Int8Weights
-from hfkv.moe.packed import PackedWeights
-from hfkv.moe.stack import ExpertStack, as_parameter
+from hfkv.experts.int8 import Int8Weights
+from hfkv.experts.packed import PackedWeights
+from hfkv.experts.stack import ExpertStack, as_parameter
 from hfkv.state import _plain
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hfkv.experts.checkpoint import CODECS
+from hfkv.experts.int4 import Int4Weights
+from hfkv.experts.int8 import Int8Weights
+from hfkv.experts.packed import PackedWeights, unpackable
+from hfkv.experts.weights import ExpertWeights, PlainWeights
 from hfkv.kernels.expert_naive import decode_naive as decode_codes
-from hfkv.moe.checkpoint import CODECS
-from hfkv.moe.int4 import Int4Weights
-from hfkv.moe.int8 import Int8Weights
-from hfkv.moe.packed import PackedWeights, unpackable
-from hfkv.moe.weights import ExpertWeights, PlainWeights
 
 CPU = torch.device("cpu")
 # N and K that are multiples of nothing, of groups, and of every kernel's tiles.

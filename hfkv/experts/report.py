@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+from hfkv.experts.offload.trace import ExpertTrace
 from hfkv.sizes import about_bytes
 
 
@@ -39,10 +40,13 @@ class MoEReport:
     Attributes:
         swapped: layers whose experts are ours now.
         kept: other modules that look like experts, by name, with the reason why they run as before.
+        trace: of offloaded experts: hits, misses, bytes that travelled, and, once ``trace.record()`` is called, who was
+            chosen; else None.
     """
 
     swapped: tuple[Swap, ...]
     kept: dict[str, str]
+    trace: ExpertTrace | None = None
 
     @property
     def bytes_before(self) -> int:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hfkv.moe.by_expert import run_by_expert
-from hfkv.moe.grouped import can_group, run_grouped
-from hfkv.moe.offloaded import OffloadedWeights, run_offloaded
-from hfkv.moe.projection import Projection, projection_of
-from hfkv.moe.weights import PlainWeights
+from hfkv.experts.by_expert import run_by_expert
+from hfkv.experts.grouped import can_group, run_grouped
+from hfkv.experts.offload.offloaded import OffloadedWeights, run_offloaded
+from hfkv.experts.projection import Projection, projection_of
+from hfkv.experts.weights import PlainWeights
 
 NAME = "hfkv"
 

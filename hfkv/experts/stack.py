@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hfkv.moe.weights import ExpertWeights
+from hfkv.experts.weights import ExpertWeights
 from hfkv.stand_in import StandIn
 
 logger = logging.getLogger("hfkv")

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from hfkv.moe.adapters import Factors, adopters, factors_of
-from hfkv.moe.stack import ExpertStack
-from hfkv.moe.weights import ExpertWeights, PlainWeights
+from hfkv.experts.adapters import Factors, adopters, factors_of
+from hfkv.experts.stack import ExpertStack
+from hfkv.experts.weights import ExpertWeights, PlainWeights
 
 
 @dataclass(frozen=True, eq=False)

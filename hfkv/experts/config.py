@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hfkv.moe.eviction import EVICTIONS, Eviction, check_eviction, eviction_name
+from hfkv.experts.offload.eviction import EVICTIONS, Eviction, check_eviction, eviction_name
 from hfkv.sizes import read_bytes, say_bytes
 
 CODECS = ("none", "int8", "int4")

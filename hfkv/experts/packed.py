@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix, state_without
 from hfkv.kernels.expert_codes import Codes
-from hfkv.moe.weights import ExpertWeights, PlainWeights, check_matrix, state_without
 
 # Numbers of each expert that stand for all of them where somebody asks whether weights changed.
 _SAMPLES = 8

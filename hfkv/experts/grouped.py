@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
+from hfkv.experts.projection import Projection
+from hfkv.experts.weights import PlainWeights
 from hfkv.kernels.expert_slots import Slots
 from hfkv.kernels.triton_support import unsupported
-from hfkv.moe.projection import Projection
-from hfkv.moe.weights import PlainWeights
 
 
 def can_group(projections: tuple[Projection, ...], hidden_states: torch.Tensor) -> bool:
@@ -30,6 +30,8 @@ def run_grouped(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """As `run_by_expert`, without waiting for the device: it can be captured in a CUDA graph."""
+    from hfkv.kernels.triton_experts_combine import combine
+
     up, down = projections
     slots = Slots(top_k_index, up.weights.shape[0])
     hidden = _linear(up, hidden_states.to(up.weights.dtype), slots, rows_are_slots=False)
@@ -38,8 +40,7 @@ def run_grouped(
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
     # Slots of no expert here hold zeros, but for what a gate or a norm makes of them; their weights are zero too.
-    weighted = out * top_k_weights.reshape(-1, 1)
-    return weighted.view(*top_k_index.shape, hidden_states.shape[1]).sum(dim=1).to(hidden_states.dtype)
+    return combine(out, top_k_weights, hidden_states.dtype)
 
 
 def _linear(projection: Projection, x: torch.Tensor, slots: Slots, *, rows_are_slots: bool) -> torch.Tensor:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from hfkv.experts.weights import ExpertWeights, check_matrix
 from hfkv.kernels.expert_codes import Codes
-from hfkv.moe.weights import ExpertWeights, check_matrix
 
 # `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers.
 _CPU_INPUTS, _CPU_OUTPUTS = 32, 4

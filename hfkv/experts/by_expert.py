@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfkv.moe.projection import Projection
+from hfkv.experts.projection import Projection
 
 
 def run_by_expert(

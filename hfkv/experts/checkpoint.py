@@ -10,11 +10,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hfkv.moe.experts import NAME
-from hfkv.moe.families import experts_of, weight_names
-from hfkv.moe.int4 import Int4Weights
-from hfkv.moe.int8 import Int8Weights
-from hfkv.moe.stack import ExpertStack, as_parameter
+from hfkv.experts.families import experts_of, weight_names
+from hfkv.experts.implementation import NAME
+from hfkv.experts.int4 import Int4Weights
+from hfkv.experts.int8 import Int8Weights
+from hfkv.experts.stack import ExpertStack, as_parameter
 
 CODECS: dict[str, type[Int8Weights] | type[Int4Weights]] = {"int8": Int8Weights, "int4": Int4Weights}
 # Under this name an experts module keeps the bytes of a parameter while they are read from a file.

@@ -1,0 +1,287 @@
+"""Layers of experts for the suite ``moe``: who takes part, their weights, and what is right."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
+
+import hfkv
+from hfkv.bench.errors import BenchError
+from hfkv.experts.config import MoEConfig
+
+GROUPED, BATCHED, EAGER, PEFT = "grouped_mm", "batched_mm", "eager", "PEFT"
+MOE_PEERS = (GROUPED, BATCHED, EAGER, PEFT)
+LORA = "+lora"  # behind a config: with adapters on the experts
+RANK, ALPHA = 8, 16
+# Of adapters' numbers: with them a layer's output moves by a tenth, far more than any rounding.
+ADAPTER_STD = 0.02
+NAMES = "gate_up_proj", "down_proj"
+
+
+@dataclass(frozen=True)
+class MoEShape:
+    """One layer of experts.
+
+    Attributes:
+        hidden: H.
+        intermediate: I, of one expert.
+        experts: E.
+        top_k: K, experts a token chooses.
+    """
+
+    hidden: int
+    intermediate: int
+    experts: int
+    top_k: int
+
+    @property
+    def expert_size(self) -> int:
+        """Numbers of one expert's weights."""
+        return 3 * self.hidden * self.intermediate
+
+    def __str__(self) -> str:
+        return f"H {self.hidden}, I {self.intermediate}, E {self.experts}, K {self.top_k}"
+
+
+MOE_SHAPES = {
+    "moe-small": MoEShape(1024, 2048, 16, 2),
+    "qwen3-30b-a3b": MoEShape(2048, 768, 128, 8),
+    "mixtral-8x7b": MoEShape(4096, 14_336, 8, 2),
+    "moe-tiny": MoEShape(128, 192, 8, 2),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to run the experts.
+
+    Attributes:
+        name: as it is shown.
+        implementation: of transformers' experts interface; None for hfkv's.
+        moe: hfkv's config; None for a peer.
+        has_lora: whether PEFT has put adapters on the experts.
+        reason: why it cannot take part, or None.
+    """
+
+    name: str
+    implementation: str | None
+    moe: MoEConfig | None = None
+    has_lora: bool = False
+    reason: str | None = None
+
+    @property
+    def is_ours(self) -> bool:
+        return self.moe is not None
+
+    @property
+    def without_lora(self) -> str:
+        """The name of the same without adapters."""
+        return GROUPED if self.moe is None else _name(self.moe, False)
+
+
+def ours(text: str) -> Contender:
+    """hfkv's experts of a config such as ``"auto"`` or ``"int8"``, with `LORA` behind it under adapters.
+
+    Raises:
+        BenchError: the text is no config, or one of experts that are not where they are computed.
+    """
+    try:
+        moe = MoEConfig.parse(text.removesuffix(LORA))
+    except (TypeError, ValueError) as error:
+        raise BenchError(f"moe {error}; behind it {LORA} puts adapters on the experts") from error
+    if moe.offload:
+        raise BenchError(f"moe {text!r}: the suite moe measures experts that are on their device; leave offload out")
+    has_lora = text.endswith(LORA)
+    return Contender(_name(moe, has_lora), None, moe, has_lora, _peft_reason() if has_lora else None)
+
+
+def _name(moe: MoEConfig, has_lora: bool) -> str:
+    return "hfkv" + (f" {moe}" if str(moe) != "auto" else "") + (" + LoRA" if has_lora else "")
+
+
+def peers(names: Sequence[str] | None, device: torch.device) -> list[Contender]:
+    """Transformers' own, first those whose time the others' is compared with.
+
+    Args:
+        names: names in `MOE_PEERS`, in upper or lower case; None for all but `EAGER`.
+        device: where.
+
+    Raises:
+        BenchError: a name is unknown.
+    """
+    known = {name.lower(): name for name in MOE_PEERS}
+    unknown = [name for name in names or () if name.lower() not in known]
+    if unknown:
+        raise BenchError(f"the peer {unknown[0]!r} is unknown; allowed: all, {', '.join(MOE_PEERS)}")
+    wanted = {GROUPED, *((BATCHED,) if device.type != "cpu" else ())}
+    wanted |= {GROUPED, BATCHED, PEFT} if names is None else {known[name.lower()] for name in names}
+    return [
+        Contender(name, GROUPED, has_lora=True, reason=_peft_reason()) if name == PEFT else Contender(name, name)
+        for name in MOE_PEERS
+        if name in wanted
+    ]
+
+
+def _peft_reason() -> str | None:
+    if importlib.util.find_spec("peft") is None:
+        return 'needs PEFT, which is not installed: pip install "hfkv[lora]"'
+    return None
+
+
+def stock_model(shape: MoEShape, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """A Mixtral of one layer whose experts are of the shape; what else it has is small."""
+    config = MixtralConfig(
+        vocab_size=16,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        initializer_range=0.02,
+    )
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation=GROUPED).eval()
+
+
+class Adapters:
+    """The LoRA of one run, the same for all who have one.
+
+    Attributes:
+        factors: by parameter, A `[E r, inputs]` and B `[outputs, r E]`, as PEFT keeps them.
+    """
+
+    def __init__(self, shape: MoEShape, device: torch.device, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = {NAMES[0]: (shape.hidden, 2 * shape.intermediate), NAMES[1]: (shape.intermediate, shape.hidden)}
+        rank = RANK * shape.experts
+
+        def draw(*size: int) -> torch.Tensor:
+            return (torch.randn(size, generator=generator) * ADAPTER_STD).to(device)
+
+        self.num_experts = shape.experts
+        self.factors = {name: (draw(rank, inputs), draw(outputs, rank)) for name, (inputs, outputs) in sizes.items()}
+
+    def add_to(self, model: PreTrainedModel) -> Any:
+        """Puts them on the experts of a model with PEFT, and returns what PEFT makes of it.
+
+        Raises:
+            BenchError: this PEFT keeps adapters of experts in other shapes.
+        """
+        targets = [f"mlp.experts.{name}" for name in NAMES]
+        with warnings.catch_warnings():
+            # PEFT calls what transformers deprecates, and imports bitsandbytes, which misses kernels nothing here uses.
+            warnings.simplefilter("ignore")
+            from peft import LoraConfig, get_peft_model
+
+            lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=[], target_parameters=targets)
+            wrapped = get_peft_model(model, lora).eval()
+        wrapper = experts_of(model)
+        while hasattr(wrapper, "parameter_name"):
+            for layers, factor in zip(
+                (wrapper.lora_A, wrapper.lora_B), self.factors[wrapper.parameter_name], strict=True
+            ):
+                weight = layers["default"].weight
+                if weight.shape != factor.shape:
+                    raise BenchError(
+                        f"this PEFT keeps {wrapper.parameter_name}'s adapter as {list(weight.shape)}, not as "
+                        f"{list(factor.shape)}; pip install --upgrade peft"
+                    )
+                weight.detach().copy_(factor)
+            wrapper = wrapper.base_layer
+        return wrapped
+
+    def delta(self, name: str, expert: int) -> torch.Tensor:
+        """What they add to one expert's matrix, in float32."""
+        a, b = self.factors[name]
+        a, b = a.view(self.num_experts, RANK, -1)[expert], b.view(b.shape[0], RANK, self.num_experts)[..., expert]
+        return ALPHA / RANK * (b @ a)
+
+
+def experts_of(model: Any) -> Any:
+    """The experts module of a model's only layer, or what PEFT has wrapped around it."""
+    return model.model.layers[0].mlp.experts
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A contender's layer.
+
+    Attributes:
+        experts: the module, called as a decoder layer calls it.
+        held_bytes: of its weights, adapters included.
+        form: how hfkv keeps them, and why; None for a peer.
+    """
+
+    experts: Any
+    held_bytes: int
+    form: str | None = None
+
+
+def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters) -> Layer:
+    """A contender's layer, with weights of its own: what one has read does not lie in a cache for the next.
+
+    Args:
+        contender: whose.
+        stock: the model all have their numbers from.
+        adapters: for those with LoRA.
+    """
+    model = copy.deepcopy(stock)
+    held = sum(getattr(experts_of(model), name).nbytes for name in NAMES)
+    if contender.implementation is not None:
+        model.set_experts_implementation(contender.implementation)
+    whole: Any = adapters.add_to(model) if contender.has_lora else model
+    form = None
+    if contender.moe is not None:
+        report = hfkv.patch(whole, moe=contender.moe).moe
+        assert report is not None
+        held, swap = report.bytes_after, report.swapped[0]
+        form = f"{swap.form}: {swap.why}"
+    if contender.has_lora:
+        held += sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
+    return Layer(experts_of(model), held, form)
+
+
+class Reference:
+    """The layer in fp32 as transformers' eager code runs it, one expert's matrices in fp32 at a time.
+
+    Args:
+        stock: the model with the numbers.
+        adapters: what is added to them; None for nothing.
+    """
+
+    def __init__(self, stock: PreTrainedModel, adapters: Adapters | None) -> None:
+        given = experts_of(stock)
+        with torch.device("meta"):
+            self.experts: Any = type(given)(copy.deepcopy(given.config)).eval()
+        self.experts.config._experts_implementation = EAGER
+        for name in NAMES:
+            delattr(self.experts, name)
+            setattr(self.experts, name, _InFloat(getattr(given, name).detach(), name, adapters))
+
+    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """The output `[T, H]` for `hidden` `[T, H]`, and `index` and `weights` `[T, K]` of a router."""
+        return self.experts(hidden.float(), index, weights)
+
+
+class _InFloat(nn.Module):
+    """Stands in the place of a parameter `[E, N, K]` that is only ever asked for one expert."""
+
+    def __init__(self, matrices: torch.Tensor, name: str, adapters: Adapters | None) -> None:
+        super().__init__()
+        self.matrices, self.name, self.adapters = matrices, name, adapters
+
+    def __getitem__(self, expert: torch.Tensor | int) -> torch.Tensor:
+        matrix = self.matrices[int(expert)].float()
+        return matrix if self.adapters is None else matrix + self.adapters.delta(self.name, int(expert))

@@ -1,0 +1,1 @@
+"""Experts of MoE models: how their weights are kept, and how they are run."""
