@@ -30,15 +30,20 @@ class Factors:
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
         """`y` `[n, N]` with what is added for `x` `[n, K]` and one expert; `y` is not kept."""
-        # PEFT keeps factors in float32: one matrix of x costs less to convert than one of the factor.
-        inner = F.linear(x.to(self.a.dtype), self.a[expert]).to(y.dtype)
-        return torch.addmm(y, inner, self.b[expert].t().to(y.dtype), alpha=self.scaling)
+        # In the dtype of the factors, float32 by default: converting x costs less, and products of thin bfloat16
+        # matrices take a CPU five times as long (38 against 7 us for r 8 and N 4096).
+        added = F.linear(x.to(self.a.dtype), self.a[expert]) @ self.b[expert].t()
+        if torch.is_grad_enabled():
+            return torch.add(y, added, alpha=self.scaling).to(y.dtype)
+        return y.add_(added, alpha=self.scaling)
 
     def ready(self, dtype: torch.dtype) -> Factors:
-        """The same for a forward in `dtype`: without gradients, `b` with an expert's numbers side by side."""
-        if torch.is_grad_enabled() and self.b.requires_grad:
+        """The same for a forward in `dtype`: without gradients, an expert's numbers of `b` side by side."""
+        if torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad):
             return self
-        return Factors(self.a, _side_by_side(self.b, dtype), self.scaling)
+        dtype = torch.float32 if self.a.device.type == "cpu" else dtype
+        a = self.a if self.a.dtype == dtype else _side_by_side(self.a.transpose(1, 2), dtype).transpose(1, 2)
+        return Factors(a, _side_by_side(self.b, dtype), self.scaling)
 
     @classmethod
     def of_product(cls, left: torch.Tensor, right: torch.Tensor, scaling: float, is_transposed: bool) -> Factors:
@@ -67,18 +72,22 @@ class _Copy(NamedTuple):
     numbers: torch.Tensor
 
 
-def _side_by_side(b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`b`, contiguous and of `dtype`: the same copy again as long as nobody has written to it."""
-    owner = b if b._base is None else b._base
+def _side_by_side(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A factor in `dtype`, its columns contiguous: the same copy again as long as nobody has written to it."""
+    owner = factor if factor._base is None else factor._base
     version = -1 if owner.is_inference() else owner._version
-    made_of = (b.data_ptr(), version, dtype)
+    made_of = (factor.data_ptr(), version, dtype)
     # Torch counts no writes through `.data`: some of its numbers tell.
     flat = owner.detach().view(-1) if owner.is_contiguous() else owner.detach().flatten()
     sample = flat[:: max(len(flat) // _SAMPLES, 1) | 1]
     copy: _Copy | None = _copies.get(owner)
     if copy is None or copy.made_of != made_of or not torch.equal(copy.sample, sample):
-        copy = _copies[owner] = _Copy(made_of, sample.clone(), b.detach().to(dtype).contiguous())
+        copy = _copies[owner] = _Copy(made_of, sample.clone(), _by_columns(factor.detach().to(dtype)))
     return copy.numbers
+
+
+def _by_columns(factor: torch.Tensor) -> torch.Tensor:
+    return factor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class _Applied(threading.local):

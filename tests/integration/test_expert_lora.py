@@ -68,6 +68,7 @@ def no_folding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "baddbmm", refuse)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_are_pefts_own(family: str) -> None:
     model = model_of(family)

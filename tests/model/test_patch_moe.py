@@ -42,6 +42,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "nemotron_h"])
 def test_auto_says_the_same_and_undo_leaves_no_trace(model_type: str) -> None:
     model = model_of(model_type)
@@ -99,6 +100,7 @@ def test_few_bytes_are_really_few(form: str, caplog: pytest.LogCaptureFixture) -
     assert relative(logits(model), lossy) <= 1e-5
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", FORMS)
 def test_saved_and_loaded(form: str, tmp_path: Path) -> None:
     model = model_of("qwen2_moe")
