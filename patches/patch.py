@@ -186,6 +186,11 @@ def patch(
         )
     handle = Patch(base, KVConfig.of(kv))
     experts = None if moe is None else MoEConfig.of(moe)
+    if graphs and experts is not None and experts.offload:
+        raise ValueError(
+            f"moe={str(experts)!r} with graphs=True: offloaded experts are brought by the host in every step, which a "
+            "CUDA graph cannot hold; leave one of them out"
+        )
     check_generate(base)
     probe = handle.new_cache()
     if handle.kv.reuse is not None:

@@ -123,10 +123,24 @@ def test_an_empty_prompt_is_refused(prompt: str) -> None:
         (["--model", "no-such/name"], ["'no-such/name'", "save_pretrained"]),
         (["--lora", "./no/such/adapter"], ["'./no/such/adapter'", "no folder"]),
         (["--max-new-tokens", "0"], ["at least 1", "got 0"]),
+        (["--moe", "int9"], ["--moe", "'int9'", "allowed: auto"]),
+        (["--moe", "int8"], ["--moe 'int8'", "has no experts", "hfkv.upcycle"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(words: list[str], said: list[str]) -> None:
     assert_one_line(invoke("generate", PROMPT, *words), *said)
+
+
+def test_generate_with_experts_in_few_bytes(tmp_path: Path, bundled) -> None:
+    model, tokenizer = bundled
+    sparse = hfkv.upcycle(model, 2, to="mixtral")
+    sparse.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for moe in ("auto", "int8"):
+        result = generate(PROMPT, "--model", str(tmp_path), "--moe", moe)
+        assert result.exit_code == 0, result.stderr
+        if moe == "auto":
+            assert result.stdout == stock_text(sparse, tokenizer, PROMPT) + "\n"
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:

@@ -271,6 +271,8 @@ def test_offloaded_experts_say_the_same(form: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="host memory is the device's own"):
         hfkv.patch(offloaded, moe=f"{form}+offload")
     assert not any(isinstance(p, ExpertStack) for p in offloaded.parameters())
+    with pytest.raises(ValueError, match="leave one of them out"):
+        hfkv.patch(offloaded, moe=f"{form}+offload", graphs=True)
     stock = logits(offloaded)
     handle = hfkv.patch(offloaded, moe=hfkv.MoEConfig(codec, offload=True, path=str(tmp_path)))
     assert handle.moe is not None
