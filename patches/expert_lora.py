@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-import weakref
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 
-from hfkv.experts.adapters import Factors, adopters, applied
+from hfkv.experts.adapters import ADOPT, Factors, applied
 from hfkv.experts.families import experts_of, is_experts
 from hfkv.experts.implementation import NAME
 from hfkv.patches.undo import Undo
@@ -22,9 +21,9 @@ _METHOD = "_activate_lora"
 def set_expert_lora(model: nn.Module, undo: Undo) -> None:
     """Overrides how PEFT's wrappers around experts apply adapters; those that come later are seen when they run."""
     adopt(model, undo)
-    reference = weakref.ref(model)
     for experts in experts_of(model).values():
-        adopters[experts] = functools.partial(_adopt_later, reference, undo)
+        # A partial, so that a deep copy of the model adopts its own.
+        undo.set(experts, ADOPT, functools.partial(_adopt_later, model))
 
 
 def adopt(model: nn.Module, undo: Undo) -> int:
@@ -43,10 +42,9 @@ def adopt(model: nn.Module, undo: Undo) -> int:
     return len(wrappers)
 
 
-def _adopt_later(reference: weakref.ref[nn.Module], undo: Undo) -> None:
-    model = reference()
-    if model is not None and "hfkv" in vars(model):
-        adopt(model, undo)
+def _adopt_later(model: Any) -> None:
+    if "hfkv" in vars(model):
+        adopt(model, model.hfkv._undo)
 
 
 def _is_known(wrapper_class: Any) -> bool:

@@ -26,6 +26,9 @@ from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
 
+# What the config of a model that was upcycled in place has: see `hfkv.patches.upcycle`.
+_UPCYCLED = "hfkv_upcycle"
+
 
 def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport:
     """Makes every experts module of `model` use the ``"hfkv"`` experts; its router is its own.
@@ -48,12 +51,15 @@ def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport
     swaps = []
     keeper = _Keeper(moe, undo, model)
     for name, experts in experts_of(model).items():
-        is_config = isinstance(experts.config, PreTrainedConfig)
-        undo.set(experts.config, "_experts_implementation_internal" if is_config else "_experts_implementation", NAME)
-        swaps.append(keeper.keep(name, experts))
+        if isinstance(experts.config, PreTrainedConfig):
+            experts.config._experts_implementation_internal = NAME  # a copy, that goes with the patch
+        else:
+            undo.set(experts.config, "_experts_implementation", NAME)
+        with torch.inference_mode(False), torch.no_grad():  # weights outlive the mode they are written in
+            swaps.append(keeper.keep(name, experts))
     if moe.codec in CODECS and not moe.offload:
         _say_how_to_save(model, moe, undo)
-    elif any(swap.form == PackedWeights.form for swap in swaps):
+    if any(swap.form != PlainWeights.form for swap in swaps):
         set_saving(model, undo)
     set_expert_lora(model, undo)
     report = MoEReport(tuple(swaps), others_of(model), keeper.trace)
@@ -69,6 +75,8 @@ def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None
             "save_pretrained follows the quantisation that the model was loaded with, not that of its experts"
         )
         return
+    if hasattr(model.config, _UPCYCLED):
+        return  # who loads it builds its layers by hand, and has plain tensors for them
     quantizer = ExpertsQuantizer(ExpertsConfig(moe.codec))
     undo.set(model, "hf_quantizer", quantizer)
     undo.set(model.config, "quantization_config", quantizer.quantization_config)
@@ -95,8 +103,13 @@ class _Keeper:
         given = [experts._parameters[parameter] for parameter in names]
         stacks = [self._replaced.get(id(one)) for one in given]
         why = "shared with another layer"
-        if stacks[0] is None:
-            stacks, why = self._offloaded(name, experts) if self.moe.offload else _stacks_of(experts, given, self.moe)
+        if None in stacks:
+            if self.moe.offload:
+                stacks, why = self._offloaded(name, experts)
+            else:
+                for index, one in enumerate(given):
+                    if stacks[index] is None:
+                        stacks[index], why = _stack_of(experts, one, self.moe)
             self._replaced |= {id(one): stack for one, stack in zip(given, stacks, strict=True)}
         before, after = sum(map(_num_bytes, given)), sum(map(_num_bytes, stacks))
         for parameter, one, stack in zip(names, given, stacks, strict=True):
@@ -107,14 +120,13 @@ class _Keeper:
 
     def _offloaded(self, name: str, experts: Any) -> tuple[list[Any], str]:
         weights = offload_experts(experts, self.moe, self._num_slots, self.trace, name=name)
+        requires_grad = [experts._parameters[parameter].requires_grad for parameter in weight_names(experts)]
         self._undo.call(bring_no_more(experts, *weight_names(experts)))
-        stacks = [as_parameter(ExpertStack(each, experts.is_transposed), requires_grad=False) for each in weights]
+        stacks = [
+            as_parameter(ExpertStack(each, experts.is_transposed), requires_grad=requires)
+            for each, requires in zip(weights, requires_grad, strict=True)
+        ]
         return stacks, f"{self._num_slots} slots; the others in {self.moe.path or 'host memory'}"
-
-
-def _stacks_of(experts: Any, given: list[Any], moe: MoEConfig) -> tuple[list[Any], str]:
-    both = [_stack_of(experts, one, moe) for one in given]
-    return [stack for stack, _ in both], both[0][1]
 
 
 def _stack_of(experts: Any, given: Any, moe: MoEConfig) -> tuple[Any, str]:
@@ -156,8 +168,8 @@ def _check_weights(model: PreTrainedModel, moe: MoEConfig) -> None:
             given = experts._parameters.get(parameter)
             if given is None:
                 raise ValueError(
-                    f"{name}.{parameter} is no plain parameter (it is parametrised, or quantised by another library); "
-                    "hfkv reads plain ones: load the model without that"
+                    f"{name}.{parameter} is no plain parameter (it is parametrised, quantised by another library, or "
+                    "in PEFT's modules_to_save); hfkv reads plain ones: load the model without that"
                 )
             if isinstance(given, ExpertStack) and moe.codec not in ("none", given.weights.form):
                 raise ValueError(
@@ -171,10 +183,9 @@ def _check_weights(model: PreTrainedModel, moe: MoEConfig) -> None:
                     f"{name}.{parameter} is put away by accelerate (on meta), so it cannot be written as {moe.codec} "
                     f'in place; use moe="{moe.codec}+offload", or load the model without offloading its experts'
                 )
-            if not given.dtype.is_floating_point or given.dtype.itemsize < 2:
+            if given.dtype not in (torch.bfloat16, torch.float16, torch.float32):
                 raise ValueError(
-                    f"{name}.{parameter} is {given.dtype}: quantised already; moe={str(moe)!r} takes bfloat16, float16 "
-                    "and float32"
+                    f"{name}.{parameter} is {given.dtype}; moe={str(moe)!r} takes bfloat16, float16 and float32"
                 )
 
 

@@ -1,10 +1,11 @@
-"""`save_pretrained` of a model whose experts are packed: the file holds plain tensors, as it did."""
+"""`save_pretrained` of a model whose experts are kept in another form."""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
+from hfkv.experts.checkpoint import ExpertsQuantizer
 from hfkv.experts.stack import ExpertStack
 from hfkv.patches.undo import Undo
 
@@ -15,11 +16,22 @@ def set_saving(model: Any, undo: Undo) -> None:
     undo.set(model, "save_pretrained", functools.update_wrapper(functools.partial(_save, model), inner))
 
 
-def _save(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-    state = kwargs.get("state_dict")
-    state = model.state_dict() if state is None else state
-    kwargs["state_dict"] = {name: _plain(tensor) for name, tensor in state.items()}
-    return type(model).save_pretrained(model, save_directory, *args, **kwargs)
+def _save(
+    model: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """The file holds plain tensors, as it did; or experts in int8 or int4, where the model says so."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process)
+    if isinstance(quantizer, ExpertsQuantizer):
+        with quantizer.given(state_dict):
+            return save(None, *args, **kwargs)
+    state = model.state_dict() if state_dict is None else state_dict
+    return save({name: _plain(tensor) for name, tensor in state.items()}, *args, **kwargs)
 
 
 def _plain(tensor: Any) -> Any:

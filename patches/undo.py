@@ -82,7 +82,8 @@ class Undo:
             if name in ("forward", _WRAPPED):
                 _restore_forward(owner, value, ours)
             elif isinstance(value, str) and value == _ABSENT:
-                delattr(owner, name)
+                if name in vars(owner):  # unless its owner has taken it off
+                    delattr(owner, name)
             else:
                 setattr(owner, name, value)
         while self._copies:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -53,11 +52,9 @@ class Factors:
         return cls(right, left, scaling)
 
 
-_SAMPLES = 64
-# Called when an experts module is found to have adapters that are multiplied out: a patch sees to it that they are not
-# the next time.
-adopters: weakref.WeakKeyDictionary[Any, Callable[[], None]] = weakref.WeakKeyDictionary()
-
+# An experts module of a patched model has this attribute: what is called when adapters are found to be multiplied out,
+# so that they are not the next time.
+ADOPT = "_hfkv_adopt"
 
 # PEFT's matrix `[N, r E]` has an expert's numbers far apart: reading those of one expert reads nearly all. This is the
 # last copy of each with them side by side.
@@ -77,12 +74,13 @@ def _side_by_side(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     owner = factor if factor._base is None else factor._base
     version = -1 if owner.is_inference() else owner._version
     made_of = (factor.data_ptr(), version, dtype)
-    # Torch counts no writes through `.data`: some of its numbers tell.
-    flat = owner.detach().view(-1) if owner.is_contiguous() else owner.detach().flatten()
-    sample = flat[:: max(len(flat) // _SAMPLES, 1) | 1]
+    # Torch counts no writes through `.data`: some of the numbers tell, two of each expert and rank among them.
+    outputs = factor.shape[1]
+    sample = factor.detach()[:, outputs // 3 :: max(outputs // 3, 1)]
     copy: _Copy | None = _copies.get(owner)
     if copy is None or copy.made_of != made_of or not torch.equal(copy.sample, sample):
-        copy = _copies[owner] = _Copy(made_of, sample.clone(), _by_columns(factor.detach().to(dtype)))
+        with torch.inference_mode(False), torch.no_grad():  # a later forward may need it for its gradients
+            copy = _copies[owner] = _Copy(made_of, sample.clone(), _by_columns(factor.detach().to(dtype)))
     return copy.numbers
 
 

@@ -33,14 +33,14 @@ def run_by_expert(
     activate = experts._apply_gate if experts.has_gate else experts.act_fn
     norm = experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None
     num_experts = up.weights.shape[0]
-    x = hidden_states.to(up.weights.dtype)
+    x = hidden_states.to(up.weights.dtype).contiguous()
     num_tokens, num_slots = top_k_index.shape
     if num_tokens == 1:
         return _run_one(x, top_k_index, top_k_weights, num_experts, up, down, activate, norm).to(hidden_states.dtype)
     flat = top_k_index.reshape(-1)
-    ids, order = flat.sort(stable=True)
-    # One row more for what no expert here computes.
-    counts = torch.bincount(ids.clamp(max=num_experts), minlength=num_experts + 1).tolist()
+    # One expert more for what none here computes.
+    ids, order = torch.where((flat < 0) | (flat >= num_experts), num_experts, flat).sort(stable=True)
+    counts = torch.bincount(ids, minlength=num_experts + 1).tolist()
     chosen = x[order // num_slots]
     rows = chosen.split(counts)
     used = [expert for expert, count in enumerate(counts[:num_experts]) if count]
@@ -71,9 +71,9 @@ def _run_one(
     """A single token: nothing to sort."""
     total = None
     ids = top_k_index[0].tolist()
-    up.weights.expect([expert for expert in ids if expert < num_experts])
+    up.weights.expect([expert for expert in ids if 0 <= expert < num_experts])
     for slot, expert in enumerate(ids):
-        if expert >= num_experts:
+        if not 0 <= expert < num_experts:
             continue
         y = down(activate(up(x, expert)), expert)
         y = (y if norm is None else norm(y)) * top_k_weights[:, slot, None]

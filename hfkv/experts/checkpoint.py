@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +40,8 @@ class ExpertsConfig(QuantizationConfigMixin):
 class ExpertsQuantizer(HfQuantizer):
     """Transformers' way to load and save weights that are not plain tensors."""
 
+    _given: dict[str, Any] | None = None
+
     @property
     def codec(self) -> str:
         """Of the experts."""
@@ -54,16 +58,33 @@ class ExpertsQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Every tensor of `model` by name, the bytes of its experts in an order that no processor decides."""
-        state = model.state_dict()
+        state = dict(model.state_dict() if self._given is None else self._given)
         for name, experts in experts_of(model).items():
             for parameter in weight_names(experts):
-                stack = experts._parameters[parameter]
-                if isinstance(stack, ExpertStack) and stack.weights.form in CODECS:
-                    place = ".".join(filter(None, (name, _PLANES.format(parameter))))
-                    state.pop(f"{name}.{parameter}")
-                    planes = stack.weights.portable_planes()  # type: ignore[attr-defined]
-                    state |= {f"{place}.{plane}": tensor for plane, tensor in planes.items()}
+                stack = state.pop(f"{name}.{parameter}", None)
+                if stack is None:
+                    continue
+                planes = self._encoded(stack, experts.is_transposed).portable_planes()
+                place = f"{name}.{_PLANES.format(parameter)}"
+                state |= {f"{place}.{plane}": tensor for plane, tensor in planes.items()}
         return state, {}
+
+    def _encoded(self, stack: torch.Tensor, is_transposed: bool) -> Any:
+        if isinstance(stack, ExpertStack) and stack.weights.form == self.codec:
+            return stack.weights
+        matrices = stack.transpose(1, 2) if is_transposed else stack + 0
+        weights = CODECS[self.codec](tuple(matrices.shape), matrices.dtype, matrices.device)  # type: ignore[arg-type]
+        weights.write_all(matrices)
+        return weights
+
+    @contextmanager
+    def given(self, state: dict[str, Any] | None) -> Iterator[None]:
+        """While it lasts, `state` is saved in the place of the model's own."""
+        self._given = state
+        try:
+            yield
+        finally:
+            self._given = None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -88,9 +109,14 @@ class ExpertsQuantizer(HfQuantizer):
                 meta = [plane for plane, tensor in planes.items() if tensor.device.type == "meta"]
                 if meta:
                     raise ValueError(
-                        f"{name}.{parameter} of this checkpoint is put away by a device_map, or missing in the file "
-                        f"({', '.join(meta)}); load all experts on a device, or keep them in a file: "
-                        "docs/expert-offload.md"
+                        f"{name}.{parameter} of this checkpoint is put away by a device_map ({', '.join(meta)}); load "
+                        "all experts on a device, or keep them in a file: docs/expert-offload.md"
+                    )
+                missing = [plane for plane, tensor in planes.items() if not _is_read(tensor)]
+                if missing:
+                    raise ValueError(
+                        f"{name}.{parameter} is not whole in this checkpoint, whose config says that hfkv wrote its "
+                        f"experts as {self.codec}: no {', '.join(missing)}. Save it again from the patched model"
                     )
                 weights = CODECS[self.codec].of_planes(planes, model.dtype)
                 stack = as_parameter(ExpertStack(weights, experts.is_transposed), requires_grad=False)
@@ -103,6 +129,11 @@ class _Planes(nn.Module):
         super().__init__()
         for name, plane in planes.items():
             self.register_buffer(name, plane)
+
+
+def _is_read(plane: torch.Tensor) -> bool:
+    """Whether transformers has read a plane from the checkpoint: it marks what it has."""
+    return getattr(plane, "_is_hf_initialized", False)
 
 
 def experts_of_planes(model: nn.Module) -> dict[str, Any]:

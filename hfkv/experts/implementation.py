@@ -42,7 +42,7 @@ def experts_forward(
     names = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
     up, down = (projection_of(self, name) for name in names)
     is_trained = up.is_trained or down.is_trained
-    is_plain = up.weights.form == down.weights.form == "plain"
+    is_plain = not (up.is_stack or down.is_stack)
     has_adapters = bool(up.factors or down.factors)
     if is_plain and not has_adapters and (torch.compiler.is_compiling() or (is_trained and _is_accelerator(up))):
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from hfkv.experts.weights import ExpertWeights, check_matrix
+from hfkv.experts.weights import ExpertWeights, aligned, check_matrix
 from hfkv.kernels.expert_codes import Codes
 
-# `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers.
-_CPU_INPUTS, _CPU_OUTPUTS = 32, 4
+# `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers, and
+# crashes on one that does not begin at a multiple of so many bytes (what is loaded from a file need not).
+_CPU_INPUTS, _CPU_OUTPUTS, _CPU_BYTES = 32, 4, 16
 
 
 class Int8Weights(ExpertWeights):
@@ -33,7 +34,7 @@ class Int8Weights(ExpertWeights):
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         codes, scales = self.int8[expert], self.scales[expert].to(x.dtype)
         is_tiled = codes.shape[1] % _CPU_INPUTS == 0 and codes.shape[0] % _CPU_OUTPUTS == 0
-        if x.device.type == "cpu" and is_tiled:
+        if x.device.type == "cpu" and is_tiled and codes.data_ptr() % _CPU_BYTES == 0:
             return torch._weight_int8pack_mm(x, codes, scales)
         return F.linear(x, self.decode(expert).to(x.dtype))
 
@@ -63,7 +64,7 @@ class Int8Weights(ExpertWeights):
     def of_planes(cls, planes: dict[str, torch.Tensor], dtype: torch.dtype) -> Int8Weights:
         """From `portable_planes`."""
         weights = object.__new__(cls)
-        weights.int8, weights.scales = planes["int8"], planes["scales"].float()
+        weights.int8, weights.scales = aligned(planes["int8"]), planes["scales"].float()
         weights.shape, weights.dtype = tuple(weights.int8.shape), dtype  # type: ignore[assignment]
         return weights
 

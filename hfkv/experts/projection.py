@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfkv.experts.adapters import Factors, adopters, factors_of
+from hfkv.experts.adapters import ADOPT, Factors, factors_of
 from hfkv.experts.stack import ExpertStack
 from hfkv.experts.weights import ExpertWeights, PlainWeights
 
@@ -21,17 +21,19 @@ class Projection:
         bias: `[E, N]`, or None.
         factors: of the adapters in use.
         is_trained: whether the matrices themselves are to get gradients.
+        is_stack: whether they stand for a parameter, and are none.
     """
 
     weights: ExpertWeights
     bias: torch.Tensor | None
     factors: tuple[Factors, ...]
     is_trained: bool
+    is_stack: bool = False
 
     def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """For `x` `[n, K]`, contiguous: `[n, N]`."""
         weights = self.weights
-        if weights.form == "plain" or not torch.is_grad_enabled():
+        if not self.is_stack or not torch.is_grad_enabled():
             y = weights.linear(x, expert)
         else:
             y = _Frozen.apply(x, weights, expert, _tracked() if self.is_trained else None)
@@ -52,7 +54,7 @@ def projection_of(experts: Any, name: str) -> Projection:
     is_trained = given.requires_grad and torch.is_grad_enabled()
     factors = tuple(each.ready(given.dtype) for each in factors)
     if isinstance(given, ExpertStack):
-        return Projection(given.weights, bias, factors, is_trained)
+        return Projection(given.weights, bias, factors, is_trained, is_stack=True)
     plain = PlainWeights(given.transpose(1, 2) if experts.is_transposed else given)
     return Projection(plain, bias, factors, is_trained)
 
@@ -66,8 +68,8 @@ def _parameter(experts: Any, name: str) -> tuple[torch.Tensor, tuple[Factors, ..
         return getattr(experts, name), factors
     if not all(hasattr(part, "lhs") and hasattr(part, "rhs") for part in parametrised):
         return getattr(experts, name), factors
-    if experts in adopters:
-        adopters[experts]()
+    if ADOPT in vars(experts):
+        vars(experts)[ADOPT]()
     of_peft = (Factors.of_product(p.lhs, p.rhs, p.scaling, experts.is_transposed) for p in parametrised)
     return parametrised.original, (*factors, *of_peft)
 

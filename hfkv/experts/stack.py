@@ -35,7 +35,11 @@ class ExpertStack(StandIn):
     is_transposed: bool
 
     @staticmethod
-    def __new__(cls, weights: ExpertWeights, is_transposed: bool = False) -> ExpertStack:
+    def __new__(cls, weights: ExpertWeights, is_transposed: bool = False, **unknown: Any) -> ExpertStack:
+        if unknown or not isinstance(weights, ExpertWeights):
+            raise TypeError(
+                "experts that hfkv keeps cannot be put away or dispatched by accelerate: do that first, then hfkv.patch"
+            )
         experts, outputs, inputs = weights.shape
         stack = torch.Tensor._make_wrapper_subclass(
             cls,
@@ -69,8 +73,13 @@ class ExpertStack(StandIn):
             if func in _COPIES:
                 return first._copied(kwargs.get("device"), kwargs.get("dtype"))
             if func is torch.ops.aten.select.int and args[1] == 0:
-                matrix = first.weights.decode(args[2] % len(first))
+                matrix = first.weights.decode(first._index(args[2]))
                 return first._turned(matrix.clone() if first.weights.form == "plain" else matrix)
+        if isinstance(first, ExpertStack) and func is torch.ops.aten.copy_.default and _is_alike(first, args[1]):
+            # As they are: writing few bytes again would round them again.
+            first.weights.take(args[1].weights)
+            first._note_write()
+            return first
         if func._schema.is_mutable and (written := _written(func, args, kwargs)):
             plains = {id(stack): stack.plain() for stack in written}
             result = func(*_with(plains, args), **_with(plains, kwargs))
@@ -78,6 +87,11 @@ class ExpertStack(StandIn):
                 stack._write_all(plains[id(stack)])
             return written[0] if isinstance(result, torch.Tensor) else result
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _index(self, index: int) -> int:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there are {len(self)} experts, and no {index}")
+        return index % len(self)
 
     def _write_all(self, whole: torch.Tensor) -> None:
         if self.weights.is_lossy:
@@ -95,7 +109,7 @@ class ExpertStack(StandIn):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.dim() == 0):
-            self.weights.write(int(index) % len(self), self._turned(torch.as_tensor(value)))
+            self.weights.write(self._index(int(index)), self._turned(torch.as_tensor(value)))
             self._note_write()
             return
         plain = self.plain()
@@ -130,6 +144,11 @@ class ExpertStack(StandIn):
         if name.startswith("plane_"):
             return self.weights.planes()[name.removeprefix("plane_")]
         raise AttributeError(f"an ExpertStack has no attribute {name!r}")
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    stacks = isinstance(one, ExpertStack) and isinstance(other, ExpertStack)
+    return stacks and type(one.weights) is type(other.weights) and one.weights.can_take(other.weights)
 
 
 def as_parameter(stack: ExpertStack, requires_grad: bool) -> nn.Parameter:

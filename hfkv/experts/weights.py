@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from hfkv.kernels.expert_codes import Codes
 
+_ALIGNMENT = 64
+
 
 class ExpertWeights(ABC):
     """E matrices ``[N outputs, K inputs]``.
@@ -72,6 +74,14 @@ class ExpertWeights(ABC):
         """Bytes held."""
         return sum(plane.nbytes for plane in self.planes().values())
 
+    def can_take(self, other: ExpertWeights) -> bool:
+        """Whether `take` may be called with weights of the same class."""
+        return self.is_lossy and self.shape == other.shape
+
+    def take(self, other: ExpertWeights) -> None:
+        """Becomes a copy of `other`, as it is kept."""
+        vars(self).update(vars(other.to(self.device, self.dtype)))
+
     def read_all(self) -> torch.Tensor:
         """All matrices `[E, N, K]` in `dtype`, a fresh tensor."""
         whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -132,6 +142,11 @@ def check_matrix(weights: ExpertWeights, matrix: torch.Tensor) -> None:
     """Raises ValueError where `matrix` is not one of an expert of `weights`."""
     if tuple(matrix.shape) != weights.shape[1:]:
         raise ValueError(f"an expert here is a matrix of {list(weights.shape[1:])}, got {list(matrix.shape)}")
+
+
+def aligned(plane: torch.Tensor) -> torch.Tensor:
+    """A tensor that begins where vectors may: itself, or a copy."""
+    return plane.clone() if plane.device.type == "cpu" and plane.data_ptr() % _ALIGNMENT else plane
 
 
 def state_without(weights: Any, *names: str) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class SparseMoE(nn.Module):
         self.gate = Router(hidden_size, num_experts, device, dtype)
         self._default = default_implementation(hidden_size, intermediate_size, self.gate.weight.dtype)
         # The experts' own, held here too: adapters wrap the experts.
-        self.experts_config = ExpertsConfig(self._default)
+        self.experts_config = ExpertsConfig(self._default, self.top_k)
         self.experts = experts_class(gated, bias)(
             self.experts_config, num_experts, hidden_size, intermediate_size, activation, device, dtype
         )

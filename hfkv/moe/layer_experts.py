@@ -22,10 +22,12 @@ class ExpertsConfig:
     Args:
         experts_implementation: ``"eager"``, ``"grouped_mm"``, ``"batched_mm"``, ``"hfkv"``, or any other name that
             transformers knows. It is kept under the name that transformers reads.
+        num_experts_per_tok: K.
     """
 
-    def __init__(self, experts_implementation: str) -> None:
+    def __init__(self, experts_implementation: str, num_experts_per_tok: int) -> None:
         self._experts_implementation = experts_implementation
+        self.num_experts_per_tok = num_experts_per_tok
 
     def __repr__(self) -> str:
         return f"ExpertsConfig({self._experts_implementation!r})"

@@ -16,6 +16,7 @@ from torch import nn
 
 from hfkv.moe.layer import SparseMoE
 from hfkv.moe.routing import is_recomputing
+from hfkv.probe import base_model
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -105,8 +106,9 @@ class RoutingStats:
         if self._handles:
             raise RuntimeError("these routing statistics are being recorded already")
         self._handles = [
-            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self._model.register_forward_hook(self._after_model, always_call=True),
+            # PEFT's generate calls the model inside.
+            base_model(self._model).register_forward_pre_hook(self._before_model, with_kwargs=True),
+            base_model(self._model).register_forward_hook(self._after_model, always_call=True),
         ]
         for name, (experts, layer) in self._experts.items():
             hook = partial(self._before_experts, name, layer)

@@ -35,7 +35,7 @@ class ExpertHeader:
         dtype: of the numbers they stand for, as safetensors names it.
         up, down: (E, N, K).
         order: of int4's nibbles: ``"portable"``, or that of one kind of processor; see `cpu_order_name`.
-        origin: tells the weights they were written from; see `samples_digest`.
+        origin: tells the weights they were written from; see `contents_digest`.
         checks: of each half, of each expert.
     """
 

@@ -61,6 +61,9 @@ class OffloadedWeights(ExpertWeights):
                 matrix = self.slots.weights[self.half].decode(slot)
                 return matrix.clone() if self.source.codec == "none" else matrix
 
+    def can_take(self, other: ExpertWeights) -> bool:
+        return False
+
     def write(self, expert: int, matrix: torch.Tensor) -> None:
         """As of any weights.
 

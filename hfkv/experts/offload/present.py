@@ -10,7 +10,7 @@ import torch
 
 from hfkv.experts.config import MoEConfig
 from hfkv.experts.offload.at_rest import AtRest, at_rest, execution_device
-from hfkv.experts.offload.expert_source import Encoder, ExpertSource, plane_shapes, samples_digest
+from hfkv.experts.offload.expert_source import Encoder, ExpertSource, contents_digest, plane_shapes
 from hfkv.experts.offload.offloaded import OffloadedWeights
 from hfkv.experts.stack import ExpertStack
 from hfkv.experts.weights import ExpertWeights, PlainWeights
@@ -71,12 +71,12 @@ class PresentWeights:
         return form if form in ("int8", "int4") else None
 
     def origin(self) -> str:
-        """Tells these weights from others, by a few numbers."""
+        """Tells these weights from others."""
         weights = self.weights
         if isinstance(weights, PlainWeights):
-            return samples_digest(weights.matrices)
+            return contents_digest(weights.matrices)
         assert weights is not None
-        return samples_digest(weights.decode(expert) for expert in range(self.shape[0]))
+        return contents_digest(weights.decode(expert) for expert in range(self.shape[0]))
 
     def planes(
         self, codec: str, device: torch.device, *, has_cpu_order: bool
