@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent.parent / "README.md"
 
 def test_the_readmes_examples_run(capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    first, second, third = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    first, second, third, fourth = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     exec(first, names)
     assert "def parse(" in capsys.readouterr().out
@@ -18,3 +18,6 @@ def test_the_readmes_examples_run(capsys: Any, tmp_path: Path, monkeypatch: Any)
     exec(third, names)
     assert names["cache"].holds_tokens.shape[1] == names["text"].shape[1] - 1
     assert names["model"].hfkv.reuse_stats().lookups > 0
+    exec(fourth, names)
+    assert "MixtralExperts" in capsys.readouterr().out
+    assert {swap.form for swap in names["handle"].moe.swapped} == {"packed"}
