@@ -23,11 +23,9 @@ from hfkv.patches.configs import own_configs
 from hfkv.patches.expert_lora import set_expert_lora
 from hfkv.patches.saving import set_saving
 from hfkv.patches.undo import Undo
+from hfkv.patches.upcycle import ENTRY as UPCYCLED
 
 logger = logging.getLogger("hfkv")
-
-# What the config of a model that was upcycled in place has: see `hfkv.patches.upcycle`.
-_UPCYCLED = "hfkv_upcycle"
 
 
 def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport:
@@ -44,13 +42,14 @@ def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport
     Raises:
         ValueError: there are no such experts, or their weights cannot be kept so.
     """
-    if not experts_of(model):
+    named = experts_of(model)
+    if not named:
         raise ValueError(f"moe={str(moe)!r}: {no_experts(model)}")
-    _check_weights(model, moe)
+    _check_weights(named, moe)
     own_configs(model, undo)
     swaps = []
-    keeper = _Keeper(moe, undo, model)
-    for name, experts in experts_of(model).items():
+    keeper = _Keeper(moe, undo, named)
+    for name, experts in named.items():
         if isinstance(experts.config, PreTrainedConfig):
             experts.config._experts_implementation_internal = NAME  # a copy, that goes with the patch
         else:
@@ -75,7 +74,7 @@ def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None
             "save_pretrained follows the quantisation that the model was loaded with, not that of its experts"
         )
         return
-    if hasattr(model.config, _UPCYCLED):
+    if hasattr(model.config, UPCYCLED):
         return  # who loads it builds its layers by hand, and has plain tensors for them
     quantizer = ExpertsQuantizer(ExpertsConfig(moe.codec))
     undo.set(model, "hf_quantizer", quantizer)
@@ -89,13 +88,13 @@ class _Keeper:
         trace: who was chosen and what travelled, of offloaded experts.
     """
 
-    def __init__(self, moe: MoEConfig, undo: Undo, model: PreTrainedModel) -> None:
+    def __init__(self, moe: MoEConfig, undo: Undo, named: dict[str, Any]) -> None:
         self.moe, self._undo = moe, undo
         self._replaced: dict[int, Any] = {}
         self.trace = ExpertTrace() if moe.offload else None
         if moe.offload:
             budget = None if moe.device_budget is None else int(moe.device_budget)
-            self._num_slots = slots_for_budget(experts_of(model).values(), budget, moe.codec)
+            self._num_slots = slots_for_budget(named.values(), budget, moe.codec)
 
     def keep(self, name: str, experts: Any) -> Swap:
         """Puts stacks in the place of the parameters, where they are to be kept in another form."""
@@ -162,8 +161,8 @@ def _why_plain(experts: Any, given: Any) -> str | None:
     return unpackable(given)
 
 
-def _check_weights(model: PreTrainedModel, moe: MoEConfig) -> None:
-    for name, experts in experts_of(model).items():
+def _check_weights(named: dict[str, Any], moe: MoEConfig) -> None:
+    for name, experts in named.items():
         for parameter in weight_names(experts):
             given = experts._parameters.get(parameter)
             if given is None:

@@ -8,6 +8,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hfkv.experts.by_expert import run_by_expert
+from hfkv.experts.families import weight_names
 from hfkv.experts.grouped import can_group, run_grouped
 from hfkv.experts.offload.offloaded import OffloadedWeights, run_offloaded
 from hfkv.experts.projection import Projection, projection_of
@@ -39,8 +40,7 @@ def experts_forward(
     Returns:
         `[T, H]`, in the dtype of `hidden_states`.
     """
-    names = "gate_up_proj" if self.has_gate else "up_proj", "down_proj"
-    up, down = (projection_of(self, name) for name in names)
+    up, down = (projection_of(self, name) for name in weight_names(self))
     is_trained = up.is_trained or down.is_trained
     is_plain = not (up.is_stack or down.is_stack)
     has_adapters = bool(up.factors or down.factors)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix, state_without
+from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix
 from hfkv.kernels.expert_codes import Codes
 
 # Numbers of each expert that stand for all of them where somebody asks whether weights changed.
@@ -73,7 +73,7 @@ class PackedWeights(ExpertWeights):
         return experts * outputs * inputs * self.dtype.itemsize
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**state_without(self, "_packed"), "matrices": self.read_all()}
+        return {"matrices": self.read_all()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["matrices"])  # type: ignore[misc]

@@ -75,11 +75,11 @@ class ExpertStack(StandIn):
             if func is torch.ops.aten.select.int and args[1] == 0:
                 matrix = first.weights.decode(first._index(args[2]))
                 return first._turned(matrix.clone() if first.weights.form == "plain" else matrix)
-        if isinstance(first, ExpertStack) and func is torch.ops.aten.copy_.default and _is_alike(first, args[1]):
-            # As they are: writing few bytes again would round them again.
-            first.weights.take(args[1].weights)
-            first._note_write()
-            return first
+            if func is torch.ops.aten.copy_.default and _is_alike(first, args[1]):
+                # As they are: writing few bytes again would round them again.
+                first.weights.take(args[1].weights)
+                first._note_write()
+                return first
         if func._schema.is_mutable and (written := _written(func, args, kwargs)):
             plains = {id(stack): stack.plain() for stack in written}
             result = func(*_with(plains, args), **_with(plains, kwargs))
@@ -146,9 +146,9 @@ class ExpertStack(StandIn):
         raise AttributeError(f"an ExpertStack has no attribute {name!r}")
 
 
-def _is_alike(one: Any, other: Any) -> bool:
-    stacks = isinstance(one, ExpertStack) and isinstance(other, ExpertStack)
-    return stacks and type(one.weights) is type(other.weights) and one.weights.can_take(other.weights)
+def _is_alike(one: ExpertStack, other: Any) -> bool:
+    is_same = isinstance(other, ExpertStack) and type(one.weights) is type(other.weights)
+    return is_same and one.weights.can_take(other.weights)
 
 
 def as_parameter(stack: ExpertStack, requires_grad: bool) -> nn.Parameter:

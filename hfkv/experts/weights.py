@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,8 +146,3 @@ def check_matrix(weights: ExpertWeights, matrix: torch.Tensor) -> None:
 def aligned(plane: torch.Tensor) -> torch.Tensor:
     """A tensor that begins where vectors may: itself, or a copy."""
     return plane.clone() if plane.device.type == "cpu" and plane.data_ptr() % _ALIGNMENT else plane
-
-
-def state_without(weights: Any, *names: str) -> dict[str, Any]:
-    """The attributes of `weights` but some, for a pickle."""
-    return {name: value for name, value in vars(weights).items() if name not in names}
