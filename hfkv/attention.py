@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -18,11 +16,14 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
 from hfkv.fused import fused_attention
-from hfkv.held import HeldTokens, Part
+from hfkv.held import HeldTokens, Part, Tokens
 from hfkv.kernels.inputs import Scoring
-from hfkv.mask import CausalMask, hfkv_mask, left_padding
+from hfkv.latent.attention import latent_attention, windowed_latent_attention
+from hfkv.latent.view import LatentView
+from hfkv.mask import CausalMask, hfkv_mask, left_padding, only_picked
+from hfkv.modelling import modelling_files
 from hfkv.split import SplitTokens
-from hfkv.view import KVView
+from hfkv.view import KVView, refuse_window
 from hfkv.windowed import windowed_attention
 
 NAME = "hfkv"
@@ -30,14 +31,8 @@ NAME = "hfkv"
 # Models that must keep their own attention although their code would take another name for it.
 _SPARSE = "it applies its sparse index only under transformers' own attentions"
 OWN_ATTENTION = {
-    "axk2": _SPARSE,
-    "deepseek_v32": _SPARSE,
     "deepseek_v4": _SPARSE,
-    "dots3_note": _SPARSE,
-    "glm_moe_dsa": _SPARSE,
-    "hy_v4": _SPARSE,
     "minimax_m3": _SPARSE,
-    "mistral_large4": _SPARSE,
     "bigbird_pegasus": "its encoder computes its attention itself and would misread the mask",
     "git": "it changes its keys and values between the cache and the attention",
     "inkling2": "it passes a keyword to its attention that only its own functions know",
@@ -64,6 +59,7 @@ _WITHOUT_EFFECT = {
 # Keywords the model's own eager attention implements and scaled_dot_product_attention does not.
 _EAGER_ONLY = {"softcap", "s_aux"}
 _UNDERSTOOD = _WITHOUT_EFFECT | _EAGER_ONLY
+_VIEWS = (KVView, LatentView)
 
 
 def hfkv_attention(
@@ -101,6 +97,7 @@ def hfkv_attention(
     _refuse_own_attention(getattr(module, "config", None))
     # transformers' pipeline parallelism hands on the keywords of its forward as one.
     kwargs = {**(kwargs.pop("kwargs", None) or {}), **kwargs}
+    indices = kwargs.pop("indices", None) if hasattr(module, "expand_kv") else None
     for name, given in kwargs.items():
         if given is not None and name not in _UNDERSTOOD:
             raise NotImplementedError(
@@ -110,29 +107,33 @@ def hfkv_attention(
     attention_class: Any = type(module)
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
-    is_captured = isinstance(key, KVView) and isinstance(key.held, HeldTokens) and key.held.inputs is not None
-    if isinstance(key, KVView) and isinstance(value, KVView) and key.held.is_windowed and not is_captured:
+    if indices is not None:
+        attention_mask = only_picked(attention_mask, indices, key.shape[2], is_causal)
+    tokens = _tokens(key, value)
+    is_captured = isinstance(tokens, HeldTokens) and tokens.inputs is not None
+    if tokens is not None and tokens.is_windowed and not is_captured:
         if position_bias is not None:
             raise NotImplementedError(
                 f"{type(module).__name__} adds a position bias for consecutive positions, which a windowed cache does "
                 "not hold; leave the window out"
             )
-        pads = left_padding(attention_mask, key.held.batch, query.shape[2], key.held.seen)
-        key.held.padding.learn(pads, key.held.seen - query.shape[2])
+        pads = left_padding(attention_mask, tokens.batch, query.shape[2], tokens.seen)
+        tokens.padding.learn(pads, tokens.seen - query.shape[2])
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
-        if isinstance(key.held, SplitTokens):
-            return _split(query, key.held, pads, scoring)
-        if isinstance(key.held, HeldTokens) and key.held.hides_tokens(pads):
+        if isinstance(tokens, SplitTokens):
+            return _split(query, tokens, pads, scoring)
+        if isinstance(tokens, HeldTokens) and tokens.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
     is_followed = key.requires_grad or value.requires_grad  # a backward pass must find the edge that raises
-    is_plain = position_bias is None and not is_followed
-    if isinstance(key, KVView) and isinstance(value, KVView) and key.held is value.held and is_plain:
-        assert isinstance(key.held, HeldTokens)
+    if isinstance(tokens, HeldTokens) and position_bias is None and not is_followed:
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
-        output = fused_attention(query, key.held, attention_mask, is_causal, scoring)
+        if isinstance(key, LatentView):
+            output = latent_attention(query, key.source, attention_mask, is_causal, scoring)
+        else:
+            output = fused_attention(query, tokens, attention_mask, is_causal, scoring)
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    key, value = (states.decoded() if isinstance(states, KVView) else states for states in (key, value))
+    key, value = (states.decoded() if isinstance(states, _VIEWS) else states for states in (key, value))
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.plain()
 
@@ -206,9 +207,28 @@ def _scoring(query: torch.Tensor, scaling: float | None, dropout: float, extra: 
     )
 
 
+def _tokens(key: torch.Tensor, value: torch.Tensor) -> Tokens | None:
+    """What both are views of, or None.
+
+    Raises:
+        RuntimeError: one of them is a view of something windowed and the other is not of the same.
+    """
+    held = [states.held for states in (key, value) if isinstance(states, _VIEWS)]
+    if len(held) == 2 and held[0] is held[1]:
+        return held[0]
+    for tokens in held:
+        refuse_window(tokens)
+    return None
+
+
 def _windowed(
-    query: torch.Tensor, key: KVView, value: KVView, pads: tuple[int, ...], scoring: Scoring
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pads: tuple[int, ...], scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if isinstance(key, LatentView):
+        output, weights = windowed_latent_attention(query, key.source, pads, scoring)
+        return output.transpose(1, 2).contiguous(), weights
+    assert isinstance(key, KVView)
+    assert isinstance(value, KVView)
     assert isinstance(key.held, HeldTokens)
     tracked: dict[Part, torch.Tensor] | None = None
     if key.requires_grad:
@@ -289,10 +309,7 @@ def _has_sdpa(module_class: Any) -> bool:
 @functools.cache
 def _calls_attention_functions(config_class: Any) -> bool:
     """Whether the models of a config go through transformers' attention functions (and so reach ours)."""
-    package = config_class.__module__.rpartition(".")[0]
-    with contextlib.suppress(ImportError):  # a config alone does not bring its models
-        importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
-    modelling = [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.modeling")]
+    modelling = modelling_files(config_class)
     found: list[Any] = [value for module in modelling for value in vars(module).values() if inspect.isclass(value)]
     models = [value for value in found if issubclass(value, PreTrainedModel) and value.config_class is config_class]
     return all(model._can_set_attn_implementation() for model in models)

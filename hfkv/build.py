@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from hfkv.config import KVConfig
+from hfkv.indexed import IndexedLayer
+from hfkv.latent.families import expands_latents, widths_of
 from hfkv.layer import KVLayer
 from hfkv.probe import cross_attention_layers, probe_rotary
 from hfkv.rotary import Rotary
@@ -34,7 +36,7 @@ def build_layers(
     if rotary is None and kv.needs_rotary:
         rotary = _probe(config_or_model)
     layers = [
-        layer if index in cross else _replace(layer, index, kv.for_layer(index), rotary or {})
+        layer if index in cross else _replace(layer, index, kv.for_layer(index), rotary or {}, config)
         for index, layer in enumerate(stock)
     ]
     _check_layers(layers, kv, config.model_type)
@@ -95,7 +97,7 @@ def _check_heads(kv: KVConfig, config: PreTrainedConfig) -> None:
     heads = kv.window.global_heads if isinstance(kv.window, Window) else {}
     for index, named in heads.items():
         try:
-            count = getattr(config, "num_key_value_heads", None)
+            count = 1 if widths_of(config, index) else getattr(config, "num_key_value_heads", None)
         except RuntimeError:  # layers differ (gemma4), and the config refuses to say one number
             count = None
         # Layers may differ from the config (and a part of a model has fewer): those find out at the first key.
@@ -140,12 +142,26 @@ def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
     return probe_rotary(config_or_model)
 
 
-def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None]) -> Any:
-    """A layer of ours in place of a plain full or sliding one; any other layer as it is."""
+def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
+    """Whether a layer of ours takes the place of one of transformers': plain, sliding, or of latents with an index."""
+    if type(layer) is DynamicIndexedLayer:
+        return expands_latents(config)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None], config: PreTrainedConfig) -> Any:
+    """A layer of ours in place of one of transformers', where `is_replaced`; any other as it is."""
+    if not is_replaced(layer, config):
+        return layer
+    if type(layer) is DynamicIndexedLayer:
+        if kv.window is not None:
+            raise ValueError(
+                f"layer {index} picks the tokens it attends to by an index over all of them, which a window would let "
+                "go of; leave the window out"
+            )
+        return IndexedLayer(kv)
     if type(layer) is DynamicSlidingWindowLayer:
         return KVLayer(kv, sliding=layer.sliding_window)
-    if type(layer) is not DynamicLayer:
-        return layer
     window = kv.window
     if isinstance(window, Window) and index in window.global_layers:
         return KVLayer(replace(kv, window=None))

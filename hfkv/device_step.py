@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from hfkv.cache import KVCache
 from hfkv.held import Captured
+from hfkv.indexed import IndexedLayer
 from hfkv.kernels.device_inputs import DeviceInputs
-from hfkv.kernels.dispatch import append_kernel, attention_kernel
+from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
 from hfkv.kernels.inputs import Visibility
+from hfkv.latent.families import widths_of
 from hfkv.layer import KVLayer
 from hfkv.layout import Layout
 from hfkv.look import Look
@@ -22,26 +25,30 @@ from hfkv.windowed import visibility_of
 SPARE_COLUMNS = 16
 
 
-def step_reason(cache: KVCache, mask: torch.Tensor | None) -> str | None:
+def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str | None:
     """Why the decode step of `cache` cannot be a `DeviceStep`, in words, or None where it can.
 
     Args:
         cache: after its prefill.
         mask: the attention mask of the step, `[B, seen]`, or None.
+        config: of the model's text decoder: a layer does not know whether its keys are latents.
     """
     for index, layer in enumerate(cache.layers):
         name = f"layer {index}"
         if not isinstance(layer, KVLayer):
             return f"{name} is a {type(layer).__name__}"
+        if isinstance(layer, IndexedLayer):
+            return f"{name} picks tokens by an index, whose keys are not written where the device says"
         if not layer.is_initialized:
             return f"{name} has seen nothing yet"
         if layer.kv.offload:
             return f"{name} is offloaded"
         if layer.record_past:
             return f"{name} records its past for an assistant"
+        attend = attention_kernel if widths_of(config, index) is None else latent_kernel
         kernels = (
             append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims),
-            attention_kernel(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims),
+            attend(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims),
         )
         for kernel in kernels:
             if not kernel.name.startswith("triton"):

@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from hfkv.held import HeldTokens
-from hfkv.kernels.dispatch import attention_kernel
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.mask import CausalMask
@@ -22,12 +21,10 @@ def kernel_for(query: torch.Tensor, held: HeldTokens, scoring: Scoring) -> Calla
         held: the tokens.
         scoring: what becomes of scores.
     """
-    key, value = held.parts["key"], held.parts["value"]
     is_followed = torch.is_grad_enabled() and query.requires_grad  # a backward pass must find its way, and then raise
-    if scoring.weights or scoring.dropout or is_followed or query.dtype != key.dtype:
+    if scoring.weights or scoring.dropout or is_followed or query.dtype != held.parts["key"].dtype:
         return None
-    head_dims = (key.head_dim, value.head_dim)
-    return attention_kernel(held.codec.name, query.dtype, query.device, query.shape[2], head_dims).run
+    return held.kernel(query).run
 
 
 def fused_attention(
@@ -84,7 +81,7 @@ def attend_held(
         # A logit that takes weight and is no token's comes once, behind the last run.
         part = kernel(query, keys, values, layout, of_run, replace(scoring, sink_logits=None))
         attended = part if attended is None else merge(attended, part)
-    attended = nothing(query, held.parts["value"].head_dim) if attended is None else attended
+    attended = nothing(query, held.out_dim) if attended is None else attended
     attended = with_sink_logits(attended, scoring.sink_logits)
     return Attended(attended.out.to(query.dtype), attended.lse)
 

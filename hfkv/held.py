@@ -10,6 +10,7 @@ import torch
 
 from hfkv.codecs import Codec
 from hfkv.kernels.device_inputs import DeviceInputs
+from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.inputs import Encoded, Visibility
 from hfkv.layout import Layout
 from hfkv.padding import LeftPadding
@@ -117,6 +118,25 @@ class HeldTokens:
     def is_slice(self) -> bool:
         """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and alive."""
         return self.codec.name == "none" and self.store.reads_slices
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the keys are latents, which are summed too, and the values rotary keys (MLA)."""
+        return False
+
+    @property
+    def out_dim(self) -> int:
+        """Width of what attention gives."""
+        return self.parts["value"].head_dim
+
+    def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries meet and what is summed, of decoded keys and values."""
+        return keys, values
+
+    def kernel(self, query: torch.Tensor) -> Kernel:
+        """The kernel that attends to these tokens."""
+        head_dims = (self.parts["key"].head_dim, self.parts["value"].head_dim)
+        return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims)
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
         """`[B, H, T, D]` of the keys or values."""

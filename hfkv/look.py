@@ -63,6 +63,12 @@ class Look:
             return self.tracked["key"][:, :, first:last], self.tracked["value"][:, :, first:last]
         return self.held.decode("key", first, last), self.held.decode("value", first, last)
 
+    def segment(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
+    ) -> Segment:
+        """A stretch of decoded keys and values as queries meet it."""
+        return Segment(query, *self.held.joined(keys, values), visible)
+
     def _read_around(self, index: torch.Tensor, size: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of a range that has the `size` tokens from each of `index` on, and `index` within it."""
         last = self.held.last - self.held.first
@@ -118,7 +124,7 @@ class Look:
             positions = torch.cat((slots, newest.expand(len(slots), -1)), dim=1)
         count = positions.shape[1]
         visible = self._visible(positions, t, bounds) & (positions != NOWHERE)[:, None]
-        return Placed(Segment(query, *self.read(0, count), visible), positions)
+        return Placed(self.segment(query, *self.read(0, count), visible), positions)
 
     def _apart(self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, oldest: int, end: int) -> list[Placed]:
         """Sinks, summaries and the newest tokens from `oldest` on, each on their own."""
@@ -128,7 +134,7 @@ class Look:
         if self.is_turned:
             is_sink = (positions >= self.starts) & (positions < self.starts + self.sinks)
             visible &= ~is_sink[:, None]
-        placed = [Placed(Segment(query, *self.read(oldest + shift, end + shift), visible), positions)]
+        placed = [Placed(self.segment(query, *self.read(oldest + shift, end + shift), visible), positions)]
         if self.sinks and (self.is_turned or oldest > min(self.pads)):
             placed.append(self._sink_segment(query, t, bounds, torch.full_like(bounds, oldest)))
         if self.window and self.window.summary:
@@ -153,12 +159,20 @@ class Look:
             turned = self._turned(query, bounds)
         else:
             turned, visible = query, visible & (positions[:, None] < before[..., None])
-        return Placed(Segment(turned, *self._sinks, visible), positions)
+        return Placed(self.segment(turned, *self._sinks, visible), positions)
 
     def _turned(self, query: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         """The queries at the positions they would have if the text between sinks and window had never been."""
         gap = (bounds - self.starts - self.sinks).clamp_min(0)
-        return query if self.held.rotary is None else self.held.rotary.rotate(query, -gap[:, None])
+        rotary = self.held.rotary
+        if rotary is None:
+            return query
+        if rotary.part == "key":
+            return rotary.rotate(query, -gap[:, None])
+        # What meets rotary keys comes last.
+        width = self.held.parts["value"].head_dim
+        rest, turned = query.split((query.shape[-1] - width, width), dim=-1)
+        return torch.cat((rest, rotary.rotate(turned, -gap[:, None])), dim=-1)
 
     def _summary_segments(self, query: torch.Tensor, bounds: torch.Tensor) -> list[Placed]:
         """The summaries in the slots, and those of pages that have left a query's window and are still held."""
@@ -170,7 +184,8 @@ class Look:
         if self.num_slots:
             pages = slots.pages(self.device)
             visible = self._visible_pages(pages, bounds)
-            placed.append(Placed(Segment(query, *self.read(window.sinks, window.num_slots), visible), None))
+            held = self.read(window.sinks, window.num_slots)
+            placed.append(Placed(self.segment(query, *held, visible), None))
         # Pages that the last of these queries no longer sees token by token, and that have no slot yet.
         firsts = torch.tensor([slots.num_pages(pad) for pad in self.pads], device=self.device)[:, None]
         lasts = (bounds - self.starts)[:, -1:] // size
@@ -185,7 +200,7 @@ class Look:
             keys, values, index = self._read_around(index, size)
             means = page_means(keys, values, index, sinks, size, self.held.rotary)
             keys, values = (self._as_written(states) for states in means)
-            placed.append(Placed(Segment(query, keys, values, visible), None))
+            placed.append(Placed(self.segment(query, keys, values, visible), None))
         return placed
 
     def _visible_pages(self, pages: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

@@ -123,6 +123,32 @@ def _plainly_causal(
     return CausalMask(batch_size, q_length, kv_length, None if is_whole else attention_mask, device)
 
 
+def only_picked(
+    mask: torch.Tensor | None, indices: torch.Tensor, num_tokens: int, is_causal: bool = True
+) -> torch.Tensor:
+    """What queries see of the tokens that an indexer has picked for them.
+
+    Args:
+        mask: bool or additive `[B, 1 or H, q, T]`; None for causal or full attention.
+        indices: `[B, q, k]`, tokens among all; some of them may be hidden by the mask.
+        num_tokens: T.
+        is_causal: which of the two, where there is no mask.
+
+    Returns:
+        As the mask, bool where there is none.
+    """
+    batch, num_queries, _ = indices.shape
+    picked = torch.zeros(batch, num_queries, num_tokens, dtype=torch.bool, device=indices.device)
+    picked = picked.scatter_(-1, indices.long(), True)[:, None]
+    if mask is None:
+        if not is_causal:
+            return picked
+        mask = picked.new_ones(num_queries, num_tokens).tril(num_tokens - num_queries)
+    if mask.dtype == torch.bool:
+        return mask & picked
+    return mask.masked_fill(~picked, torch.finfo(mask.dtype).min)
+
+
 def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: int) -> tuple[int, ...]:
     """Pad tokens before each row's first real one.
 
@@ -163,13 +189,19 @@ def _visible(mask: torch.Tensor) -> torch.Tensor:
         return mask
     if not mask.is_floating_point():
         raise TypeError(f"a 4D attention mask must be bool or additive (float), got {mask.dtype}")
-    hidden = mask <= _HIDDEN
-    if not bool((hidden | (mask == 0)).all()):
+    visible = shown_by(mask)
+    if visible is None:
         raise NotImplementedError(
             "a windowed hfkv cache was given an additive mask with values between 0 and hidden (a bias of positions, "
             "say), which its window would lose; leave the window out"
         )
-    return hidden.logical_not()
+    return visible
+
+
+def shown_by(mask: torch.Tensor) -> torch.Tensor | None:
+    """What an additive mask shows, bool, or None where it says more than that."""
+    hidden = mask <= _HIDDEN
+    return hidden.logical_not() if bool((hidden | (mask == 0)).all()) else None
 
 
 _ROWS = 512  # queries of a written mask looked at together

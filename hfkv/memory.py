@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from hfkv.indexed import IndexedLayer
 from hfkv.layer import KVLayer
 from hfkv.sizes import about_bytes
 from hfkv.split import SplitLayer
@@ -184,6 +185,8 @@ def _of_layer(index: int, layer: KVLayer, heads: tuple[int, ...] = ()) -> Iterat
         part, number = divmod(plane, len(names))
         if allocated:  # an offloaded plane may have nothing on one of its two devices
             yield PlaneMemory(index, ("key", "value")[part], names[number], device, allocated, held, heads)
+    for _, device, allocated, held in layer.index_memory() if isinstance(layer, IndexedLayer) else ():
+        yield PlaneMemory(index, "state", "indexer keys", device, allocated, held)
 
 
 def _of_own(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:

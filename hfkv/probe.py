@@ -193,8 +193,11 @@ def _rotary_of(
         raise ValueError(f"{where}: a token at a few positions left no keys to compare; {_REMEDY}")
     # The model rounds cos, sin, their products and the sums to its dtype.
     tolerance = 1e-4 + 8 * torch.finfo(keys.dtype).eps
-    candidates: list[Rotary | None] = [None, *_candidates(frequencies, keys.shape[-1])]
-    misfits = [_misfit(candidate, keys, positions) for candidate in candidates]
+    rotated, plain, part = keys, values, "key"
+    if not _misfit(None, values, positions) <= tolerance:
+        rotated, plain, part = values, keys, "value"  # latent attention keeps its rotary keys there
+    candidates: list[Rotary | None] = [None, *_candidates(frequencies, rotated.shape[-1])]
+    misfits = [_misfit(candidate, rotated, positions) for candidate in candidates]
     best = min(range(len(candidates)), key=misfits.__getitem__)
     if not misfits[best] <= tolerance:
         raise ValueError(
@@ -202,15 +205,13 @@ def _rotary_of(
             "rotary embeddings of a head's first dims, adjacent or half-split pairs, with frequencies that the model "
             f"keeps as inv_freq; {_REMEDY}"
         )
-    if not _misfit(None, values, positions) <= tolerance:
-        raise ValueError(
-            f"{where}: what it caches as values depends on positions (latent attention keeps rotated keys there); "
-            f"{_REMEDY}"
-        )
+    if not _misfit(None, plain, positions) <= tolerance:
+        raise ValueError(f"{where}: both what it caches as keys and as values depend on positions; {_REMEDY}")
     found = candidates[best]
-    if found is None or keys.device.type == "mps":
+    if found is None:
         return found
-    return Rotary(found.inv_freq.to(keys.device), found.interleaved)
+    device = "cpu" if keys.device.type == "mps" else keys.device
+    return Rotary(found.inv_freq.to(device), found.interleaved, part)
 
 
 def _candidates(frequencies: list[torch.Tensor], head_dim: int) -> Iterator[Rotary]:

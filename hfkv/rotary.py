@@ -10,16 +10,19 @@ import torch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotary:
-    """How the keys of a layer are rotated by their positions.
+    """How what a layer caches is rotated by positions.
 
     Attributes:
         inv_freq: float64 `[r / 2]`, the angle by which one position turns each pair of dims; negative where the model
             turns the other way. The first r dims of a head are rotated, the others are not.
         interleaved: whether the pairs are the dims (2i, 2i + 1), or else (i, i + r / 2).
+        part: of what is cached, the one that is rotated: ``"key"``, or ``"value"`` where latents are cached as keys and
+            the rotary keys as values (MLA).
     """
 
     inv_freq: torch.Tensor
     interleaved: bool
+    part: str = "key"
 
     def rotate(self, states: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """Rotates keys or queries as if they stood some positions further on.

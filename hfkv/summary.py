@@ -17,14 +17,14 @@ def page_means(
     page_size: int,
     rotary: Rotary | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean key and value of pages, keys turned to the position of the page's middle first.
+    """The mean key and value of pages, what is rotated turned to the position of the page's middle first.
 
     Args:
         keys, values: tokens `[B, H, T, Dk]` and `[B, H, T, Dv]`.
         first: index among them of each page's first token, `[B, N]`; what lies outside is taken from the edge.
         sinks: how many of each page's first tokens are sinks, which are not part of the mean, `[B, N]`.
         page_size: tokens a page.
-        rotary: how the keys are rotated by their position, or None where they are not.
+        rotary: how keys, or what is cached as values, are rotated by their position; None where they are not.
 
     Returns:
         `[B, H, N, Dk]` and `[B, H, N, Dv]` in the dtypes of keys and values. A page of sinks only gives zeros.
@@ -34,7 +34,10 @@ def page_means(
     keys, values = (take(states, index) for states in (keys, values))
     if rotary is not None:
         turns = (page_size // 2 - within).repeat(first.shape[1])
-        keys = rotary.rotate(keys, turns)
+        if rotary.part == "key":
+            keys = rotary.rotate(keys, turns)
+        else:
+            values = rotary.rotate(values, turns)
     dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
     weights = (within >= sinks[..., None]).to(dtype)  # [B, N, P]
     weights /= weights.sum(-1, keepdim=True).clamp_min(1)

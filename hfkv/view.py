@@ -70,13 +70,7 @@ class KVView(StandIn):
 
     def plain(self) -> torch.Tensor:
         """The tokens decoded, for code that knows nothing of windows."""
-        if self.held.is_windowed:
-            raise RuntimeError(
-                "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
-                'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
-                "take that attention, or that changes its keys between the cache and the attention, can have a cache "
-                "without a window only"
-            )
+        refuse_window(self.held)
         decoded = self.held.decode(self.part)
         return decoded if decoded.stride() == self.stride() else decoded.contiguous()
 
@@ -85,6 +79,17 @@ class KVView(StandIn):
         if self.requires_grad:
             return _Decode.apply(self)
         return self.held.decode(self.part)
+
+
+def refuse_window(held: Tokens) -> None:
+    """Raises RuntimeError where an attention that knows nothing of windows would read what one of ours is set for."""
+    if held.is_windowed:
+        raise RuntimeError(
+            "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
+            'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
+            "take that attention, or that changes its keys between the cache and the attention, can have a cache "
+            "without a window only"
+        )
 
 
 def make_views(held: Tokens, tracked: bool) -> tuple[torch.Tensor, torch.Tensor]:

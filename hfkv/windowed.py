@@ -12,7 +12,7 @@ from hfkv.held import HeldTokens, Part
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, with_sink_logits
 from hfkv.look import Look, Placed
-from hfkv.segments import Segment, attend, attend_apart
+from hfkv.segments import attend, attend_apart
 
 
 def windowed_attention(
@@ -40,11 +40,11 @@ def windowed_attention(
     first = held.seen - num_queries
     sees_all = num_queries == 1 and look.sees_all_held(first)
     kernel = kernel_for(query, held, scoring) if tracked is None else None
-    # On a CPU, plain tokens are attended to where they lie, without a kernel's help.
-    if kernel is not None and (held.codec.name != "none" or query.device.type != "cpu"):
+    # On a CPU, plain keys and values are attended to where they lie, without a kernel's help.
+    if kernel is not None and (held.codec.name != "none" or query.device.type != "cpu" or held.is_latent):
         return _by_kernel(kernel, query, look, scoring, sees_all), None
     if sees_all and scoring.is_plain:
-        return attend([Segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None
+        return attend([look.segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None
     outputs, weights = [], []
     block = look.block_length()
     for begin in range(first, held.seen, block):

@@ -16,7 +16,9 @@ from transformers.utils import ModelOutput
 
 from hfkv.cache import KVCache
 from hfkv.device_step import DeviceStep, advance, step_reason
+from hfkv.latent.projection import projection_of
 from hfkv.layout import Layout
+from hfkv.patches.mla import latent_modules
 from hfkv.patches.undo import Undo
 from hfkv.probe import growing_rope_type
 from hfkv.spread import spread_of
@@ -123,7 +125,9 @@ class Graphs:
             captured = None
         reason = _input_reason(kwargs)
         if reason is None and captured is None:
-            reason = hooks_reason(self.model) or step_reason(cache, mask)
+            decoder = self.model.config.get_text_config(decoder=True)
+            reason = hooks_reason(self.model) or step_reason(cache, mask, decoder)
+            reason = reason or latent_reason(self.model, cache.layers[0].dtype)
         if reason is not None:
             self._captured[cache] = None
             self._log(reason)
@@ -218,6 +222,20 @@ def hooks_reason(model: Any) -> str | None:
             return f"accelerate has set a hook on {name or 'the model'}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has forward hooks, which a replay would not call"
+    return None
+
+
+def latent_reason(model: Any, dtype: torch.dtype) -> str | None:
+    """Why attention to latents cannot be captured, in words, or None: expanded, it reads no lengths from the device.
+
+    Args:
+        model: the patched model.
+        dtype: of the latents.
+    """
+    for module in latent_modules(model):
+        projection = projection_of(module, dtype)
+        if isinstance(projection, str):
+            return f"{type(module).__name__} expands its latents at every step: {projection}"
     return None
 
 

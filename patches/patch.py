@@ -16,6 +16,7 @@ from hfkv.experts.report import MoEReport
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
+from hfkv.patches.mla import set_latent_attention
 from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
@@ -44,6 +45,7 @@ class Patch:
         num_layers: layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
+        num_latent_layers: attention layers that cache latents (MLA) and attend to them as they are.
         moe: what became of the experts, or None where nothing was asked for them.
         graphs: what captures decode steps, or None where that was not asked for.
     """
@@ -54,6 +56,7 @@ class Patch:
         self.own_attention: str | None = None
         self.own_layers: dict[int, str] = {}
         self.num_layers = 0
+        self.num_latent_layers = 0
         self.exact_rotary = False
         self.moe: MoEReport | None = None
         self.graphs: Graphs | None = None
@@ -204,6 +207,8 @@ def patch(
         handle.own_attention = set_attention(base, handle._undo)
         if handle.own_attention is not None:
             _accept_own_attention(handle)
+        else:
+            handle.num_latent_layers = set_latent_attention(base, handle._undo)
         set_generate_hooks(base, handle._undo)
         if exact_rotary:
             set_exact_rotary(base, handle._undo)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -23,12 +24,16 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
         pads: none where it is empty.
     """
     pads = pads or (0,) * len(ids)
+    latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
+    for module in latent:  # what is encoded are the latents
+        module.expand_kv = functools.partial(_expand_encoded, module, CODECS[kv.codec])
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         sliding = getattr(module, "sliding_window", None)
         window = Window(sliding, sinks=0) if sliding else kv.window
         codec = CODECS[kv.codec]
-        key, value = (codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in (key, value))
+        if not latent:
+            key, value = (codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in (key, value))
         return _attend(model, module, query, key, value, window, pads, scaling, kwargs), None
 
     AttentionInterface.register("brute_force", attention)
@@ -38,6 +43,12 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
         return model(ids, position_ids=positions(ids, pads), use_cache=False).logits
     finally:
         model.set_attn_implementation(before)
+        for module in latent:
+            del module.expand_kv
+
+
+def _expand_encoded(module: Any, codec: Any, *states: torch.Tensor) -> Any:
+    return type(module).expand_kv(module, *(codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in states))
 
 
 def positions(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
@@ -150,10 +161,13 @@ def _summaries(model: Any, k: torch.Tensor, v: torch.Tensor, window: Window) -> 
 def turned(model: Any, states: torch.Tensor, by: list[int]) -> torch.Tensor:
     """`[T, D]` rotated `by` positions further, by the model's own code but for angles in float64."""
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
+    # Of latent attention only the last dims are rotated.
+    nope = getattr(model.config, "qk_nope_head_dim", 0)
+    rest, states = states.split((nope, states.shape[1] - nope), dim=1)
     states = states[None, None]
     rotary = model.model.rotary_emb
     angles = torch.tensor([by], dtype=torch.float64)[..., None] * rotary.inv_freq.double()
     if rotary(states, torch.tensor([by]))[0].shape[-1] == 2 * angles.shape[-1]:
         angles = torch.cat((angles, angles), dim=-1)
     cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    return apply(states, states, cos, sin)[0][0, 0]
+    return torch.cat((rest, apply(states, states, cos, sin)[0][0, 0]), dim=1)

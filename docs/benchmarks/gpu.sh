@@ -36,7 +36,9 @@ bench reuse 300 reuse --shape llama-8b --layers 8 --context 32768 --peers Dynami
     --kv none --kv none+reuse:16GiB --kv int8 --kv int8+reuse:16GiB
 bench moe 400 moe --shape qwen3-30b-a3b
 bench moe-mixtral 300 moe --shape mixtral-8x7b
+bench mla-8x32k 500 mla --shape deepseek-v3 --batch 8 --tokens 32768 --part decode,step
+bench mla-prompts 400 mla --shape deepseek-v3 --part prefill,crossover --kv none --kv int8
 run check 60 hfkv bench --check docs/benchmarks/targets-gpu.toml --from "$out/attention.json" \
     --from "$out/step-8x32k.json" --from "$out/step-1x2k.json" --from "$out/offload-1x32k.json" \
-    --from "$out/moe.json"
+    --from "$out/moe.json" --from "$out/mla-8x32k.json" --from "$out/mla-prompts.json"
 cat "$out/summary.txt"

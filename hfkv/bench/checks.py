@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.errors import BenchError
+from hfkv.bench.mla_setting import MLA, PARTS, SUITES, case_of
 from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
-from hfkv.bench.setting import SUITES
 
 FLOOR, EVERY = "floor", "*"
 HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
@@ -32,6 +32,8 @@ class Target:
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
         max_held: what the bytes it holds, over those of `against`, must not exceed.
         note: for the reader.
+        part: of the suite mla, in which it has to be said.
+        queries: new tokens of a call; suite mla only.
     """
 
     suite: str
@@ -49,10 +51,16 @@ class Target:
     device: str | None = None
     max_held: float | None = None
     note: str | None = None
+    part: str | None = None
+    queries: int | None = None
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
             raise BenchError(f"the suite {self.suite!r} is unknown; allowed: {', '.join(SUITES)}")
+        if self.suite == MLA and self.part not in PARTS:
+            raise BenchError(f"the part {self.part!r} of the suite mla is unknown; allowed: {', '.join(PARTS)}")
+        if self.suite != MLA and (self.part is not None or self.queries is not None):
+            raise BenchError(f"part and queries are of the suite mla, got the suite {self.suite!r}; leave them out")
         if all(value is None for value in (self.at_least, self.at_most, self.max_error, self.max_held)):
             raise BenchError(f"{self} says neither at_least, at_most, max_error nor max_held")
         if self.max_held is not None and self.against == FLOOR:
@@ -64,13 +72,35 @@ class Target:
 
     def concerns(self, result: Result, table: Table) -> bool:
         """Whether it is about that run, its contexts aside."""
-        seen = (result.suite, result.shape, table.batch, table.ragged, result.dtype, table.layers, _kind(result))
-        wanted = (self.suite, self.shape, self.batch, self.ragged, self.dtype, self.layers, self.device)
+        seen: tuple[Any, ...] = (
+            result.suite,
+            result.shape,
+            table.batch,
+            table.ragged,
+            result.dtype,
+            table.layers,
+            _kind(result),
+        )
+        wanted: tuple[Any, ...] = (
+            self.suite,
+            self.shape,
+            self.batch,
+            self.ragged,
+            self.dtype,
+            self.layers,
+            self.device,
+        )
+        case = case_of(result, table)
+        if case is not None:
+            wanted += self.part, self.queries
+            seen += case.part, case.new
         return all(value is None or value == given for value, given in zip(wanted, seen, strict=True))
 
     def __str__(self) -> str:
-        about = "".join(f" {part}" for part in (self.shape, self.batch and f"batch {self.batch}") if part)
-        return f"{self.suite}{about}, {self.context:,} tokens, {self.contender} over {self.against}"
+        words = self.part, self.shape, self.batch and f"batch {self.batch}"
+        about = "".join(f" {word}" for word in words if word)
+        queries = f", {self.queries:,} new" if self.queries else ""
+        return f"{self.suite}{about}, {self.context:,} tokens{queries}, {self.contender} over {self.against}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hfkv.bench.mla_setting import CROSSOVER, PREFILL, STEP, Case, case_of
 from hfkv.bench.results import OK, WRONG, Result, Row, Table
 from hfkv.figure import new_figure
 
@@ -47,6 +48,7 @@ _TITLES = {
     "reuse": "Prompt with a known beginning to first new token",
     "memory": "Bytes of one layer's cache",
     "moe": "One call of a layer's experts",
+    "mla": "Latent attention",
 }
 
 
@@ -76,7 +78,7 @@ def _draw(axes: Any, result: Result, table: Table) -> None:
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.set_xlabel("MB" if is_memory else "median, ms", fontsize=9)
-    axes.set_title(_panel_title(table, result.suite == "moe"), fontsize=10, loc="left")
+    axes.set_title(_panel_title(result, table), fontsize=10, loc="left")
     wrong = [row.contender for row in table.rows if row.status == WRONG]
     if wrong:
         text = f"wrong, not timed: {', '.join(wrong)}"
@@ -108,9 +110,23 @@ def _legend(result: Result) -> str:
     return f"blue: hfkv, grey: transformers; ×: times as fast as the fastest grey one{floor}"
 
 
-def _panel_title(table: Table, is_moe: bool) -> str:
+def case_title(case: Case, batch: int) -> str:
+    """What a table of the suite mla is about."""
+    if case.part == STEP:
+        return f"step of generate(), {batch} × {case.held:,} tokens held"
+    if case.part == PREFILL and not case.held:
+        return f"one layer, prompt of {batch} × {case.new:,} tokens"
+    new = f"{case.new:,} new token{'s' if case.new != 1 else ''}"
+    either = ", absorbed or expanded" if case.part == CROSSOVER else ""
+    return f"one layer, {new} over {batch} × {case.held:,} held{either}"
+
+
+def _panel_title(result: Result, table: Table) -> str:
+    case = case_of(result, table)
+    if case is not None:
+        return case_title(case, table.batch)
     if table.ragged:
         return f"left-padded rows of {', '.join(f'{length:,}' for length in table.ragged)} tokens"
-    if is_moe:
+    if result.suite == "moe":
         return f"{table.context:,} token{'s' if table.context != 1 else ''}"
     return f"{table.batch} × {table.context:,} tokens"

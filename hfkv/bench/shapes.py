@@ -135,10 +135,15 @@ class Heads:
             BenchError: its layers hold no keys and values a head (a latent, or no attention at all).
         """
         query_heads = getattr(config, "num_attention_heads", None)
-        if not query_heads or getattr(config, "kv_lora_rank", None):
+        if not query_heads:
             raise BenchError(
                 f"{config.model_type!r} holds no plain keys and values in its layers, which the random contents of "
                 "hfkv bench are made for; take another model"
+            )
+        if getattr(config, "kv_lora_rank", None):
+            raise BenchError(
+                f"{config.model_type!r} has latent attention, and the random contents of this suite are keys and "
+                "values a head; hfkv bench mla measures it"
             )
         try:
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads

@@ -27,13 +27,14 @@ EXIT_CODE = 1
 def bench(
     context: typer.Context,
     suite: Annotated[
-        str | None, typer.Argument(help="attention, step, memory, prefill, reuse or moe.", show_default=False)
+        str | None, typer.Argument(help="attention, step, memory, prefill, reuse, moe or mla.", show_default=False)
     ] = None,
     shape: Annotated[
         str | None,
         typer.Option(
-            help="llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny.",
-            show_default="llama-8b; on a CPU whole models: small, moe: moe-small",
+            help="llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny; "
+            "in mla: deepseek-v2-lite, deepseek-v3 or mla-tiny.",
+            show_default="llama-8b; on a CPU whole models: small, moe: moe-small, mla: deepseek-v2-lite",
         ),
     ] = None,
     model: Annotated[str | None, typer.Option(help="The shape of a model: a folder, or a name on the Hub.")] = None,
@@ -49,12 +50,24 @@ def bench(
         list[str] | None,
         typer.Option(
             help="A cache of hfkv's; may be given again. In step with +graphs behind it: from CUDA graphs.",
-            show_default="none, int8, int4, fp8, paged, int8+paged, window:1024",
+            show_default="none, int8, int4, fp8, paged, int8+paged, window:1024; mla: none, int8, int4, paged",
         ),
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(help="moe: tokens of a call.", show_default="1,8,128,1024; on a GPU 1,32,128,4096"),
+        typer.Option(
+            help="moe: tokens of a call. mla: tokens held; in its part prefill, without --queries, of a prompt.",
+            show_default="moe: 1,8,128,1024; on a GPU 1,32,128,4096; mla: by part",
+        ),
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="mla: decode, step, prefill, crossover.", show_default="all of them")
+    ] = None,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="mla: new tokens at once in crossover, and in prefill behind those held.", show_default="by part"
+        ),
     ] = None,
     moe: Annotated[
         list[str] | None,
@@ -69,7 +82,7 @@ def bench(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="How long all take turns at a context, at least.", show_default="10; moe: 4"),
+        typer.Option(help="How long all take turns at a context, at least.", show_default="10; moe, mla: 4"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random weights, keys, values and tokens.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
@@ -87,6 +100,7 @@ def bench(
     prefill: a prompt to its first new token.
     reuse: a prompt whose beginning an earlier call has read, to its first new token.
     moe: one call of a layer's experts.
+    mla: latent attention (DeepSeek), by parts: decode and prefill of one layer, step of four, crossover of its forms.
 
     Random weights of real shapes; nothing is downloaded.
     """
@@ -113,6 +127,8 @@ def bench(
                 seconds,
                 tokens,
                 moe,
+                part,
+                queries,
             )
             results = [_measure(setting_of(words, seed), command_line(context, "hfkv", "bench"))]
         console = Console(highlight=False)
@@ -130,16 +146,18 @@ def bench(
 
 
 def _measure(setting: Setting, command: str) -> Result:
-    from hfkv.bench import BenchError, run
+    from hfkv.bench import BenchError, MLASetting, run, run_mla
 
     with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
         task = progress.add_task("", total=1.0)
         try:
-            return run(
-                setting,
-                command,
-                lambda what, share: progress.update(task, completed=share, description=f"{what:<42}"),
-            )
+
+            def on_progress(what: str, share: float) -> None:
+                progress.update(task, completed=share, description=f"{what:<42}")
+
+            if isinstance(setting, MLASetting):
+                return run_mla(setting, command, on_progress)
+            return run(setting, command, on_progress)
         except BenchError as error:
             raise CommandError(str(error)) from error
 

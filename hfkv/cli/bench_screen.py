@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hfkv.cli.bench_mla_words import mla_notes, mla_title
 from hfkv.cli.bench_moe_words import moe_notes, moe_title
 from hfkv.cli.eval_screen import SPACE, wrap
 
@@ -75,6 +76,8 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
 def _title(result: Result, measured: Measured) -> str:
     if result.suite == "moe":
         return moe_title(result, measured)
+    if result.suite == "mla":
+        return mla_title(result, measured)
     if measured.ragged:
         rows = f"left-padded rows of {', '.join(f'{length:,}' for length in measured.ragged)} tokens"
     else:
@@ -107,7 +110,9 @@ def _columns(result: Result, measured: Measured) -> dict[str, list[Text]]:
     rows = measured.rows
     if result.suite == "memory":
         return _memory_columns(result, measured)
-    times = "× best\npeer" if result.suite != "moe" else f"×\n{measured.base}" if measured.base else "× base\n"
+    times = "× stock\n" if result.suite == "mla" else "× best\npeer"
+    if result.suite == "moe":
+        times = f"×\n{measured.base}" if measured.base else "× base\n"
     columns = {
         "median\nms": [_main(row, row.p50_ms) for row in rows],
         SPREAD: [_cell(row.p20_ms and f"{_ms(row.p20_ms)}–{_ms(row.p80_ms)}", "dim") for row in rows],
@@ -119,9 +124,11 @@ def _columns(result: Result, measured: Measured) -> dict[str, list[Text]]:
         columns["× its\nfloor"] = [_cell(row.floor_ratio and _ms(row.floor_ratio)) for row in rows]
     unit, unit_name = _unit([row.held_bytes for row in rows if row.held_bytes])
     columns[f"held\n{unit_name}"] = [_bytes(row.held_bytes, unit) for row in rows]
-    plain = next((row.held_bytes for row in rows if row.held_bytes), None) if result.suite == "moe" else None
-    if plain:
-        columns["of\nplain"] = [_cell(row.held_bytes and f"{row.held_bytes / plain:.3f}") for row in rows]
+    plain = next((row.held_bytes for row in rows if row.held_bytes), None)
+    if plain and result.suite in ("moe", "mla"):
+        columns["of\nplain" if result.suite == "moe" else SHARE] = [
+            _cell(row.held_bytes and f"{row.held_bytes / plain:.3f}") for row in rows
+        ]
     return {**columns, **_errors(rows, "error\nto fp32" if result.suite == "moe" else "error\nto full")}
 
 
@@ -216,6 +223,8 @@ def _caption(result: Result) -> Table:
     has_floor = any(row.floor_ms is not None for table in result.tables for row in table.rows)
     if result.suite == "moe":
         return _grid({**notes, **moe_notes(result), **_busy(machine)})
+    if result.suite == "mla":
+        return _grid({**notes, **mla_notes(result), **_busy(machine)})
     if result.suite != "memory":
         what = {"attention": "one layer's update and attention", "step": "a decode step of generate()"}
         notes["median"] = f"of {what.get(result.suite, 'a prompt to its first new token')}; all caches take turns"

@@ -17,11 +17,22 @@ CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), 
 TINY_CONTEXTS = (512,)
 # Tokens of a call in the suite moe: decoding, and then reading prompts.
 TOKENS = {"cpu": (1, 8, 128, 1024), "other": (1, 32, 128, 4096)}
-# A step or a prompt takes longer than a call of experts, of which four numbers of tokens are timed.
-SECONDS, MOE_SECONDS = 10.0, 4.0
-# What belongs to the suites of caches, and to the suite moe.
-_OF_CACHES = {"model": "--model", "layers": "--layers", "contexts": "--context", "batch": "--batch", "kvs": "--kv"}
-_OF_MOE = {"tokens": "--tokens", "moes": "--moe"}
+# A step or a prompt takes longer than a call of experts or of a layer, of which many numbers of tokens are timed.
+SECONDS, MOE_SECONDS, MLA_SECONDS = 10.0, 4.0, 4.0
+# What says what to measure, and what of it a suite takes; the suites of caches take `_OF_CACHES`.
+_OPTIONS = {
+    "model": "--model",
+    "layers": "--layers",
+    "contexts": "--context",
+    "batch": "--batch",
+    "kvs": "--kv",
+    "tokens": "--tokens",
+    "moes": "--moe",
+    "parts": "--part",
+    "queries": "--queries",
+}
+_OF_CACHES = ("model", "layers", "contexts", "batch", "kvs")
+_TAKES = {"moe": ("tokens", "moes"), "mla": ("model", "layers", "batch", "kvs", "tokens", "parts", "queries")}
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,8 @@ class Words:
     seconds: float | None
     tokens: str | None = None
     moes: list[str] | None = None
+    parts: str | None = None
+    queries: str | None = None
 
 
 def setting_of(words: Words, seed: int) -> Setting:
@@ -58,17 +71,19 @@ def setting_of(words: Words, seed: int) -> Setting:
     if words.suite not in SUITES:
         said = f"the suite {words.suite!r} is unknown" if words.suite else "name a suite, or a result with --from"
         raise CommandError(f"{said}; allowed: {', '.join(SUITES)}")
-    if words.suite == "moe":
-        return _moe_setting(words, seed)
-    _refuse(words, _OF_MOE)
+    _refuse(words)
     if words.shape is not None and words.model is not None:
         raise CommandError("--shape and --model both say what to build; give one of them")
     if words.ragged is not None and words.suite != "prefill":
         raise CommandError(f"--ragged is for the suite prefill only, got the suite {words.suite!r}; leave it out")
+    if words.suite == "moe":
+        return _moe_setting(words, seed)
     if words.ragged is not None and (words.contexts is not None or words.batch is not None):
         raise CommandError("--ragged says the rows and their tokens; leave --context and --batch out")
     for kv in words.kvs or ():
         check_kv(kv.removesuffix(GRAPHS))
+    if words.suite == "mla":
+        return _mla_setting(words, seed)
     device = pick_device(words.device)
     dtype = pick_dtype(words.dtype)
     shape = words.shape
@@ -105,9 +120,6 @@ def _moe_setting(words: Words, seed: int) -> Setting:
     from hfkv.bench import BenchError, Setting
     from hfkv.bench.setting import DEFAULT_MOE
 
-    _refuse(words, _OF_CACHES)
-    if words.ragged is not None:
-        raise CommandError("--ragged is for the suite prefill only, got the suite 'moe'; leave it out")
     device = pick_device(words.device)
     dtype = pick_dtype(words.dtype)
     kind = "cpu" if device.type == "cpu" else "other"
@@ -128,11 +140,48 @@ def _moe_setting(words: Words, seed: int) -> Setting:
         raise CommandError(str(error)) from error
 
 
-def _refuse(words: Words, options: dict[str, str]) -> None:
+def _mla_setting(words: Words, seed: int) -> Setting:
+    from hfkv.bench import BenchError, MLASetting
+    from hfkv.bench.mla_setting import MLA_KV, PARTS, cases_of
+
+    if words.peers.lower() not in ("all", "dynamiccache"):
+        raise CommandError(
+            f"the suite mla is against DynamicCache and sdpa only, got --peers {words.peers!r}; leave it out"
+        )
+    device = pick_device(words.device)
+    dtype = pick_dtype(words.dtype)
+    shape = words.shape
+    if shape is None and words.model is None:
+        shape = "deepseek-v2-lite" if device.type == "cpu" else "deepseek-v3"
+    parts = PARTS if words.parts is None else tuple(part.strip() for part in words.parts.split(","))
+    try:
+        return MLASetting(
+            shape=shape,
+            model=words.model,
+            layers=words.layers,
+            batch=1 if words.batch is None else words.batch,
+            dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
+            device=str(device),
+            kvs=MLA_KV if words.kvs is None else tuple(words.kvs),
+            cases=cases_of(
+                parts,
+                () if words.tokens is None else _numbers("--tokens", words.tokens),
+                () if words.queries is None else _numbers("--queries", words.queries),
+            ),
+            steps=words.steps,
+            seconds=MLA_SECONDS if words.seconds is None else words.seconds,
+            seed=seed,
+        )
+    except BenchError as error:
+        raise CommandError(str(error)) from error
+
+
+def _refuse(words: Words) -> None:
     """Options that mean nothing in the suite."""
-    for name, option in options.items():
-        if getattr(words, name) is not None:
-            others = ", ".join((_OF_MOE if words.suite == "moe" else _OF_CACHES).values())
+    taken = _TAKES.get(str(words.suite), _OF_CACHES)
+    for name, option in _OPTIONS.items():
+        if getattr(words, name) is not None and name not in taken:
+            others = ", ".join(_OPTIONS[name] for name in taken)
             raise CommandError(f"{option} means nothing in the suite {words.suite!r}; it takes {others}; leave it out")
 
 

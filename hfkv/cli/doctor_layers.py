@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from hfkv import KVCache, KVConfig
+    from hfkv.kernels.dispatch import Kernel
     from hfkv.kernels.selftest_inputs import Heads
 
 # Queries that stand for a prefill: so many that every device takes its kernel for many.
@@ -41,7 +42,7 @@ class Group:
 
     Attributes:
         cache: what they keep, in the words of ``kv=``.
-        heads: Dk, Dv and G; None where the layers are not hfkv's.
+        heads: None where the layers are not hfkv's.
         uses: what reads and writes them.
         layers: their indices.
     """
@@ -178,8 +179,6 @@ def _no_kernel(config: PreTrainedConfig) -> str | None:
         return "its attention adds a bias for positions to the scores, which kernels do not"
     if getattr(config, "alibi", False):
         return "its attention adds a bias for positions (alibi) to the scores, which kernels do not"
-    if getattr(config, "kv_lora_rank", None):
-        return "its code expands the latents it caches before the attention, so that no kernel reads the cache"
     return None
 
 
@@ -196,6 +195,7 @@ class _Layer:
     def group(self) -> Group:
         """What the layer keeps, and what reads and writes it."""
         from hfkv.build import OURS
+        from hfkv.indexed import IndexedLayer
         from hfkv.split import SplitLayer
 
         if not isinstance(self.layer, OURS):
@@ -206,6 +206,8 @@ class _Layer:
             cache += f", model's own window: {self.layer.sliding}"
         if isinstance(self.layer, SplitLayer):
             cache += f", all of kv heads {', '.join(map(str, self.layer.global_heads))}"
+        if isinstance(self.layer, IndexedLayer):
+            cache += ", keys of its indexer"
         heads = heads_of(self.config, self.index, self.layer.is_sliding)
         return Group(cache, heads, [*self._reads(heads), self._append(heads)])
 
@@ -216,14 +218,23 @@ class _Layer:
             return "it caches the keys of a cross-attention"
         return "it is no plain attention layer: hfkv caches keys and values only"
 
+    @property
+    def _is_windowed(self) -> bool:
+        return self.layer.window is not None and not self.layer.is_sliding
+
     def _reads(self, heads: Heads) -> list[Use]:
         from hfkv.split import SplitLayer
 
         uses = []
         for name, num_queries in (("decode", 1), ("prefill", MANY_QUERIES)):
             kernel, why = self._attention(heads, num_queries)
-            is_windowed = self.layer.window is not None and not self.layer.is_sliding
-            if self.layer.kv.codec != "none" or self.device.type != "cpu" or not is_windowed:
+            if heads.is_latent:
+                uses.append(Use(name, kernel, why))
+                moved = self._attention(heads, num_queries, is_moved=True)
+                if self._is_windowed and moved != (kernel, why):
+                    uses.append(Use(f"{name}, moved", *moved))
+                continue
+            if self.layer.kv.codec != "none" or self.device.type != "cpu" or not self._is_windowed:
                 uses.append(Use(name, kernel, why))
                 continue
             # What `windowed_attention` does.
@@ -236,18 +247,31 @@ class _Layer:
             uses.append(Use(f"{name}, moved", by_torch, f"once the window has moved, {lie}"))
         return uses
 
-    def _attention(self, heads: Heads, num_queries: int) -> tuple[str, str]:
-        from hfkv.kernels.dispatch import attention_kernel
-
+    def _attention(self, heads: Heads, num_queries: int, is_moved: bool = False) -> tuple[str, str]:
         if self.own_attention is not None:
             return OWN, "the model's own attention reads its tokens decoded"
         if self.position_bias is not None:
             return NO_KERNEL, self.position_bias
         try:
-            kernel = attention_kernel(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2])
+            kernel = self._kernel(heads, num_queries, is_moved)
         except Exception as error:  # of importing a broken Triton, say: told here, and counted by the self-test
             return "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}"
         return kernel.name, kernel.reason
+
+    def _kernel(self, heads: Heads, num_queries: int, is_moved: bool) -> Kernel:
+        from hfkv.kernels.dispatch import attention_kernel, expanded_kernel, latent_kernel
+        from hfkv.latent.crossover import form_for
+        from hfkv.latent.families import widths_of
+
+        widths = widths_of(self.config, self.index)
+        form = widths and form_for(num_queries, num_queries, widths, self.dtype, self.device)
+        if form == "expanded" and num_queries > 1:
+            expanded = expanded_kernel(self.dtype, self.device)
+            # Under a window what no kernel expands is absorbed, and so is what turns with its place.
+            if not is_moved or (expanded.run is not None and not self.layer.window.needs_rotary):
+                return expanded
+        choose = attention_kernel if widths is None else latent_kernel
+        return choose(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2])
 
     def _append(self, heads: Heads) -> Use:
         from hfkv.kernels.dispatch import append_kernel
@@ -270,17 +294,19 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
         is_sliding: whether it has a sliding window of the model's own: others may be wider (gemma4).
     """
     from hfkv.kernels.selftest_inputs import Heads
+    from hfkv.latent.families import widths_of
+    from hfkv.modelling import config_of_layer
 
-    # In transformers 5.23 a layer may differ from the config, which then refuses to answer for all of them.
-    layers = getattr(config, "per_layer_config", None)
-    own = layers[index] if layers is not None and index < len(layers) else config
+    own, widths = config_of_layer(config, index), widths_of(config, index)
     num_heads = own.num_attention_heads
+    if widths is not None:
+        return Heads(widths.latent, widths.rotary, num_heads, is_latent=True)
     num_kv_heads = getattr(own, "num_key_value_heads", None)
     groups = num_heads // num_kv_heads if isinstance(num_kv_heads, int) and num_kv_heads else 1
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // num_heads
     if not is_sliding:
         head_dim = getattr(own, "global_head_dim", None) or head_dim
     if getattr(own, "kv_lora_rank", None):
-        # Latent attention caches what it has expanded: a rotated and an unrotated part of every key.
+        # Latents that are expanded before they are cached: a rotated and an unrotated part of every key.
         head_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
     return Heads(head_dim, getattr(own, "v_head_dim", None) or head_dim, groups)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hfkv.cli.doctor_machine import Item
     from hfkv.cli.doctor_report import Report
     from hfkv.kernels.selftest import Check
+    from hfkv.kernels.selftest_inputs import Heads
 
 # Columns for a config, and for the indices of a group's layers, before they are wrapped.
 WIDEST_CACHE, WIDEST_LAYERS = 24, 14
@@ -65,8 +66,7 @@ def _layers(model: ModelReport) -> Table:
         is_last_group = group is model.groups[-1]
         layers, cache = _wrapped_ranges(group.layers), _wrapped_cache(group.cache)
         if group.heads is not None:
-            dims = group.heads.key_dim, group.heads.value_dim
-            cache += f"\nhead dim {dims[0]}" if dims[0] == dims[1] else f"\nhead dims {dims[0]}, {dims[1]}"
+            cache += f"\n{_dims(group.heads)}"
         for index, use in enumerate(group.uses):
             table.add_row(
                 *(("", "") if index else (layers, cache)),
@@ -76,6 +76,13 @@ def _layers(model: ModelReport) -> Table:
                 end_section=index == len(group.uses) - 1 and not is_last_group,
             )
     return table
+
+
+def _dims(heads: Heads) -> str:
+    key_dim, value_dim = heads[:2]
+    if heads.is_latent:
+        return f"latent {key_dim}, rotary {value_dim}"
+    return f"head dim {key_dim}" if key_dim == value_dim else f"head dims {key_dim}, {value_dim}"
 
 
 def _wrapped_cache(cache: str) -> str:

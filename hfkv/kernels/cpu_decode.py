@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from hfkv.codecs.hadamard import rotate_states
+from hfkv.kernels.bf16_matmul import bf16_products
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
@@ -48,44 +49,65 @@ def decode_attention(
     folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
     if keys.codec == "int4":
         folded = rotate_states(folded)
-    decode = _Decode(keys, values, layout, visibility, scoring, num_queries, num_heads)
-    firsts = first_seen(visibility, layout)
-    # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
-    at_most = _SCORES // (folded[0, :, :, 0].numel() * min(max(layout.length, 1), _LONG))
-    groups = alike(firsts, at_most, _NEAR)
-    done = [decode.rows(folded[rows].flatten(0, 1), rows, min(firsts[rows])) for rows in groups]
-    out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
-    shape = (batch, num_heads, num_queries)
-    attended = with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), scoring.sink_logits)
-    return rotated_back(attended, values.codec, query.dtype)
+    decode = Decode((keys,), values, layout, visibility, scoring, num_queries, num_heads)
+    return rotated_back(decode.all_rows((folded,)), values.codec, query.dtype)
 
 
 @dataclass(frozen=True)
-class _Decode:
-    keys: Encoded
-    values: Encoded
+class Decode:
+    """Queries of all rows, side by side for each kv head, over stretches of tokens.
+
+    Attributes:
+        keys: parts of the keys, as many as there are of queries; scores are their sum.
+        values: None where the first part of the keys are the values too.
+        dtype: what products take: int8 (digits of numbers; float32 of fp8), bfloat16 or float32.
+    """
+
+    keys: tuple[Encoded, ...]
+    values: Encoded | None
     layout: Layout
     visibility: Visibility
     scoring: Scoring
     num_queries: int
     num_heads: int
+    dtype: torch.dtype = torch.int8
 
-    def rows(self, query: torch.Tensor, rows: slice, first: int) -> Attended:
-        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, D]`; N = rows · H, R = G · q."""
-        count, num_rows, _ = query.shape
+    def all_rows(self, query: tuple[torch.Tensor, ...]) -> Attended:
+        """Output `[B, Hq, q, Dv]` and log-sum-exp `[B, Hq, q]`, float32, of the parts of queries `[B, H, R, Di]`.
+
+        They are float32 times the scale, or bfloat16 without it.
+        """
+        firsts = first_seen(self.visibility, self.layout)
+        num_rows = query[0][0, :, :, 0].numel()
+        # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
+        at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
+        groups = alike(firsts, at_most, _NEAR)
+        done = [self._rows([part[rows].flatten(0, 1) for part in query], rows, min(firsts[rows])) for rows in groups]
+        out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
+        shape = (len(firsts), self.num_heads, self.num_queries)
+        return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
+
+    def _rows(self, query: list[torch.Tensor], rows: slice, first: int) -> Attended:
+        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`; N = rows · H, R = G · q."""
+        count, num_rows, _ = query[0].shape
+        keys, values = self.keys[0], self.values or self.keys[0]
         length = min(_SCORES // (count * num_rows), _LONG)
-        if self.keys.codec != "int8" or self.layout.is_paged:
-            width = 4 if self.keys.codec == "fp8" else 1
-            length = min(length, _COPIED // (count * self.keys.head_dim * width))
+        if keys.codec != "int8" or self.dtype != torch.int8 or self.layout.is_paged:
+            width = 4 if keys.codec == "fp8" else self.dtype.itemsize
+            length = min(length, _COPIED // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
         spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
         if not spans:
-            return nothing(query, self.values.head_dim)
+            return nothing(query[0].float(), values.head_dim)
         return functools.reduce(merge, (self._part(query, rows, *span) for span in spans))
 
-    def _part(self, query: torch.Tensor, rows: slice, begin: int, end: int) -> Attended:
-        keys = read_stretch(self.keys, self.layout, rows, begin, end)
-        scores = _scores(query, keys)
+    def _part(self, query: list[torch.Tensor], rows: slice, begin: int, end: int) -> Attended:
+        first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
+        scores = _scores(query[0], first)
+        for part, stretch in zip(query[1:], others, strict=True):
+            scores += _scores(part, stretch)
+        if query[0].dtype == torch.bfloat16:
+            scores *= self.scoring.scale
         if self.scoring.softcap is not None:
             scores = scores.div_(self.scoring.softcap).tanh_().mul_(self.scoring.softcap)
         visible = seen(self.visibility, self.layout, rows, begin, end, self.num_queries)
@@ -93,13 +115,15 @@ class _Decode:
             groups = scores.unflatten(0, (rows.stop - rows.start, -1)).unflatten(2, (-1, self.num_queries))
             hidden = ~visible.unflatten(1, (1, 1) if visible.shape[1] == 1 else groups.shape[1:3])
             groups.masked_fill_(hidden, -torch.inf)
+        scores = scores.contiguous()
         top = scores.amax(-1, keepdim=True)
         if visible is not None:
             top.masked_fill_(top == -torch.inf, 0)
         weights = scores.sub_(top).exp_()
         total = weights.sum(-1, keepdim=True)
-        values = read_stretch(self.values, self.layout, rows, begin, end)
-        out = _output(weights, values) / total.clamp_min(torch.finfo(torch.float32).tiny)
+        if self.values is not None:
+            first = read_stretch(self.values, self.layout, rows, begin, end, self.dtype)
+        out = _output(weights, first) / total.clamp_min(torch.finfo(torch.float32).tiny)
         return Attended(out, (top + total.log())[..., 0])
 
 
@@ -108,20 +132,23 @@ def _scores(query: torch.Tensor, keys: Stretch) -> torch.Tensor:
     if keys.numbers.dtype == torch.int8:
         digits, scale = to_digits(query, QUERY_DIGITS)
         scores = from_digits(_products(digits, keys.numbers.transpose(1, 2))).mul_(scale)
+    elif keys.numbers.dtype == torch.bfloat16:
+        scores = bf16_products(keys.numbers, query)
     else:
         scores = query @ keys.numbers.transpose(1, 2)
-    scores *= keys.scale[:, None]
+    if keys.scale is not None:
+        scores *= keys.scale[:, None]
     return scores if keys.low is None else scores.addcmul_(query.sum(-1, keepdim=True), keys.low[:, None])
 
 
 def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
     """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
-    scaled = weights * values.scale[:, None]
+    scaled = weights if values.scale is None else weights * values.scale[:, None]
     if values.numbers.dtype == torch.int8:
         digits, scale = to_digits(scaled, WEIGHT_DIGITS)
         out = from_digits(_products(digits, values.numbers)).mul_(scale)
     else:
-        out = scaled @ values.numbers
+        out = (scaled.to(values.numbers.dtype) @ values.numbers).float()
     return out if values.low is None else out.add_(weights @ values.low[..., None])
 
 

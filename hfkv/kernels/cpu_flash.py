@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -35,29 +34,45 @@ def flash_attention(
     num_queries = query.shape[2]
     attended = nothing(query, values.head_dim)
     firsts = first_seen(visibility, layout)
-    length = _tile_length(visibility, num_queries)
-    at_most = len(firsts) if keys.codec == "none" and not layout.is_paged else STRETCH // MIN_STRETCH
+    is_read = keys.codec == "none" and not layout.is_paged
+    at_most = len(firsts) if is_read else STRETCH // MIN_STRETCH
     near = SHORT if num_queries == 1 or layout.length <= SHORT else 0
+    # A rotated row, or one whose scale was rounded up, may be beyond float16.
+    dtype = torch.float32 if query.dtype == torch.float16 and keys.codec != "none" else query.dtype
     for rows in alike(firsts, at_most, near):
-        # Rows that go together may differ in padding: its queries see nothing.
-        pads = 0 if visibility.mask is not None else min(visibility.pads[rows])
-        padding = max(pads - (visibility.seen - num_queries), 0)
-        for begin in range(padding, num_queries, length):
-            queries = slice(begin, min(begin + length, num_queries))
-            # Of a part of what is held the queries' own tokens may be none.
-            shift = visibility.num_slots - visibility.held_from
-            own = visibility.seen - num_queries + begin + shift
-            of_tile = _of(visibility, queries, num_queries)
-            tile = _Tile(keys, values, layout, of_tile, scoring, rows, min(firsts[rows]), own)
-            its_query = query[rows, :, queries]
+        length = max(layout.length, 1) if is_read else max(STRETCH // (rows.stop - rows.start), MIN_STRETCH)
+        for tile in tiles(visibility, layout, scoring, rows, min(firsts[rows]), num_queries):
+            its_query = query[rows, :, tile.queries]
             if keys.codec == "int4":
                 its_query = rotate_states(its_query.float())
-            # A rotated row, or one whose scale was rounded up, may be beyond float16.
-            dtype = torch.float32 if query.dtype == torch.float16 and keys.codec != "none" else query.dtype
-            out, lse = rotated_back(tile.attend(its_query.to(dtype)), values.codec, query.dtype)
-            attended.out[rows, :, queries], attended.lse[rows, :, queries] = out, lse
+            its_query = its_query.to(dtype)
+            part = nothing(its_query, values.head_dim)
+            for begin, end in tile.stretches(length):
+                key, value = (decode_stretch(states, layout, rows, begin, end, dtype) for states in (keys, values))
+                part = merge(part, tile.attend(its_query, key, value, begin, end))
+            out, lse = rotated_back(part, values.codec, query.dtype)
+            attended.out[rows, :, tile.queries], attended.lse[rows, :, tile.queries] = out, lse
     out, lse = with_sink_logits(attended, scoring.sink_logits)
     return Attended(out.to(query.dtype), lse)
+
+
+def tiles(
+    visibility: Visibility, layout: Layout, scoring: Scoring, rows: slice, first: int, num_queries: int
+) -> Iterator[Tile]:
+    """The queries of rows that go together, but for those that see nothing.
+
+    Args:
+        first: index of the first token that the queries of `rows` may see.
+    """
+    # Rows that go together may differ in padding: its queries see nothing.
+    pads = 0 if visibility.mask is not None else min(visibility.pads[rows])
+    padding = max(pads - (visibility.seen - num_queries), 0)
+    length = _tile_length(visibility, num_queries)
+    for begin in range(padding, num_queries, length):
+        queries = slice(begin, min(begin + length, num_queries))
+        # Of a part of what is held the queries' own tokens may be none.
+        own = visibility.seen - num_queries + begin + visibility.num_slots - visibility.held_from
+        yield Tile(queries, layout, _of(visibility, queries, num_queries), scoring, rows, first, own)
 
 
 def _tile_length(visibility: Visibility, num_queries: int) -> int:
@@ -79,16 +94,17 @@ def _of(visibility: Visibility, queries: slice, num_queries: int) -> Visibility:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """Some queries of rows that go together.
 
     Attributes:
+        queries: which of all queries.
+        visibility: what they see.
         first: index of the first token its queries may see.
         own: index of the first query's own token.
     """
 
-    keys: Encoded
-    values: Encoded
+    queries: slice
     layout: Layout
     visibility: Visibility
     scoring: Scoring
@@ -96,50 +112,44 @@ class _Tile:
     first: int
     own: int
 
-    def attend(self, query: torch.Tensor) -> Attended:
-        """Attention of `[rows, Hq, q, D]`."""
-        parts = (self._part(query, begin, end) for begin, end in self._stretches(query.shape[2]))
-        return functools.reduce(merge, parts, nothing(query, self.values.head_dim))
+    def stretches(self, at_most: int) -> Iterator[tuple[int, int]]:
+        """The tokens that some query sees, so many at most; the queries' own on their own where there are many."""
+        for begin, end in self._spans():
+            is_own = begin >= self.own and self._is_many and self.visibility.mask is None
+            length = end - begin if is_own else at_most
+            for start in range(begin, end, max(length, 1)):
+                yield start, min(start + length, end)
 
-    def _stretches(self, num_queries: int) -> Iterator[tuple[int, int]]:
-        """The tokens that some query sees, the queries' own on their own where there are many."""
+    @property
+    def _is_many(self) -> bool:
+        return self.queries.stop - self.queries.start > 1
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
         visibility, first, length = self.visibility, self.first, self.layout.length
         if visibility.mask is not None:
-            yield from self._cut(first, length)
+            yield first, length
             return
-        own, end = min(self.own, length), min(self.own + num_queries, length)
+        own, end = (min(self.own + count, length) for count in (0, self.queries.stop - self.queries.start))
         if visibility.bounds is not None:
             shift = visibility.num_slots - visibility.held_from
             bounds = visibility.bounds[self.rows] if len(visibility.bounds) > 1 else visibility.bounds
             lowest, highest = (int(bound) + shift for bound in bounds.aminmax())
             behind_sinks = max(visibility.num_slots, max(visibility.pads[self.rows]) + visibility.sinks + shift)
             if behind_sinks < lowest:
-                yield from self._cut(first, min(behind_sinks, own))
+                yield first, min(behind_sinks, own)
                 first = max(first, lowest)
-            if num_queries > 1:
+            if self._is_many:
                 # What only some of the queries see, on its own: the rest needs no mask.
                 highest = min(highest, own)
-                yield from self._cut(first, highest)
+                yield first, highest
                 first = max(first, highest)
-        if num_queries == 1:
-            yield from self._cut(first, end)
-            return
-        yield from self._cut(first, own)
-        if max(first, own) < end:
-            yield max(first, own), end
+        if self._is_many:
+            yield first, own
+            first = max(first, own)
+        yield first, end
 
-    def _cut(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
-        """Stretches short enough to be decoded."""
-        length = max(STRETCH // (self.rows.stop - self.rows.start), MIN_STRETCH)
-        if self.keys.codec == "none" and not self.layout.is_paged:
-            length = max(end - begin, 1)
-        for start in range(begin, end, length):
-            yield start, min(start + length, end)
-
-    def _part(self, query: torch.Tensor, begin: int, end: int) -> Attended:
-        key, value = (
-            decode_stretch(part, self.layout, self.rows, begin, end, query.dtype) for part in (self.keys, self.values)
-        )
+    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin: int, end: int) -> Attended:
+        """Attention of its queries `[rows, Hq, q, D]` to the tokens `begin .. end - 1`, given as `[rows, H, n, D]`."""
         visible = seen(self.visibility, self.layout, self.rows, begin, end, query.shape[2])
         if self.scoring.softcap is not None or key.shape[3] != value.shape[3]:
             return _explicit(query, key, value, visible, self.scoring)
@@ -161,6 +171,8 @@ class _Tile:
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Attended:
     """Each query and the tokens up to its own; one query head of every kv head at a time, so that none is repeated."""
     heads = key.shape[1]
+    if heads == query.shape[1]:
+        return Attended(*_flash_op(query, key, value, None, scale, is_causal=True))
     groups = query.unflatten(1, (heads, -1)).unbind(2)
     done = [_flash_op(group, key, value, None, scale, is_causal=True) for group in groups]
     out, lse = (torch.stack(parts, dim=2).flatten(1, 2) for parts in zip(*done, strict=True))

@@ -16,23 +16,35 @@ class Stretch(NamedTuple):
     """Some tokens of some rows: ``numbers · scale + low`` is what they decode to, before int4 is rotated back.
 
     Attributes:
-        numbers: int8 or float32 `[rows * H, n, D]`.
-        scale: float32 `[rows * H, n]`.
+        numbers: int8, bfloat16 or float32 `[rows * H, n, D]`.
+        scale: float32 `[rows * H, n]`, or None.
         low: float32 `[rows * H, n]`, or None.
     """
 
     numbers: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
     low: torch.Tensor | None
 
 
-def read_stretch(encoded: Encoded, layout: Layout, rows: slice, begin: int, end: int) -> Stretch:
-    """The tokens `begin .. end - 1` of `rows`: int8 as it lies, int4 unpacked to int8, fp8 as float32."""
-    data, scale = (plane.flatten(0, 1) for plane in layout.read(encoded.planes, begin, end, rows))
-    if encoded.codec == "int4":
-        scale, low = scale.float().unbind(-1)
-        return Stretch(_unpacked(data, encoded.head_dim), scale, low + _CENTRE * scale)
-    return Stretch(data if encoded.codec == "int8" else _from_fp8(data), scale[..., 0].float(), None)
+def read_stretch(
+    encoded: Encoded, layout: Layout, rows: slice, begin: int, end: int, dtype: torch.dtype = torch.int8
+) -> Stretch:
+    """The tokens `begin .. end - 1` of `rows`, as few bytes as products in `dtype` take.
+
+    With int8, int8 as it lies, int4 unpacked to int8, fp8 as float32. With bfloat16 (or float32), which hold any of
+    these numbers exactly, all of them in it, and none as it lies if that is its own dtype.
+    """
+    planes = tuple(plane.flatten(0, 1) for plane in layout.read(encoded.planes, begin, end, rows))
+    if encoded.codec == "none":
+        return Stretch(planes[0].to(dtype), None, None)
+    data, scale = planes
+    if encoded.codec == "fp8":
+        numbers = _from_fp8(data, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+        return Stretch(numbers, scale[..., 0].float(), None)
+    if encoded.codec == "int8":
+        return Stretch(data.to(dtype), scale[..., 0].float(), None)
+    scale, low = scale.float().unbind(-1)
+    return Stretch(_unpacked(data, encoded.head_dim).to(dtype), scale, low + _CENTRE * scale)
 
 
 def decode_stretch(
@@ -42,6 +54,7 @@ def decode_stretch(
     if encoded.codec == "none":
         return layout.read(encoded.planes, begin, end, rows)[0].to(dtype)
     numbers, scale, low = read_stretch(encoded, layout, rows, begin, end)
+    assert scale is not None
     if low is None and dtype == torch.bfloat16:
         # Both factors are exact in bfloat16: rounded once, as the codec does.
         states = numbers.to(dtype).mul_(scale[..., None].to(dtype))
@@ -71,9 +84,14 @@ def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
     return numbers[..., :head_dim]
 
 
-def _from_fp8(numbers: torch.Tensor) -> torch.Tensor:
-    """float8_e4m3fn as float32, by its bits: 4 times as fast as torch's own cast. Its NaNs come out as 480."""
-    # Sign-extended and shifted, sign and magnitude stand where a float32 has them, the exponent 120 too low.
-    bits = numbers.view(torch.int8).to(torch.int32)
-    bits.bitwise_left_shift_(20).bitwise_and_(-0x78100000)
-    return bits.view(torch.float32).mul_(2.0**120)
+def _from_fp8(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float8_e4m3fn as `dtype`, by its bits: 4 times as fast as torch's own cast. Its NaNs come out as 480."""
+    # Sign-extended and shifted, sign and magnitude stand where a float32 or bfloat16 has them, the exponent 120 too
+    # low.
+    if dtype == torch.bfloat16:
+        bits = numbers.view(torch.int8).to(torch.int16)
+        bits.bitwise_left_shift_(4).bitwise_and_(-0x7810)
+    else:
+        bits = numbers.view(torch.int8).to(torch.int32)
+        bits.bitwise_left_shift_(20).bitwise_and_(-0x78100000)
+    return bits.view(dtype).mul_(2.0**120)

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 
 from hfkv.kernels.cpu_decode import decode_attention
+from hfkv.kernels.cpu_expanded import expanded_attention
 from hfkv.kernels.cpu_flash import flash_attention
+from hfkv.kernels.cpu_latent import latent_attention
 from hfkv.kernels.int8_matmul import is_exact
 from hfkv.kernels.merge import Attended
-from hfkv.kernels.triton_support import unsupported
+from hfkv.kernels.triton_support import unsupported, unsupported_latent
 
 # From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
 # 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30). On GPUs a guess.
@@ -91,12 +93,50 @@ def _attention_kernel(
 
 
 @functools.cache
+def latent_kernel(
+    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, widths: tuple[int, int]
+) -> Kernel:
+    """The kernel by which absorbed queries attend to latents; called as `latent_attention_naive` is.
+
+    Args:
+        codec: of latents and rotary keys.
+        dtype: of the queries.
+        device: where they are.
+        num_queries: q, of each row.
+        widths: r and dr.
+    """
+    if device.type == "cpu":
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return Kernel("decode + absorbed", f"no CPU kernel computes in {_name(dtype)}", None)
+        return Kernel("cpu latent", "absorbed queries read the latents' own bytes once for all heads", latent_attention)
+    reason = unsupported_latent(device, dtype, codec, *widths)
+    if reason is not None:
+        return Kernel("decode + absorbed", reason, None)
+    from hfkv.kernels import triton_latent
+
+    return Kernel(
+        "triton latent", "absorbed queries, split over the latents' own bytes", triton_latent.latent_attention
+    )
+
+
+@functools.cache
+def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
+    """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
+    if device.type != "cpu":
+        return Kernel("expand + sdpa", "scaled_dot_product_attention is the faster flash attention there", None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return Kernel("expand + sdpa", f"no CPU kernel computes in {_name(dtype)}", None)
+    return Kernel("cpu expanded", "many queries: latents are expanded, a stretch at a time", expanded_attention)
+
+
+@functools.cache
 def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> Append:
     """The kernel by which new tokens are encoded and written."""
     if device.type == "cpu":
         return Append("torch", "a CPU encodes and writes with torch's own operations", None)
     reason = unsupported(device, dtype, (codec,), head_dims)
-    if reason is not None:
+    # What is encoded is no tile of a product: rows may be as wide as latents.
+    if reason is not None and unsupported_latent(device, dtype, codec, *head_dims) is not None:
         return Append("torch", reason, None)
     from hfkv.kernels import triton_append
 

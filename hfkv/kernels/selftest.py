@@ -15,10 +15,10 @@ import torch
 
 from hfkv.codecs import CODECS
 from hfkv.kernels import selftest_int8
-from hfkv.kernels.dispatch import append_kernel, attention_kernel
+from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
+from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive, attention_naive
 from hfkv.kernels.selftest_inputs import (
-    NUM_KV_HEADS,
     PAGE_SIZE,
     SETTINGS,
     STORES,
@@ -124,13 +124,16 @@ def _caught(blank: Check, run: Callable[[], Check]) -> Check:
 
 def _check_attention(blank: Check, setting: Setting, device: torch.device, dtype: torch.dtype) -> Check:
     assert blank.heads is not None
-    kernel = attention_kernel(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2])
+    choose, twin = (
+        (latent_kernel, latent_attention_naive) if blank.heads.is_latent else (attention_kernel, attention_naive)
+    )
+    kernel = choose(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2])
     check = replace(blank, kernel=kernel.name)
     if kernel.run is None:
         return replace(check, note=kernel.reason)
     given = random_arguments(blank.heads, blank.codec, blank.store, blank.num_tokens, setting, device, dtype)
-    exact = attention_naive(*given, dtype=torch.float64)
-    plain = attention_naive(*given, dtype=dtype)
+    exact = twin(*given, dtype=torch.float64)
+    plain = twin(*given, dtype=dtype)
     try:
         got = kernel.run(*given)
     except Exception as error:  # as in `_caught`, and the kernel is known by now
@@ -172,7 +175,7 @@ def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Che
     if layout.table is not None:
         num_columns = layout.table.shape[1] + -(-check.num_tokens // PAGE_SIZE)
         layout = replace(layout, table=torch.randperm(batch * num_columns, generator=generator).view(batch, -1))
-    shape = (batch, NUM_KV_HEADS, check.num_tokens)
+    shape = (batch, blank.heads.num_kv_heads, check.num_tokens)
     new_keys, new_values = (randn((*shape, dim), device, dtype, generator) for dim in blank.heads[:2])
     ours, expected = ([room(check.codec, new, layout) for new in (new_keys, new_values)] for _ in range(2))
     try:

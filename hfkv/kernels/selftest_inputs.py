@@ -18,11 +18,28 @@ NUM_KV_HEADS = 2
 
 
 class Heads(NamedTuple):
-    """What a layer's heads are like: Dk, Dv and G."""
+    """What a layer's heads are like: Dk, Dv and G; or r, dr and Hq of latents, which are one kv head.
+
+    Attributes:
+        key_dim, value_dim: of what is cached for keys and for values.
+        groups: query heads of each kv head.
+        is_latent: whether absorbed queries attend to it (see `latent_attention_naive`).
+    """
 
     key_dim: int = 64
     value_dim: int = 64
     groups: int = 4
+    is_latent: bool = False
+
+    @property
+    def query_dim(self) -> int:
+        """Of what the kernel is given for queries."""
+        return self.key_dim + self.value_dim if self.is_latent else self.key_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        """As many as are tested."""
+        return 1 if self.is_latent else NUM_KV_HEADS
 
 
 @dataclass(frozen=True)
@@ -60,15 +77,15 @@ def random_arguments(
 ) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility, Scoring]:
     """Random arguments of an attention kernel; what is not held is poison."""
     generator = torch.Generator().manual_seed(0)
-    batch, num_heads = len(setting.pads), NUM_KV_HEADS * heads.groups
+    batch, num_heads = len(setting.pads), heads.num_kv_heads * heads.groups
     layout = random_layout(batch, store, generator)
     parts = []
     for dim in heads[:2]:
-        planes = CODECS[codec].encode(randn((batch, NUM_KV_HEADS, NUM_TOKENS, dim), device, dtype, generator))
+        planes = CODECS[codec].encode(randn((batch, heads.num_kv_heads, NUM_TOKENS, dim), device, dtype, generator))
         parts.append(Encoded(codec, tuple(_placed(plane, layout) for plane in planes), dim))
-    query = randn((batch, num_heads, num_queries, heads.key_dim), device, dtype, generator) * 2
+    query = randn((batch, num_heads, num_queries, heads.query_dim), device, dtype, generator) * 2
     logits = randn((num_heads,), device, dtype, generator) if setting.has_sink_logits else None
-    scoring = Scoring(heads.key_dim**-0.5, setting.softcap, logits)
+    scoring = Scoring(heads.query_dim**-0.5, setting.softcap, logits)
     return query, parts[0], parts[1], layout, _visibility(setting, num_queries, device), scoring
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton_numbers import cast, rotate, round_tf32, tanh
-from hfkv.kernels.triton_tiles import decoded, high_nibbles, load_rows, locate, low_nibbles, tile_ranges
-
-# No position is as large: bounds are cut to it, so that sums of it and an index fit 32 bits.
-FAR = tl.constexpr(1 << 30)
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from hfkv.kernels.triton_products import (
+    LOG2_E,
+    add_values,
+    load_query,
+    load_scales,
+    products,
+    soft_weights,
+    store_split,
+)
+from hfkv.kernels.triton_tiles import FAR, load_rows, load_rule, locate, seen_in, tile_at, tile_ranges
 
 
 @triton.jit(
@@ -105,19 +108,9 @@ def _attention_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    start = tl.load(meta_ptr)
-    length = tl.load(meta_ptr + 1)
-    seen = tl.load(meta_ptr + 4)
-    first = tl.load(meta_ptr + 5)
-    held_from = tl.load(meta_ptr + 6)
-    num_slots = tl.load(meta_ptr + 7)
-    sinks = tl.load(meta_ptr + 8)
-    pad = tl.load(meta_ptr + META + b)
-    spans_ptr = meta_ptr + META + tl.num_programs(2)
-    table_ptr = spans_ptr + 3 * num_columns + b * num_columns
-    end_slot = length
-    if PAGE_SIZE > 0:
-        end_slot = tl.load(meta_ptr + 2) * PAGE_SIZE + tl.load(meta_ptr + 3)
+    start, length, end_slot, seen, first, held_from, num_slots, sinks, pad, spans_ptr, table_ptr = load_rule(
+        meta_ptr, b, num_columns, META, PAGE_SIZE
+    )
 
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = r // G
@@ -126,6 +119,8 @@ def _attention_kernel(
     t = seen - num_queries + n
     t_last = seen - num_queries + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // G, num_queries - 1)
     lowest = pad
+    bound = None
+    mask_rows = None
     if HAS_BOUNDS:
         bound_at = bounds_ptr + b * bounds_b + n.to(tl.int64) * bounds_n
         bound = tl.minimum(tl.load(bound_at, mask=is_row, other=FAR), FAR).to(tl.int32)
@@ -133,21 +128,10 @@ def _attention_kernel(
     if HAS_MASK:
         mask_rows = mask_ptr + b * mask_b + head * mask_h + n.to(tl.int64) * mask_n
 
-    d = tl.arange(0, Q_PADDED)
-    q_at = q_ptr + b * q_b + (head * q_h + n.to(tl.int64) * q_n)[:, None] + d[None, :]
-    q = tl.load(q_at, mask=is_row[:, None] & (d < DK)[None, :], other=0.0).to(K_DTYPE)
-    if K_CODEC == "int4":
-        # Keys stay rotated, so the query is rotated as well, and cut into the halves that the nibbles hold.
-        rotated = rotate(q.to(tl.float32), BLOCK_M, Q_PADDED, K_BLOCK, K_LOG_BLOCK)
-        column = tl.arange(0, K_PADDED)
-        at_low = tl.broadcast_to(column[None, :], (BLOCK_M, K_PADDED))
-        at_high = tl.broadcast_to(tl.minimum(column + K_WIDTH, Q_PADDED - 1)[None, :], (BLOCK_M, K_PADDED))
-        q_low = tl.where((column < K_WIDTH)[None, :], tl.gather(rotated, at_low, 1), 0.0)
-        q_high = tl.where((column < DK - K_WIDTH)[None, :], tl.gather(rotated, at_high, 1), 0.0)
-        q = cast(q_low, K_DTYPE)
-        q_high = cast(q_high, K_DTYPE)
-        # Of what the products see, so that the rounding of q cancels in q * scale + low.
-        q_sum = tl.sum(q.to(tl.float32), 1) + tl.sum(q_high.to(tl.float32), 1)
+    q_rows = b * q_b + head * q_h + n.to(tl.int64) * q_n
+    q, q_high, q_sum = load_query(
+        q_ptr, q_rows, is_row, K_CODEC, DK, K_WIDTH, Q_PADDED, K_PADDED, K_BLOCK, K_LOG_BLOCK, BLOCK_M, K_DTYPE
+    )
 
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -166,82 +150,44 @@ def _attention_kernel(
     num_tiles = in_slots + in_sinks + newest_end - newest_begin
     per_split = tl.cdiv(num_tiles, num_splits)
     for step in range(split * per_split, tl.minimum((split + 1) * per_split, num_tiles)):
-        tile = newest_begin + step - in_slots - in_sinks
-        tile = tl.where(step < in_slots + in_sinks, sinks_begin + step - in_slots, tile)
-        tile = tl.where(step < in_slots, slots_begin + step, tile)
+        tile = tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin)
         index, is_held, block, place = locate(
             tile, b, start, length, end_slot, spans_ptr, table_ptr, num_columns, PAGE_SIZE, BLOCK_N
         )
-        is_held = is_held & (index >= first)
-        if HAS_MASK:
-            mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t
-            visible = tl.load(mask_at, mask=is_row[:, None] & is_held[None, :], other=0) != 0
-            wanted = tl.max(visible.to(tl.int32), 0) > 0
-        else:
-            position = tl.where(index < num_slots, pad + index, held_from + index - num_slots)
-            is_held = is_held & (position >= pad) & ((index >= num_slots) | (position < held_from))
-            visible = is_held[None, :] & (position[None, :] <= t[:, None])
-            wanted = is_held & (position <= t_last)
-            if HAS_BOUNDS:
-                is_sink = position < pad + sinks
-                visible = visible & ((position[None, :] >= bound[:, None]) | is_sink[None, :])
-                wanted = wanted & ((position >= lowest) | is_sink)
+        visible, wanted = seen_in(
+            index,
+            is_held,
+            is_row,
+            t,
+            t_last,
+            bound,
+            lowest,
+            mask_rows,
+            mask_t,
+            first,
+            held_from,
+            num_slots,
+            sinks,
+            pad,
+            HAS_BOUNDS,
+            HAS_MASK,
+        )
 
         k = load_rows(k_ptr, block * k_b + h * k_h + place * k_t, wanted, K_WIDTH, K_PADDED)
         k_scale_at = k_scale_ptr + block * k_scale_b + h * k_scale_h + place * k_scale_t
-        if K_CODEC == "int4":
-            scores = tl.dot(q, tl.trans(low_nibbles(k, K_DTYPE)), input_precision="ieee")
-            scores = tl.dot(q_high, tl.trans(high_nibbles(k, K_DTYPE)), scores, input_precision="ieee")
-            k_low = tl.load(k_scale_at + 1, mask=wanted, other=0.0).to(tl.float32)
-            k_scale = tl.load(k_scale_at, mask=wanted, other=0.0).to(tl.float32)
-            scores = scores * k_scale[None, :] + q_sum[:, None] * k_low[None, :]
-        else:
-            scores = tl.dot(q, tl.trans(decoded(k, K_CODEC, K_DTYPE)), input_precision="ieee")
-            if K_CODEC != "none":
-                scores = scores * tl.load(k_scale_at, mask=wanted, other=0.0).to(tl.float32)[None, :]
-        scores = scores * scale
-        if HAS_SOFTCAP:
-            scores = softcap * tanh(scores / softcap)
-        scores = tl.where(visible, scores * LOG2_E, float("-inf"))
-
-        before = highest
-        highest = tl.maximum(before, tl.max(scores, 1))
-        # Of a row that has seen nothing yet both are -inf, whose difference is none.
-        finite = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(scores - finite[:, None])
-        decay = tl.exp2(before - finite)
-        total = total * decay + tl.sum(p, 1)
-        acc = acc * decay[:, None]
+        k_scale, k_low = load_scales(k_scale_at, wanted, K_CODEC)
+        scores = products(q, q_high, q_sum, k, k_scale, k_low, K_CODEC, K_DTYPE)
+        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)
 
         v = load_rows(v_ptr, block * v_b + h * v_h + place * v_t, wanted, V_WIDTH, V_PADDED)
         v_scale_at = v_scale_ptr + block * v_scale_b + h * v_scale_h + place * v_scale_t
-        if V_CODEC != "none":
-            v_scale = tl.load(v_scale_at, mask=wanted, other=1.0).to(tl.float32)
-            p = p * v_scale[None, :]
-        if V_PRECISION == "tf32":
-            p = round_tf32(p)
-        p = p.to(V_DTYPE)
-        if V_CODEC == "int4":
-            acc = tl.dot(p, low_nibbles(v, V_DTYPE), acc, input_precision=V_PRECISION)
-            acc_high = acc_high * decay[:, None]
-            acc_high = tl.dot(p, high_nibbles(v, V_DTYPE), acc_high, input_precision=V_PRECISION)
-            v_low = tl.load(v_scale_at + 1, mask=wanted, other=0.0).to(tl.float32)
-            # Of the rounded weights: their rounding then errs by their share of a value, not of its offset.
-            offset = offset * decay + tl.sum(p.to(tl.float32) * (v_low / v_scale)[None, :], 1)
-        else:
-            acc = tl.dot(p, decoded(v, V_CODEC, V_DTYPE), acc, input_precision=V_PRECISION)
+        v_scale, v_low = load_scales(v_scale_at, wanted, V_CODEC)
+        acc, acc_high, offset = add_values(
+            acc, acc_high, offset, p, decay, v, v_scale, v_low, V_CODEC, V_DTYPE, V_PRECISION
+        )
 
-    is_empty = total == 0.0
-    share = 1.0 / tl.where(is_empty, 1.0, total)
     num_heads = tl.num_programs(1) * G
     out_rows = ((split * tl.num_programs(2) + b) * num_heads + head) * num_queries + n
-    d = tl.arange(0, V_PADDED)
-    out_at = out_ptr + out_rows[:, None] * DV + d[None, :]
-    out = (acc + offset[:, None]) * share[:, None]
-    tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & (d < V_WIDTH)[None, :])
-    if V_CODEC == "int4":
-        out = (acc_high + offset[:, None]) * share[:, None]
-        valid = is_row[:, None] & (d < DV - V_WIDTH)[None, :]
-        tl.store(out_at + V_WIDTH, cast(out, out_ptr.dtype.element_ty), mask=valid)
-    lse = tl.where(is_empty, float("-inf"), (highest + tl.log2(tl.where(is_empty, 1.0, total))) * LN_2)
-    tl.store(lse_ptr + out_rows, lse, mask=is_row)
+    store_split(
+        out_ptr, lse_ptr, out_rows, is_row, acc, acc_high, offset, highest, total, V_CODEC, DV, V_WIDTH, V_PADDED
+    )

@@ -108,6 +108,53 @@ def _(query, key_planes, value_planes, key_codec, value_codec, value_dim, *_):
     return out, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
+def checked(
+    query: torch.Tensor,
+    parts: tuple[Encoded, Encoded],
+    key_dim: int,
+    layout: Layout,
+    visibility: Visibility,
+    scoring: Scoring,
+    inputs: DeviceInputs | None,
+    capacity: int | None,
+    num_splits: int,
+) -> tuple[DeviceInputs, int]:
+    """The inputs, uploaded if there are none, and the capacity in tokens of a call whose arguments belong together.
+
+    Args:
+        parts: both sets of planes.
+        key_dim: the dimensions that queries must have.
+
+    Raises:
+        ValueError: shapes that do not belong together, more splits than can be merged, or a scoring that kernels do
+            not do.
+    """
+    reason = unsupported_scoring(scoring)
+    if reason is not None:
+        raise ValueError(reason)
+    batch, num_heads, _, head_dim = query.shape
+    data = parts[0].planes[0]
+    num_kv_heads = data.shape[1]
+    if num_heads % num_kv_heads or head_dim != key_dim or len(visibility.pads) != batch:
+        raise ValueError(
+            f"queries {tuple(query.shape)} do not go with {num_kv_heads} kv heads of {key_dim} dimensions "
+            f"and {len(visibility.pads)} rows"
+        )
+    if not 0 <= num_splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits is {num_splits}, and at most {MAX_SPLITS} can be merged")
+    if any(plane.stride(3) != 1 and plane.shape[3] > 1 for part in parts for plane in part.planes):
+        raise ValueError("the numbers of a token must lie side by side in every plane")
+    if capacity is None:
+        # An eager call is cut for what it reads; a captured one for all that it may come to read.
+        capacity = layout.length - visibility.first
+        if inputs is not None:
+            capacity = data.shape[2] * inputs.columns if layout.is_paged else data.shape[2]
+    inputs = device_inputs(layout, visibility, query.device) if inputs is None else inputs
+    if inputs.batch != batch:
+        raise ValueError(f"inputs for {inputs.batch} rows, with {batch} rows of queries")
+    return inputs, capacity
+
+
 def attend(
     query: torch.Tensor,
     keys: Encoded,
@@ -124,32 +171,11 @@ def attend(
     """Checks what a kernel cannot see, and runs the operator; see `decode_attention` for the arguments.
 
     Raises:
-        ValueError: shapes that do not belong together, more splits than can be merged, or a scoring that kernels do
-            not do.
+        ValueError: as `checked` does.
     """
-    reason = unsupported_scoring(scoring)
-    if reason is not None:
-        raise ValueError(reason)
-    batch, num_heads, _, head_dim = query.shape
-    num_kv_heads = keys.planes[0].shape[1]
-    if num_heads % num_kv_heads or head_dim != keys.head_dim or len(visibility.pads) != batch:
-        raise ValueError(
-            f"queries {tuple(query.shape)} do not go with {num_kv_heads} kv heads of {keys.head_dim} dimensions "
-            f"and {len(visibility.pads)} rows"
-        )
-    if not 0 <= num_splits <= MAX_SPLITS:
-        raise ValueError(f"num_splits is {num_splits}, and at most {MAX_SPLITS} can be merged")
-    if any(plane.stride(3) != 1 and plane.shape[3] > 1 for part in (keys, values) for plane in part.planes):
-        raise ValueError("the numbers of a token must lie side by side in every plane")
-    if capacity is None:
-        # An eager call is cut for what it reads; a captured one for all that it may come to read.
-        plane_tokens = keys.planes[0].shape[2]
-        capacity = layout.length - visibility.first
-        if inputs is not None:
-            capacity = plane_tokens * inputs.columns if layout.is_paged else plane_tokens
-    inputs = device_inputs(layout, visibility, query.device) if inputs is None else inputs
-    if inputs.batch != batch:
-        raise ValueError(f"inputs for {inputs.batch} rows, with {batch} rows of queries")
+    inputs, capacity = checked(
+        query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits
+    )
     out, lse = torch.ops.hfkv.attention(
         *(query, list(keys.planes), list(values.planes), keys.codec, values.codec, values.head_dim),
         *(inputs.meta, inputs.columns, inputs.bounds, inputs.mask),

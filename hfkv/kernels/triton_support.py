@@ -12,6 +12,8 @@ from hfkv.kernels.inputs import Scoring
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Tiles of wider heads do not fit the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
+# Of latents, which are loaded once for both products, and of the rotary keys beside them.
+MAX_LATENT_DIM, MAX_ROTARY_DIM = 512, 256
 
 
 @functools.cache
@@ -49,6 +51,31 @@ def unsupported(
     if any(head_dim > MAX_HEAD_DIM for head_dim in head_dims):
         return f"Triton kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {max(head_dims)}"
     return None if scoring is None else unsupported_scoring(scoring)
+
+
+def unsupported_latent(
+    device: torch.device,
+    dtype: torch.dtype,
+    codec: str,
+    latent_dim: int,
+    rotary_dim: int,
+    scoring: Scoring | None = None,
+) -> str | None:
+    """As `unsupported`, for attention to latents and for appending them.
+
+    Args:
+        device: where queries and planes are.
+        dtype: of queries and new tokens.
+        codec: of latents and rotary keys.
+        latent_dim, rotary_dim: r and dr.
+        scoring: what becomes of scores; None for `append`.
+    """
+    if latent_dim > MAX_LATENT_DIM or rotary_dim > MAX_ROTARY_DIM:
+        most = f"{MAX_LATENT_DIM} and {MAX_ROTARY_DIM}"
+        widths = f"{latent_dim} and {rotary_dim}"
+        reason = f"Triton kernels take latents and rotary keys of up to {most} dimensions, not {widths}"
+        return unsupported(device, dtype, (codec,)) or reason
+    return unsupported(device, dtype, (codec,), scoring=scoring)
 
 
 def unsupported_scoring(scoring: Scoring) -> str | None:

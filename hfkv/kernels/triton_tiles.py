@@ -14,6 +14,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# No position is as large: bounds are cut to it, so that sums of it and an index fit 32 bits.
+FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def load_rule(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Loads what `DeviceInputs.meta` says of batch row `b`, int64; its numbers are those of `SCALARS`.
+
+    Returns:
+        start, length, the slot behind the last held token, seen, first, held_from, num_slots, sinks, the row's pads,
+        and where the spans and the row's part of the block table begin.
+    """
+    start = tl.load(meta_ptr)
+    length = tl.load(meta_ptr + 1)
+    seen = tl.load(meta_ptr + 4)
+    first = tl.load(meta_ptr + 5)
+    held_from = tl.load(meta_ptr + 6)
+    num_slots = tl.load(meta_ptr + 7)
+    sinks = tl.load(meta_ptr + 8)
+    pad = tl.load(meta_ptr + META + b)
+    spans_ptr = meta_ptr + META + tl.num_programs(2)
+    table_ptr = spans_ptr + 3 * num_columns + b * num_columns
+    end_slot = length
+    if PAGE_SIZE > 0:
+        end_slot = tl.load(meta_ptr + 2) * PAGE_SIZE + tl.load(meta_ptr + 3)
+    return start, length, end_slot, seen, first, held_from, num_slots, sinks, pad, spans_ptr, table_ptr
+
 
 @triton.jit
 def tile_ranges(
@@ -61,6 +88,14 @@ def tile_ranges(
 
 
 @triton.jit
+def tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin):
+    """The tile that comes `step`-th of those in the ranges of `tile_ranges`, the first two of so many tiles."""
+    tile = newest_begin + step - in_slots - in_sinks
+    tile = tl.where(step < in_slots + in_sinks, sinks_begin + step - in_slots, tile)
+    return tl.where(step < in_slots, slots_begin + step, tile)
+
+
+@triton.jit
 def locate(
     tile,
     b,
@@ -102,6 +137,54 @@ def locate(
         index = tl.load(spans_ptr + 2 * num_columns + column, mask=exists, other=0) + place - low
         block = tl.load(table_ptr + column, mask=exists, other=0)
     return index, is_held, block.to(tl.int64), place.to(tl.int64)
+
+
+@triton.jit
+def seen_in(
+    index,
+    is_held,
+    is_row,
+    t,
+    t_last,
+    bound,
+    lowest,
+    mask_rows,
+    mask_t,
+    first,
+    held_from,
+    num_slots,
+    sinks,
+    pad,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """What the rows of queries see of a tile: `Visibility`.
+
+    Args:
+        index, is_held: of its slots, as `locate` gives them.
+        is_row: `[BLOCK_M]`.
+        t: the rows' positions `[BLOCK_M]`; `t_last` is the highest.
+        bound: the lowest position that each sees `[BLOCK_M]`, or None; `lowest` is the lowest of all.
+        mask_rows: pointers to the rows of the mask `[BLOCK_M]`, or None; `mask_t` is its last stride.
+
+    Returns:
+        Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
+    """
+    is_held = is_held & (index >= first)
+    if HAS_MASK:
+        mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t
+        visible = tl.load(mask_at, mask=is_row[:, None] & is_held[None, :], other=0) != 0
+        wanted = tl.max(visible.to(tl.int32), 0) > 0
+    else:
+        position = tl.where(index < num_slots, pad + index, held_from + index - num_slots)
+        is_held = is_held & (position >= pad) & ((index >= num_slots) | (position < held_from))
+        visible = is_held[None, :] & (position[None, :] <= t[:, None])
+        wanted = is_held & (position <= t_last)
+        if HAS_BOUNDS:
+            is_sink = position < pad + sinks
+            visible = visible & ((position[None, :] >= bound[:, None]) | is_sink[None, :])
+            wanted = wanted & ((position >= lowest) | is_sink)
+    return visible, wanted
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from hfkv.layer import KVLayer
 from hfkv.planning.geometry import Geometry, States
 from hfkv.span import Span
 from hfkv.split import SplitLayer
-from hfkv.stores import PagedStore, Store, make_store
+from hfkv.stores import ContiguousStore, PagedStore, Store, make_store
 from hfkv.stores.base import token_bytes
 from hfkv.stores.bus import BUSES
 from hfkv.stores.staging import BUFFER_BYTES, BUFFERS
@@ -135,6 +135,7 @@ class Footprint:
             resident, offloaded = Bytes(own, own, own), Bytes(0, 0, 0)
             for kind, count in self._kinds.items():
                 filled = self._fill(kind, tokens, rows).times(count)
+                resident = resident.plus(_index(kind.states, tokens, rows).times(count))
                 if self._is_away(kind):
                     offloaded = offloaded.plus(filled)
                 else:
@@ -244,6 +245,16 @@ def _kinds(layer: KVLayer | SplitLayer, states: States) -> list[_Kind]:
         _Kind(part.kv, None, states._replace(key_heads=count, value_heads=count))
         for part, count in zip(layer.parts, heads, strict=True)
     ]
+
+
+def _index(states: States, tokens: int, rows: int) -> Bytes:
+    """What the keys of a layer's indexer take, which stay on the device as they are; see `IndexedLayer`."""
+    if not states.index_dim:
+        return Bytes(0, 0, 0)
+    store = ContiguousStore()
+    store.reserve(tokens)
+    store.append((torch.empty(rows, 1, tokens, states.index_dim, dtype=states.index_dtype, device="meta"),))
+    return Bytes(*(sum(plane.nbytes for plane in store.planes),) * 2, store.held_bytes())
 
 
 def _chunks(tokens: int, reply: int) -> list[int]:

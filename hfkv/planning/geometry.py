@@ -18,9 +18,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, EncoderDecoderCache
 
-from hfkv.build import decoder_config
+from hfkv.build import decoder_config, is_replaced
+from hfkv.latent.families import widths_of
 from hfkv.probe import base_model, cross_attention_layers, decoder_of
 
 _CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq)
@@ -35,6 +36,8 @@ class States(NamedTuple):
         key_heads, key_dim: H and Dk.
         value_heads, value_dim: H and Dv.
         dtype: of both.
+        index_dim: of the keys by which an indexer picks among the tokens, one a token; 0 without one.
+        index_dtype: of these.
     """
 
     key_heads: int
@@ -42,6 +45,15 @@ class States(NamedTuple):
     value_heads: int
     value_dim: int
     dtype: torch.dtype
+    index_dim: int = 0
+    index_dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, layer: Any) -> States:
+        """Those of a layer of transformers' cache that holds some."""
+        keys, values, index = layer.keys, layer.values, getattr(layer, "indexer_keys", None)
+        states = cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
+        return states if index is None else states._replace(index_dim=index.shape[-1], index_dtype=index.dtype)
 
 
 @dataclass(frozen=True)
@@ -51,7 +63,7 @@ class Geometry:
     Attributes:
         skeleton: the model, its weights on the meta device.
         config: of its text decoder.
-        states: of the layers that keep plain keys and values, by index.
+        states: of the layers in whose place hfkv's hold keys and values, by index.
         own_row_bytes: of the layers that stay transformers' own (the states of linear attention), for each row.
         own_token_bytes: of the same, for each token of a row.
         notes: what could not be learnt.
@@ -91,10 +103,11 @@ class Geometry:
         states, others = {}, []
         cross = cross_attention_layers(config)
         for index, layer in enumerate(caches[0].layers):
-            if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and index not in cross:
+            if is_replaced(layer, config) and index not in cross:
                 if layer.keys is not None:
-                    keys, values = layer.keys.shape, layer.values.shape
-                    states[index] = States(keys[1], keys[3], values[1], values[3], layer.keys.dtype)
+                    states[index] = States.of(layer)
+                elif _layer_bytes(layer):  # it attends to what another layer holds, and picks among it by itself
+                    others.append(index)
             else:
                 others.append(index)
         if not states:
@@ -170,14 +183,23 @@ def _states_of_fields(config: PreTrainedConfig, dtype: torch.dtype, reason: str)
     from hfkv.bench.errors import BenchError
     from hfkv.bench.shapes import Heads
 
-    try:
-        heads = Heads.of(config)
-    except (BenchError, AttributeError) as error:
-        raise ValueError(
-            f"what the layers of {config.model_type!r} cache cannot be known: the model does not run without weights "
-            f"({reason}), and its config does not say it for all layers alike"
-        ) from error
-    layers = DynamicCache(config=config).layers
-    plain = [i for i, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)]
-    own = States(heads.kv_heads, heads.head_dim, heads.kv_heads, heads.head_dim, dtype)
-    return dict.fromkeys(plain, own)
+    unknown = (
+        f"what the layers of {config.model_type!r} cache cannot be known: the model does not run without weights "
+        f"({reason}), and its config does not say it for all layers alike"
+    )
+    states = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) is DynamicIndexedLayer:
+            raise ValueError(unknown)  # several may share an indexer
+        if not is_replaced(layer, config):
+            continue
+        widths = widths_of(config, index)
+        if widths is not None:
+            states[index] = States(1, widths.latent, 1, widths.rotary, dtype)
+            continue
+        try:
+            heads = Heads.of(config)
+        except (BenchError, AttributeError, RuntimeError) as error:
+            raise ValueError(unknown) from error
+        states[index] = States(heads.kv_heads, heads.head_dim, heads.kv_heads, heads.head_dim, dtype)
+    return states

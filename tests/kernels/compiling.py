@@ -19,6 +19,7 @@ from hfkv.kernels import (
     triton_experts,
     triton_experts_combine,
     triton_experts_slots,
+    triton_latent,
     triton_merge,
     triton_operator,
 )
@@ -34,7 +35,10 @@ POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp
 POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
 # What one program may have of it, in bytes.
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+# Beside latents, whose dimensions are the head dim.
+ROTARY_DIM = 64
 APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
+LATENT = triton_latent._latent_kernel
 ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
 GEMV, GEMM = triton_experts._gemv_kernel, triton_experts._gemm_kernel
 TILE, COMBINE = triton_experts_slots._tile_kernel, triton_experts_combine._combine_kernel
@@ -75,11 +79,12 @@ def target(capability: int) -> None:
     triton_append._append_kernel = Compiled(APPEND, capability)
     triton_merge._merge_kernel = Compiled(MERGE, capability)
     triton_operator._attention_kernel = Compiled(ATTENTION, capability)
+    triton_latent._latent_kernel = Compiled(LATENT, capability)
     triton_experts._gemv_kernel = Compiled(GEMV, capability)
     triton_experts._gemm_kernel = Compiled(GEMM, capability)
     triton_experts_slots._tile_kernel = Compiled(TILE, capability)
     triton_experts_combine._combine_kernel = Compiled(COMBINE, capability)
-    for module in (triton_operator, triton_experts):
+    for module in (triton_operator, triton_latent, triton_experts):
         module.device_of = lambda device: Device(132, shared_memory)
         module.product_dtypes = lambda dtype, codec, device: PRODUCT_DTYPES(dtype, codec, torch.device("cuda"))
 
@@ -93,11 +98,22 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
     num_queries = length if operation == "prefill" else 1
     query = torch.zeros(2, 8, num_queries, head_dim, dtype=getattr(torch, dtype))
+    if operation.startswith("latent"):
+        # A set of latents and one of rotary keys, for the 128 heads of DeepSeek-V3.
+        keys, values = (
+            garbage(codecs[0], (2, 1, page_size or 2 * length, dim), query.dtype, cpu) for dim in (head_dim, ROTARY_DIM)
+        )
+        query = query.new_zeros(2, 128, 1, head_dim + ROTARY_DIM)
     bounds = torch.zeros(2, num_queries, dtype=torch.long) if "bounds" in options else None
-    mask = torch.ones(2, 8, num_queries, length, dtype=torch.bool) if "mask" in options else None
+    mask = torch.ones(2, query.shape[1], num_queries, length, dtype=torch.bool) if "mask" in options else None
     visibility = Visibility(length, (0, 0), bounds=bounds, mask=mask)
     scoring = Scoring(0.1, softcap=30.0, sink_logits=query[0, :, 0, 0]) if "scoring" in options else Scoring(0.1)
-    if operation == "append":
+    if operation == "latent":
+        triton_latent.latent_attention(query, keys, values, layout, visibility, scoring, num_splits=4)
+    elif operation == "latent-append":
+        new = query[:, :1, :, :head_dim], query[:, :1, :, head_dim:]
+        triton_append.append(*new, keys, values, layout)
+    elif operation == "append":
         triton_append.append(query[:, :2], query[:, :2], keys, values, layout)
     elif operation == "prefill":
         prefill_attention(query, keys, values, layout, visibility, scoring)

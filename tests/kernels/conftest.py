@@ -17,6 +17,7 @@ IMPORTED = (
     "hfkv.kernels.triton_decode",
     "hfkv.kernels.triton_experts",
     "hfkv.kernels.triton_experts_combine",
+    "hfkv.kernels.triton_latent",
     "hfkv.kernels.triton_prefill",
     "tests.kernels.triton_ranges",
 )

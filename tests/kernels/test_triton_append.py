@@ -42,7 +42,7 @@ def check(
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("num_new", "head_dims", "page_size"),
-    [(1, (128, 128), 0), (17, (96, 64), 6), (63, (80, 5), 0), (1, (256, 128), 64)],
+    [(1, (128, 128), 0), (17, (96, 64), 6), (63, (80, 5), 0), (1, (256, 128), 64), (9, (512, 64), 6)],
 )
 def test_bytes_are_the_codecs_own(
     codec: str, dtype: torch.dtype, num_new: int, head_dims: tuple[int, int], page_size: int, device: torch.device

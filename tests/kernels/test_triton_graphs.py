@@ -14,6 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 import hfkv
 from tests.kernels.tape import Tape
 from tests.tiny import greedy, llama, prompt
+from tests.zoo import NAMED
 
 KINDS = [
     "none",
@@ -30,10 +31,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """On a GPU the real thing; on a CPU the real kernels, interpreted, and a tape in place of a graph."""
     if device.type == "cuda":
         return
-    from hfkv.kernels import dispatch, triton_append, triton_decode
+    from hfkv.kernels import dispatch, triton_append, triton_decode, triton_latent
     from hfkv.patches import graphs
 
-    attention_kernel = dispatch.attention_kernel
+    attention_kernel, latent_kernel = dispatch.attention_kernel, dispatch.latent_kernel
 
     def append(*args: Any) -> dispatch.Append:
         return dispatch.Append("triton append", "interpreted", triton_append.append)
@@ -43,10 +44,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
             return attention_kernel(codec, dtype, device, num_queries, head_dims)
         return dispatch.Kernel("triton decode", "interpreted", triton_decode.decode_attention)
 
+    def latent(codec: str, dtype: Any, device: Any, num_queries: int, widths: Any) -> dispatch.Kernel:
+        if num_queries > 1:
+            return latent_kernel(codec, dtype, device, num_queries, widths)
+        return dispatch.Kernel("triton latent", "interpreted", triton_latent.latent_attention)
+
     for module in ("hfkv.layer", "hfkv.device_step"):
         monkeypatch.setattr(f"{module}.append_kernel", append)
-    for module in ("hfkv.fused", "hfkv.device_step"):
+    for module in ("hfkv.held", "hfkv.device_step"):
         monkeypatch.setattr(f"{module}.attention_kernel", attention)
+    for module in ("hfkv.latent.held", "hfkv.device_step"):
+        monkeypatch.setattr(f"{module}.latent_kernel", latent)
     monkeypatch.setattr(graphs, "make_graph", Tape)
     monkeypatch.setattr(graphs, "DEVICE_TYPES", {"cpu"})
 
@@ -97,6 +105,14 @@ def test_greedy(device: torch.device, counts: dict[str, int], kv: str) -> None:
     same_tokens(llama().to(device), kv, on(device, {"input_ids": prompt(1)["input_ids"]}))
     assert counts["captures"] == 1
     assert counts["replays"] == 10  # 12 tokens: the first from the prompt, the second as ever
+
+
+@pytest.mark.parametrize("kv", ["none", "int8+window:8+sinks:2+paged+page_size:4"])
+def test_latents(device: torch.device, counts: dict[str, int], kv: str) -> None:
+    sample = NAMED["deepseek_v3"]()
+    same_tokens(sample.model.to(device), kv, on(device, {"input_ids": sample.inputs["input_ids"][1:]}), 8)
+    assert counts["captures"] == 1
+    assert counts["replays"] == 6
 
 
 @pytest.mark.parametrize("kv", ["none", "int8+paged+page_size:4"])

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Glm4Config,
@@ -32,6 +34,19 @@ MODELS: dict[str, Any] = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"sliding_window": 6, "layer_types": LAYERS}),
     "glm4": (Glm4ForCausalLM, Glm4Config, {}),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 2,
+            "kv_lora_rank": 32,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 24,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 20,
+        },
+    ),
     "gpt_oss": (
         GptOssForCausalLM,
         GptOssConfig,
@@ -55,7 +70,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     names += ("num_key_value_heads", "head_dim", "pad_token_id", "bos_token_id", "eos_token_id")
     torch.manual_seed(0)
-    model = model_class(config_class(**{name: common[name] for name in names}, **fields)).eval()
+    model = model_class(config_class(**{name: common[name] for name in names} | fields)).eval()
     for weight in model.parameters():
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=0.3)

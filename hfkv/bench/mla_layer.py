@@ -1,0 +1,265 @@
+"""One layer of latent attention for the suite ``mla``: its calls, lanes and check."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+
+import hfkv
+from hfkv.bench.contenders import Contender
+from hfkv.bench.gate import FACTOR, SLACK, Errors, _largest_error
+from hfkv.bench.mla_setting import Case
+from hfkv.bench.mla_shapes import LatentTokens
+from hfkv.bench.shapes import share_weights
+from hfkv.bench.timing import milliseconds, queued_milliseconds
+from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
+
+if TYPE_CHECKING:
+    from hfkv.latent.crossover import Form
+
+FORMS: tuple[Form, ...] = ("absorbed", "expanded")
+WARM_UPS = 2
+
+
+class _Given:
+    """A cache whose one layer holds what it is given, whatever is put into it: that of one new token included."""
+
+    def __init__(self, latents: torch.Tensor, rotary: torch.Tensor) -> None:
+        self.held = latents, rotary
+
+    def update(self, *new: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.held
+
+
+class LayerTask:
+    """What all contenders of a case share.
+
+    Args:
+        model: of one layer, unpatched.
+        latents: what caches are filled with; None where nothing is held.
+        case: what is measured.
+        batch: B.
+        seed: of the hidden states.
+
+    Attributes:
+        hidden: what the layer reads, `[B, q, hidden]`.
+        stock: the largest error of DynamicCache's output, once it has been checked; it is the first. None till then.
+    """
+
+    def __init__(self, model: PreTrainedModel, latents: LatentTokens | None, case: Case, batch: int, seed: int) -> None:
+        self.model = model
+        self.latents = latents
+        self.case = case
+        generator = torch.Generator(model.device).manual_seed(seed + 1)
+        size = (batch, case.new, model.config.hidden_size)
+        self.hidden = torch.randn(size, dtype=model.dtype, device=model.device, generator=generator)
+        self.stock: float | None = None
+        self._standard: torch.Tensor | None = None
+
+    @property
+    def standard(self) -> torch.Tensor:
+        """The output `[B, q, hidden]` of the same layer in fp32, over the latents before any codec."""
+        if self._standard is None:
+            self._standard = self._by_rows(self._in_fp32, self._filled)
+        return self._standard
+
+    @property
+    def allowed(self) -> float:
+        """The largest error that may be: by DynamicCache's own, measured a row at a time where it did not run."""
+        if self.stock is None:
+            self.stock = _largest_error(self._by_rows(self.model, self._filled), self.standard)
+        return FACTOR * self.stock + SLACK
+
+    def over(self, latents: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        """The output `[B, 1, hidden]` of the same layer in fp32, over these, the new token's own included."""
+        return self._by_rows(
+            self._in_fp32, lambda row, dtype: _Given(*(states[row : row + 1].to(dtype) for states in (latents, rotary)))
+        )
+
+    @functools.cached_property
+    def _in_fp32(self) -> PreTrainedModel:
+        return copy.deepcopy(self.model).float()
+
+    def _by_rows(self, model: PreTrainedModel, cache_of: Callable[[int, torch.dtype], Any]) -> torch.Tensor:
+        """A model's output, a row at a time: transformers expands all tokens of every row."""
+        hidden = self.hidden.to(model.dtype).split(1)
+        return torch.cat(
+            [LayerCall(model, one, self.case.held, cache_of(row, model.dtype))() for row, one in enumerate(hidden)]
+        )
+
+    def _filled(self, row: int, dtype: torch.dtype) -> DynamicCache:
+        cache = DynamicCache(config=self.model.config)
+        if self.latents is not None:
+            cache.update(*(states[row : row + 1].to(dtype) for states in (self.latents.keys, self.latents.values)), 0)
+        return cache
+
+
+def attention_of(model: PreTrainedModel) -> Any:
+    """The attention module of the first layer."""
+    decoder: Any = model.base_model
+    return decoder.layers[0].self_attn
+
+
+class LayerCall:
+    """One call of a model's first attention layer, with what the model makes for all its layers made before.
+
+    Args:
+        model: the model.
+        hidden: `[B, q, hidden]`.
+        seen: tokens before them.
+        cache: the cache.
+    """
+
+    def __init__(self, model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> None:
+        decoder: Any = model.base_model
+        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+        is_given = isinstance(cache, _Given)
+        self.hidden = hidden
+        self.module = attention_of(model)
+        self.given: dict[str, Any] = {
+            "position_embeddings": decoder.rotary_emb(hidden, positions),
+            "attention_mask": create_causal_mask(
+                config=model.config,
+                inputs_embeds=hidden,
+                attention_mask=None,
+                past_key_values=None if is_given else cache,
+                position_ids=positions,
+            ),
+            "past_key_values": cache,
+            "position_ids": positions,
+        }
+
+    def __call__(self) -> torch.Tensor:
+        """The output `[B, q, hidden]`."""
+        return self.module(self.hidden, **self.given)[0]
+
+
+class LayerLane:
+    """One contender's layer, over the same weights as everyone's, and its cache.
+
+    Args:
+        contender: whose.
+        task: what it shares with the others.
+        room: tokens its cache has to have room for.
+        forced: `"absorbed"` or `"expanded"`, or None for its own choice.
+    """
+
+    def __init__(self, contender: Contender, task: LayerTask, room: int, forced: Form | None = None) -> None:
+        self.contender = contender
+        self.name = contender.name
+        self.task = task
+        self.room = room
+        self.forced = forced
+        self.cache: Any = None
+        self.warm_ms = 0.0
+        self.model = share_weights(task.model)
+        self._output: torch.Tensor | None = None
+        if contender.is_ours:
+            hfkv.patch(self.model, contender.kv)
+
+    def open(self) -> None:
+        """Makes the cache and fills it; a prompt, before which nothing is held, is read."""
+        self._fill()
+        self._output = None if self.task.case.held else self._call()()
+
+    def check(self) -> Errors:
+        """The layer's output against fp32."""
+        task = self.task
+        output = self._call()() if self._output is None else self._output
+        error = _largest_error(output, task.standard)
+        if not self.contender.is_ours:
+            task.stock = error
+            return Errors(full=error)
+        allowed = task.allowed
+        kv = self.contender.kv
+        assert kv is not None
+        twin = None
+        if task.case.new == 1 and kv.window is None and not kv.is_lossless:
+            layer = self.cache.layers[0]
+            twin = _largest_error(output, task.over(layer.keys, layer.values))
+        wrong = None
+        if not bool(output.isfinite().all()):
+            wrong = "its output has numbers that are not finite"
+        elif kv.is_lossless and not error <= allowed:
+            wrong = f"its output is off by {error:.1e} of the largest number from fp32; {allowed:.1e} is allowed"
+        elif twin is not None and not twin <= allowed:
+            wrong = (
+                f"its output is off by {twin:.1e} of the largest number from fp32 over its own latents; {allowed:.1e} "
+                "is allowed"
+            )
+        return Errors(twin, error, None, wrong)
+
+    def warm_up(self) -> None:
+        """Calls that are not timed; the last says how long one takes, or on a GPU its launching."""
+        for _ in range(WARM_UPS):
+            work = self._ready()
+            begin = time.perf_counter()
+            work()
+            self.warm_ms = 1e3 * (time.perf_counter() - begin)
+
+    def turn(self) -> list[float]:
+        """One call, in ms; the cache grows by a token, or is filled anew where many are read at once."""
+        work, device = self._ready(), self.task.hidden.device
+        if device.type == "cuda":
+            return [queued_milliseconds(work, device, self.warm_ms)]
+        return [milliseconds(work, device)]
+
+    def held_bytes(self) -> int:
+        """Of the layer."""
+        return held_bytes(self.cache, 1)
+
+    def allocated_bytes(self) -> int:
+        """Of the layer."""
+        return allocated_bytes(self.cache, 1)
+
+    def read_bytes(self) -> int | None:
+        """What one new token must read, the cache and the layer's weights; None for many, which are arithmetic."""
+        if self.task.case.new > 1:
+            return None
+        return self.held_bytes() + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
+
+    def bus_bytes(self) -> int | None:
+        """What of the layer has to come from host memory."""
+        return bus_bytes(self.cache, 1)
+
+    def close(self) -> None:
+        """Lets go of the cache."""
+        self.cache = self._output = None
+
+    def _fill(self) -> None:
+        assert self.contender.new_cache is not None
+        self.cache = self.contender.new_cache(self.model, self.room)
+        if self.task.latents is not None:
+            self.task.latents.fill(self.contender, self.cache, 1, self.room)
+
+    def _ready(self) -> Callable[[], torch.Tensor]:
+        if self.task.case.new > 1:
+            self._fill()
+        return self._call()
+
+    def _call(self) -> Callable[[], torch.Tensor]:
+        call = LayerCall(self.model, self.task.hidden, self.cache.get_seq_length(), self.cache)
+
+        def run() -> torch.Tensor:
+            with forcing(self.forced):
+                return call()
+
+        return run
+
+
+def forcing(form: Form | None) -> AbstractContextManager[Any]:
+    """Has hfkv's layers attend by one of the two ways; with None they choose."""
+    if form is None:
+        return contextlib.nullcontext()
+    from hfkv.latent.crossover import forced
+
+    return forced(form)

@@ -1,0 +1,58 @@
+"""Which configs have layers that cache latents, and of what widths."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from hfkv.latent.projection import Widths
+from hfkv.modelling import config_of_layer, modelling_files
+
+# What makes keys and values of latents in the attention of transformers; of that name everywhere.
+METHOD = "expand_kv"
+
+
+def expands_latents(config: Any) -> bool:
+    """Whether the installed code for a config expands latents by a method of its attention."""
+    config_class: Any = type(config)
+    return bool(_attention_classes(config_class))
+
+
+def widths_of(config: Any, index: int) -> Widths | None:
+    """The widths of what a plain or indexed attention layer caches, or None where that is no latent.
+
+    The config alone does not tell: in some versions of transformers some families with a ``kv_lora_rank`` cache keys
+    and values a head, expanded already.
+
+    Args:
+        config: of the text decoder.
+        index: of the layer.
+    """
+    config_class: Any = type(config)
+    own = config_of_layer(config, index)
+    if getattr(own, "kv_lora_rank", None) is None or not _caches_latents(config_class):
+        return None
+    return Widths.of(own)
+
+
+@functools.cache
+def _caches_latents(config_class: Any) -> bool:
+    found = _attention_classes(config_class)
+    return bool(found) and all(map(_expands_what_was_cached, found))
+
+
+@functools.cache
+def _attention_classes(config_class: Any) -> tuple[Any, ...]:
+    """The classes that expand latents, in the modelling file of a config."""
+    values = [value for module in modelling_files(config_class) for value in vars(module).values()]
+    return tuple(dict.fromkeys(value for value in values if inspect.isclass(value) and hasattr(value, METHOD)))
+
+
+def _expands_what_was_cached(attention_class: Any) -> bool:
+    """Whether it expands what the cache returned, and not what it then caches (indexed layers in transformers 5.17)."""
+    try:
+        source = inspect.getsource(attention_class.forward)
+    except OSError:  # no file of it
+        return True
+    return 0 <= source.find(".update(") < source.find(f".{METHOD}(")

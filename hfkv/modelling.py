@@ -1,0 +1,25 @@
+"""What the code of a model says, found from its config."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+
+def modelling_files(config_class: Any) -> list[ModuleType]:
+    """The modelling files beside a config's file; the one that goes by its name is imported for it."""
+    package = config_class.__module__.rpartition(".")[0]
+    with contextlib.suppress(ImportError):  # a config alone does not bring its models
+        importlib.import_module(config_class.__module__.replace(".configuration_", ".modeling_"))
+    return [module for name, module in list(sys.modules.items()) if name.startswith(f"{package}.modeling")]
+
+
+def config_of_layer(config: Any, index: int) -> Any:
+    """The config of one layer, which may differ from that of the others: that one then refuses to answer for all."""
+    if not getattr(config, "is_heterogeneous", False):
+        return config
+    layers = config.per_layer_config
+    return layers[index] if index < len(layers) else config

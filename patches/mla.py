@@ -1,0 +1,61 @@
+"""Latent attention (MLA): what a cache returns reaches the ``"hfkv"`` attention as it is, not expanded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from hfkv.attention import NAME
+from hfkv.latent.view import latent_views
+from hfkv.patches.undo import Undo
+
+_METHOD = "expand_kv"
+_PARAMETERS = ["self", "kv_nope", "k_rot"]
+_NEEDED = ("kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def set_latent_attention(model: nn.Module, undo: Undo) -> int:
+    """Overrides `expand_kv` on every attention module that caches latents.
+
+    Returns:
+        How many there are.
+
+    Raises:
+        NotImplementedError: transformers' method has changed.
+    """
+    found = latent_modules(model)
+    for module in found:
+        _check(type(module))
+        # A partial, so that a deep copy of the model expands by its own weights.
+        undo.set(module, _METHOD, functools.partial(_expand_kv, module))
+    return len(found)
+
+
+def latent_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules that expand latents."""
+    return [
+        module
+        for module in model.modules()
+        if hasattr(type(module), _METHOD) and all(hasattr(module, name) for name in _NEEDED)
+    ]
+
+
+def _check(module_class: Any) -> None:
+    parameters = list(inspect.signature(getattr(module_class, _METHOD)).parameters)
+    if parameters != _PARAMETERS:
+        raise NotImplementedError(
+            f"{module_class.__name__}.{_METHOD} takes {parameters} in this version of transformers; hfkv overrides one "
+            f"that takes {_PARAMETERS}. Use a version of transformers this hfkv supports"
+        )
+
+
+def _expand_kv(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if module.config._attn_implementation == NAME:
+        views = latent_views(module, kv_nope, k_rot)
+        if views is not None:
+            return views
+    return type(module).expand_kv(module, kv_nope, k_rot)
