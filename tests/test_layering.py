@@ -44,6 +44,7 @@ FORBIDDEN = {
     "hfkv/sizes.py": ("torch", "transformers", "hfkv"),
     "hfkv/reuse.py": ("torch", "transformers"),
     "hfkv/spread.py": ("transformers", "hfkv"),
+    "hfkv/modelling.py": ("torch", "transformers", "hfkv"),
     "hfkv/state.py": ("transformers", "hfkv"),
     "hfkv/record.py": ("transformers", "hfkv.layer", "hfkv.stores", "hfkv.cache"),
     "hfkv/contents.py": ("transformers", "hfkv.layer", "hfkv.cache", "hfkv.codecs"),

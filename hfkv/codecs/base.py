@@ -39,6 +39,9 @@ class Codec(ABC):
         Returns:
             Planes `[B, H, T, d_i]`, the data first.
         """
+        if x.shape[3] == 0:  # the rotary keys of latent attention without positions: nothing, and a scale
+            data, *scales = self._encode(x.new_zeros(*x.shape[:3], 1))
+            return (data[..., :0], *scales)
         tokens = max(1, _TOGETHER * x.shape[2] // max(x.numel(), 1))
         if x.device.type != "cpu" or x.shape[2] <= tokens:
             return self._encode(x)

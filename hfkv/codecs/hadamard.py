@@ -28,6 +28,8 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     Returns:
         `[..., D]` float32.
     """
+    if x.shape[-1] == 0:
+        return x
     block = hadamard_block(x.shape[-1])
     rows = x.reshape(-1, block)
     if x.device.type != "cpu" or rows.numel() <= _TOGETHER:
@@ -40,6 +42,8 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 def rotate_states(x: torch.Tensor) -> torch.Tensor:
     """As `rotate`, by a matrix product: for queries and outputs, whose last bits nobody stores."""
+    if x.shape[-1] == 0:
+        return x
     block = hadamard_block(x.shape[-1])
     return (x.reshape(-1, block) @ _matrix(block).to(x.device)).view(x.shape)
 

@@ -48,6 +48,8 @@ def unsupported(
         return f"Triton kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
     if "fp8" in codecs and capability < (8, 9):
         return f"8-bit floats need compute capability 8.9, and this GPU has {capability[0]}.{capability[1]}"
+    if 0 in head_dims:
+        return "Triton kernels take no rows of zero dimensions (rotary keys of a model without positions)"
     if any(head_dim > MAX_HEAD_DIM for head_dim in head_dims):
         return f"Triton kernels take heads of up to {MAX_HEAD_DIM} dimensions, not {max(head_dims)}"
     return None if scoring is None else unsupported_scoring(scoring)
@@ -75,7 +77,7 @@ def unsupported_latent(
         widths = f"{latent_dim} and {rotary_dim}"
         reason = f"Triton kernels take latents and rotary keys of up to {most} dimensions, not {widths}"
         return unsupported(device, dtype, (codec,)) or reason
-    return unsupported(device, dtype, (codec,), scoring=scoring)
+    return unsupported(device, dtype, (codec,), (rotary_dim,), scoring=scoring)
 
 
 def unsupported_scoring(scoring: Scoring) -> str | None:

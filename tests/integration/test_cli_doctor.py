@@ -81,7 +81,7 @@ def test_a_healthy_machine_gives_three_tables_and_exit_code_0(healthy: tuple[str
     assert numbers["checks"][-1]["what"] == "int8 product"
     assert numbers["checks"][-1]["outcome"] == "right"
     # In the shape of the model's own heads.
-    assert {tuple(check["heads"].values()) for check in numbers["checks"][:-1]} == {(32, 32, 2)}
+    assert {tuple(check["heads"].values()) for check in numbers["checks"][:-1]} == {(32, 32, 2, False)}
 
 
 def test_the_layers_of_a_hybrid_model_are_told_apart(healthy: tuple[str, dict[str, Any]]) -> None:
@@ -93,7 +93,7 @@ def test_the_layers_of_a_hybrid_model_are_told_apart(healthy: tuple[str, dict[st
     ]
     expected = [attention_kernel("int8", torch.bfloat16, CPU, n, (32, 32)) for n in (1, 1000)]
     for group in groups:
-        assert group["heads"] == {"key_dim": 32, "value_dim": 32, "groups": 2}
+        assert group["heads"] == {"key_dim": 32, "value_dim": 32, "groups": 2, "is_latent": False}
         assert [use["name"] for use in group["uses"]] == ["decode", "prefill", "append"]
         assert [(use["kernel"], use["why"]) for use in group["uses"][:2]] == [kernel[:2] for kernel in expected]
     assert "0-4, 6-7" in output
@@ -140,6 +140,7 @@ def test_layers_and_models_that_stay_transformers_own_say_why() -> None:
 
 
 def test_layers_with_dimensions_of_their_own() -> None:
+    # Code without expand_kv caches what it has expanded.
     config = llama_config(kv_lora_rank=8, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
     assert layers_of(config, "none").heads == (Heads(32, 16, 2),)
     wide = llama_config(num_hidden_layers=3, global_head_dim=48)

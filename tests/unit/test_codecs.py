@@ -41,6 +41,14 @@ def test_decoding_has_the_shape_and_dtype_asked_for(name: str, head_dim: int) ->
     assert empty.shape == (2, 3, 0, head_dim)
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_rows_of_no_numbers(name: str) -> None:
+    x = torch.randn(2, 1, 5, 0)
+    planes = CODECS[name].encode(x)
+    assert all(plane.shape[:3] == (2, 1, 5) for plane in planes)
+    assert CODECS[name].decode(planes, 0, torch.float32).shape == x.shape
+
+
 def test_none_is_bit_equal() -> None:
     x = states(64)
     assert torch.equal(CODECS["none"].decode(CODECS["none"].encode(x), 64, x.dtype), x)

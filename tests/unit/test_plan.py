@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DeepseekV3Config, Gemma3TextConfig, MambaConfig, MistralConfig, PreTrainedModel
+from transformers import DeepseekV3Config, Gemma3TextConfig, MambaConfig, MistralConfig, PreTrainedModel, T5Config
 
 import hfkv
 from hfkv import KVConfig
@@ -14,13 +14,14 @@ from hfkv.bench.shapes import shape_config
 from hfkv.planning import geometry
 from hfkv.planning.fit import Fit, Planner, largest_that
 from hfkv.planning.footprint import STAGING, Footprint
-from hfkv.planning.geometry import Geometry
+from hfkv.planning.geometry import Geometry, States
 from hfkv.planning.plan import DEVICE_OVERHEAD
 from hfkv.planning.speeds import read_speed
 from hfkv.stores.base import token_bytes
 from hfkv.stores.bus import BUSES
 from tests.tiny import llama, llama_config, prompt
-from tests.zoo import NAMED
+from tests.zoo import NAMED, Architecture, build
+from tests.zoo import prompt as prompt_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SPEEDS: dict[str, Any] = {"bandwidth": "1TB/s", "bus": "50GB/s"}
@@ -55,6 +56,16 @@ def measured(model: Any, kv: str | KVConfig, inputs: dict[str, Any], new_tokens:
             return_dict_in_generate=True,
         ).past_key_values
     return getattr(cache, "self_attention_cache", cache)
+
+
+def indexed(family: str) -> tuple[Any, dict[str, Any]]:
+    """A tiny model whose indexer picks tokens; of glm_moe_dsa's layers, the second shares the first one's."""
+    class_name = {"deepseek_v32": "DeepseekV32ForCausalLM", "glm_moe_dsa": "GlmMoeDsaForCausalLM"}[family]
+    model = build(Architecture("causal", family, class_name))
+    if family == "glm_moe_dsa":
+        model.config.indexer_types = ["full", "shared"]
+        model = type(model)(model.config).eval()
+    return model, prompt_for(model)
 
 
 def assert_planned(model: Any, kv: str | KVConfig, cache: hfkv.KVCache, new_tokens: int, batch: int) -> None:
@@ -97,6 +108,30 @@ def test_the_plan_holds_for_other_architectures(name: str, kv: str) -> None:
     sample = NAMED[name]()
     cache = measured(sample.model, kv, sample.inputs, 20)
     assert_planned(sample.model, kv, cache, 20, 2)
+
+
+@pytest.mark.parametrize("kv", ["window:6+sinks:2", "int8+window:6+sinks:2+paged+page_size:4"])
+def test_the_plan_holds_for_latents_under_a_window(kv: str) -> None:
+    sample = NAMED["deepseek_v3"]()
+    assert_planned(sample.model, kv, measured(sample.model, kv, sample.inputs, 20), 20, 2)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa"])
+@pytest.mark.parametrize("kv", ["none", "int8+paged+page_size:4", "int8+offload+paged+page_size:4"])
+def test_the_plan_counts_the_keys_of_an_indexer(family: str, kv: str) -> None:
+    model, inputs = indexed(family)
+    with_offload = KVConfig.parse(kv).offload
+    cache = measured(model, kv, inputs, 20)
+    if not with_offload:
+        assert_planned(model, kv, cache, 20, 2)
+    footprint = Planner.of(model.config, model.dtype, CPU, reply=19).footprint(KVConfig.parse(kv))
+    tokens, batch = cache.get_seq_length(), 2
+    # The second layer of glm_moe_dsa attends to what the first has picked.
+    keys = batch * tokens * model.config.index_head_dim * 4 * (1 if family == "glm_moe_dsa" else 2)
+    assert sum(plane.allocated for layer in cache.kv_layers for plane in layer.index_memory()) == keys
+    if with_offload:
+        on_device = footprint.of(tokens, batch).allocated - footprint.offloaded(tokens, batch).allocated
+        assert on_device == keys
 
 
 @pytest.mark.parametrize(
@@ -220,9 +255,10 @@ def test_usual_caches_that_do_not_fit_a_model_are_left_out() -> None:
     assert any("int8+window:4096+sinks:4 is left out" in note for note in plan.notes)
     with pytest.raises(ValueError, match="slides"):
         hfkv.memory_plan(sliding, "1GiB", 100, kv=["window:32"], **SPEEDS)
-    latent = NAMED["deepseek_v3"]().model.config
     with pytest.raises(ValueError, match="takes no window"):
-        hfkv.memory_plan(latent, "1GiB", 100, kv=["window:32"], **SPEEDS)
+        hfkv.memory_plan(T5Config(num_layers=2), "1GiB", 100, kv=["window:32"], **SPEEDS)
+    with pytest.raises(ValueError, match="layer 0 picks the tokens"):
+        hfkv.memory_plan(indexed("deepseek_v32")[0].config, "1GiB", 100, kv=["window:32"], **SPEEDS)
 
 
 def test_a_sliding_layer_is_planned_as_it_slides() -> None:
@@ -243,8 +279,10 @@ def test_code_that_needs_numbers_is_planned_by_its_config(monkeypatch: pytest.Mo
     found = Geometry.of(llama_config(), torch.bfloat16)
     assert found.states == known.states
     assert "Tensor.item()" in found.notes[0]
+    latent = Geometry.of(DeepseekV3Config(num_hidden_layers=2, vocab_size=99), torch.bfloat16)
+    assert latent.states == dict.fromkeys(range(2), States(1, 512, 1, 64, torch.bfloat16))
     with pytest.raises(ValueError, match="does not run without weights"):
-        Geometry.of(DeepseekV3Config(num_hidden_layers=2, vocab_size=99), torch.bfloat16)
+        Geometry.of(indexed("deepseek_v32")[0].config, torch.bfloat16)
 
 
 def test_what_cannot_be_planned_is_refused() -> None:

@@ -45,9 +45,9 @@ FOUND: dict[str, dict[int, tuple[int, bool] | None]] = {
     "falcon": {0: (16, False), 1: (16, False)},
     "llava": {0: (16, False), 1: (16, False)},
     "mllama": {0: (16, False)},
+    "deepseek_v3": {0: (16, False), 1: (16, False)},
 }
 REFUSED = {
-    "deepseek_v3": "caches as values depends on positions",
     "gpt2": "layer 0: its keys depend on positions in a way",
     "opt": "layer 0: its keys depend on positions in a way",
     "bloom": "BloomModel takes no position_ids",
@@ -131,6 +131,8 @@ def test_the_named_architectures(name: str) -> None:
     found = probe_rotary(model)
     print(name, found)
     assert {i: turn and (2 * len(turn.inv_freq), turn.interleaved) for i, turn in found.items()} == FOUND[name]
+    part = "value" if name == "deepseek_v3" else "key"  # of latents the rotated part is cached as values
+    assert {turn.part for turn in found.values() if turn} <= {part}
 
 
 @pytest.mark.parametrize("name", ["llama", "glm4", "gemma3", "gpt_oss", "phi", "granite"])

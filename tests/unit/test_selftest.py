@@ -12,6 +12,7 @@ from hfkv.codecs import CODECS
 from hfkv.kernels import dispatch, selftest
 from hfkv.kernels.dispatch import Append, Kernel
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import append_naive, attention_naive
 from hfkv.kernels.selftest import NOT_TESTED, RAISED, RIGHT, WRONG, Check, Heads
@@ -31,15 +32,16 @@ def of(checks: list[Check], *uses: str) -> list[Check]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [Heads(64, 64, 4), Heads(80, 48, 1)], ids=str)
+@pytest.mark.parametrize("heads", [Heads(64, 64, 4), Heads(80, 48, 1), Heads(96, 32, 4, is_latent=True)], ids=str)
 def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: Heads) -> None:
     checks = run(dtype, heads)
     reads = of(checks, "decode", "prefill")
     assert [check.outcome for check in reads] == [RIGHT] * NUM_READS
     assert {check.heads for check in reads} == {heads}
     assert all(0 < check.error <= check.allowed for check in reads if check.error is not None)
+    kernel = dispatch.latent_kernel if heads.is_latent else dispatch.attention_kernel
     assert {(check.codec, check.kernel) for check in of(checks, "decode")} == {
-        (codec, dispatch.attention_kernel(codec, dtype, CPU, 1, heads[:2]).name) for codec in CODECS
+        (codec, kernel(codec, dtype, CPU, 1, heads[:2]).name) for codec in CODECS
     }
     appends = of(checks, "append")
     assert len(appends) == NUM_APPENDS
@@ -167,6 +169,16 @@ def test_an_append_that_writes_nothing_or_raises_is_found(monkeypatch: pytest.Mo
         raise ValueError("no room")
 
     assert {check.note for check in append_with(monkeypatch, kernel)} == {"ValueError: no room"}
+
+
+def test_a_wrong_kernel_for_latents_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*arguments: Any) -> Attended:
+        out, lse = latent_attention_naive(*arguments, dtype=arguments[0].dtype)
+        return Attended(out + 1e-3, lse)
+
+    monkeypatch.setattr(selftest, "latent_kernel", lambda *_: Kernel("broken", "for a test", kernel))
+    reads = of(run(heads=Heads(32, 8, 2, is_latent=True)), "decode", "prefill")
+    assert [(check.outcome, check.kernel) for check in reads] == [(WRONG, "broken")] * NUM_READS
 
 
 # The int8 product, in a process of its own.
