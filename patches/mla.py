@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from hfkv.attention import NAME
+from hfkv.latent.families import METHOD, expands_what_was_cached
 from hfkv.latent.view import latent_views
 from hfkv.patches.undo import Undo
 
-_METHOD = "expand_kv"
 _PARAMETERS = ["self", "kv_nope", "k_rot"]
 _NEEDED = ("kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
@@ -31,24 +31,25 @@ def set_latent_attention(model: nn.Module, undo: Undo) -> int:
     for module in found:
         _check(type(module))
         # A partial, so that a deep copy of the model expands by its own weights.
-        undo.set(module, _METHOD, functools.partial(_expand_kv, module))
+        undo.set(module, METHOD, functools.partial(_expand_kv, module))
     return len(found)
 
 
 def latent_modules(model: nn.Module) -> list[nn.Module]:
-    """The attention modules that expand latents."""
+    """The attention modules that expand what a cache returned."""
+    found = (module for module in model.modules() if hasattr(type(module), METHOD))
     return [
         module
-        for module in model.modules()
-        if hasattr(type(module), _METHOD) and all(hasattr(module, name) for name in _NEEDED)
+        for module in found
+        if all(hasattr(module, name) for name in _NEEDED) and expands_what_was_cached(type(module))
     ]
 
 
 def _check(module_class: Any) -> None:
-    parameters = list(inspect.signature(getattr(module_class, _METHOD)).parameters)
+    parameters = list(inspect.signature(getattr(module_class, METHOD)).parameters)
     if parameters != _PARAMETERS:
         raise NotImplementedError(
-            f"{module_class.__name__}.{_METHOD} takes {parameters} in this version of transformers; hfkv overrides one "
+            f"{module_class.__name__}.{METHOD} takes {parameters} in this version of transformers; hfkv overrides one "
             f"that takes {_PARAMETERS}. Use a version of transformers this hfkv supports"
         )
 

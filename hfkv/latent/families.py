@@ -39,7 +39,7 @@ def widths_of(config: Any, index: int) -> Widths | None:
 @functools.cache
 def _caches_latents(config_class: Any) -> bool:
     found = _attention_classes(config_class)
-    return bool(found) and all(map(_expands_what_was_cached, found))
+    return bool(found) and all(map(expands_what_was_cached, found))
 
 
 @functools.cache
@@ -49,7 +49,7 @@ def _attention_classes(config_class: Any) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(value for value in values if inspect.isclass(value) and hasattr(value, METHOD)))
 
 
-def _expands_what_was_cached(attention_class: Any) -> bool:
+def expands_what_was_cached(attention_class: Any) -> bool:
     """Whether it expands what the cache returned, and not what it then caches (indexed layers in transformers 5.17)."""
     try:
         source = inspect.getsource(attention_class.forward)

@@ -12,6 +12,7 @@ import torch
 
 import hfkv
 from hfkv.latent.crossover import Form, forced
+from hfkv.patches.mla import latent_modules
 from tests.zoo import CannotBuild, architectures, build, generate, prompt
 
 DENSE = (
@@ -57,7 +58,7 @@ def built(family: str) -> Any:
 
 def model_of(family: str) -> Any:
     model = built(family)
-    if not any(hasattr(module, "expand_kv") for module in model.modules()):
+    if not latent_modules(model):
         pytest.skip(f"this transformers caches expanded keys and values for {family}")
     return model
 
