@@ -57,7 +57,7 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
         held = tuple(states[:, :, visible] for states in held)
     twin = _attention(tokens.query, *held, scale, torch.float32)
     same = _attention(tokens.query, *held, scale, output.dtype)
-    error, allowed = _largest_error(output, twin), FACTOR * _largest_error(same, twin) + SLACK
+    error, allowed = largest_error(output, twin), FACTOR * largest_error(same, twin) + SLACK
     wrong = None
     if not bool(output.isfinite().all()):
         wrong = "its attention gives numbers that are not finite"
@@ -131,7 +131,7 @@ def _norm_error(output: torch.Tensor, standard: torch.Tensor) -> float:
     return (difference.norm() / standard.float().norm()).item()
 
 
-def _largest_error(output: torch.Tensor, standard: torch.Tensor) -> float:
+def largest_error(output: torch.Tensor, standard: torch.Tensor) -> float:
     """The largest difference, as a part of the largest number; infinite where a number is not finite."""
     difference = ((output.float() - standard).abs().max() / standard.abs().max()).item()
     return difference if difference == difference else float("inf")

@@ -49,7 +49,7 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
     """
     start, load_before = time.perf_counter(), load()
     with torch.no_grad():
-        grid: _Grid | MoEGrid = MoEGrid(setting, on_progress) if setting.suite == "moe" else _Grid(setting)
+        grid: Grid | MoEGrid = MoEGrid(setting, on_progress) if setting.suite == "moe" else Grid(setting)
         on_progress("measuring the bandwidth", 0.0)
         bandwidths = [copy_bandwidth(grid.device)]
         tables = []
@@ -61,26 +61,49 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
 
             tables.append(grid.measure(context, on_share))
             bandwidths.append(copy_bandwidth(grid.device))
-    bus = bus_bandwidth(grid.device)
+    bus, copy = bus_bandwidth(grid.device), max(bandwidths)
+    tables = [grid.compared(table, copy, bus) for table in tables]
+    result = result_of(setting, tables, grid.device, grid.model_layers, copy, bus, command, start, load_before)
+    return replace(result, operations_per_second=grid.peak)
+
+
+def result_of(
+    setting: Setting,
+    tables: list[Table],
+    device: torch.device,
+    model_layers: int,
+    copy_bandwidth: float,
+    bus_bandwidth: float | None,
+    command: str,
+    start: float,
+    load_before: float | None,
+) -> Result:
+    """What was measured, with where and when.
+
+    Args:
+        setting, command: what was asked for.
+        tables: compared.
+        device, model_layers, copy_bandwidth, bus_bandwidth: of the machine and the model.
+        start, load_before: the clock and the machine's load when the run began.
+    """
     return Result(
         command=command,
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         suite=setting.suite,
         shape=setting.shape or str(setting.model),
-        model_layers=grid.model_layers,
+        model_layers=model_layers,
         dtype=setting.dtype,
         seed=setting.seed,
         setting=asdict(setting),
-        machine={**describe_machine(grid.device), "load_before": load_before},
-        copy_bytes_per_second=max(bandwidths),
+        machine={**describe_machine(device), "load_before": load_before},
+        copy_bytes_per_second=copy_bandwidth,
         seconds=time.perf_counter() - start,
-        tables=[grid.compared(table, max(bandwidths), bus) for table in tables],
-        bus_bytes_per_second=bus,
-        operations_per_second=grid.peak,
+        tables=tables,
+        bus_bytes_per_second=bus_bandwidth,
     )
 
 
-class _Grid:
+class Grid:
     """A setting made ready: its config, contenders and, where a suite runs one, its model."""
 
     peak: float | None = None  # no suite of caches has a floor of operations
@@ -97,7 +120,7 @@ class _Grid:
         contenders = [*peers(setting.peers, config, self.device), *map(ours, setting.kvs)]
         for contender in contenders:
             if contender.is_ours:
-                _check_fits(contender, config)
+                check_fits(contender, config)
         self.contenders = [_for_suite(contender, setting) for contender in contenders]
         self.turns = Turns(setting.steps, setting.seconds)
         if setting.suite == "step":
@@ -234,7 +257,7 @@ class _Grid:
         return f"a step without a cache reads the whole text again: run for {MOST_UNCACHED:,} tokens at most"
 
 
-def _check_fits(contender: Contender, config: PreTrainedConfig) -> None:
+def check_fits(contender: Contender, config: PreTrainedConfig) -> None:
     assert contender.new_cache is not None
     try:
         contender.new_cache(config, 1)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from hfkv.bench.contenders import DYNAMIC, Contender, ours, peers
 from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors
-from hfkv.bench.grid import Progress, _check_fits, _Grid
+from hfkv.bench.grid import Grid, Progress, check_fits, result_of
 from hfkv.bench.mla_layer import FORMS, LayerLane, LayerTask
 from hfkv.bench.mla_setting import CROSSOVER, MLA_LAYERS, STEP, Case, MLASetting
 from hfkv.bench.mla_shapes import MLA_SHAPES, LatentTokens, MLAShape
@@ -24,7 +23,7 @@ from hfkv.bench.shapes import MOST_SHARE, build_model, shape_config
 from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
 from hfkv.bench.step import STEPS_A_TURN, StepLane, StepTask
 from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth
-from hfkv.machine import describe_machine, free_bytes, load
+from hfkv.machine import free_bytes, load
 
 # Of the model of one layer, whose MLP is not run.
 NO_MLP = 64
@@ -59,21 +58,9 @@ def run_mla(setting: MLASetting, command: str = "", on_progress: Progress = lamb
             tables.append((grid, grid.measure(grid.case.context, on_share)))
             bandwidths.append(copy_bandwidth(device))
     bus = bus_bandwidth(device)
-    return Result(
-        command=command,
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        suite=setting.suite,
-        shape=setting.shape or str(setting.model),
-        model_layers=models.shape.layers,
-        dtype=setting.dtype,
-        seed=setting.seed,
-        setting=asdict(setting),
-        machine={**describe_machine(device), "load_before": load_before},
-        copy_bytes_per_second=max(bandwidths),
-        seconds=time.perf_counter() - start,
-        tables=[grid.compared(table, max(bandwidths), bus) for grid, table in tables],
-        bus_bytes_per_second=bus,
-    )
+    copy = max(bandwidths)
+    compared = [grid.compared(table, copy, bus) for grid, table in tables]
+    return result_of(setting, compared, device, models.shape.layers, copy, bus, command, start, load_before)
 
 
 class Models:
@@ -126,7 +113,7 @@ class Models:
         return self._built[name]
 
 
-class CaseGrid(_Grid):
+class CaseGrid(Grid):
     """A case made ready: its contenders and turns.
 
     Args:
@@ -150,7 +137,7 @@ class CaseGrid(_Grid):
         config = self.shape.config(1)
         own = [ours(kv) for kv in setting.kvs]
         for contender in own:
-            _check_fits(contender, config)
+            check_fits(contender, config)
         if case.part == CROSSOVER:
             own = [replace(ours("none"), name=name) for name in ("none", *FORMS)]
         stock = peers((DYNAMIC,), config, self.device)

@@ -16,7 +16,7 @@ from transformers.masking_utils import create_causal_mask
 
 import hfkv
 from hfkv.bench.contenders import Contender
-from hfkv.bench.gate import FACTOR, SLACK, Errors, _largest_error
+from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error
 from hfkv.bench.mla_setting import Case
 from hfkv.bench.mla_shapes import LatentTokens
 from hfkv.bench.shapes import share_weights
@@ -76,7 +76,7 @@ class LayerTask:
     def allowed(self) -> float:
         """The largest error that may be: by DynamicCache's own, measured a row at a time where it did not run."""
         if self.stock is None:
-            self.stock = _largest_error(self._by_rows(self.model, self._filled), self.standard)
+            self.stock = largest_error(self._by_rows(self.model, self._filled), self.standard)
         return FACTOR * self.stock + SLACK
 
     def over(self, latents: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
@@ -175,7 +175,7 @@ class LayerLane:
         """The layer's output against fp32."""
         task = self.task
         output = self._call()() if self._output is None else self._output
-        error = _largest_error(output, task.standard)
+        error = largest_error(output, task.standard)
         if not self.contender.is_ours:
             task.stock = error
             return Errors(full=error)
@@ -185,7 +185,7 @@ class LayerLane:
         twin = None
         if task.case.new == 1 and kv.window is None and not kv.is_lossless:
             layer = self.cache.layers[0]
-            twin = _largest_error(output, task.over(layer.keys, layer.values))
+            twin = largest_error(output, task.over(layer.keys, layer.values))
         wrong = None
         if not bool(output.isfinite().all()):
             wrong = "its output has numbers that are not finite"

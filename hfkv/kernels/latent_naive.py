@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.kernels.naive import read_naive, visible_naive
+from hfkv.kernels.naive import attend_naive, read_naive
 from hfkv.layout import Layout
 
 
@@ -34,16 +34,4 @@ def latent_attention_naive(
     """
     values, turned = (read_naive(part, layout, dtype)[:, :, visibility.first :] for part in (latents, rotary))
     keys = torch.cat((values, turned), dim=-1)
-    scores = (query.to(dtype) * scoring.scale) @ keys.transpose(2, 3)
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    visible = visible_naive(visibility, layout, query.shape[2], query.device)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    if scoring.sink_logits is not None:
-        logits = scoring.sink_logits.to(dtype)[:, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat((scores, logits), dim=-1)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
-    # What a latent holds that nobody sees must not reach the sum: 0 x NaN is NaN.
-    values = torch.where(visible.any(dim=2).any(dim=1)[:, None, :, None], values, 0)
-    return weights[..., : values.shape[2]] @ values, lse
+    return attend_naive(query, keys, values, layout, visibility, scoring)

@@ -62,6 +62,19 @@ def attention_naive(
         read_naive(part, layout, dtype)[:, :, visibility.first :].repeat_interleave(groups, dim=1)
         for part in (keys, values)
     )
+    return attend_naive(query, k, v, layout, visibility, scoring)
+
+
+def attend_naive(
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: Layout,
+    visibility: Visibility,
+    scoring: Scoring,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to decoded keys `[B, Hq or 1, n, D]` and values `[B, Hq or 1, n, Dv]`; see `attention_naive`."""
+    dtype = k.dtype
     scores = (query.to(dtype) * scoring.scale) @ k.transpose(2, 3)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
