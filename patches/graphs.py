@@ -233,7 +233,7 @@ def latent_reason(model: Any, dtype: torch.dtype) -> str | None:
         dtype: of the latents.
     """
     for module in latent_modules(model):
-        projection = projection_of(module, dtype)
+        projection = projection_of(module, torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
         if isinstance(projection, str):
             return f"{type(module).__name__} expands its latents at every step: {projection}"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from hfkv.attention import NAME
 from hfkv.latent.families import METHOD, expands_what_was_cached
 from hfkv.latent.view import latent_views
 from hfkv.patches.undo import Undo
+
+logger = logging.getLogger("hfkv")
 
 _PARAMETERS = ["self", "kv_nope", "k_rot"]
 _NEEDED = ("kv_b_proj", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -26,12 +29,13 @@ def set_latent_attention(model: nn.Module, undo: Undo) -> int:
 
     Raises:
         NotImplementedError: transformers' method has changed.
+        RuntimeError: another patched model has the same module.
     """
-    found = latent_modules(model)
+    found = [module for module in latent_modules(model) if _is_to_be_overridden(module)]
     for module in found:
         _check(type(module))
         # A partial, so that a deep copy of the model expands by its own weights.
-        undo.set(module, METHOD, functools.partial(_expand_kv, module))
+        undo.set(module, METHOD, functools.partial(_expand_kv, module, model))
     return len(found)
 
 
@@ -45,6 +49,18 @@ def latent_modules(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def _is_to_be_overridden(module: Any) -> bool:
+    kind, given = type(module), vars(module).get(METHOD)
+    if isinstance(given, functools.partial) and given.func is _expand_kv:
+        raise RuntimeError(
+            f"a {kind.__name__} of this model is part of another patched model; take that patch off first"
+        )
+    if given is None and getattr(kind, METHOD).__module__.startswith("transformers.models."):
+        return True
+    logger.warning("%s has an %s of its own: it expands its latents for every step", kind.__name__, METHOD)
+    return False
+
+
 def _check(module_class: Any) -> None:
     parameters = list(inspect.signature(getattr(module_class, METHOD)).parameters)
     if parameters != _PARAMETERS:
@@ -54,9 +70,14 @@ def _check(module_class: Any) -> None:
         )
 
 
-def _expand_kv(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _expand_kv(module: Any, model: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> Any:
     if module.config._attn_implementation == NAME:
-        views = latent_views(module, kv_nope, k_rot)
+        views = latent_views(module, kv_nope, k_rot, functools.partial(_say, model))
         if views is not None:
             return views
     return type(module).expand_kv(module, kv_nope, k_rot)
+
+
+def _say(model: Any, what: str) -> None:
+    if "hfkv" in vars(model):
+        model.hfkv.log_once(f"{type(model).__name__}: {what}")

@@ -94,7 +94,8 @@ class Decode:
         length = min(_SCORES // (count * num_rows), _LONG)
         if keys.codec != "int8" or self.dtype != torch.int8 or self.layout.is_paged:
             width = 4 if keys.codec == "fp8" else self.dtype.itemsize
-            length = min(length, _COPIED // (count * keys.head_dim * width))
+            at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 2 * _COPIED
+            length = min(length, at_most // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
         spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
         if not spans:

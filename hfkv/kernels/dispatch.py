@@ -92,7 +92,6 @@ def _attention_kernel(
     )
 
 
-@functools.cache
 def latent_kernel(
     codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, widths: tuple[int, int]
 ) -> Kernel:
@@ -102,9 +101,14 @@ def latent_kernel(
         codec: of latents and rotary keys.
         dtype: of the queries.
         device: where they are.
-        num_queries: q, of each row.
+        num_queries: q, of each row; one kernel does any.
         widths: r and dr.
     """
+    return _latent_kernel(codec, dtype, device, widths)
+
+
+@functools.cache
+def _latent_kernel(codec: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, int]) -> Kernel:
     if device.type == "cpu":
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Kernel("decode + absorbed", f"no CPU kernel computes in {_name(dtype)}", None)

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import torch
 
 from hfkv.fused import fused_attention
-from hfkv.held import Part
 from hfkv.kernels.dispatch import expanded_kernel
 from hfkv.kernels.inputs import Scoring
 from hfkv.latent.crossover import form_for
 from hfkv.latent.held import HeldLatents
-from hfkv.latent.projection import Projection, projection_by_rows, projection_of
+from hfkv.latent.projection import Projection, projection_of
 from hfkv.latent.view import Latents
 from hfkv.mask import CausalMask, shown_by
 from hfkv.windowed import windowed_attention
-
-logger = logging.getLogger("hfkv")
 
 
 def latent_attention(
@@ -37,9 +31,9 @@ def latent_attention(
         `[B, H, q, dv]`.
     """
     held = source.held
-    projection = projection_of(source.module, query.dtype)
+    projection = projection_of(source.module, query)
     if isinstance(projection, str):
-        _say(type(source.module).__name__, projection)
+        source.say(f"latents are expanded for every step, as in transformers' own code: {projection}")
         return None
     if _is_followed(query, source, projection):
         return None
@@ -48,7 +42,7 @@ def latent_attention(
         if mask is None:
             return None
     tokens = held.last - held.first
-    form = form_for(query.shape[2], tokens, source.widths, query.dtype, query.device)
+    form = form_for(query.shape[2], tokens, source.widths, query.dtype, query.device, projection.is_decoded)
     if held.inputs is not None or form == "absorbed":
         latents, absorbed = HeldLatents.of(held), projection.absorb(query)
         attended = fused_attention(absorbed, latents, mask, is_causal, scoring)
@@ -84,14 +78,20 @@ def windowed_latent_attention(
         `[B, H, q, dv]`, and the weights as `windowed_attention` gives them, where wanted.
     """
     held = source.held
-    projection = projection_of(source.module, query.dtype)
-    if isinstance(projection, str):
-        projection = projection_by_rows(source.module, held.batch, source.latents)
-    is_followed = _is_followed(query, source, projection)
-    if not is_followed and _expands(query, source, projection, scoring):
+    projection = projection_of(source.module, query)
+    if isinstance(projection, str) or _is_followed(query, source, projection):
+        if isinstance(projection, str):
+            source.say(f"latents of a window are expanded for every step: {projection}")
+        if held.window is not None and held.window.summary is not None:
+            raise NotImplementedError(
+                "a window with a summary keeps means of latents, which only kv_b_proj as a plain matrix, without "
+                f"gradients, can read; here {projection if isinstance(projection, str) else 'autograd follows it'}. "
+                "Leave the summary out, or call the model under torch.no_grad() with a plain kv_b_proj"
+            )
+        return windowed_attention(query, held, pads, scoring, source.expanded)
+    if _expands(query, source, projection, scoring):
         return windowed_attention(query, HeldLatents.of(held, projection), pads, scoring)
-    tracked: dict[Part, torch.Tensor] | None = source.decoded() if is_followed else None
-    attended, weights = windowed_attention(projection.absorb(query), HeldLatents.of(held), pads, scoring, tracked)
+    attended, weights = windowed_attention(projection.absorb(query), HeldLatents.of(held), pads, scoring)
     return projection.release(attended), weights
 
 
@@ -99,21 +99,19 @@ def _expands(query: torch.Tensor, source: Latents, projection: Projection, scori
     """Whether latents under a window are expanded: by the one kernel that does it, and only for many queries."""
     window, device = source.held.window, source.held.device
     assert window is not None
-    if projection.has_own_rows or window.needs_rotary or scoring.weights or scoring.dropout:
+    if window.needs_rotary or scoring.weights or scoring.dropout:
         return False
     if expanded_kernel(query.dtype, device).run is None:
         return False
     # A query sees no more than the window.
     tokens = min(source.held.last - source.held.first, window.capacity() + query.shape[2])
-    return form_for(query.shape[2], tokens, source.widths, query.dtype, device) == "expanded"
+    form = form_for(query.shape[2], tokens, source.widths, query.dtype, device, projection.is_decoded)
+    return form == "expanded"
 
 
 def _is_followed(query: torch.Tensor, source: Latents, projection: Projection) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return source.is_followed or query.requires_grad or any(tensor.requires_grad for tensor in projection.tensors())
-
-
-@functools.cache
-def _say(name: str, reason: str) -> None:
-    logger.warning("%s: latents are expanded for every step, as in transformers' own code: %s", name, reason)
+    if source.is_followed or query.requires_grad:
+        return True
+    return any(parameter.requires_grad for parameter in projection.linear.parameters())

@@ -28,7 +28,14 @@ def forced(form: Form) -> Iterator[None]:
         _forced.reset(token)
 
 
-def form_for(num_queries: int, num_tokens: int, widths: Widths, dtype: torch.dtype, device: torch.device) -> Form:
+def form_for(
+    num_queries: int,
+    num_tokens: int,
+    widths: Widths,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_decoded: bool = False,
+) -> Form:
     """The form of fewer operations, of each head.
 
     Absorbed, a query and a token that it sees meet in ``r + dr`` products for the score and r for the output; the
@@ -41,6 +48,7 @@ def form_for(num_queries: int, num_tokens: int, widths: Widths, dtype: torch.dty
         num_tokens: those held.
         widths: of the layer.
         dtype, device: of the queries.
+        is_decoded: whether to have the matrix takes as much as expanding r tokens.
     """
     named = _forced.get()
     if named is not None:
@@ -48,6 +56,6 @@ def form_for(num_queries: int, num_tokens: int, widths: Widths, dtype: torch.dty
     r, dn, dr, dv = widths
     pairs = num_queries * (num_tokens - (num_queries - 1) / 2)
     products = 2 if device.type == "cpu" and dtype == torch.bfloat16 else 1
-    absorbed = pairs * (products * (r + dr) + r) + num_queries * r * (dn + dv)
+    absorbed = pairs * (products * (r + dr) + r) + (num_queries + r * is_decoded) * r * (dn + dv)
     expanded = pairs * (dn + dr + dv) + num_tokens * r * (dn + dv)
     return "absorbed" if absorbed <= expanded else "expanded"

@@ -51,8 +51,11 @@ def _attention_classes(config_class: Any) -> tuple[Any, ...]:
 
 def expands_what_was_cached(attention_class: Any) -> bool:
     """Whether it expands what the cache returned, and not what it then caches (indexed layers in transformers 5.17)."""
-    try:
-        source = inspect.getsource(attention_class.forward)
-    except OSError:  # no file of it
-        return True
-    return 0 <= source.find(".update(") < source.find(f".{METHOD}(")
+    for base in attention_class.__mro__:
+        try:
+            source = inspect.getsource(inspect.unwrap(vars(base)["forward"]))
+        except (KeyError, OSError, TypeError):  # it has none, or none that is written down
+            continue
+        if f".{METHOD}(" in source:
+            return 0 <= source.find(".update(") < source.find(f".{METHOD}(")
+    return True  # what it is given by the cache is looked at anyway

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 # Linear layers that give what their weights say for every row alike, however those are written.
 _QUANTIZED = (
@@ -17,6 +16,8 @@ _QUANTIZED = (
     ("bitsandbytes.nn", "Linear8bitLt"),
     ("transformers.integrations.finegrained_fp8", "FP8Linear"),
 )
+# Hooks of accelerate's that bring weights and inputs to where they are computed with.
+_MOVERS = {("accelerate.hooks", name) for name in ("AlignDevicesHook", "CpuOffload")}
 
 
 class Widths(NamedTuple):
@@ -54,37 +55,40 @@ class Factors(NamedTuple):
     scaling: float
 
 
-@dataclass(frozen=True, eq=False)
 class Projection:
     """``kv_b_proj`` as it is in this forward: views of its weight, nothing that could go stale.
 
-    Attributes:
+    Args:
         linear: the layer itself.
         widths: of what it maps.
-        weight: `[H, dn + dv, r]`, or `[B, H, dn + dv, r]` where rows have matrices of their own.
+        base: the layer inside, where adapters are around it.
+        weight: `[H · (dn + dv), r]`, or None where the base layer has to be asked for it.
         factors: of the adapters that are active.
     """
 
-    linear: Any
-    widths: Widths
-    weight: torch.Tensor
-    factors: tuple[Factors, ...] = ()
+    def __init__(
+        self, linear: Any, widths: Widths, base: Any, weight: torch.Tensor | None, factors: tuple[Factors, ...]
+    ) -> None:
+        self.linear, self.widths, self.factors = linear, widths, factors
+        self._base, self._weight = base, weight
 
     @property
-    def has_own_rows(self) -> bool:
-        """Whether each row of the batch has a matrix of its own."""
-        return self.weight.dim() == 4
+    def is_decoded(self) -> bool:
+        """Whether the weight is decoded, or brought, when it is asked for: that takes what expanding r tokens takes."""
+        return self._weight is None
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Everything a result depends on."""
-        yield self.weight
-        for factors in self.factors:
-            yield from (factors.a, factors.b)
+    def weight(self, like: torch.Tensor) -> torch.Tensor:
+        """`[H, dn + dv, r]` in the dtype and on the device of `like`."""
+        weight = self._weight
+        if weight is None:
+            weight = self._base(torch.eye(self.widths.latent, dtype=like.dtype, device=like.device)).t()
+            self._weight = weight
+        return of_heads(weight, self.widths)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
         """Queries `[B, H, q, dn + dr]` as queries of latents, `[B, H, q, r + dr]`: the keys' half is folded in."""
         nope, rotary = query.split((self.widths.nope, self.widths.rotary), dim=-1)
-        absorbed = by_head(nope, self.weight[..., : self.widths.nope, :])
+        absorbed = by_head(nope, self.weight(query)[:, : self.widths.nope])
         for a, b, scaling in self.factors:
             added = by_head(nope.to(b.dtype), b[:, : self.widths.nope]) @ a
             absorbed = (absorbed + added * scaling).to(query.dtype)
@@ -92,7 +96,7 @@ class Projection:
 
     def release(self, attended: torch.Tensor) -> torch.Tensor:
         """Sums of latents `[B, H, q, r]` as sums of values `[B, H, q, dv]`: the values' half is folded in."""
-        released = by_head(attended, self.weight[..., self.widths.nope :, :], is_turned=True)
+        released = by_head(attended, self.weight(attended)[:, self.widths.nope :], is_turned=True)
         for a, b, scaling in self.factors:
             thin = attended.to(a.dtype) @ a.t()
             added = by_head(thin, b[:, self.widths.nope :], is_turned=True)
@@ -112,13 +116,13 @@ def by_head(states: torch.Tensor, matrices: torch.Tensor, is_turned: bool = Fals
 
     Args:
         states: `[B, H, q, i]`.
-        matrices: `[H, i, o]`, or `[B, H, i, o]` where rows have their own.
+        matrices: `[H, i, o]`.
         is_turned: whether they are `[..., o, i]`.
 
     Returns:
         `[B, H, q, o]`.
     """
-    if matrices.dim() == 4 or states.shape[0] == 1:
+    if states.shape[0] == 1:
         return _product(states, matrices, is_turned)
     batch, _, num_queries, _ = states.shape
     folded = _product(states.transpose(0, 1).flatten(1, 2), matrices, is_turned)
@@ -132,81 +136,71 @@ def _product(states: torch.Tensor, matrices: torch.Tensor, is_turned: bool) -> t
     return (matrices @ states.transpose(-1, -2)).transpose(-1, -2)
 
 
-def projection_of(module: Any, dtype: torch.dtype) -> Projection | str:
+def projection_of(module: Any, query: torch.Tensor) -> Projection | str:
     """The projection of an attention module of transformers, or why it cannot be absorbed.
 
     Args:
         module: with ``kv_b_proj`` and the widths.
-        dtype: of the queries.
+        query: of the dtype and on the device of the queries.
     """
+    if torch.is_autocast_enabled(query.device.type):
+        return "autocast computes its kv_b_proj in another dtype"
+    if _global_forward_hooks or _global_forward_pre_hooks:
+        return "torch has forward hooks for all modules, which would not be called for its kv_b_proj"
     widths, linear = Widths.of(module), module.kv_b_proj
-    factors: tuple[Factors, ...] = ()
+    base, factors = linear, tuple[Factors, ...]()
     if _is_lora(linear):
         found = _factors_of(linear, widths)
         if isinstance(found, str):
             return found
-        factors, linear = found, linear.get_base_layer()
-    weight = _weight_of(linear, widths.latent, dtype)
-    if isinstance(weight, str):
-        return weight
-    return Projection(module.kv_b_proj, widths, _of_heads(weight, widths), factors)
+        base, factors = linear.get_base_layer(), found
+    weight = _weight_of(base, query.dtype)
+    return weight if isinstance(weight, str) else Projection(linear, widths, base, weight, factors)
 
 
-def projection_by_rows(module: Any, batch: int, like: torch.Tensor) -> Projection:
-    """The projection of any module that is linear for each row of a batch, from what it makes of a unit matrix.
-
-    Args:
-        module: see `projection_of`.
-        batch: B.
-        like: of the dtype and on the device of the latents.
-    """
-    widths = Widths.of(module)
-    unit = torch.eye(widths.latent, dtype=like.dtype, device=like.device).expand(batch, -1, -1)
-    matrices = module.kv_b_proj(unit).transpose(1, 2)  # [B, H * (dn + dv), r]
-    return Projection(module.kv_b_proj, widths, matrices.unflatten(1, (-1, widths.nope + widths.value)))
-
-
-def _of_heads(weight: torch.Tensor, widths: Widths) -> torch.Tensor:
+def of_heads(weight: torch.Tensor, widths: Widths) -> torch.Tensor:
+    """`[H · (dn + dv), ...]` as `[H, dn + dv, ...]`."""
     return weight.unflatten(0, (-1, widths.nope + widths.value))
 
 
-def _weight_of(linear: Any, width: int, dtype: torch.dtype) -> torch.Tensor | str:
-    """`[H · (dn + dv), r]` of a linear layer without adapters, or why there is none."""
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "hooks on its kv_b_proj would not be called"
-    if getattr(linear, "bias", None) is not None:
-        return "its kv_b_proj has a bias"
-    weight = linear._parameters.get("weight")
-    if weight is None:
-        return f"its kv_b_proj is a {type(linear).__name__}, whose weight is not known"
-    is_put_away = weight.device.type == "meta"
-    if is_put_away and not hasattr(linear, "_hf_hook"):
-        return "its kv_b_proj is on meta, and no hook of accelerate's brings it"
-    if _is_quantized(linear) or is_put_away:
-        # What brings or decodes the weight does so when it is called.
-        unit = torch.eye(width, dtype=dtype, device=_device_of(linear, weight))
-        return linear(unit).t()
-    if type(linear) is not nn.Linear:
+def _weight_of(linear: Any, dtype: torch.dtype) -> torch.Tensor | str | None:
+    """The weight of a linear layer without adapters; None where the layer has to be asked, or why not even that."""
+    weight = getattr(linear, "_parameters", {}).get("weight")
+    is_known = type(linear) is nn.Linear or _is_quantized(linear)
+    if not is_known or weight is None:
         return f"its kv_b_proj is a {type(linear).__name__}, of which nothing is known"
+    if _is_watched(linear):
+        return "hooks on its kv_b_proj would not be called"
+    if linear.bias is not None:
+        return "its kv_b_proj has a bias"
+    hooks = _accelerate_hooks(linear)
+    if any((type(hook).__module__, type(hook).__name__) not in _MOVERS for hook in hooks):
+        return "a hook of accelerate's on its kv_b_proj does more than move weights"
     if hasattr(weight, "device_mesh"):
         if [str(placement) for placement in weight.placements] != ["S(0)"]:
             return f"its kv_b_proj is sharded as {weight.placements}"
-        weight = weight.to_local()
-    elif "forward" in vars(linear) and not hasattr(linear, "_hf_hook"):
+        return weight.to_local() if weight.dtype == dtype else _other_dtype(weight, dtype)
+    if "forward" in vars(linear) and not hooks:
         return "its kv_b_proj has a forward of its own"
-    if weight.dtype != dtype:
-        return f"its kv_b_proj is in {weight.dtype} and the queries are in {dtype}"
-    return weight
+    if weight.device.type == "meta" and not hooks:
+        return "its kv_b_proj is on meta, and no hook of accelerate's brings it"
+    # What brings or decodes a weight does so when its layer is called.
+    if _is_quantized(linear) or weight.device.type == "meta" or type(weight) not in (nn.Parameter, torch.Tensor):
+        return None
+    return weight if weight.dtype == dtype else _other_dtype(weight, dtype)
 
 
-def _device_of(linear: Any, weight: torch.Tensor) -> torch.device:
-    """Where a linear layer computes."""
+def _other_dtype(weight: torch.Tensor, dtype: torch.dtype) -> str:
+    return f"its kv_b_proj is in {weight.dtype} and the queries are in {dtype}"
+
+
+def _accelerate_hooks(linear: Any) -> tuple[Any, ...]:
     hook = getattr(linear, "_hf_hook", None)
-    for part in getattr(hook, "hooks", (hook,)):
-        device = getattr(part, "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return weight.device
+    return tuple(getattr(hook, "hooks", (hook,))) if hook is not None else ()
+
+
+def _is_watched(module: Any) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_quantized(linear: Any) -> bool:
@@ -221,8 +215,8 @@ def _is_lora(linear: Any) -> bool:
 
 def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
     """What the active adapters of a LoRA layer of PEFT's add to its base layer, or why that is no pair of factors."""
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "the rows of this batch have adapters of their own on kv_b_proj"
+    if _is_watched(linear) or "forward" in vars(linear):
+        return "the rows of this batch have adapters of their own on kv_b_proj, or hooks on it would not be called"
     if linear.disable_adapters:
         return "the adapters on its kv_b_proj are merged and switched off" if linear.merged else ()
     if linear.merged:
@@ -231,12 +225,14 @@ def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
     for name in linear.active_adapters:
         if name not in linear.lora_A:
             continue
-        a, b = linear.lora_A[name], linear.lora_B[name]
+        a, b, dropout = linear.lora_A[name], linear.lora_B[name], linear.lora_dropout[name]
         if name in linear.lora_variant or not (type(a) is type(b) is nn.Linear) or b.bias is not None:
             return f"the adapter {name!r} on its kv_b_proj is not a plain LoRA"
-        if linear.training and not isinstance(linear.lora_dropout[name], nn.Identity):
+        if any(_is_watched(part) or "forward" in vars(part) for part in (a, b, dropout)):
+            return f"hooks on the adapter {name!r} on its kv_b_proj would not be called"
+        if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training):
             return f"the adapter {name!r} on its kv_b_proj drops inputs in training"
         if a.weight.device.type == "meta":
             return f"the adapter {name!r} on its kv_b_proj is on meta"
-        found.append(Factors(a.weight, _of_heads(b.weight, widths), linear.scaling[name]))
+        found.append(Factors(a.weight, of_heads(b.weight, widths), linear.scaling[name]))
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ class Latents:
     Args:
         module: the attention module of transformers.
         latents, rotary: the views `[B, 1, T, r]` and `[B, 1, T, dr]` that the cache returned.
+        say: takes what the model's owner should know, once.
     """
 
-    def __init__(self, module: Any, latents: KVView, rotary: KVView) -> None:
-        self.module, self.latents, self.rotary = module, latents, rotary
+    def __init__(self, module: Any, latents: KVView, rotary: KVView, say: Callable[[str], None]) -> None:
+        self.module, self.latents, self.rotary, self.say = module, latents, rotary, say
         self.widths = Widths.of(module)
 
     @property
@@ -83,13 +85,15 @@ class LatentView(StandIn):
         return self.decoded()
 
 
-def latent_views(module: Any, latents: torch.Tensor, rotary: torch.Tensor) -> tuple[LatentView, LatentView] | None:
+def latent_views(
+    module: Any, latents: torch.Tensor, rotary: torch.Tensor, say: Callable[[str], None]
+) -> tuple[LatentView, LatentView] | None:
     """Keys and values that stand for what a cache returned, or None where that is not the latents of one layer."""
     if not isinstance(latents, KVView) or not isinstance(rotary, KVView) or latents.held is not rotary.held:
         return None
     if (latents.part, rotary.part) != ("key", "value") or not isinstance(latents.held, HeldTokens):
         return None
-    source = Latents(module, latents, rotary)
+    source = Latents(module, latents, rotary, say)
     if source.is_followed and not source.held.is_windowed:
         return None  # code between here and the attention would lose the edge that raises
     heads = _num_heads(module, source)
@@ -100,7 +104,7 @@ def _num_heads(module: Any, source: Latents) -> int:
     """Heads that are here: of a shard, some of those in the config."""
     linear, widths = module.kv_b_proj, source.widths
     linear = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
-    weight, count = linear._parameters.get("weight"), linear.out_features
+    weight, count = linear._parameters.get("weight"), getattr(linear, "out_features", None)
     if weight is not None and weight.dim() == 2 and weight.shape[1] == widths.latent:
         count = len(weight.to_local() if hasattr(weight, "device_mesh") else weight)
-    return count // (widths.nope + widths.value)
+    return module.config.num_attention_heads if count is None else count // (widths.nope + widths.value)

@@ -255,7 +255,12 @@ def test_undo_copies_and_a_second_model_of_the_same_config() -> None:
 def test_a_changed_method_of_transformers_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("deepseek_v3")
     (kind,) = {type(module) for module in model.modules() if hasattr(module, "expand_kv")}
-    monkeypatch.setattr(kind, "expand_kv", lambda self, latents: latents)
+
+    def changed(self: Any, latents: Any) -> Any:
+        return latents
+
+    changed.__module__ = kind.__module__
+    monkeypatch.setattr(kind, "expand_kv", changed)
     with pytest.raises(NotImplementedError, match=r"expand_kv takes \['self', 'latents'\]"):
         hfkv.patch(model)
     assert "hfkv" not in vars(model)

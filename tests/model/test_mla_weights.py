@@ -13,7 +13,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import hfkv
-from hfkv.latent import attention as latent_attention
 from hfkv.latent.crossover import forced
 from tests.model.test_mla import CLOSE, expansions, inputs_for, model_of
 from tests.zoo import generate
@@ -25,7 +24,6 @@ ADAPTED = {"target_modules": ["kv_b_proj"], "r": 4, "lora_alpha": 16, "init_lora
 
 @pytest.fixture
 def said(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    latent_attention._say.cache_clear()
     caplog.set_level(logging.WARNING, logger="hfkv")
     return caplog
 
