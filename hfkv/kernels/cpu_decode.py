@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ _SCORES, _COPIED = 1 << 18, 1 << 22
 # Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
 # own.
 _MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
+_SLACK = 1 / 8  # of a stretch
 
 
 def decode_attention(
@@ -91,12 +93,17 @@ class Decode:
         """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`; N = rows · H, R = G · q."""
         count, num_rows, _ = query[0].shape
         keys, values = self.keys[0], self.values or self.keys[0]
-        length = min(_SCORES // (count * num_rows), _LONG)
+        length = _SCORES // (count * num_rows)
+        if self.dtype != torch.bfloat16:
+            length = min(length, _LONG)
         if keys.codec != "int8" or self.dtype != torch.int8 or self.layout.is_paged:
             width = 4 if keys.codec == "fp8" else self.dtype.itemsize
-            at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 2 * _COPIED
+            at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
             length = min(length, at_most // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
+        # A little longer rather than a few tokens on their own.
+        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), 1)
+        length = max(math.ceil((self.layout.length - first) / num_spans), 1)
         spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
         if not spans:
             return nothing(query[0].float(), values.head_dim)
