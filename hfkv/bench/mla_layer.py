@@ -213,8 +213,8 @@ class LayerLane:
         """Calls, in ms; a cache grows by a token, or is filled anew where many are read at once."""
         device = self.task.hidden.device
         if self.more:
-            # As layer after layer of a model, with latents that no processor's cache holds. The first call pays for what
-            # the contender before has left behind.
+            # As layer after layer of a model, with latents that no processor's cache holds. The first call pays for
+            # what the contender before has left behind.
             self._call(self.cache)()
             return [milliseconds(self._call(cache), device) for cache in self.more]
         work = self._ready()
