@@ -57,7 +57,7 @@ def _by_torch(
 ) -> torch.Tensor | None:
     """Absorbed attention where there is no kernel, or None where the mask says more than left padding."""
     num_queries = absorbed.shape[2]
-    is_all = mask is None and (num_queries == 1 or is_causal)
+    is_all = mask is None and (num_queries == 1 or (is_causal and num_queries == latents.last - latents.first))
     pads = (0,) * latents.batch if is_all else mask.left_padding() if isinstance(mask, CausalMask) else None
     if pads is None or latents.first or scoring.weights:
         return None
