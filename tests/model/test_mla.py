@@ -92,8 +92,7 @@ def expansions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return lambda model: Expansions(model, monkeypatch)
 
 
-@pytest.mark.smoke
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param("greedy", marks=pytest.mark.smoke), *list(MODES)[1:]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_stock_tokens_and_logits(family: str, mode: str, expansions: Any) -> None:
     model = model_of(family)
@@ -112,7 +111,6 @@ def test_every_family_gives_stock_tokens_and_logits(family: str, mode: str, expa
     assert count.tokens == []
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_assists_and_is_assisted(family: str) -> None:
     model = model_of(family)
