@@ -49,6 +49,7 @@ def _attention_classes(config_class: Any) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(value for value in values if inspect.isclass(value) and hasattr(value, METHOD)))
 
 
+@functools.cache
 def expands_what_was_cached(attention_class: Any) -> bool:
     """Whether it expands what the cache returned, and not what it then caches (indexed layers in transformers 5.17)."""
     for base in attention_class.__mro__:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from hfkv.experts.offload.at_rest import hooks_of
+
 # Linear layers that give what their weights say for every row alike, however those are written.
 _QUANTIZED = (
     ("bitsandbytes.nn", "Linear4bit"),
@@ -173,7 +175,7 @@ def _weight_of(linear: Any, dtype: torch.dtype) -> torch.Tensor | str | None:
         return "hooks on its kv_b_proj would not be called"
     if linear.bias is not None:
         return "its kv_b_proj has a bias"
-    hooks = _accelerate_hooks(linear)
+    hooks = hooks_of(linear)
     if any((type(hook).__module__, type(hook).__name__) not in _MOVERS for hook in hooks):
         return "a hook of accelerate's on its kv_b_proj does more than move weights"
     if hasattr(weight, "device_mesh"):
@@ -192,11 +194,6 @@ def _weight_of(linear: Any, dtype: torch.dtype) -> torch.Tensor | str | None:
 
 def _other_dtype(weight: torch.Tensor, dtype: torch.dtype) -> str:
     return f"its kv_b_proj is in {weight.dtype} and the queries are in {dtype}"
-
-
-def _accelerate_hooks(linear: Any) -> tuple[Any, ...]:
-    hook = getattr(linear, "_hf_hook", None)
-    return tuple(getattr(hook, "hooks", (hook,))) if hook is not None else ()
 
 
 def _is_watched(module: Any) -> bool:
