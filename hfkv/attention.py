@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
+from hfkv.attention_code import AttentionCode, attention_code, own_attention_reason
 from hfkv.fused import fused_attention
 from hfkv.held import HeldTokens, Part, Tokens
 from hfkv.kernels.inputs import Scoring
 from hfkv.latent.attention import latent_attention, windowed_latent_attention
 from hfkv.latent.view import LatentView
-from hfkv.mask import CausalMask, hfkv_mask, left_padding, only_picked
-from hfkv.modelling import modelling_files
+from hfkv.mask import NOT_LEFT_PADDED, CausalMask, hfkv_mask, left_padding, only_picked, packed_only, rule_of
 from hfkv.split import SplitTokens
 from hfkv.view import KVView, refuse_window
 from hfkv.windowed import windowed_attention
 
 NAME = "hfkv"
 
-# Models that must keep their own attention although their code would take another name for it.
-_SPARSE = "it applies its sparse index only under transformers' own attentions"
-OWN_ATTENTION = {
-    "deepseek_v4": _SPARSE,
-    "minimax_m3": _SPARSE,
-    "bigbird_pegasus": "its encoder computes its attention itself and would misread the mask",
-    "git": "it changes its keys and values between the cache and the attention",
-    "inkling2": "it passes a keyword to its attention that only its own functions know",
-}
-
-# Keywords that reach an attention function and do not change its result: flags and inputs of the model's forward,
-# and `sliding_window`, which the mask already says.
-_WITHOUT_EFFECT = {
-    "assistant_tokenizer",
-    "cache_position",
-    "logits_to_keep",
-    "num_items_in_batch",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "past_key_values",
-    "position_ids",
-    "return_dict",
-    "sliding_window",
-    "token_type_ids",
-    "tokenizer",
-    "use_cache",
-}
 # Keywords the model's own eager attention implements and scaled_dot_product_attention does not.
 _EAGER_ONLY = {"softcap", "s_aux"}
-_UNDERSTOOD = _WITHOUT_EFFECT | _EAGER_ONLY
+# Keywords that some attention function of transformers reads and that change nothing here: the mask says what they
+# say, or they only choose how something is computed.
+_SAID_BY_MASK = {"cache_position", "position_ids", "sliding_window"}
+_HOW = {
+    "attn_implementation",
+    "deterministic",
+    "kernel_options",
+    "max_length_k",
+    "max_length_q",
+    "output_attentions",
+    "target_dtype",
+}
+_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k"}
+_UNDERSTOOD = _EAGER_ONLY | _SAID_BY_MASK | _HOW | _PACKING
 _VIEWS = (KVView, LatentView)
 
 
@@ -85,7 +66,8 @@ def hfkv_attention(
         dropout: probability.
         is_causal: overrides ``module.is_causal``.
         position_bias: `[1 or B, Hq, q, kv]` added to the scores (T5).
-        **kwargs: what the model passes on; see Raises.
+        **kwargs: what the model passes on. Of these, softcap, s_aux and cu_seq_lens_q change the result; what no
+            attention function of transformers reads has no effect, as there.
 
     Returns:
         The output `[B, q, Hq, D]`, and the weights where they were asked for (``output_attentions=True``).
@@ -98,15 +80,20 @@ def hfkv_attention(
     # transformers' pipeline parallelism hands on the keywords of its forward as one.
     kwargs = {**(kwargs.pop("kwargs", None) or {}), **kwargs}
     indices = kwargs.pop("indices", None) if hasattr(module, "expand_kv") else None
+    code = attention_code(type(module))
     for name, given in kwargs.items():
-        if given is not None and name not in _UNDERSTOOD:
+        if given is not None and name in code.keywords and name not in _UNDERSTOOD:
             raise NotImplementedError(
                 f'the "hfkv" attention does not implement {name!r}, which {type(module).__name__} passed; keep the '
                 "model's own attention (hfkv.patch does so for models it knows) and its cache is decoded for it"
             )
-    attention_class: Any = type(module)
-    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if is_causal is None:
+        # Without a mask, transformers' eager attention hides nothing, and sdpa asks the module.
+        is_causal = code.has_sdpa and getattr(module, "is_causal", True)
+    attention_mask, is_causal = rule_of(attention_mask, is_causal)
     extra = {name: kwargs[name] for name in kwargs if kwargs[name] is not None}
+    if "cu_seq_lens_q" in extra:
+        attention_mask = packed_only(attention_mask, is_causal, extra["cu_seq_lens_q"], query, key)
     if indices is not None:
         attention_mask = only_picked(attention_mask, indices, key.shape[2], is_causal)
     tokens = _tokens(key, value)
@@ -117,6 +104,8 @@ def hfkv_attention(
                 f"{type(module).__name__} adds a position bias for consecutive positions, which a windowed cache does "
                 "not hold; leave the window out"
             )
+        if attention_mask is None and not is_causal and query.shape[2] > 1:
+            raise NotImplementedError(NOT_LEFT_PADDED)
         pads = left_padding(attention_mask, tokens.batch, query.shape[2], tokens.seen)
         tokens.padding.learn(pads, tokens.seen - query.shape[2])
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
@@ -137,12 +126,11 @@ def hfkv_attention(
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.plain()
 
-    if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not _has_sdpa(attention_class):
+    if _EAGER_ONLY & extra.keys() or _weights_wanted(extra) or not code.has_sdpa:
         mask = _additive(attention_mask, query, key, is_causal)
         if position_bias is not None:
             extra["position_bias"] = position_bias
-        eager = _own_eager(attention_class)
-        return eager(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
+        return _own_eager(code, module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **extra)
     return sdpa_attention_forward(
         module,
         query,
@@ -173,22 +161,6 @@ def _refuse_own_attention(config: Any) -> None:
             f'{config.model_type!r} cannot take attn_implementation="hfkv": {reason}. Load it without that, and use '
             "hfkv.patch(model): its caches are decoded for the model's own attention"
         )
-
-
-def own_attention_reason(config: Any) -> str | None:
-    """Why models of this config must keep their own attention, or None where they may take ours."""
-    config_class: Any = type(config)
-    return _own_attention_reason(config_class, config.model_type)
-
-
-@functools.cache
-def _own_attention_reason(config_class: Any, model_type: str) -> str | None:
-    for kind, reason in OWN_ATTENTION.items():
-        if model_type == kind or model_type.startswith(f"{kind}_"):
-            return reason
-    if not _calls_attention_functions(config_class):
-        return "its code does not go through transformers' attention functions"
-    return None
 
 
 def register() -> None:
@@ -259,7 +231,10 @@ def _split(
 def _weights_wanted(extra: dict[str, Any]) -> bool:
     if extra.get("output_attentions"):
         return True
-    collected = output_capturing._active_collector.get()  # set while a forward records its layers' outputs
+    collector = output_capturing._active_collector  # set while a forward records its layers' outputs
+    # A compiler cannot trace a context variable: there it is a global one.
+    is_variable = not torch.compiler.is_compiling() or collector.compiling
+    collected = collector.get() if is_variable else None
     return bool(collected) and any("attentions" in name for name in collected)
 
 
@@ -278,38 +253,10 @@ def _additive(
     return torch.where(mask, zero, torch.finfo(query.dtype).min)
 
 
-@functools.cache
-def _modelling(module_class: Any) -> Any:
-    """The modelling file of an attention class: where its eager attention function is."""
-    for base in module_class.__mro__:
-        modelling = sys.modules.get(base.__module__)
-        if hasattr(modelling, "eager_attention_forward"):
-            return modelling
-    return sys.modules[module_class.__module__]
-
-
-def _own_eager(module_class: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    eager = getattr(_modelling(module_class), "eager_attention_forward", None)
-    if eager is None:
+def _own_eager(code: AttentionCode, module: torch.nn.Module) -> Any:
+    if code.eager is None:
         raise NotImplementedError(
-            f"{module_class.__name__} asked for attention weights or a keyword that only an eager attention has, and "
-            f'{module_class.__module__} defines none; use attn_implementation="eager"'
+            f"{type(module).__name__} asked for attention weights or a keyword that only an eager attention has, and "
+            f'{type(module).__module__} defines none; use attn_implementation="eager"'
         )
-    return eager
-
-
-@functools.cache
-def _has_sdpa(module_class: Any) -> bool:
-    """Whether the model may use scaled_dot_product_attention; gpt_oss, for one, may not."""
-    found: list[Any] = [value for value in vars(_modelling(module_class)).values() if inspect.isclass(value)]
-    models = [value for value in found if issubclass(value, PreTrainedModel) and value is not PreTrainedModel]
-    return not models or any(model._supports_sdpa for model in models)
-
-
-@functools.cache
-def _calls_attention_functions(config_class: Any) -> bool:
-    """Whether the models of a config go through transformers' attention functions (and so reach ours)."""
-    modelling = modelling_files(config_class)
-    found: list[Any] = [value for module in modelling for value in vars(module).values() if inspect.isclass(value)]
-    models = [value for value in found if issubclass(value, PreTrainedModel) and value.config_class is config_class]
-    return all(model._can_set_attn_implementation() for model in models)
+    return code.eager

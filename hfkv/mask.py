@@ -72,7 +72,7 @@ class CausalMask(StandIn):
         """
         pads = self.left_padding()
         if pads is None:
-            raise NotImplementedError(_NOT_LEFT_PADDED)
+            raise NotImplementedError(NOT_LEFT_PADDED)
         return pads
 
     def left_padding(self) -> tuple[int, ...] | None:
@@ -87,13 +87,38 @@ class CausalMask(StandIn):
         return self._pads
 
 
-def hfkv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The bool mask of the sdpa attention; a plain causal one is written out only where it is read."""
-    mask = _plainly_causal(*args, **kwargs)
-    return sdpa_mask(*args, **kwargs) if mask is None else mask
+class FullMask(StandIn):
+    """A bool mask `[B, 1, q, kv]` that hides nothing."""
+
+    @staticmethod
+    def __new__(cls, batch: int, q_length: int, kv_length: int, device: Any) -> FullMask:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (batch, 1, q_length, kv_length), dtype=torch.bool, device=device, requires_grad=False
+        )
+
+    def plain(self) -> torch.Tensor:
+        """The whole mask as a plain tensor."""
+        return torch.ones(self.shape, dtype=torch.bool, device=self.device)
 
 
-def _plainly_causal(
+def rule_of(mask: torch.Tensor | None, is_causal: bool) -> tuple[torch.Tensor | None, bool]:
+    """A mask with what it says apart from padding, so that no module's flag is asked where there is a mask.
+
+    Args:
+        mask: `[B, 1 or Hq, q, kv]`, or None.
+        is_causal: whether None is causal; else it is full.
+
+    Returns:
+        None in place of a mask that hides the future and no more, or nothing; and which of the two None is.
+    """
+    if isinstance(mask, FullMask):
+        return None, False
+    if isinstance(mask, CausalMask) and mask.attention_mask is None and mask.shape[2] == mask.shape[3]:
+        return None, True
+    return mask, is_causal
+
+
+def hfkv_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -103,24 +128,52 @@ def _plainly_causal(
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
     use_vmap: bool = False,
     device: Any = "cpu",
     **kwargs: Any,
-) -> CausalMask | None:
-    """The mask in short, or None where it says something else, or sdpa needs none."""
-    newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
-    if mask_function is not causal_mask_function or use_vmap or local_size is not None or kv_offset or not newest:
-        return None
-    if (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or (attention_mask is not None and attention_mask.shape[-1] < kv_length)
-    ):
-        return None
-    is_whole = attention_mask is None or bool(attention_mask[:, :kv_length].all())
-    if is_whole and allow_is_causal_skip and q_length in (1, kv_length):
-        return None
-    return CausalMask(batch_size, q_length, kv_length, None if is_whole else attention_mask, device)
+) -> torch.Tensor | None:
+    """The bool mask of the sdpa attention; None only for single queries that see everything.
+
+    Where that one leaves the mask to a module's flag, this one says whether it is causal or full: not every module's
+    flag is right (the decoders of nllb_moe and pegasus_x call themselves not causal). A causal one is written out only
+    where it is read.
+
+    Args:
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+        allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, **kwargs: as `sdpa_mask` takes them.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    is_newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
+    is_plain = mask_function is causal_mask_function and not use_vmap and local_size is None and not kv_offset
+    is_covered = attention_mask is None or attention_mask.shape[-1] >= kv_length
+    if is_plain and is_newest and is_covered and not is_traced:
+        is_whole = attention_mask is None or bool(attention_mask[:, :kv_length].all())
+        if is_whole and allow_is_causal_skip and q_length == 1:
+            return None
+        return CausalMask(batch_size, q_length, kv_length, None if is_whole else attention_mask, device)
+    # A causal mask of a static cache is skipped too, as one that counts from the first key; it is written out here.
+    may_skip = q_length == 1 or not is_traced
+    mask = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip and may_skip and q_length in (1, kv_length),
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip and may_skip,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+    if mask is not None or q_length == 1:
+        return mask
+    if allow_is_bidirectional_skip:
+        return FullMask(batch_size, q_length, kv_length, device)
+    return CausalMask(batch_size, q_length, kv_length, None, device)
 
 
 def only_picked(
@@ -147,6 +200,39 @@ def only_picked(
     if mask.dtype == torch.bool:
         return mask & picked
     return mask.masked_fill(~picked, torch.finfo(mask.dtype).min)
+
+
+def packed_only(
+    mask: torch.Tensor | None, is_causal: bool, cu_seq_lens: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor | None:
+    """What queries see of the texts packed into one row: only their own.
+
+    Args:
+        mask: bool or additive `[1, 1 or H, q, T]`; None for causal or full attention.
+        is_causal: which of the two, where there is no mask.
+        cu_seq_lens: where each text begins, and the last one ends, int `[texts + 1]`.
+        query, key: `[1, Hq, q, D]`, `[1, H, T, D]`.
+
+    Returns:
+        The mask where it is written out already: then the positions have told where texts begin.
+
+    Raises:
+        NotImplementedError: the texts are packed into several rows, or behind tokens of a cache.
+    """
+    length = query.shape[2]
+    if mask is not None and not isinstance(mask, CausalMask):
+        return mask
+    if query.shape[0] != 1 or key.shape[2] != length:
+        raise NotImplementedError(
+            f"cu_seq_lens_q says where the texts of one packed row begin, and it was given {query.shape[0]} rows of "
+            f"{length} tokens, {key.shape[2]} with those of the cache: pack them into one row, and read it with "
+            "use_cache=False"
+        )
+    text = torch.searchsorted(cu_seq_lens.to(query.device), torch.arange(length, device=query.device), right=True)
+    visible = (text[:, None] == text)[None, None]
+    if mask is not None:
+        return mask & visible
+    return visible.tril() if is_causal else visible
 
 
 def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: int) -> tuple[int, ...]:
@@ -179,7 +265,7 @@ def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: 
         of_pads = (t < starts) & (rows == rows[..., :1]).all(-1, keepdim=True)
         agrees = (rows == ((j <= t) & (j >= starts))) | of_pads
         if not bool(agrees.all()):
-            raise NotImplementedError(_NOT_LEFT_PADDED)
+            raise NotImplementedError(NOT_LEFT_PADDED)
     return pads
 
 
@@ -206,7 +292,7 @@ def shown_by(mask: torch.Tensor) -> torch.Tensor | None:
 
 _ROWS = 512  # queries of a written mask looked at together
 _HIDDEN = -1e4  # what an additive mask adds at most to hide a key
-_NOT_LEFT_PADDED = (
+NOT_LEFT_PADDED = (
     "a windowed hfkv cache was given a mask that is not the causal one of a left-padded batch (gaps, as padding behind "
     "the virtual tokens of prefix tuning makes, right padding, packed texts, or tokens that see what follows them): "
     'its window and sinks would be counted wrongly. Pad on the left (tokenizer.padding_side = "left"), or leave the '
@@ -217,7 +303,7 @@ _NOT_LEFT_PADDED = (
 def _left_padding(is_real: torch.Tensor, batch: int) -> tuple[int, ...]:
     pads = padding_of(is_real, batch)
     if pads is None:
-        raise NotImplementedError(_NOT_LEFT_PADDED)
+        raise NotImplementedError(NOT_LEFT_PADDED)
     return pads
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkv.attention import NAME, own_attention_reason
+from hfkv.attention import NAME
+from hfkv.attention_code import learn, own_attention_reason
 from hfkv.patches.configs import own_configs
 from hfkv.patches.undo import Undo
 
@@ -33,6 +34,7 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
     model.set_attn_implementation(_request(model.config, decoder))
     if decoder._attn_implementation != NAME:
         return f"it insists on its {decoder._attn_implementation!r} attention"
+    learn(model)
     return None
 
 

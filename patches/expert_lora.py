@@ -38,7 +38,7 @@ def adopt(model: nn.Module, undo: Undo) -> int:
         if isinstance(module, wrapper_class) and _METHOD not in vars(module) and is_experts(module.get_base_layer())
     ]
     for wrapper in wrappers:
-        undo.set(wrapper, _METHOD, functools.partial(_activate, wrapper, getattr(wrapper_class, _METHOD)))
+        undo.override(_activate, wrapper, _METHOD, needs_patch=False)
     return len(wrappers)
 
 
@@ -53,14 +53,14 @@ def _is_known(wrapper_class: Any) -> bool:
     return method is not None and list(inspect.signature(method).parameters) == ["self", "active_adapters"]
 
 
-def _activate(wrapper: Any, original: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
+def _activate(wrapper: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
     """In place of PEFT's `_activate_lora`: nothing is multiplied out."""
     experts = wrapper.get_base_layer()
     named = [name for name in active_adapters if name in wrapper.lora_A]
     if not named:
         return nullcontext()
     if experts.config._experts_implementation != NAME or wrapper.num_experts == 1:
-        return original(wrapper, active_adapters)
+        return getattr(type(wrapper), _METHOD)(wrapper, active_adapters)
     return applied(experts, wrapper.parameter_name, tuple(_factors(wrapper, name, experts) for name in named))
 
 

@@ -74,10 +74,9 @@ def _reaches_hook(model_class: type) -> bool:
 
 def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
     """Overrides `_prepare_cache_for_generation`, `_prefill` and `_get_candidate_generator` on this instance."""
-    # Partials, not bound methods: those would be pickled by name and come back as the class's own.
-    undo.set(model, HOOK, functools.partial(_prepare_cache, model))
-    undo.set(model, "_prefill", functools.partial(prefill, model))
-    undo.set(model, "_get_candidate_generator", functools.partial(_get_candidate_generator, model))
+    undo.override(_prepare_cache, model, HOOK)
+    undo.override(prefill, model, "_prefill")
+    undo.override(_get_candidate_generator, model, "_get_candidate_generator")
 
 
 def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:

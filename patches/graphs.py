@@ -193,9 +193,12 @@ def set_graphs(model: Any, undo: Undo) -> Graphs:
     reason = model_reason(model)
     if reason is not None:
         graphs.turn_off(reason)
-    # generate() looks at the signature of forward.
-    undo.set(model, "forward", functools.update_wrapper(functools.partial(graphs), model.forward))
+    undo.override_forward(_forward, model, (graphs,), needs_patch=False)
     return graphs
+
+
+def _forward(model: Any, graphs: Graphs, *args: Any, **kwargs: Any) -> Any:
+    return graphs(*args, **kwargs)
 
 
 def model_reason(model: Any) -> str | None:

@@ -13,6 +13,7 @@ from torch import nn
 from hfkv.attention import NAME
 from hfkv.latent.families import METHOD, expands_what_was_cached
 from hfkv.latent.view import latent_views
+from hfkv.patches.override import does
 from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
@@ -34,8 +35,7 @@ def set_latent_attention(model: nn.Module, undo: Undo) -> int:
     found = [module for module in latent_modules(model) if _is_to_be_overridden(module)]
     for module in found:
         _check(type(module))
-        # A partial, so that a deep copy of the model expands by its own weights.
-        undo.set(module, METHOD, functools.partial(_expand_kv, module, model))
+        undo.override(_expand_kv, module, METHOD, (model,), needs_patch=False)
     return len(found)
 
 
@@ -51,7 +51,7 @@ def latent_modules(model: nn.Module) -> list[nn.Module]:
 
 def _is_to_be_overridden(module: Any) -> bool:
     kind, given = type(module), vars(module).get(METHOD)
-    if isinstance(given, functools.partial) and given.func is _expand_kv:
+    if does(given, _expand_kv):
         raise RuntimeError(
             f"a {kind.__name__} of this model is part of another patched model; take that patch off first"
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import threading
 import weakref
 from typing import Any
@@ -45,7 +44,7 @@ def learned_prompt(model: Any) -> Any:
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:
     """Overrides `get_prompt` on this `PeftModel`, which would put its own cache in place of ours."""
-    undo.set(peft_model, "get_prompt", functools.partial(_get_prompt, peft_model))
+    undo.override(_get_prompt, peft_model, "get_prompt", needs_patch=False)
 
 
 def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
 from hfkv.cache import KVCache
 from hfkv.errors import CacheMemoryError
+from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
 from hfkv.record import what_failed
@@ -17,13 +17,13 @@ from hfkv.state import state_of
 
 def set_recording(model: Any, undo: Undo) -> None:
     """Overrides `forward` on this instance."""
-    # generate() looks at the signature of forward.
-    undo.set_forward(model, lambda inner: functools.update_wrapper(functools.partial(_forward, model, inner), inner))
+    undo.override_forward(_forward, model)
 
 
-def _forward(model: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+    forward = inner_forward(model)
     cache = kwargs.get("past_key_values")
-    if not isinstance(cache, KVCache) or not cache.record.is_wanted or "hfkv" not in vars(model):
+    if not isinstance(cache, KVCache) or not cache.record.is_wanted:
         return forward(*args, **kwargs)
     record, before = cache.record, cache.get_seq_length()
     record.check_whole()

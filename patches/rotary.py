@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import NamedTuple
 
@@ -55,8 +54,7 @@ def set_exact_rotary(model: PreTrainedModel, undo: Undo) -> None:
         )
     for module in modules:
         stock = {layer_type: _learn(module, buffer, layer_type) for layer_type, buffer in _buffers(module).items()}
-        ours = functools.partial(_forward, module, stock)
-        undo.set_forward(module, lambda _, ours=ours: ours)
+        undo.override_forward(_forward, module, (stock,), needs_patch=False)
 
 
 def _buffers(module: torch.nn.Module) -> dict[str | None, str]:

@@ -12,8 +12,7 @@ from hfkv.patches.undo import Undo
 
 def set_saving(model: Any, undo: Undo) -> None:
     """Overrides `save_pretrained` on this instance."""
-    inner = model.save_pretrained
-    undo.set(model, "save_pretrained", functools.update_wrapper(functools.partial(_save, model), inner))
+    undo.override(_save, model, "save_pretrained", needs_patch=False)
 
 
 def _save(

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hfkv.experts.stack import ExpertStack
+from hfkv.patches.override import INNER, Override, does, is_override
 
 logger = logging.getLogger("hfkv")
 
@@ -36,13 +37,28 @@ class Undo:
         self._before.append((owner, name, vars(owner).get(name, _ABSENT), value))
         setattr(owner, name, value)
 
-    def set_forward(self, module: Any, wrap: Callable[[Any], Any]) -> None:
-        """Puts ``wrap(forward)`` in place of a module's forward, inside the hook of accelerate's where it has one.
+    def override(
+        self, function: Callable[..., Any], owner: Any, name: str, given: tuple[Any, ...] = (), needs_patch: bool = True
+    ) -> None:
+        """Puts an `Override` in the place of a method of the owner's class."""
+        self.set(owner, name, Override(function, owner, name, given, needs_patch))
 
-        There it stays when the model is dispatched anew, or the hook taken off.
+    def override_forward(
+        self, function: Callable[..., Any], module: Any, given: tuple[Any, ...] = (), needs_patch: bool = True
+    ) -> None:
+        """Puts `function` in the place of a module's forward, inside the hook of accelerate's where it has one.
+
+        There it stays when the model is dispatched anew, or the hook taken off. A forward of the instance's own is
+        `inner_forward` from then on.
         """
         name = _WRAPPED if _WRAPPED in vars(module) else "forward"
-        self.set(module, name, wrap(getattr(module, name)))
+        inner = vars(module).get(name)
+        if does(inner, function):  # left there by an earlier patch, under what others have wrapped around it
+            return
+        if inner is not None and getattr(inner, "__func__", None) is not type(module).forward:
+            self.set(module, INNER, inner)
+        ours = Override(function, module, "forward", given, needs_patch)
+        self.set(module, name, ours)
 
     @property
     def has_copies(self) -> bool:
@@ -81,6 +97,10 @@ class Undo:
             owner, name, value, ours = self._before.pop()
             if name in ("forward", _WRAPPED):
                 _restore_forward(owner, value, ours)
+            elif isinstance(ours, Override) and not is_override(vars(owner).get(name), ours):
+                continue  # its owner has taken it off, or others have wrapped it: it does what the class's own does
+            elif name == INNER and "forward" in vars(owner):
+                continue  # still needed under what others have wrapped around it
             elif isinstance(value, str) and value == _ABSENT:
                 if name in vars(owner):  # unless its owner has taken it off
                     delattr(owner, name)
@@ -120,10 +140,10 @@ def _restore_parameter(module: nn.Module, name: str, original: nn.Parameter) -> 
     return lossy
 
 
-def _restore_forward(module: Any, value: Any, ours: Any) -> None:
+def _restore_forward(module: Any, value: Any, ours: Override) -> None:
     """Takes our forward out from where it is now: accelerate may have wrapped or unwrapped it since."""
     for name in ("forward", _WRAPPED):
-        if vars(module).get(name) is not ours:
+        if not is_override(vars(module).get(name), ours):
             continue
         if not (isinstance(value, str) and value == _ABSENT):
             setattr(module, name, value)

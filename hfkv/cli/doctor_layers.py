@@ -164,7 +164,7 @@ def _own_attention(config: PreTrainedConfig, decoder: PreTrainedConfig) -> str |
         MODEL_MAPPING,
     )
 
-    from hfkv.attention import own_attention_reason
+    from hfkv.attention_code import own_attention_reason
 
     # The reason is read from the modelling code, which the mappings import.
     for part in (config, decoder):

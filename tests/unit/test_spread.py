@@ -285,5 +285,5 @@ def test_keywords_that_a_pipeline_hands_on_as_one_are_understood_one_by_one():
     expected = model.model(ids).last_hidden_state
     assert torch.equal(model.model(ids, kwargs={"return_dict": True}).last_hidden_state, expected)
     assert torch.equal(model.model(ids, kwargs={}).last_hidden_state, expected)
-    with pytest.raises(NotImplementedError, match="does not implement 'sinks'"):
-        model.model(ids, kwargs={"sinks": torch.zeros(4)})
+    with pytest.raises(NotImplementedError, match="does not implement 'block_indices'"):
+        model.model(ids, kwargs={"block_indices": torch.zeros(4)})

@@ -1,0 +1,113 @@
+"""`Override`: a method of ours on one instance, a bound method to whoever looks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+# Names what a method of ours does, to be found under what others have wrapped around it.
+_MARK = "hfkv_function"
+# Where an overridden forward of the instance's own is.
+INNER = "_hfkv_forward"
+
+
+class Override:
+    """Stands on an instance in the place of a method of its class, as ``types.MethodType(function, owner)`` would.
+
+    A plain bound method is pickled by its name, and comes back as the class's own; a partial has no ``__func__``, which
+    models and libraries take to bind a method to another object or to look through wrappers. This has both: it is
+    copied and pickled with its owner, and its ``__func__`` takes any other. There, and where the patch has been taken
+    off since, it does what the class's own method does.
+
+    Args:
+        function: takes the object, then `given`, then what it is called with.
+        owner: the instance.
+        name: of the method.
+        given: what `function` needs besides.
+        needs_patch: whether an object must be a patched model for `function`; else the class's own method is called.
+    """
+
+    __slots__ = ("__func__", "__self__", "_given", "_made_of")
+
+    def __init__(
+        self, function: Callable[..., Any], owner: Any, name: str, given: tuple[Any, ...] = (), needs_patch: bool = True
+    ) -> None:
+        self.__self__ = owner
+        self._made_of = (function, name, needs_patch)
+        self._given = given
+        make: Any = _make if given else _made_once  # what is given may hold on to the owner
+        self.__func__ = make(function, type(owner), name, needs_patch, *given)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return MethodType
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Override.__slots__:  # while it is being made
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
+
+    def __eq__(self, other: object) -> bool:
+        return is_override(other, self) and getattr(other, "__self__", None) is self.__self__
+
+    def __hash__(self) -> int:
+        return hash((id(self.__self__), self.__func__))
+
+    def __repr__(self) -> str:
+        return f"<hfkv's {self.__func__.__qualname__} of a {type(self.__self__).__name__}>"
+
+    def __deepcopy__(self, memo: Any) -> Override:
+        function, name, needs_patch = self._made_of
+        owner, given = copy.deepcopy((self.__self__, self._given), memo)
+        return Override(function, owner, name, given, needs_patch)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, name, needs_patch = self._made_of
+        return Override, (function, self.__self__, name, self._given, needs_patch)
+
+
+def is_override(method: Any, ours: Override) -> bool:
+    """Whether `method` is `ours`, or what another has bound anew of it."""
+    return method is ours or getattr(method, "__func__", None) is ours.__func__
+
+
+def does(method: Any, function: Callable[..., Any]) -> bool:
+    """Whether a method, or what it says it wraps, is an override by `function`."""
+    while method is not None:
+        method = getattr(method, "__func__", method)
+        if getattr(method, _MARK, None) is function:
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
+
+
+def inner_forward(module: Any) -> Callable[..., Any]:
+    """What an overridden forward has taken the place of."""
+    inner = vars(module).get(INNER)
+    return MethodType(type(module).forward, module) if inner is None else inner
+
+
+def _make(function: Callable[..., Any], kind: type, name: str, needs_patch: bool, *given: Any) -> Any:
+    stock = getattr(kind, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if needs_patch and "hfkv" not in vars(self):
+            return inner_forward(self)(*args, **kwargs) if name == "forward" else stock(self, *args, **kwargs)
+        return function(self, *given, *args, **kwargs)
+
+    for copied in ("__module__", "__name__", "__qualname__", "__doc__"):
+        setattr(method, copied, getattr(stock, copied, None))
+    # Not `__wrapped__`: who looks for what is wrapped would go past this one.
+    method.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+    setattr(method, _MARK, function)
+    return method
+
+
+_made_once = functools.cache(_make)
