@@ -8,11 +8,12 @@ import logging
 import weakref
 from typing import Any
 
-from transformers import EncoderDecoderCache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
+from hfkv.patches.fresh_cache import fresh_cache
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import expect_prefix
 from hfkv.patches.undo import Undo
@@ -20,6 +21,7 @@ from hfkv.patches.undo import Undo
 logger = logging.getLogger("hfkv")
 
 HOOK = "_prepare_cache_for_generation"
+BATCHING = "init_continuous_batching"
 # Private methods of transformers that are overridden on the instance, as they were when this was written.
 SIGNATURES = {
     HOOK: ["self", "generation_config", "model_kwargs", "generation_mode", "batch_size", "max_cache_length"],
@@ -77,6 +79,17 @@ def set_generate_hooks(model: PreTrainedModel, undo: Undo) -> None:
     undo.override(_prepare_cache, model, HOOK)
     undo.override(prefill, model, "_prefill")
     undo.override(_get_candidate_generator, model, "_get_candidate_generator")
+    if hasattr(type(model), BATCHING):
+        undo.override(_refuse_batching, model, BATCHING)
+
+
+def _refuse_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise NotImplementedError(
+        "transformers' continuous batching (generate_batch, cache_implementation='paged', transformers serve) keeps "
+        f"keys and values in pages of its own, where kv={str(self.hfkv.kv)!r} would have no effect and which the "
+        '"hfkv" attention cannot read: call hfkv.unpatch(model) before it, and patch the model again after it; or use '
+        "model.generate()"
+    )
 
 
 def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
@@ -114,6 +127,9 @@ def _prepare_cache(
     if given is not None:
         _check_fits(given, self)
         expect_prefix(self, given if isinstance(given, KVCache) else None)
+        own = getattr(given, "self_attention_cache", given)
+        if not isinstance(own, KVCache):
+            self.hfkv.log_once(f"{type(self).__name__} was given a {type(own).__name__}: kv has no effect on it")
         return result
     cache = model_kwargs.get("past_key_values")
     if cache is None or generation_config.cache_implementation not in (None, "dynamic"):
@@ -133,20 +149,6 @@ def _prepare_cache(
     if generation_config.is_assistant:
         own.activate_past_recording()
     return result
-
-
-def fresh_cache(model: Any, stock: Cache) -> Cache:
-    """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
-    # While an assistant exits early, the config names fewer layers than the patch was made for.
-    kv = model.hfkv.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
-    if isinstance(stock, EncoderDecoderCache):
-        return EncoderDecoderCache(KVCache(model, kv, model.hfkv.rotary), stock.cross_attention_cache)
-    if type(stock) is not DynamicCache:
-        raise NotImplementedError(
-            f"{type(model).__name__} prepared a {type(stock).__name__}, which hfkv does not know how to replace; "
-            "call hfkv.unpatch(model)"
-        )
-    return KVCache(model, kv, model.hfkv.rotary)
 
 
 @functools.cache

@@ -31,51 +31,57 @@ class Override:
         needs_patch: whether an object must be a patched model for `function`; else the class's own method is called.
     """
 
-    __slots__ = ("__func__", "__self__", "_given", "_made_of")
-
     def __init__(
         self, function: Callable[..., Any], owner: Any, name: str, given: tuple[Any, ...] = (), needs_patch: bool = True
     ) -> None:
-        self.__self__ = owner
+        self._owner = owner
         self._made_of = (function, name, needs_patch)
         self._given = given
         make: Any = _make if given else _made_once  # what is given may hold on to the owner
-        self.__func__ = make(function, type(owner), name, needs_patch, *given)
+        self._method = make(function, type(owner), name, needs_patch, *given)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         return MethodType
 
+    @property
+    def __func__(self) -> Any:
+        return self._method
+
+    @property
+    def __self__(self) -> Any:
+        return self._owner
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__func__(self.__self__, *args, **kwargs)
+        return self._method(self._owner, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in Override.__slots__:  # while it is being made
+        if "_method" not in vars(self):  # while it is being made
             raise AttributeError(name)
-        return getattr(self.__func__, name)
+        return getattr(self._method, name)
 
     def __eq__(self, other: object) -> bool:
-        return is_override(other, self) and getattr(other, "__self__", None) is self.__self__
+        return is_override(other, self) and getattr(other, "__self__", None) is self._owner
 
     def __hash__(self) -> int:
-        return hash((id(self.__self__), self.__func__))
+        return hash((id(self._owner), self._method))
 
     def __repr__(self) -> str:
-        return f"<hfkv's {self.__func__.__qualname__} of a {type(self.__self__).__name__}>"
+        return f"<hfkv's {self._method.__qualname__} of a {type(self._owner).__name__}>"
 
     def __deepcopy__(self, memo: Any) -> Override:
         function, name, needs_patch = self._made_of
-        owner, given = copy.deepcopy((self.__self__, self._given), memo)
+        owner, given = copy.deepcopy((self._owner, self._given), memo)
         return Override(function, owner, name, given, needs_patch)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, name, needs_patch = self._made_of
-        return Override, (function, self.__self__, name, self._given, needs_patch)
+        return Override, (function, self._owner, name, self._given, needs_patch)
 
 
 def is_override(method: Any, ours: Override) -> bool:
     """Whether `method` is `ours`, or what another has bound anew of it."""
-    return method is ours or getattr(method, "__func__", None) is ours.__func__
+    return method is ours or getattr(method, "__func__", None) is ours._method
 
 
 def does(method: Any, function: Callable[..., Any]) -> bool:
@@ -91,7 +97,7 @@ def does(method: Any, function: Callable[..., Any]) -> bool:
 def inner_forward(module: Any) -> Callable[..., Any]:
     """What an overridden forward has taken the place of."""
     inner = vars(module).get(INNER)
-    return MethodType(type(module).forward, module) if inner is None else inner
+    return functools.partial(type(module).forward, module) if inner is None else inner  # which a compiler can trace
 
 
 def _make(function: Callable[..., Any], kind: type, name: str, needs_patch: bool, *given: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Writes down which tokens a cache is given, at every forward of a patched model."""
+"""Gives every forward of a patched model a cache, and writes down which tokens it is given."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from hfkv.cache import KVCache
 from hfkv.errors import CacheMemoryError
+from hfkv.patches.fresh_cache import log_stock_cache, with_cache
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
@@ -21,10 +22,13 @@ def set_recording(model: Any, undo: Undo) -> None:
 
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    forward = inner_forward(model)
+    forward, kwargs = inner_forward(model), with_cache(model, args, kwargs)
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, KVCache) or not cache.record.is_wanted:
-        return forward(*args, **kwargs)
+        output = forward(*args, **kwargs)
+        if isinstance(cache, KVCache):
+            log_stock_cache(model, cache, getattr(output, "past_key_values", None))
+        return output
     record, before = cache.record, cache.get_seq_length()
     record.check_whole()
     if before == 0 and (record.length or not record.is_known):
@@ -49,6 +53,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     ids = kwargs.get("input_ids", args[0] if args and isinstance(args[0], torch.Tensor) else None)
     count = cache.get_seq_length() - before
     record.append(ids, count, kwargs.get("attention_mask"))
+    log_stock_cache(model, cache, getattr(output, "past_key_values", None))
     if record.root is not None:
         keep_pages(model, cache)
     return output

@@ -1,0 +1,81 @@
+"""Fresh hfkv caches, for `generate` calls and for forwards that would make a stock one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from transformers import EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache
+
+from hfkv.cache import KVCache
+
+
+def fresh_cache(model: Any, stock: Cache) -> Cache:
+    """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
+    # While an assistant exits early, the config names fewer layers than the patch was made for.
+    kv = model.hfkv.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
+    if isinstance(stock, EncoderDecoderCache):
+        return EncoderDecoderCache(KVCache(model, kv, model.hfkv.rotary), stock.cross_attention_cache)
+    if type(stock) is not DynamicCache:
+        raise NotImplementedError(
+            f"{type(model).__name__} prepared a {type(stock).__name__}, which hfkv does not know how to replace; "
+            "call hfkv.unpatch(model)"
+        )
+    return KVCache(model, kv, model.hfkv.rotary)
+
+
+def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a forward of a patched model, with an hfkv cache where the model would make a stock one.
+
+    Scoring and guidance call models without `generate`; and Phi-3 drops the cache inside it, where a text crosses the
+    length at which its rotary factors change.
+
+    Args:
+        model: the patched model.
+        args, kwargs: what its forward is called with.
+    """
+    if kwargs.get("past_key_values") is not None:
+        return kwargs
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if is_traced and (model.hfkv.kv.is_lossless or kwargs.get("use_cache") is False):
+        return kwargs
+    names = _parameters(type(model))
+    if "past_key_values" not in names:
+        return kwargs
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    config = model.config.get_text_config(decoder=True)
+    wants_cache = given.get("use_cache")
+    wants_cache = getattr(config, "use_cache", False) if wants_cache is None else wants_cache
+    patch, name = model.hfkv, type(model).__name__
+    if given.get("past_key_values") is not None:
+        return kwargs
+    if not wants_cache or torch.is_grad_enabled():
+        if not patch.kv.is_lossless:
+            why = "gradients flow through no hfkv cache" if wants_cache else "it was called with use_cache=False"
+            patch.log_once(f"{name}: kv={str(patch.kv)!r} has no effect on a forward: {why}")
+        return kwargs
+    stock: Cache = DynamicCache(config=config)
+    if model.config.is_encoder_decoder:
+        stock = EncoderDecoderCache(stock, DynamicCache(config=config))
+    return {**kwargs, "past_key_values": fresh_cache(model, stock)}
+
+
+@functools.cache
+def _parameters(model_class: type) -> tuple[str, ...]:
+    """Names of what a forward takes."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
+    """Says once that a forward has put a cache of its own in place of one of ours."""
+    if returned is None or returned is given:
+        return
+    kind = type(getattr(returned, "self_attention_cache", returned)).__name__
+    model.hfkv.log_once(
+        f"{type(model).__name__}: its forward returned a {kind} in place of the hfkv cache it was given: kv has no "
+        "effect from there on"
+    )
+
