@@ -78,4 +78,3 @@ def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
         f"{type(model).__name__}: its forward returned a {kind} in place of the hfkv cache it was given: kv has no "
         "effect from there on"
     )
-

@@ -39,6 +39,7 @@ class Override:
         self._given = given
         make: Any = _make if given else _made_once  # what is given may hold on to the owner
         self._method = make(function, type(owner), name, needs_patch, *given)
+        self.__doc__ = self._method.__doc__
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
