@@ -53,6 +53,11 @@ class Override:
     def __self__(self) -> Any:
         return self._owner
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What it does, on any object."""
+        return self._made_of[0]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._method(self._owner, *args, **kwargs)
 

@@ -55,9 +55,10 @@ class Undo:
         inner = vars(module).get(name)
         if does(inner, function):  # left there by an earlier patch, under what others have wrapped around it
             return
-        if inner is not None and getattr(inner, "__func__", None) is not type(module).forward:
-            self.set(module, INNER, inner)
         ours = Override(function, module, "forward", given, needs_patch)
+        if inner is not None and getattr(inner, "__func__", None) is not type(module).forward:
+            self._before.append((module, INNER, vars(module).get(INNER, _ABSENT), ours))
+            setattr(module, INNER, inner)
         self.set(module, name, ours)
 
     @property
@@ -97,10 +98,10 @@ class Undo:
             owner, name, value, ours = self._before.pop()
             if name in ("forward", _WRAPPED):
                 _restore_forward(owner, value, ours)
-            elif isinstance(ours, Override) and not is_override(vars(owner).get(name), ours):
-                continue  # its owner has taken it off, or others have wrapped it: it does what the class's own does
-            elif name == INNER and "forward" in vars(owner):
+            elif name == INNER and does(vars(owner).get("forward"), ours.function):
                 continue  # still needed under what others have wrapped around it
+            elif name != INNER and isinstance(ours, Override) and not is_override(vars(owner).get(name), ours):
+                continue  # its owner has taken it off, or others have wrapped it: it does what the class's own does
             elif isinstance(value, str) and value == _ABSENT:
                 if name in vars(owner):  # unless its owner has taken it off
                     delattr(owner, name)

@@ -182,6 +182,15 @@ def test_a_forward_of_the_instances_own_is_called_and_comes_back() -> None:
     assert type(model).forward is LlamaForCausalLM.forward
 
 
+def test_nothing_is_left_of_two_overrides_of_one_method() -> None:
+    model = llama()
+    before = set(vars(model))
+    for _ in range(2):
+        with hfkv.patch(model, graphs=True):
+            greedy(model, prompt(), 3)
+        assert set(vars(model)) == before
+
+
 def test_a_patch_on_what_others_have_wrapped_is_not_made_twice() -> None:
     model, calls = llama(), []
     expected = greedy(model, prompt()).tolist()
