@@ -28,7 +28,9 @@ class StandIn(torch.Tensor):
         return func(*args, **kwargs)
 
     def numpy(self, **kwargs: Any) -> Any:
-        return self.plain().clone().numpy(**kwargs)
+        array = self.plain().clone().numpy(**kwargs)
+        array.setflags(write=False)  # it is a copy
+        return array
 
     def tolist(self) -> Any:
         return self.plain().tolist()
