@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hfkv
@@ -222,3 +223,34 @@ def test_generate_with_and_without_a_patch(to: torch.dtype) -> None:
             first.append(result.logits[0].float())
         error = (first[1] - first[0]).abs().max() / first[0].abs().max()
         assert error <= 8 * torch.finfo(to).eps, name
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_exact_rotary_angles(dtype: torch.dtype) -> None:
+    model = llama().to(dtype)
+    with hfkv.patch(model, exact_rotary=True):
+        rotary, x, positions = model.model.rotary_emb, torch.zeros(1, 1, 1, dtype=dtype), torch.arange(9)[None]
+        expected = rotary(x, positions)
+        for to in AUTOCAST:
+            with autocast(to):
+                assert all(torch.equal(a, b) for a, b in zip(rotary(x, positions), expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_on_experts_and_a_learned_prefix() -> None:
+    on_experts = {
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        "init_lora_weights": False,
+    }
+    for make, config in (
+        (moe_model, LoraConfig(r=4, target_modules=["q_proj"], **on_experts)),
+        (llama, PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    ):
+        model = get_peft_model(make(), config).eval()
+        for to in AUTOCAST:
+            asked = {"return_dict_in_generate": True, "output_logits": True}
+            with autocast(to):
+                stock = greedy(model, prompt(), 3, **asked).logits[0].float()
+                with hfkv.patch(model, moe="auto" if make is moe_model else None):
+                    ours = greedy(model, prompt(), 3, **asked).logits[0].float()
+            assert (ours - stock).abs().max() <= 8 * torch.finfo(to).eps * stock.abs().max()
