@@ -72,20 +72,20 @@ class Snapshot(ReadOnly):
         values: the tensor; it has no gradients.
     """
 
-    _values: torch.Tensor
+    _shown: torch.Tensor
 
     @staticmethod
     def __new__(cls, values: torch.Tensor) -> Snapshot:
         # With a storage, so that code which asks for an address finds the numbers.
         snapshot = torch.Tensor._make_subclass(cls, values)
-        snapshot._values = values
+        snapshot._shown = values
         return snapshot
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
-        return repr(self._values)
+        return repr(self._shown)
 
     def plain(self) -> torch.Tensor:
-        return self._values
+        return self._shown
 
 
 def _refuse(what: Any) -> NoReturn:
