@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NoReturn
 
 import torch
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from hfkv.stand_in import StandIn
 
@@ -31,14 +32,13 @@ class ReadOnly(StandIn):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        schema = func._schema
-        if schema.is_mutable:
+        writes, views = _effects(func)
+        if writes:
             _refuse_writes(func, args, kwargs or {})
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        base = args[0] if args else None
-        if not isinstance(base, ReadOnly) or all(returned.alias_info is None for returned in schema.returns):
+        if not views or not args or not isinstance(args[0], ReadOnly) or args[0].takes_writes:
             return result
-        return result if base.takes_writes else tree_map_only(torch.Tensor, Snapshot, result)
+        return Snapshot(result) if isinstance(result, torch.Tensor) else [Snapshot(part) for part in result]
 
     def __setitem__(self, index: Any, value: Any) -> None:
         # Torch would write to a slice of what is decoded.
@@ -86,6 +86,14 @@ class Snapshot(ReadOnly):
 
     def plain(self) -> torch.Tensor:
         return self._shown
+
+
+@functools.cache
+def _effects(func: Any) -> tuple[bool, bool]:
+    """Whether an operation writes to one of its arguments, and whether it returns views of its first one."""
+    schema = func._schema
+    aliases = (part.alias_info for part in schema.returns)
+    return schema.is_mutable, any(alias is not None and not alias.is_write for alias in aliases)
 
 
 def _refuse(what: Any) -> NoReturn:
