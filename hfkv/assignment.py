@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 
 from hfkv.held import HeldTokens, Part
+from hfkv.read_only import Snapshot
 
 
 class Assignment:
@@ -79,8 +80,9 @@ class Assignable(ABC):
         if not self.is_initialized:
             return None
         held = self.held()
-        # What the caller keeps must not change with the cache.
-        return held.decode(part).clone() if held.is_slice else held.decode(part)
+        # What the caller keeps must not change with the cache, nor be edited in the belief that the cache changes too.
+        states = held.decode(part)
+        return Snapshot(states.clone(memory_format=torch.contiguous_format) if held.is_slice else states.contiguous())
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
         """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
@@ -94,7 +96,7 @@ class Assignable(ABC):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All keys held, decoded; assigning replaces them. None before the first update."""
+        """All keys held, decoded, read-only; assigning replaces them. None before the first update."""
         return self._whole("key")
 
     @keys.setter
@@ -103,7 +105,7 @@ class Assignable(ABC):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All values held, decoded; assigning replaces them. None before the first update."""
+        """All values held, decoded, read-only; assigning replaces them. None before the first update."""
         return self._whole("value")
 
     @values.setter

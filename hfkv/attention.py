@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import output_capturing
 
 from hfkv.attention_code import AttentionCode, attention_code, own_attention_reason
-from hfkv.fused import fused_attention
+from hfkv.fused import as_returned, fused_attention
 from hfkv.held import HeldTokens, Part, Tokens
 from hfkv.kernels.inputs import Scoring
 from hfkv.latent.attention import latent_attention, windowed_latent_attention
@@ -121,7 +121,7 @@ def hfkv_attention(
         else:
             output = fused_attention(query, tokens, attention_mask, is_causal, scoring)
         if output is not None:
-            return output.transpose(1, 2).contiguous(), None
+            return as_returned(output), None
     key, value = (states.decoded() if isinstance(states, _VIEWS) else states for states in (key, value))
     if isinstance(attention_mask, CausalMask):
         attention_mask = attention_mask.plain()
@@ -198,7 +198,7 @@ def _windowed(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if isinstance(key, LatentView):
         output, weights = windowed_latent_attention(query, key.source, pads, scoring)
-        return output.transpose(1, 2).contiguous(), weights
+        return as_returned(output), weights
     assert isinstance(key, KVView)
     assert isinstance(value, KVView)
     assert isinstance(key.held, HeldTokens)
@@ -206,7 +206,7 @@ def _windowed(
     if key.requires_grad:
         tracked = {"key": key.decoded(), "value": value.decoded()}
     output, weights = windowed_attention(query, key.held, pads, scoring, tracked)
-    return output.transpose(1, 2).contiguous(), weights
+    return as_returned(output), weights
 
 
 def _split(

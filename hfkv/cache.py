@@ -19,6 +19,7 @@ from hfkv.layer import KVLayer
 from hfkv.memory import CacheMemory, PlaneMemory, own_tensors
 from hfkv.record import TokenRecord, what_failed
 from hfkv.rotary import Rotary
+from hfkv.selection import reordered, repeated, selected
 from hfkv.split import SplitLayer
 from hfkv.stores import Budget, Offload
 from hfkv.stores.base import storage_bytes
@@ -188,19 +189,19 @@ class KVCache(DynamicCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
-        self.record.select(beam_idx)
+        self.record.choose(reordered, beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keeps the rows `indices`: positions, a bool mask or a slice."""
+        """Keeps the rows `indices`; see `hfkv.selection.selected`."""
         super().batch_select_indices(indices)
-        self.record.select(indices)
+        self.record.choose(selected, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared until they are written to."""
         batch = self.batch_size
         for layer in self.layers:
             _repeat(layer, batch, repeats)
-        self.record.repeat(repeats)
+        self.record.choose(repeated, repeats)
 
     def fork(self, n: int = 1) -> KVCache:
         """Copies that go on by themselves: a cache of its own that holds every row `n` times, row after row.
@@ -223,7 +224,7 @@ class KVCache(DynamicCache):
         forked.record = self.record.copy()
         forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
         if n > 1:
-            forked.record.repeat(n)
+            forked.record.choose(repeated, n)
             for layer in forked.layers:
                 if not isinstance(layer, OURS):
                     _repeat(layer, self.batch_size, n)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from hfkv.autocast import product_dtype
 from hfkv.held import HeldTokens
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
@@ -84,6 +85,11 @@ def attend_held(
     attended = nothing(query, held.out_dim) if attended is None else attended
     attended = with_sink_logits(attended, scoring.sink_logits)
     return Attended(attended.out.to(query.dtype), attended.lse)
+
+
+def as_returned(output: torch.Tensor) -> torch.Tensor:
+    """`[B, Hq, q, Dv]` as an attention function returns it: `[B, q, Hq, Dv]`, under autocast in its dtype."""
+    return output.transpose(1, 2).contiguous().to(product_dtype(output))
 
 
 def _on_device(held: HeldTokens) -> Visibility:

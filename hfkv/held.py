@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from hfkv import autocast
 from hfkv.codecs import Codec
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import Kernel, attention_kernel
@@ -30,6 +31,12 @@ class PartShape(NamedTuple):
     head_dim: int
     dtype: torch.dtype
 
+    def continued(self, states: torch.Tensor) -> torch.Tensor:
+        """New `states` in the dtype of those held, where autocast has made them narrower: as `torch.cat` would."""
+        if states.dtype == self.dtype or not autocast.is_on():
+            return states
+        return states.to(self.dtype) if torch.promote_types(states.dtype, self.dtype) == self.dtype else states
+
     def check(self, part: Part, states: torch.Tensor, batch: int, device: torch.device) -> None:
         """Raises ValueError unless `states` continue what is held for `batch` rows on `device`."""
         if (states.shape[0], states.shape[1], states.shape[3]) != (batch, self.heads, self.head_dim):
@@ -41,7 +48,8 @@ class PartShape(NamedTuple):
         if states.dtype != self.dtype or states.device != device:
             raise ValueError(
                 f"this cache holds {part}s of {self.dtype} on {device} and was given {states.dtype} on "
-                f"{states.device}; build a new cache or call cache.reset()"
+                f"{states.device}; build a new cache or call cache.reset(), or, where torch.autocast was on when it "
+                "was filled, go on under the same autocast"
             )
 
 

@@ -97,6 +97,10 @@ class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
         self._assignment.check_complete()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        key_states, value_states = (
+            self._parts["key"].continued(key_states),
+            self._parts["value"].continued(value_states),
+        )
         self._check(key_states, value_states)
         if self.captured is not None:
             self.captured.append(key_states, value_states, *self._held().encoded()[:2])

@@ -67,7 +67,9 @@ class Look:
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
     ) -> Segment:
         """A stretch of decoded keys and values as queries meet it."""
-        return Segment(query, *self.held.joined(keys, values), visible)
+        # Under autocast a model caches float32 keys, rotated by float32 angles, beside half-precision values.
+        keys, values = (states.to(query.dtype) for states in self.held.joined(keys, values))
+        return Segment(query, keys, values, visible)
 
     def _read_around(self, index: torch.Tensor, size: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of a range that has the `size` tokens from each of `index` on, and `index` within it."""

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from hfkv.autocast import in_own_precision
 from hfkv.rotary import Rotary
 from hfkv.spread import spread_of
 
@@ -18,6 +19,7 @@ _POSITIONS = (0, 1, 2, 5, 17, 101)
 _REMEDY = 'use sink_positions="absolute" and no summary'
 
 
+@in_own_precision
 def probe_rotary(model: Any) -> dict[int, Rotary | None]:
     """Finds out how the keys of each plain full-attention layer are rotated, by running the model's own code.
 

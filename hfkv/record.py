@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -129,19 +130,16 @@ class TokenRecord:
             return (0,) * batch
         return padding_of(~hidden, batch)
 
-    def select(self, rows: Any) -> None:
-        """Row i becomes the present row `rows[i]`."""
+    def choose(self, choice: Callable[[Any, int], torch.Tensor], given: Any) -> None:
+        """Row i becomes the present row `choice(given, rows)[i]`; see `hfkv.selection`."""
+        if self._ids is None:
+            return
+        rows = choice(given, len(self._ids)).to(self._ids.device)
         # What is written in inference mode may go on outside it.
         with torch.inference_mode(False):
-            if self._ids is not None:
-                self._ids = self._ids[_at(rows, self._ids)]
+            self._ids = self._ids[rows]
             if self._hidden is not None:
-                self._hidden = self._hidden[_at(rows, self._hidden)]
-
-    def repeat(self, repeats: int) -> None:
-        """Repeats every row."""
-        if self._ids is not None:
-            self.select(torch.arange(len(self._ids)).repeat_interleave(repeats))
+                self._hidden = self._hidden[rows.to(self._hidden.device)]
 
     def crop(self, left: int) -> None:
         """Only the first `left` tokens are left."""
@@ -154,8 +152,3 @@ class TokenRecord:
 def what_failed(error: BaseException) -> str:
     """An error in a line."""
     return ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))
-
-
-def _at(rows: Any, tensor: torch.Tensor) -> Any:
-    """An index on the device of `tensor`."""
-    return rows.to(tensor.device) if isinstance(rows, torch.Tensor) else rows

@@ -9,6 +9,7 @@ import torch
 
 from hfkv.assignment import Assignment
 from hfkv.config import KVConfig
+from hfkv.selection import reordered, repeated, selected
 from hfkv.span import Span
 from hfkv.stores import PagedStore, Store, copy_rows
 
@@ -46,32 +47,34 @@ class Rows:
         forked.captured = None
         forked._reserved = 0
         if self._store is not None:
-            rows = self._repeated(repeats)
+            rows = repeated(repeats, self._batch)
             forked._hold(copy_rows(self._store, rows, self.kv.store), rows)
         return cast("Self", forked)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes a copy of row `beam_idx[i]`."""
-        self.batch_select_indices(beam_idx)
+        if self._store is not None:
+            self._select(reordered(beam_idx, self._batch))
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keeps the rows `indices`: positions, a bool mask or a slice; whatever a tensor can be indexed with."""
+        """Keeps the rows `indices`, whatever a tensor can be indexed with; see `selected`."""
         if self._store is not None:
-            rows = torch.arange(self._batch)[indices.cpu() if isinstance(indices, torch.Tensor) else indices]
-            self._store.select(rows)
-            self._hold(self._store, rows)
+            self._select(selected(indices, self._batch))
+
+    def _select(self, rows: torch.Tensor) -> None:
+        assert self._store is not None
+        self._store.select(rows)
+        self._hold(self._store, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; ``store="auto"`` goes over to pages."""
         if self._store is None:
             return
         if self.kv.store != "auto" or isinstance(self._store, PagedStore):
-            self.batch_select_indices(self._repeated(repeats))
+            self._select(repeated(repeats, self._batch))
         else:
-            self._hold(copy_rows(self._store, self._repeated(repeats), "auto"), self._repeated(repeats))
-
-    def _repeated(self, repeats: int) -> torch.Tensor:
-        return torch.arange(self._batch).repeat_interleave(repeats)
+            rows = repeated(repeats, self._batch)
+            self._hold(copy_rows(self._store, rows, "auto"), rows)
 
     def _hold(self, store: Store, rows: torch.Tensor) -> None:
         """Takes `store`, of which row i is what row `rows[i]` was."""

@@ -33,12 +33,13 @@ class Slots:
     @property
     def sinks_filled(self) -> bool:
         """Whether every row's sinks are here."""
-        return self.held_from >= max(self.pads) + self.window.sinks
+        return self.held_from >= max(self.pads, default=0) + self.window.sinks
 
     @property
     def are_empty(self) -> bool:
         """Whether no slot of any row is filled."""
-        return self.held_from <= min(self.pads) and self.num_pages(min(self.pads)) == 0
+        least = min(self.pads, default=0)  # of no rows at all nothing is filled
+        return self.held_from <= least and self.num_pages(least) == 0
 
     def num_pages(self, pad: int) -> int:
         """How many pages of a row have been summarised, those since replaced included."""

@@ -142,8 +142,8 @@ class SplitLayer(CacheLayerMixin):
             assert isinstance(value, KVView)
             groups.append(HeadGroup(heads, key, value))
         slots: dict[Part, PartShape] = {
-            "key": PartShape(slice(0), key_states.shape[1], key_states.shape[3], key_states.dtype),
-            "value": PartShape(slice(0), value_states.shape[1], value_states.shape[3], value_states.dtype),
+            "key": PartShape(slice(0), key_states.shape[1], key_states.shape[3], groups[0].key.dtype),
+            "value": PartShape(slice(0), value_states.shape[1], value_states.shape[3], groups[0].value.dtype),
         }
         return make_views(SplitTokens(tuple(groups), slots), tracked=False)
 

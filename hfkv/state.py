@@ -235,8 +235,10 @@ def _digest(tensors: list[torch.Tensor]) -> str:
         if tensor.device.type != "meta" and tensor.numel():
             by_kind.setdefault((tensor.device, tensor.dtype), []).append((index, _sample(tensor)))
     samples: dict[int, torch.Tensor] = {}
-    for of_kind in by_kind.values():  # one copy from each device
-        together = torch.cat([sample for _, sample in of_kind]).cpu()
+    for (device, dtype), of_kind in by_kind.items():  # one copy from each device
+        # Into a tensor of their dtype: autocast would choose another.
+        together = torch.empty(0, dtype=dtype, device=device)
+        together = torch.cat([sample for _, sample in of_kind], out=together).cpu()
         parts = together.split([len(sample) for _, sample in of_kind])
         samples |= {index: part for (index, _), part in zip(of_kind, parts, strict=True)}
     for index in sorted(samples):

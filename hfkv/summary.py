@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.layout import bits_of
 from hfkv.rotary import Rotary
 from hfkv.window import Window
 
 
+@in_own_precision
 def page_means(
     keys: torch.Tensor,
     values: torch.Tensor,

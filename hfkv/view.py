@@ -5,23 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_iter
 
-from hfkv.held import Part, Tokens
-from hfkv.stand_in import StandIn
-
-_WRITE = (
-    "{} writes to the keys or values of an hfkv cache; the write would be lost. Clone them first, or assign to "
-    "layer.keys / layer.values"
-)
+from hfkv.held import HeldTokens, Part, Tokens
+from hfkv.read_only import ReadOnly
 
 
-class KVView(StandIn):
+class KVView(ReadOnly):
     """Keys or values `[B, H, T, D]` of one layer, decoded when they are read.
 
     The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
     operation decodes it first. Its length is fixed when it is made; it may be read several times until the
-    layer drops, reorders or resets tokens. Writing to it raises; slices of it are not to be written to either.
+    layer drops, reorders or resets tokens. Writing to it raises; so does writing to a slice of it, unless that is a
+    slice of what the cache holds, and the write in effect.
 
     Raises:
         RuntimeError: on an operation outside the ``hfkv`` attention where a window is set (no other
@@ -50,23 +45,11 @@ class KVView(StandIn):
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"KVView({self.part}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func._schema.is_mutable:
-            _refuse_writes(func, args, kwargs or {})
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        # Torch would write to a slice of what is decoded.
-        raise RuntimeError(_WRITE.format("__setitem__"))
-
-    def share_memory_(self, *args: Any) -> torch.Tensor:
-        raise RuntimeError(_WRITE.format("share_memory_"))
-
-    def apply_(self, *args: Any) -> torch.Tensor:
-        raise RuntimeError(_WRITE.format("apply_"))
+    @property
+    def takes_writes(self) -> bool:
+        if not isinstance(self.held, HeldTokens) or not self.held.is_slice:
+            return False
+        return self.held.decode(self.part).stride() == self.stride()  # else `plain` is a copy
 
     def plain(self) -> torch.Tensor:
         """The tokens decoded, for code that knows nothing of windows."""
@@ -132,12 +115,3 @@ class _Decode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         return grads[0]
-
-
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        given = args[index] if index < len(args) else kwargs.get(argument.name)
-        if any(isinstance(leaf, KVView) for leaf in tree_iter(given)):
-            raise RuntimeError(_WRITE.format(func))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.fused import attend_held, kernel_for
 from hfkv.held import HeldTokens, Part
 from hfkv.kernels.inputs import Scoring, Visibility
@@ -15,6 +16,7 @@ from hfkv.look import Look, Placed
 from hfkv.segments import attend, attend_apart
 
 
+@in_own_precision
 def windowed_attention(
     query: torch.Tensor,
     held: HeldTokens,
@@ -32,9 +34,11 @@ def windowed_attention(
         tracked: keys and values of `held` decoded, `[B, H, T, D]`, where autograd follows them.
 
     Returns:
-        The output `[B, Hq, q, Dv]`, and, where wanted, the weights `[B, Hq, q, seen]` by position; summaries take
-        weight and have no position.
+        The output `[B, Hq, q, Dv]` in the wider dtype of queries and keys, and, where wanted, the weights `[B, Hq, q,
+        seen]` by position; summaries take weight and have no position.
     """
+    # A cache that was filled outside autocast may hold wider keys than the queries under it are.
+    query = query.to(torch.promote_types(query.dtype, held.parts["key"].dtype))
     look = Look(held, pads, tracked)
     num_queries = query.shape[2]
     first = held.seen - num_queries

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
+from hfkv import autocast
 from hfkv.cache import KVCache
 from hfkv.device_step import DeviceStep, advance, step_reason
 from hfkv.latent.projection import projection_of
@@ -281,6 +282,8 @@ def _input_reason(kwargs: dict[str, Any]) -> str | None:
         return "it is asked for a tuple, or for no cache"
     if kwargs.get("position_ids") is None:
         return "it is given no 'position_ids'"
+    if autocast.is_on():
+        return "autocast casts its weights, and a graph cannot tell for how long the casts are kept"
     mask = kwargs.get("attention_mask")
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
         return "its attention mask is not [B, seen]"

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from hfkv.autocast import in_own_precision
 from hfkv.cache import KVCache
 from hfkv.config import KVConfig
 from hfkv.experts.config import MoEConfig
@@ -139,6 +140,7 @@ class Patch:
         return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{experts}{graphs})"
 
 
+@in_own_precision
 def patch(
     model: Any,
     kv: KVConfig | str | None = None,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from hfkv.autocast import in_own_precision
 from hfkv.patches.undo import Undo
 from hfkv.probe import decoder_of, moving_angles
 from hfkv.rotary import rotary_angles
@@ -64,6 +65,7 @@ def _buffers(module: torch.nn.Module) -> dict[str | None, str]:
     return {name.removesuffix("inv_freq").rstrip("_") or None: name for name in names}
 
 
+@in_own_precision
 @torch.no_grad()
 def _forward(
     module: torch.nn.Module,

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from hfkv.autocast import in_own_precision
 from hfkv.moe.conversion import convert
 from hfkv.moe.ffn import DenseFFN, add_noise, decoder_layers, dense_ffn
 from hfkv.moe.layer import ROUTER_STD, Z_COEF, SparseMoE
@@ -27,6 +28,7 @@ TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, tor
 CHECKED_TOKENS = 16
 
 
+@in_own_precision
 def upcycle(
     model: PreTrainedModel,
     num_experts: int = 8,

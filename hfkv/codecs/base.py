@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from hfkv.autocast import in_own_precision
+
 Planes = tuple[torch.Tensor, ...]
 
 # Scales are kept in bfloat16: two bytes, and every magnitude a model can produce fits.
@@ -30,6 +32,7 @@ class Codec(ABC):
     name: str
     plane_names: tuple[str, ...]
 
+    @in_own_precision
     def encode(self, x: torch.Tensor) -> Planes:
         """Encodes, on a CPU so many tokens at a time that what is computed on the way stays in the caches.
 
@@ -52,9 +55,14 @@ class Codec(ABC):
     def _encode(self, x: torch.Tensor) -> Planes:
         """All of `x` at once."""
 
-    @abstractmethod
+    @in_own_precision
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Decodes planes `[B, H, T, d_i]` to `[B, H, T, head_dim]` of `dtype`."""
+        return self._decode(planes, head_dim, dtype)
+
+    @abstractmethod
+    def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """See `decode`."""
 
 
 def row_absmax(x: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,6 @@ class Fp8(Codec):
         q = (x.float() / scale.float()).clamp_(-E4M3_MAX, E4M3_MAX)
         return q.to(torch.float8_e4m3fn), scale
 
-    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         q, scale = planes
         return (q.float() * scale.float()).to(dtype)

@@ -31,7 +31,7 @@ class Int4(Codec):
         first, second = q.chunk(2, dim=-1)
         return first | (second << 4), torch.cat((scale, low), dim=-1)
 
-    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         packed, scale_and_low = planes
         scale, low = scale_and_low.float().chunk(2, dim=-1)
         q = torch.cat((packed & 0xF, packed >> 4), dim=-1)[..., :head_dim]

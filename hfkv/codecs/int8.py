@@ -21,6 +21,6 @@ class Int8(Codec):
         q = (x.float() / scale.float()).round_().clamp_(-127, 127)
         return q.to(torch.int8), scale
 
-    def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         q, scale = planes
         return (q.float() * scale.float()).to(dtype)

@@ -20,4 +20,7 @@ class Plain(Codec):
         return (x,)
 
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return self._decode(planes, head_dim, dtype)
+
+    def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         return planes[0].to(dtype)

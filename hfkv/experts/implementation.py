@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from hfkv.autocast import own_precision
 from hfkv.experts.by_expert import run_by_expert
 from hfkv.experts.families import weight_names
 from hfkv.experts.grouped import can_group, run_grouped
@@ -50,8 +52,11 @@ def experts_forward(
         up, down = (_unbound(projection) for projection in (up, down))
     elif can_group((up, down), hidden_states):
         run = run_offloaded if isinstance(up.weights, OffloadedWeights) else run_grouped
-        return run(self, (up, down), hidden_states, top_k_index, top_k_weights)
-    return run_by_expert(self, (up, down), hidden_states, top_k_index, top_k_weights)
+        with own_precision():
+            return run(self, (up, down), hidden_states, top_k_index, top_k_weights)
+    # A trainer's autocast is for the products of plain matrices too, as it is in transformers' own experts.
+    with nullcontext() if is_plain and torch.is_grad_enabled() else own_precision():
+        return run_by_expert(self, (up, down), hidden_states, top_k_index, top_k_weights)
 
 
 def _is_accelerator(projection: Projection) -> bool:

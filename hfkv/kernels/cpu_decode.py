@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.bf16_matmul import bf16_products
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
@@ -26,6 +27,7 @@ _MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
 _SLACK = 1 / 8  # of a stretch
 
 
+@in_own_precision
 def decode_attention(
     query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
 ) -> Attended:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels import cpu_flash
 from hfkv.kernels.cpu_flash import Tile, tiles
@@ -18,6 +19,7 @@ from hfkv.layout import Layout
 Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
+@in_own_precision
 def expanded_attention(
     query: torch.Tensor,
     latents: Encoded,

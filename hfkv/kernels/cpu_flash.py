@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu_planes import decode_stretch, rotated_back
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
@@ -20,6 +21,7 @@ MIN_TILE, MIN_STRETCH = 64, 256
 SHORT = 512  # tokens of padding that cost less than a row on its own
 
 
+@in_own_precision
 def flash_attention(
     query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
 ) -> Attended:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels import bf16_matmul, int8_matmul
 from hfkv.kernels.cpu_decode import Decode
@@ -18,6 +19,7 @@ from hfkv.layout import Layout
 _MANY = 32
 
 
+@in_own_precision
 def latent_attention(
     query: torch.Tensor, latents: Encoded, rotary: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
 ) -> Attended:

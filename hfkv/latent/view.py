@@ -10,7 +10,7 @@ import torch
 
 from hfkv.held import HeldTokens, Part
 from hfkv.latent.projection import Widths
-from hfkv.stand_in import StandIn
+from hfkv.read_only import ReadOnly
 from hfkv.view import KVView, refuse_window
 
 
@@ -50,7 +50,7 @@ class Latents:
         return {"key": key, "value": value}
 
 
-class LatentView(StandIn):
+class LatentView(ReadOnly):
     """Keys or values of every head: any torch operation expands all of them, as the model would have."""
 
     source: Latents

@@ -82,7 +82,7 @@ class OffloadedStore(PagedStore):
         self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
     ) -> Planes:
         last = self.length if last is None else last
-        if not self.columns:
+        if not self.columns or not self.table:
             return super().read(which, first, last, rows)
         begins = self.layout().begins
         low, high = (sum(begin <= index for begin in begins) - 1 for index in (first, max(last - 1, first)))

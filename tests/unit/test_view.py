@@ -1,5 +1,13 @@
 """KVView: an ordinary tensor to everyone, never silently wrong."""
 
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -51,13 +59,81 @@ def test_a_stale_view_raises() -> None:
         key.clone()
 
 
-@pytest.mark.parametrize(
-    "write", [lambda key: key.add_(1), lambda key: key.zero_(), lambda key: torch.add(key, 1, out=key)]
-)
-def test_writing_to_a_view_raises(write) -> None:
-    _, key, _ = views()
-    with pytest.raises(RuntimeError, match="would be lost"):
-        write(key)
+WRITES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "slice assigned": lambda states: states.__setitem__((slice(None), slice(None), slice(1, 3)), 0),
+    "mask assigned": lambda states: states.__setitem__(states > 0, 0),
+    "mul_": lambda states: states.mul_(2),
+    "+=": lambda states: states.__iadd__(1),
+    "zero_ of a slice": lambda states: states[:, :, 1:3].zero_(),
+    "copy_ to a row": lambda states: states[0].copy_(torch.ones(2, 7, 16)),
+    "fill_ of a transpose": lambda states: states.transpose(1, 2).fill_(3),
+    "masked_fill_": lambda states: states.masked_fill_(states > 0, 0),
+    "index_put_": lambda states: states.index_put_((torch.tensor([0]),), torch.tensor(1.0)),
+    "index_fill_ of a view": lambda states: states.view(2, 2, -1).index_fill_(0, torch.tensor([1]), 0),
+    "scatter_": lambda states: states.scatter_(2, torch.zeros(2, 2, 1, 16, dtype=torch.long), 0.5),
+    "out": lambda states: torch.mul(states, 2, out=states),
+    "out, of a part": lambda states: torch.mul(states[1], 2, out=states.unbind(0)[1]),
+    "split": lambda states: states.split(3, dim=2)[1].zero_(),
+    "detach": lambda states: states.detach().zero_(),
+    "data": lambda states: states.data.zero_(),
+    "data assigned": lambda states: setattr(states, "data", torch.zeros(2, 2, 7, 16)),
+    "a dtype": lambda states: states.view(torch.int32).zero_(),
+    "of a list": lambda states: torch._foreach_mul_([states], 2),
+    "init": lambda states: torch.nn.init.zeros_(states),
+    "in place": lambda states: torch.nn.functional.relu(states, inplace=True),
+    "contiguous": lambda states: states.contiguous().zero_(),
+    "numpy": lambda states: states.numpy().__setitem__(0, 0),
+    "array": lambda states: np.asarray(states).__setitem__(0, 0),
+    "dlpack": lambda states: torch.from_dlpack(states).zero_(),
+}
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "none+paged", "int4+offload", "none+window:100"])
+def test_an_edit_takes_effect_or_raises(kv: str) -> None:
+    def routes(layer: KVLayer, view: torch.Tensor) -> dict[str, torch.Tensor | None]:
+        cache = hfkv.KVCache(llama_config(num_hidden_layers=1), kv)
+        cache.layers[0] = layer
+        return {"keys": layer.keys, "of the cache": next(iter(cache))[0], "view": view}
+
+    for name, write in WRITES.items():
+        for route in ("keys", "of the cache", "view"):
+            layer, key, _ = views(kv)
+            before = layer.keys.clone()
+            try:
+                write(routes(layer, key)[route])
+            except (RuntimeError, ValueError):
+                assert torch.equal(layer.keys, before), f"{name} of {route}: raised, and changed something"
+            else:
+                assert not torch.equal(layer.keys, before), f"{name} of {route}: lost"
+                assert route == "view", "what is kept is a copy"
+
+
+def test_what_an_edit_raises_says_how_to_edit() -> None:
+    layer, key, _ = views("int8")
+    for states in (layer.values, layer.values[0], key):
+        with pytest.raises(RuntimeError, match=r"would be lost. Edit a clone and assign it .* layer.values = values"):
+            states.zero_()
+    values = layer.values.clone()
+    values[:, :, 1:3] = 0
+    keys = layer.keys.clone()
+    layer.values = values
+    assert not layer.values[:, :, 1:3].any()
+    torch.testing.assert_close(layer.keys, keys, rtol=0.01, atol=0.01)
+
+
+def test_what_is_read_from_a_layer_is_a_tensor_of_its_own() -> None:
+    layer, _, _ = views("int8")
+    keys, plain = layer.keys, layer.keys.clone()
+    assert type(plain) is type(keys + 0) is torch.Tensor
+    assert torch.tensor(keys.tolist()).equal(plain)
+    for copied in (copy.deepcopy(keys), pickle.loads(pickle.dumps(keys)), torch.tensor(keys.numpy())):
+        assert type(copied) is torch.Tensor
+        assert torch.equal(copied, plain)
+    copied.zero_()
+    layer.crop(-3)
+    layer.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16))
+    assert torch.equal(keys, plain)
+    assert keys.data_ptr()
 
 
 def test_a_windowed_view_refuses_foreign_attentions_at_any_length() -> None:
