@@ -235,7 +235,7 @@ def _weights_wanted(extra: dict[str, Any]) -> bool:
     # A compiler cannot trace a context variable: there it is a global one.
     is_variable = not torch.compiler.is_compiling() or collector.compiling
     collected = collector.get() if is_variable else None
-    return bool(collected) and any("attentions" in name for name in collected)
+    return any("attentions" in name for name in collected or ())
 
 
 def _additive(

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+import transformers
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -36,6 +37,9 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     Args:
         model: the patched model.
         args, kwargs: what its forward is called with.
+
+    Raises:
+        NotImplementedError: it is given the newest tokens of a text without what came before.
     """
     if kwargs.get("past_key_values") is not None:
         return kwargs
@@ -57,10 +61,25 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
             why = "gradients flow through no hfkv cache" if wants_cache else "it was called with use_cache=False"
             patch.log_once(f"{name}: kv={str(patch.kv)!r} has no effect on a forward: {why}")
         return kwargs
+    _check_whole(given, name)
     stock: Cache = DynamicCache(config=config)
     if model.config.is_encoder_decoder:
         stock = EncoderDecoderCache(stock, DynamicCache(config=config))
     return {**kwargs, "past_key_values": fresh_cache(model, stock)}
+
+
+def _check_whole(given: dict[str, Any], name: str) -> None:
+    tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    mask = given.get("attention_mask")
+    if not isinstance(tokens, torch.Tensor) or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return
+    if tokens.dim() > 1 and mask.shape[1] > tokens.shape[1]:
+        raise NotImplementedError(
+            f"{name} was called without a cache for {tokens.shape[1]} tokens, with an attention mask of "
+            f"{mask.shape[1]}: the others would not be read. transformers {transformers.__version__} drops the cache "
+            "so where a text crosses original_max_position_embeddings (longrope) and does not read it anew: update "
+            "transformers, or keep prompt and new tokens on one side of that length"
+        )
 
 
 @functools.cache
