@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.bf16_matmul import bf16_products
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
+from hfkv.kernels.cpu_threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
@@ -20,11 +22,13 @@ from hfkv.layout import Layout
 
 # Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
 # of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
-_SCORES, _COPIED = 1 << 18, 1 << 22
+_SCORES, _COPIED = 1 << 17, 1 << 21
 # Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
 # own.
 _MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
 _SLACK = 1 / 8  # of a stretch
+# Numbers of keys; a stretch costs 0.3 ms besides what grows with its length, which is 0.5 ms a million.
+_FOR_TWO = 1 << 21
 
 
 @in_own_precision
@@ -86,15 +90,22 @@ class Decode:
         # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
-        done = [self._rows([part[rows].flatten(0, 1) for part in query], rows, min(firsts[rows])) for rows in groups]
+        queries = [[part[rows].flatten(0, 1) for part in query] for rows in groups]
+        spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
+        parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
+        attended = iter(do_parts(lambda part: self._part(queries[part[0]], groups[part[0]], *part[1]), parts))
+        done = [
+            functools.reduce(merge, itertools.islice(attended, len(of_group))) if of_group else self._nothing(its_query)
+            for its_query, of_group in zip(queries, spans, strict=True)
+        ]
         out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
         shape = (len(firsts), self.num_heads, self.num_queries)
         return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
 
-    def _rows(self, query: list[torch.Tensor], rows: slice, first: int) -> Attended:
-        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`; N = rows · H, R = G · q."""
+    def _spans(self, query: list[torch.Tensor], first: int) -> list[tuple[int, int]]:
+        """Stretches of the tokens from `first` on, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
         count, num_rows, _ = query[0].shape
-        keys, values = self.keys[0], self.values or self.keys[0]
+        keys = self.keys[0]
         length = _SCORES // (count * num_rows)
         if self.dtype != torch.bfloat16:
             length = min(length, _LONG)
@@ -103,15 +114,17 @@ class Decode:
             at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
             length = min(length, at_most // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
-        # A little longer rather than a few tokens on their own.
-        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), 1)
+        # A little longer rather than a few tokens on their own, but two where that is worth a second thread.
+        least = 2 if (self.layout.length - first) * count * keys.head_dim >= _FOR_TWO else 1
+        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), least)
         length = max(math.ceil((self.layout.length - first) / num_spans), 1)
-        spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
-        if not spans:
-            return nothing(query[0].float(), values.head_dim)
-        return functools.reduce(merge, (self._part(query, rows, *span) for span in spans))
+        return [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
+
+    def _nothing(self, query: list[torch.Tensor]) -> Attended:
+        return nothing(query[0].float(), (self.values or self.keys[0]).head_dim)
 
     def _part(self, query: list[torch.Tensor], rows: slice, begin: int, end: int) -> Attended:
+        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`."""
         first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
         scores = _scores(query[0], first)
         for part, stretch in zip(query[1:], others, strict=True):
