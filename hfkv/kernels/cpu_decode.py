@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -90,7 +91,8 @@ class Decode:
         # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
-        queries = [[part[rows].flatten(0, 1) for part in query] for rows in groups]
+        digits = self.dtype == torch.int8 and self.keys[0].codec != "fp8"
+        queries = [[_Query.of(part[rows].flatten(0, 1), digits) for part in query] for rows in groups]
         spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
         parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
         attended = iter(do_parts(lambda part: self._part(queries[part[0]], groups[part[0]], *part[1]), parts))
@@ -102,9 +104,9 @@ class Decode:
         shape = (len(firsts), self.num_heads, self.num_queries)
         return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
 
-    def _spans(self, query: list[torch.Tensor], first: int) -> list[tuple[int, int]]:
+    def _spans(self, query: list[_Query], first: int) -> list[tuple[int, int]]:
         """Stretches of the tokens from `first` on, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
-        count, num_rows, _ = query[0].shape
+        count, num_rows, _ = query[0].states.shape
         keys = self.keys[0]
         length = _SCORES // (count * num_rows)
         if self.dtype != torch.bfloat16:
@@ -120,16 +122,16 @@ class Decode:
         length = max(math.ceil((self.layout.length - first) / num_spans), 1)
         return [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
 
-    def _nothing(self, query: list[torch.Tensor]) -> Attended:
-        return nothing(query[0].float(), (self.values or self.keys[0]).head_dim)
+    def _nothing(self, query: list[_Query]) -> Attended:
+        return nothing(query[0].states.float(), (self.values or self.keys[0]).head_dim)
 
-    def _part(self, query: list[torch.Tensor], rows: slice, begin: int, end: int) -> Attended:
+    def _part(self, query: list[_Query], rows: slice, begin: int, end: int) -> Attended:
         """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`."""
         first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
         scores = _scores(query[0], first)
         for part, stretch in zip(query[1:], others, strict=True):
             scores += _scores(part, stretch)
-        if query[0].dtype == torch.bfloat16:
+        if query[0].states.dtype == torch.bfloat16:
             scores *= self.scoring.scale
         if self.scoring.softcap is not None:
             scores = scores.div_(self.scoring.softcap).tanh_().mul_(self.scoring.softcap)
@@ -150,18 +152,35 @@ class Decode:
         return Attended(out, (top + total.log())[..., 0])
 
 
-def _scores(query: torch.Tensor, keys: Stretch) -> torch.Tensor:
+class _Query(NamedTuple):
+    """Queries as the products with every stretch take them.
+
+    Attributes:
+        states: `[N, R, Di]`.
+        digits: int8 `[N, 3, R, Di]`, or None.
+        scale: of the digits, float32 `[N, R, 1]`, or None.
+    """
+
+    states: torch.Tensor
+    digits: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, states: torch.Tensor, has_digits: bool) -> _Query:
+        return cls(states, *(to_digits(states, QUERY_DIGITS) if has_digits else (None, None)))
+
+
+def _scores(query: _Query, keys: Stretch) -> torch.Tensor:
     """float32 `[N, R, n]`."""
-    if keys.numbers.dtype == torch.int8:
-        digits, scale = to_digits(query, QUERY_DIGITS)
-        scores = from_digits(_products(digits, keys.numbers.transpose(1, 2))).mul_(scale)
+    if query.digits is not None and query.scale is not None:
+        scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
     elif keys.numbers.dtype == torch.bfloat16:
-        scores = bf16_products(keys.numbers, query)
+        scores = bf16_products(keys.numbers, query.states)
     else:
-        scores = query @ keys.numbers.transpose(1, 2)
+        scores = query.states @ keys.numbers.transpose(1, 2)
     if keys.scale is not None:
         scores *= keys.scale[:, None]
-    return scores if keys.low is None else scores.addcmul_(query.sum(-1, keepdim=True), keys.low[:, None])
+    return scores if keys.low is None else scores.addcmul_(query.states.sum(-1, keepdim=True), keys.low[:, None])
 
 
 def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
