@@ -34,6 +34,7 @@ class Target:
         note: for the reader.
         part: of the suite mla, in which it has to be said.
         queries: new tokens of a call; suite mla only.
+        busy: other processes that kept cores busy; it is about runs with exactly so many.
     """
 
     suite: str
@@ -53,6 +54,7 @@ class Target:
     note: str | None = None
     part: str | None = None
     queries: int | None = None
+    busy: int = 0
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -80,6 +82,7 @@ class Target:
             result.dtype,
             table.layers,
             _kind(result),
+            result.setting.get("busy", 0),
         )
         wanted: tuple[Any, ...] = (
             self.suite,
@@ -89,6 +92,7 @@ class Target:
             self.dtype,
             self.layers,
             self.device,
+            self.busy,
         )
         case = case_of(result, table)
         if case is not None:
@@ -100,7 +104,8 @@ class Target:
         words = self.part, self.shape, self.batch and f"batch {self.batch}"
         about = "".join(f" {word}" for word in words if word)
         queries = f", {self.queries:,} new" if self.queries else ""
-        return f"{self.suite}{about}, {self.context:,} tokens{queries}, {self.contender} over {self.against}"
+        busy = f", {self.busy} busy beside it" if self.busy else ""
+        return f"{self.suite}{about}, {self.context:,} tokens{queries}{busy}, {self.contender} over {self.against}"
 
 
 @dataclass(frozen=True)

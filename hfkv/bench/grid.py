@@ -122,10 +122,10 @@ class Grid:
             if contender.is_ours:
                 check_fits(contender, config)
         self.contenders = [_for_suite(contender, setting) for contender in contenders]
-        self.turns = Turns(setting.steps, setting.seconds)
+        self.turns = Turns(setting.steps, setting.seconds, busy=setting.busy)
         if setting.suite == "step":
             count = None if setting.steps is None else -(-setting.steps // STEPS_A_TURN)
-            self.turns = Turns(count, setting.seconds, most=MOST_STEP_TURNS)
+            self.turns = replace(self.turns, count=count, most=MOST_STEP_TURNS)
         if setting.suite in ("prefill", "reuse"):
             self.turns = replace(self.turns, least=LEAST_PREFILLS)
         self.model: PreTrainedModel | None = None

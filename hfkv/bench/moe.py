@@ -170,7 +170,7 @@ class MoEGrid:
                 pace = lanes[0] if lanes and setting.steps is None else None
                 lanes.append(MoELane(contender, self.layers[contender.name], calls, pace))
             rows[contender.name] = row
-        turns = Turns(setting.steps, setting.seconds, least=LEAST_TURNS)
+        turns = Turns(setting.steps, setting.seconds, least=LEAST_TURNS, busy=setting.busy)
         times, failed = take_turns(
             lanes, turns, True, lambda what, share: on_share(what, CHECKING + (1 - CHECKING) * share)
         )

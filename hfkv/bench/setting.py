@@ -34,6 +34,7 @@ class Setting:
         seconds: how long the contenders of one context take turns at least, filling their caches left out.
         seed: of the random keys, values, tokens and weights.
         moes: hfkv's contenders in the suite moe.
+        busy: other processes that keep cores busy while the contenders take turns.
     """
 
     suite: str
@@ -51,6 +52,7 @@ class Setting:
     seconds: float = 10.0
     seed: int = 0
     moes: tuple[str, ...] = DEFAULT_MOE
+    busy: int = 0
 
     def __post_init__(self) -> None:
         if self.suite not in SUITES:
@@ -78,5 +80,9 @@ class Setting:
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise BenchError(f"{name} must be at least 1, got {size}")
+        if self.busy < 0 or (self.busy and self.suite == "memory"):
+            raise BenchError(
+                f"busy must be at least 0, and in the suite memory, which has no times, 0; got {self.busy}"
+            )
         if not self.seconds > 0:
             raise BenchError(f"seconds must be above 0, got {self.seconds}")

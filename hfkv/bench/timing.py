@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+from hfkv.bench.busy import busy_processes
+
 # Bytes of the tensor that is copied: far more than a cache of the processor holds, and as large as a GPU needs to show
 # its bandwidth.
 COPY_BYTES = {"cpu": 2**28, "other": 2**31}
@@ -106,6 +108,7 @@ class Turns:
     Attributes:
         count: how often; None for as often as fit in `seconds`.
         seconds: see there.
+        busy: other processes that keep cores busy meanwhile.
         least, most: turns where `seconds` decide. A static cache has room for the most, and attends over all of it.
     """
 
@@ -113,6 +116,7 @@ class Turns:
     seconds: float
     least: int = LEAST_TURNS
     most: int = MOST_TURNS
+    busy: int = 0
 
     @property
     def room(self) -> int:
@@ -149,24 +153,25 @@ def take_turns(
     failed: dict[str, str] = {}
     cold = {lane.name for lane in lanes}
     start, done = time.perf_counter(), 0
-    while turns.share(done, time.perf_counter() - start) < 1 and len(failed) < len(lanes):
-        for lane in lanes:
-            if lane.name in failed:
-                continue
-            on_share(lane.name, turns.share(done, time.perf_counter() - start))
-            try:
-                if not keep_open:
-                    lane.open()
-                if not keep_open or lane.name in cold:
-                    lane.warm_up()
-                    cold.discard(lane.name)
-                times[lane.name] += lane.turn()
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                failed[lane.name] = out_of_memory(error)
-            if not keep_open or lane.name in failed:
-                lane.close()
-                free_memory()
-        done += 1
+    with busy_processes(turns.busy):
+        while turns.share(done, time.perf_counter() - start) < 1 and len(failed) < len(lanes):
+            for lane in lanes:
+                if lane.name in failed:
+                    continue
+                on_share(lane.name, turns.share(done, time.perf_counter() - start))
+                try:
+                    if not keep_open:
+                        lane.open()
+                    if not keep_open or lane.name in cold:
+                        lane.warm_up()
+                        cold.discard(lane.name)
+                    times[lane.name] += lane.turn()
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    failed[lane.name] = out_of_memory(error)
+                if not keep_open or lane.name in failed:
+                    lane.close()
+                    free_memory()
+            done += 1
     return times, failed
 
 

@@ -84,6 +84,7 @@ def bench(
         float | None,
         typer.Option(help="How long all take turns at a context, at least.", show_default="10; moe, mla: 4"),
     ] = None,
+    busy: Annotated[int, typer.Option(help="Other processes that spin meanwhile, to see what a shared CPU does.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random weights, keys, values and tokens.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw them as this PNG file.")] = None,
@@ -129,6 +130,7 @@ def bench(
                 moe,
                 part,
                 queries,
+                busy,
             )
             results = [_measure(setting_of(words, seed), command_line(context, "hfkv", "bench"))]
         console = Console(highlight=False)

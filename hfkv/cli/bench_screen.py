@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -222,9 +222,9 @@ def _caption(result: Result) -> Table:
     }
     has_floor = any(row.floor_ms is not None for table in result.tables for row in table.rows)
     if result.suite == "moe":
-        return _grid({**notes, **moe_notes(result), **_busy(machine)})
+        return _grid({**notes, **moe_notes(result), **_busy(result)})
     if result.suite == "mla":
-        return _grid({**notes, **mla_notes(result), **_busy(machine)})
+        return _grid({**notes, **mla_notes(result), **_busy(result)})
     if result.suite != "memory":
         what = {"attention": "one layer's update and attention", "step": "a decode step of generate()"}
         notes["median"] = f"of {what.get(result.suite, 'a prompt to its first new token')}; all caches take turns"
@@ -250,10 +250,14 @@ def _caption(result: Result) -> Table:
         notes["error"] = "not shown; the attention of every cache was checked against fp32"
         notes["peak"] = "the most allocated during one step of the layer, the cache included"
         notes[f"× {result.model_layers}"] = "held by the whole model"
-    return _grid({**notes, **_busy(machine)})
+    return _grid({**notes, **_busy(result)})
 
 
-def _busy(machine: dict[str, Any]) -> dict[str, str]:
+def _busy(result: Result) -> dict[str, str]:
+    machine, busy = result.machine, result.setting.get("busy")
+    if busy:
+        processes = f"{busy} other process{'es' if busy != 1 else ''}"
+        return {"beside": f"{processes} that kept cores busy all the time (--busy), of {machine['cores']} cores"}
     load = machine["load_before"]
     if load is None or load <= MOST_LOAD:
         return {}

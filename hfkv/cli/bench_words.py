@@ -56,6 +56,7 @@ class Words:
     moes: list[str] | None = None
     parts: str | None = None
     queries: str | None = None
+    busy: int = 0
 
 
 def setting_of(words: Words, seed: int) -> Setting:
@@ -111,6 +112,7 @@ def setting_of(words: Words, seed: int) -> Setting:
             steps=words.steps,
             seconds=SECONDS if words.seconds is None else words.seconds,
             seed=seed,
+            busy=words.busy,
         )
     except BenchError as error:
         raise CommandError(str(error)) from error
@@ -135,6 +137,7 @@ def _moe_setting(words: Words, seed: int) -> Setting:
             steps=words.steps,
             seconds=MOE_SECONDS if words.seconds is None else words.seconds,
             seed=seed,
+            busy=words.busy,
         )
     except BenchError as error:
         raise CommandError(str(error)) from error
@@ -171,6 +174,7 @@ def _mla_setting(words: Words, seed: int) -> Setting:
             steps=words.steps,
             seconds=MLA_SECONDS if words.seconds is None else words.seconds,
             seed=seed,
+            busy=words.busy,
         )
     except BenchError as error:
         raise CommandError(str(error)) from error

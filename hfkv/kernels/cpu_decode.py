@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,19 +14,23 @@ from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.bf16_matmul import bf16_products
 from hfkv.kernels.cpu_planes import Stretch, read_stretch, rotated_back
+from hfkv.kernels.cpu_threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, first_seen, seen
 from hfkv.layout import Layout
 
-# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
-# of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
-_SCORES, _COPIED = 1 << 18, 1 << 22
+# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. Twice as
+# much cost 3 % less CPU time in int8 and 25 % more in fp8 (2 cores of an EPYC, 16k tokens, 8 kv heads of 128, 4 queries
+# each), and leaves fewer parts for threads.
+_SCORES, _COPIED = 1 << 17, 1 << 21
 # Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
 # own.
 _MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
 _SLACK = 1 / 8  # of a stretch
+# Numbers of keys; a stretch costs 0.3 ms besides what grows with its length, which is 0.5 ms a million.
+_FOR_TWO = 1 << 21
 
 
 @in_own_precision
@@ -86,15 +92,23 @@ class Decode:
         # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
-        done = [self._rows([part[rows].flatten(0, 1) for part in query], rows, min(firsts[rows])) for rows in groups]
+        digits = self.dtype == torch.int8 and self.keys[0].codec != "fp8"
+        queries = [[_Query.of(part[rows].flatten(0, 1), digits) for part in query] for rows in groups]
+        spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
+        parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
+        attended = iter(do_parts(lambda part: self._part(queries[part[0]], groups[part[0]], *part[1]), parts))
+        done = [
+            functools.reduce(merge, itertools.islice(attended, len(of_group))) if of_group else self._nothing(its_query)
+            for its_query, of_group in zip(queries, spans, strict=True)
+        ]
         out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
         shape = (len(firsts), self.num_heads, self.num_queries)
         return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
 
-    def _rows(self, query: list[torch.Tensor], rows: slice, first: int) -> Attended:
-        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`; N = rows · H, R = G · q."""
-        count, num_rows, _ = query[0].shape
-        keys, values = self.keys[0], self.values or self.keys[0]
+    def _spans(self, query: list[_Query], first: int) -> list[tuple[int, int]]:
+        """Stretches of the tokens from `first` on, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
+        count, num_rows, _ = query[0].states.shape
+        keys = self.keys[0]
         length = _SCORES // (count * num_rows)
         if self.dtype != torch.bfloat16:
             length = min(length, _LONG)
@@ -103,20 +117,22 @@ class Decode:
             at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
             length = min(length, at_most // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
-        # A little longer rather than a few tokens on their own.
-        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), 1)
+        # A little longer rather than a few tokens on their own, but two where that is worth a second thread.
+        least = 2 if (self.layout.length - first) * count * keys.head_dim >= _FOR_TWO else 1
+        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), least)
         length = max(math.ceil((self.layout.length - first) / num_spans), 1)
-        spans = [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
-        if not spans:
-            return nothing(query[0].float(), values.head_dim)
-        return functools.reduce(merge, (self._part(query, rows, *span) for span in spans))
+        return [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
 
-    def _part(self, query: list[torch.Tensor], rows: slice, begin: int, end: int) -> Attended:
+    def _nothing(self, query: list[_Query]) -> Attended:
+        return nothing(query[0].states.float(), (self.values or self.keys[0]).head_dim)
+
+    def _part(self, query: list[_Query], rows: slice, begin: int, end: int) -> Attended:
+        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`."""
         first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
         scores = _scores(query[0], first)
         for part, stretch in zip(query[1:], others, strict=True):
             scores += _scores(part, stretch)
-        if query[0].dtype == torch.bfloat16:
+        if query[0].states.dtype == torch.bfloat16:
             scores *= self.scoring.scale
         if self.scoring.softcap is not None:
             scores = scores.div_(self.scoring.softcap).tanh_().mul_(self.scoring.softcap)
@@ -137,18 +153,35 @@ class Decode:
         return Attended(out, (top + total.log())[..., 0])
 
 
-def _scores(query: torch.Tensor, keys: Stretch) -> torch.Tensor:
+class _Query(NamedTuple):
+    """Queries as the products with every stretch take them.
+
+    Attributes:
+        states: `[N, R, Di]`.
+        digits: int8 `[N, 3, R, Di]`, or None.
+        scale: of the digits, float32 `[N, R, 1]`, or None.
+    """
+
+    states: torch.Tensor
+    digits: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, states: torch.Tensor, has_digits: bool) -> _Query:
+        return cls(states, *(to_digits(states, QUERY_DIGITS) if has_digits else (None, None)))
+
+
+def _scores(query: _Query, keys: Stretch) -> torch.Tensor:
     """float32 `[N, R, n]`."""
-    if keys.numbers.dtype == torch.int8:
-        digits, scale = to_digits(query, QUERY_DIGITS)
-        scores = from_digits(_products(digits, keys.numbers.transpose(1, 2))).mul_(scale)
+    if query.digits is not None and query.scale is not None:
+        scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
     elif keys.numbers.dtype == torch.bfloat16:
-        scores = bf16_products(keys.numbers, query)
+        scores = bf16_products(keys.numbers, query.states)
     else:
-        scores = query @ keys.numbers.transpose(1, 2)
+        scores = query.states @ keys.numbers.transpose(1, 2)
     if keys.scale is not None:
         scores *= keys.scale[:, None]
-    return scores if keys.low is None else scores.addcmul_(query.sum(-1, keepdim=True), keys.low[:, None])
+    return scores if keys.low is None else scores.addcmul_(query.states.sum(-1, keepdim=True), keys.low[:, None])
 
 
 def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ import torch
 from hfkv.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu_planes import decode_stretch, rotated_back
+from hfkv.kernels.cpu_threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, bounds_of, first_seen, seen
@@ -48,10 +50,16 @@ def flash_attention(
             if keys.codec == "int4":
                 its_query = rotate_states(its_query.float())
             its_query = its_query.to(dtype)
-            part = nothing(its_query, values.head_dim)
-            for begin, end in tile.stretches(length):
-                key, value = (decode_stretch(states, layout, rows, begin, end, dtype) for states in (keys, values))
-                part = merge(part, tile.attend(its_query, key, value, begin, end))
+
+            def attend(stretch: tuple[int, int], query: torch.Tensor = its_query, tile: Tile = tile) -> Attended:
+                key, value = (decode_stretch(states, layout, tile.rows, *stretch, dtype) for states in (keys, values))
+                return tile.attend(query, key, value, *stretch)
+
+            stretches = tile.stretches(length)
+            # Of many queries the operations are large ones, and what they attend to would be held for every stretch.
+            is_few = num_queries < MIN_TILE and not is_read
+            parts = do_parts(attend, list(stretches)) if is_few else map(attend, stretches)
+            part = functools.reduce(merge, parts, nothing(its_query, values.head_dim))
             out, lse = rotated_back(part, values.codec, query.dtype)
             attended.out[rows, :, tile.queries], attended.lse[rows, :, tile.queries] = out, lse
     out, lse = with_sink_logits(attended, scoring.sink_logits)
@@ -224,9 +232,9 @@ def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scoring: Scoring
 ) -> Attended:
     """With a softcap or values of another width, which the operator does not know: a kv head at a time."""
-    outs, lses = [], []
     groups = query.shape[1] // key.shape[1]
-    for head in range(key.shape[1]):
+
+    def attend(head: int) -> Attended:
         heads = slice(head * groups, (head + 1) * groups)
         scores = (query[:, heads] * scoring.scale).float() @ key[:, head, None].float().transpose(2, 3)
         if scoring.softcap is not None:
@@ -235,6 +243,9 @@ def _explicit(
             scores.masked_fill_(~(visible if visible.shape[1] == 1 else visible[:, heads]), -torch.inf)
         lse = scores.logsumexp(-1)
         weights = scores.sub_(lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp_()
-        outs.append(weights @ value[:, head, None].float())
-        lses.append(lse)
-    return Attended(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+        return Attended(weights @ value[:, head, None].float(), lse)
+
+    heads = range(key.shape[1])
+    done = do_parts(attend, heads) if query.shape[2] < MIN_TILE else list(map(attend, heads))
+    out, lse = (torch.cat(parts, dim=1) for parts in zip(*done, strict=True))
+    return Attended(out, lse)

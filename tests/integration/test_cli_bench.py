@@ -233,6 +233,8 @@ def test_a_busy_machine_is_told(measured: tuple[Any, dict[str, Any], Path], busy
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show(replace(result, machine={**result.machine, "load_before": busy}), console)
     assert ("load of 1.5" in console.export_text()) == is_told
+    show(replace(result, setting={**result.setting, "busy": 2}), console)
+    assert "2 other processes" in console.export_text()
 
 
 @pytest.mark.parametrize(

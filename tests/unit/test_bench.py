@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import DynamicCache
@@ -181,6 +182,18 @@ def test_contenders_take_turns() -> None:
     assert (times, failed) == ({"a": [1.0, 2.0] * 2, "b": [1.0, 2.0] * 2}, {})
 
 
+def test_processes_are_busy_while_they_do_and_no_longer() -> None:
+    class Watched(FakeLane):
+        def turn(self) -> list[float]:
+            return [psutil.Process(child.pid).cpu_times().user for child in psutil.Process().children()]
+
+    before = len(psutil.Process().children())
+    times, _ = take_turns([Watched("a", [])], Turns(1, 1.0, busy=2), True, lambda what, share: None)
+    assert len(times["a"]) == before + 2
+    assert sum(time > 0 for time in times["a"]) >= 2
+    assert len(psutil.Process().children()) == before
+
+
 def test_caches_that_do_not_fit_at_once_are_filled_for_every_turn() -> None:
     log: list[str] = []
     lanes = [FakeLane("a", log), FakeLane("b", log, fails=True)]
@@ -269,6 +282,8 @@ def test_a_step_reads_no_embedding_table_and_the_chosen_experts_only() -> None:
         ({"seconds": 0.0}, "seconds must be above 0"),
         ({"kvs": ("int8", "int8")}, "different caches"),
         ({"ragged": (4, 2)}, "prefill only"),
+        ({"busy": -1}, "busy must be at least 0"),
+        ({"suite": "memory", "busy": 1}, "in the suite memory"),
     ],
 )
 def test_a_setting_refuses_what_cannot_be_measured(given: dict[str, Any], said: str) -> None:

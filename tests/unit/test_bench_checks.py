@@ -63,6 +63,14 @@ def test_a_ratio_is_held_or_missed(tmp_path: Path) -> None:
     assert verdicts(tmp_path, INT8 + 'against = "none+paged"\nat_least = 3') == [("int8", 3.0, HELD)]
 
 
+def test_a_run_beside_busy_processes_is_held_against_targets_of_such_runs_alone(tmp_path: Path) -> None:
+    alone, beside = INT8 + "at_least = 6.0", INT8 + "at_least = 6.0\nbusy = 1"
+    assert [verdict for _, _, verdict in verdicts(tmp_path, alone, beside)] == [HELD, NOT_MEASURED]
+    of = result(setting={"busy": 1})
+    assert [verdict for _, _, verdict in verdicts(tmp_path, alone, beside, of=of)] == [NOT_MEASURED, HELD]
+    assert "1 busy beside it" in str(targets(tmp_path, beside)[0])
+
+
 def test_an_error_and_the_floor_are_held_or_missed(tmp_path: Path) -> None:
     assert verdicts(tmp_path, INT8 + "at_least = 6.0\nmax_error = 1e-2")[0][2] == HELD
     assert verdicts(tmp_path, INT8 + "at_least = 6.0\nmax_error = 9e-3")[0][2] == MISSED

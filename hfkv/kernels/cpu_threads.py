@@ -1,0 +1,136 @@
+"""Work in parts on a CPU: threads take one part after the other, and nothing within a part waits for another thread."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+# Threads that take parts. Python runs in one of them at a time; where torch has more, they share them.
+MOST = 4
+
+
+def do_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+    """``[work(part) for part in parts]``, by as many threads as torch uses here.
+
+    Torch gives every thread its share of every operation, and all wait for each other behind each. Where another
+    process has one of the cores, that is a time slice of the scheduler's an operation, and an attention of few queries
+    is dozens of operations of some microseconds. Here a thread takes a whole part whenever it is done with one, and
+    computes it alone; a part is only waited for where it has been begun.
+
+    Args:
+        work: of a part; must not depend on the thread that calls it, nor on other parts.
+        parts: of about the same work; results are the same however many threads there are.
+
+    Returns:
+        The results in the order of the parts.
+
+    Raises:
+        BaseException: what `work` raised, when no thread works any more.
+    """
+    total = torch.get_num_threads()
+    if total == 1 or _has_modes() or _setters() is None:
+        return [work(part) for part in parts]
+    takers = max(min(len(parts), total, MOST), 1)
+    of_each = 1 if total <= MOST else total // takers
+    left = deque(enumerate(parts))
+    results: dict[int, Result] = {}
+
+    def take() -> None:
+        with num_threads(of_each):
+            while left:
+                try:
+                    index, part = left.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                results[index] = work(part)
+
+    others: list[Future[None]] = []
+    # Executors take nothing once the interpreter ends, which does not stop the threads that are still at work.
+    with contextlib.suppress(RuntimeError):
+        for _ in range(takers - 1):
+            others.append(_pool(os.getpid()).submit(torch.no_grad()(take)))
+    try:
+        take()
+    finally:
+        left.clear()
+        failures = [other.exception() for other in others if not other.cancel()]
+    for failure in failures:
+        if failure is not None:
+            raise failure
+    return [results[index] for index in range(len(parts))]
+
+
+@contextlib.contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Torch's operations take so many threads where this one calls them.
+
+    `torch.set_num_threads` would do the same, and for every thread besides that has not used torch yet.
+
+    Raises:
+        RuntimeError: torch's threads cannot be set here for one thread alone.
+    """
+    setters = _setters()
+    if setters is None:
+        raise RuntimeError("the OpenMP library of this torch was not found: leave torch's threads as they are")
+    of_openmp, of_mkl = setters
+    before = torch.get_num_threads()  # torch sets a thread up at its first question
+    of_openmp(count)
+    mkl_before = of_mkl(count)
+    try:
+        yield
+    finally:
+        of_openmp(before)
+        of_mkl(mkl_before)
+
+
+def _has_modes() -> bool:
+    """Whether torch does something else than compute, which it does in the calling thread alone."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.is_autocast_enabled("cpu")
+        or torch.jit.is_tracing()
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Of a process: one that was forked has none of the threads."""
+    return ThreadPoolExecutor(MOST - 1, thread_name_prefix="hfkv")
+
+
+@functools.cache
+def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
+    """Of the threads of OpenMP and of MKL for the calling thread, or None where this torch has no such libraries."""
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
+    try:
+        loaded = ctypes.CDLL(str(library))
+        of_openmp = loaded.omp_set_num_threads
+        of_mkl = loaded.MKL_Set_Num_Threads_Local if torch.backends.mkl.is_available() else int
+    except (OSError, AttributeError):
+        return None
+    seen = []
+
+    def look() -> None:
+        before = torch.get_num_threads()
+        of_openmp(before + 1)
+        seen.append(torch.get_num_threads() - before)
+
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return (of_openmp, of_mkl) if seen == [1] and torch.get_num_threads() == before else None
