@@ -148,7 +148,7 @@ def test_a_cast_model_begins_anew() -> None:
     inputs = prompt(1, 40)
     with hfkv.patch(model, "none" + PAGED) as patch:
         greedy(model, inputs)
-        model.to(torch.bfloat16)
+        model.to(torch.float64)
         expected = greedy(model, inputs)
         assert torch.equal(greedy(model, inputs), expected)
         assert patch.reuse_stats().hits == 1
