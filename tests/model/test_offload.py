@@ -27,7 +27,7 @@ WINDOWS = (
     "+window:12+summary:mean+summary_page_size:4",
 )
 STORES = ("", "+contiguous", "+paged+page_size:4")
-BUDGETS = ("", "+device_budget:6kB")
+BUDGETS = (0, 3)  # kB a layer; 0 for none
 HYBRID = ("gemma3", "gemma2", "gpt_oss", "qwen3_next", "jamba", "mistral", "llama4", "deepseek_v3", "t5")
 
 
@@ -45,6 +45,10 @@ def model_for(kv: str) -> LlamaForCausalLM:
     code.
     """
     return llama(num_hidden_layers=2 if kv.startswith("none") else 1)
+
+
+def offload_of(model: LlamaForCausalLM, budget: int) -> str:
+    return f"+offload+device_budget:{budget * model.config.num_hidden_layers}kB" if budget else "+offload"
 
 
 def stores(cache: KVCache) -> list[OffloadedStore]:
@@ -71,10 +75,10 @@ def bus() -> Bus:
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("codec", CODECS)
-def test_offloaded_gives_the_tokens_of_resident_in_two_calls(codec: str, window: str, store: str, budget: str) -> None:
+def test_offloaded_gives_the_tokens_of_resident_in_two_calls(codec: str, window: str, store: str, budget: int) -> None:
     model, inputs = model_for(codec), prompt(2, 30, padding=5)
     outcomes = []
-    for offload in ("", f"+offload{budget}"):
+    for offload in ("", offload_of(model, budget)):
         with hfkv.patch(model, codec + window + store + offload):
             first = greedy(model, inputs, 20, return_dict_in_generate=True, output_logits=True)
             assert bool(offload) == bool(bus().bytes_to_device)
@@ -125,10 +129,10 @@ def test_hybrid_models_give_the_tokens_of_dynamic_cache_in_two_calls(name: str, 
 )
 @pytest.mark.parametrize("kv", ["none", "int8", "int8+window:11+sinks:3"])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_offloaded_gives_the_tokens_of_resident_in_every_mode(kv: str, budget: str, mode: dict[str, Any]) -> None:
+def test_offloaded_gives_the_tokens_of_resident_in_every_mode(kv: str, budget: int, mode: dict[str, Any]) -> None:
     model, inputs = model_for(kv), prompt(1, 33)
     outcomes = []
-    for offload in ("", f"+offload{budget}"):
+    for offload in ("", offload_of(model, budget)):
         torch.manual_seed(5)
         with hfkv.patch(model, kv + offload):
             outcomes.append(model.generate(**inputs, max_new_tokens=24, **mode))
