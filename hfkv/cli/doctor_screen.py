@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Columns for a config, and for the indices of a group's layers, before they are wrapped.
 WIDEST_CACHE, WIDEST_LAYERS = 24, 14
+# The same for any other column that gets the room it asks for. All of a table leave some to the rest of 80.
+WIDEST = 14
 # The worse, the later.
 STYLES = {"not tested": "dim", "right": "green", "raised": "bold red", "wrong": "bold red"}
 # Failures told one by one; the JSON has all of them.
@@ -51,30 +53,41 @@ def _title(console: Console, text: str) -> None:
 
 def _installed(items: list[Item]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
-    for item in items:
+    names = [Text(item.name, "cyan") for item in items]
+    _add_column(table, "", names)
+    for header in ("found", "note"):  # a grid does not show them
+        table.add_column(header, overflow="fold")
+    for name, item in zip(names, items, strict=True):
         found = Text("-", "dim") if item.found is None else Text(item.found)
-        table.add_row(Text(item.name, "cyan", no_wrap=True), found, Text(item.note, "yellow" if item.is_odd else "dim"))
+        table.add_row(name, found, Text(item.note, "yellow" if item.is_odd else "dim"))
     return table
+
+
+def _add_column(table: Table, header: str, cells: list[Text], widest: int = WIDEST, **options: Any) -> None:
+    """A column as wide as its longest line, which other columns give way to; what is longer than `widest` is folded."""
+    lines = [line for cell in cells for line in cell.plain.split("\n")]
+    width = min(max(map(len, (header, *lines))), widest)
+    table.add_column(header, width=width, overflow="fold", **options)
 
 
 def _layers(model: ModelReport) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
-    for header in ("layers", "cache", "for", "kernel"):
-        table.add_column(header, no_wrap=True)
-    table.add_column("why", overflow="fold")
+    rows, ends = [], []
     for group in model.groups:
-        is_last_group = group is model.groups[-1]
         layers, cache = _wrapped_ranges(group.layers), _wrapped_cache(group.cache)
         if group.heads is not None:
             cache += f"\n{_dims(group.heads)}"
         for index, use in enumerate(group.uses):
-            table.add_row(
-                *(("", "") if index else (layers, cache)),
-                use.name,
-                Text(use.kernel, "bold"),
-                Text(use.why, "dim"),
-                end_section=index == len(group.uses) - 1 and not is_last_group,
-            )
+            group_cells = ("", "") if index else (layers, cache)
+            cells = (*map(Text, (*group_cells, use.name)), Text(use.kernel, "bold"), Text(use.why, "dim"))
+            rows.append(cells)
+        ends.append(len(rows))
+    columns = list(zip(*rows, strict=True))
+    for header, cells in zip(("layers", "cache", "for", "kernel"), columns, strict=False):
+        _add_column(table, header, list(cells), WIDEST_CACHE if header == "cache" else WIDEST)
+    table.add_column("why", overflow="fold")
+    for count, cells in enumerate(rows, start=1):
+        table.add_row(*cells, end_section=count in ends[:-1])
     return table
 
 
@@ -112,26 +125,34 @@ def ranges(indices: list[int]) -> str:
 
 def _checks(checks: list[Check]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
-    for header in ("kernel", "for", "tokens"):
-        table.add_column(header, no_wrap=header == "kernel")
-    for header in ("checks", "error", "allowed", "outcome"):
-        table.add_column(header, justify="right", no_wrap=True)
+    rows = []
     for alike in _alike(checks):
         worst = max((c for c in alike if c.error is not None), key=_share, default=None)
         outcomes = [outcome for outcome in STYLES if any(check.outcome == outcome for check in alike)]
-        counts = ", ".join(
+        counts = "\n".join(
             f"{sum(c.outcome == outcome for c in alike)} {outcome}" if len(outcomes) > 1 else outcome
             for outcome in outcomes
         )
-        table.add_row(
-            Text(alike[0].kernel or "-", "bold"),
-            ", ".join(dict.fromkeys(check.what for check in alike)),
-            ", ".join(dict.fromkeys(check.codec for check in alike)),
-            str(len(alike)),
-            Text("-", "dim") if worst is None else f"{worst.error:.1e}",
-            Text("-", "dim") if worst is None else f"{worst.allowed:.1e}",
-            Text(counts, STYLES[max(outcomes, key=list(STYLES).index)]),
+        rows.append(
+            (
+                Text(alike[0].kernel or "-", "bold"),
+                Text(", ".join(dict.fromkeys(check.what for check in alike))),
+                Text(", ".join(dict.fromkeys(check.codec for check in alike))),
+                Text(str(len(alike))),
+                Text("-", "dim") if worst is None else Text(f"{worst.error:.1e}"),
+                Text("-", "dim") if worst is None else Text(f"{worst.allowed:.1e}"),
+                Text(counts, STYLES[max(outcomes, key=list(STYLES).index)]),
+            )
         )
+    headers = ("kernel", "for", "tokens", "checks", "error", "allowed", "outcome")
+    for index, header in enumerate(headers):
+        if header in ("for", "tokens"):
+            table.add_column(header, overflow="fold")
+        else:
+            cells = [row[index] for row in rows]
+            _add_column(table, header, cells, justify="left" if header == "kernel" else "right")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

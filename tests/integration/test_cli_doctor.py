@@ -11,7 +11,6 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
-from rich.console import Console
 from transformers import BloomConfig, Gemma3TextConfig, MambaConfig, PreTrainedConfig, Qwen3NextConfig, T5Config
 from typer.testing import CliRunner
 
@@ -19,8 +18,6 @@ from hfkv.cli import app, doctor_machine
 from hfkv.cli.doctor import examine
 from hfkv.cli.doctor_layers import ModelReport, describe_layers
 from hfkv.cli.doctor_machine import TRANSFORMERS, Item, describe_installation
-from hfkv.cli.doctor_report import Report
-from hfkv.cli.doctor_screen import ranges, show
 from hfkv.kernels import selftest
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.naive import attention_naive
@@ -276,22 +273,3 @@ def test_the_range_is_the_packages_own() -> None:
         if "hfkv[" in remedy:
             extra = remedy.partition("[")[2].partition("]")[0]
             assert name in [Requirement(one).name for one in extras[extra]]
-
-
-# The screen.
-
-
-@pytest.mark.parametrize("width", [80, 100, 140])
-@pytest.mark.usefixtures("product_is_exact")
-def test_no_cell_of_the_screen_is_cut(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selftest, "SETTINGS", selftest.SETTINGS[:1])
-    layers = layers_of(gemma(), "none+window:64+sinks:4+sink_positions:cache+paged+offload")
-    checks = [check.run() for check in selftest.plan(CPU, torch.bfloat16)]
-    report = Report(describe_installation(), layers, "cpu", "bfloat16", checks, 1.0)
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(report, console)
-    assert "…" not in console.export_text()
-
-
-def test_ranges() -> None:
-    assert ranges([0, 1, 2, 4, 6, 7]) == "0-2, 4, 6-7"

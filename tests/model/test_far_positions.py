@@ -106,7 +106,7 @@ def test_the_scaling_of_yarn_is_kept() -> None:
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize("kv", [None, "int8+window:64"])
+@pytest.mark.parametrize("kv", [None, "window:64"])
 def test_generate_and_undo(kv: str | None) -> None:
     model = llama()
     before, near = attributes(model), logits(model)

@@ -8,7 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hfkv
-from tests.tiny import greedy, llama, prompt
+from tests.tiny import greedy, llama, llama_for, prompt
 from tests.zoo import NAMED, generate
 
 # Encoder-decoders, and layers whose state is not a token's own (linear attention, cross-attention).
@@ -50,7 +50,7 @@ def longer(inputs: dict[str, torch.Tensor], count: int, seed: int = 3) -> dict[s
 @pytest.mark.smoke
 @pytest.mark.parametrize("kv", CONFIGS)
 def test_a_hit_gives_the_tokens_of_a_cold_run(kv: str) -> None:
-    model = llama()
+    model = llama_for(kv)
     first = prompt(1, 70)
     second = longer(first, 9)
     expected = [cold(model, kv, inputs) for inputs in (first, second)]
@@ -96,7 +96,7 @@ def cold_of(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse", "window:24+sinks:3" + PAGED, "none+offload+reuse"])
 def test_left_padded_rows_share_whatever_their_padding(kv: str) -> None:
-    model = llama()
+    model = llama_for(kv)
     whole = prompt(1, 80)["input_ids"][0]
     texts = [whole, torch.cat((whole[:70], whole[:4])), whole[3:], whole[:30]]
     length = max(map(len, texts))
@@ -178,7 +178,7 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse"])
 def test_every_mode_finds_pages_and_changes_nothing(mode: str, kv: str) -> None:
-    model = llama()
+    model = llama_for(kv)
     inputs = prompt(1, 70)
 
     def run() -> torch.Tensor:

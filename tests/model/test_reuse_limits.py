@@ -10,7 +10,7 @@ import torch
 
 import hfkv
 from tests.model.test_reuse import PAGED, cold_of
-from tests.tiny import greedy, llama, prompt
+from tests.tiny import greedy, llama, llama_for, prompt
 from tests.zoo import NAMED
 
 
@@ -148,7 +148,7 @@ def test_a_cast_model_begins_anew() -> None:
     inputs = prompt(1, 40)
     with hfkv.patch(model, "none" + PAGED) as patch:
         greedy(model, inputs)
-        model.to(torch.bfloat16)
+        model.to(torch.float64)
         expected = greedy(model, inputs)
         assert torch.equal(greedy(model, inputs), expected)
         assert patch.reuse_stats().hits == 1
@@ -179,7 +179,7 @@ def test_without_reuse_there_are_no_statistics() -> None:
 
 @pytest.mark.parametrize("kv", ["none" + PAGED, "int8+reuse"])
 def test_eight_threads_give_the_outputs_of_one(kv: str) -> None:
-    model = llama()
+    model = llama_for(kv)
     whole = prompt(1, 90)["input_ids"][0]
     prompts = [torch.cat((whole[: 8 * (i % 9) + 5], whole[i : i + 3]))[None] for i in range(50)]
     with hfkv.patch(model, kv.replace("+reuse", "")):

@@ -19,7 +19,7 @@ from transformers import (
 import hfkv
 from hfkv import KVCache, KVConfig
 from hfkv.view import KVView
-from tests.tiny import greedy, llama, llama_config, prompt
+from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.zoo import NAMED, generate
 
 
@@ -128,7 +128,7 @@ def test_a_trained_prefix_in_the_cache_is_not_silently_left_out_of_the_backward_
     "kv", ["window:16+sinks:8", "window:100+sinks:50", "int8+window:16+sinks:15+paged+page_size:4"]
 )
 def test_chunks_smaller_than_the_sinks(kv: str) -> None:
-    model, inputs = llama(), prompt(length=20)
+    model, inputs = llama_for(kv), prompt(length=20)
     with hfkv.patch(model, kv):
         whole = greedy(model, inputs)
         for chunk in (1, 2, 7):
@@ -143,7 +143,7 @@ def test_a_window_is_refused_where_positions_are_a_bias() -> None:
 
 @pytest.mark.parametrize("kv", ["none", "int8", "paged", "window:5", "offload"])
 def test_a_cache_filled_in_inference_mode_goes_on_outside_it(kv: str) -> None:
-    model, inputs = llama(), prompt(length=20)
+    model, inputs = llama_for(kv), prompt(length=20)
     with hfkv.patch(model, kv):
         expected = greedy(model, inputs)
         cache = KVCache(model, kv)

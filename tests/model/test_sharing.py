@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import hfkv
 from hfkv.stores import PagedStore
-from tests.tiny import greedy, llama, prompt
+from tests.tiny import greedy, llama, llama_for, prompt
 
 EXPANDED: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 4},
@@ -146,7 +146,7 @@ def prefix_cache(model: Any, kv: str, inputs: dict[str, torch.Tensor]) -> hfkv.K
 
 @pytest.mark.parametrize("kv", STORES)
 def test_one_prefix_feeds_a_batch_beams_and_samples(kv: str) -> None:
-    model, prefix = llama(), prompt(1, 17)
+    model, prefix = llama_for(kv), prompt(1, 17)
     torch.manual_seed(2)
     ids = torch.cat((prefix["input_ids"].expand(3, -1), torch.randint(3, 99, (3, 5))), dim=1)
     with hfkv.patch(model, kv):

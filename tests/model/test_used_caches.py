@@ -8,12 +8,12 @@ import torch
 from transformers import DynamicCache
 
 import hfkv
-from tests.tiny import greedy, llama, prompt
+from tests.tiny import greedy, llama, llama_for, prompt
 from tests.zoo import NAMED
 
 
 def test_a_conversation_goes_on() -> None:
-    model, inputs = llama(), prompt(1, 10)
+    model, inputs = llama_for("int8"), prompt(1, 10)
     with hfkv.patch(model, "int8"):
         cache = hfkv.KVCache(model, "int8")
         text = greedy(model, inputs, past_key_values=cache)
@@ -106,7 +106,7 @@ def fail(*args: Any) -> None:
 
 @pytest.mark.parametrize("kv", ["none", "int8+window:6+sinks:2", "offload"])
 def test_a_forward_that_fails_midway_is_taken_back(kv: str) -> None:
-    model, inputs = llama(), prompt(1, 10)
+    model, inputs = llama_for(kv), prompt(1, 10)
     with hfkv.patch(model, kv):
         cache = hfkv.KVCache(model, kv)
         text = greedy(model, inputs, 5, past_key_values=cache)

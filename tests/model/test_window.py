@@ -21,7 +21,7 @@ from transformers import (
 import hfkv
 from hfkv import KVConfig, Window
 from tests import brute_force
-from tests.tiny import greedy, llama, llama_config, prompt
+from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.zoo.named import NAMED
 
 LENGTH = 90
@@ -209,12 +209,12 @@ def test_the_rules_make_a_difference() -> None:
 def test_windows_under_beams_and_assistants(kv: str, window: Window) -> None:
     policies = KVConfig.parse(kv)
     policies = KVConfig(policies.codec, window, policies.store, policies.page_size)
-    model = llama()
+    model = llama_for(kv)
     inputs = prompt(batch=1)
     with hfkv.patch(model, policies):
         plain = greedy(model, inputs, 40)
         assert torch.equal(plain, greedy(model, inputs, 40, prompt_lookup_num_tokens=4))
-        assistant = llama(num_hidden_layers=2)
+        assistant = llama_for(kv, num_hidden_layers=2)
         with hfkv.patch(assistant, policies):
             assert torch.equal(plain, greedy(model, inputs, 40, assistant_model=assistant))
         beams = greedy(model, inputs, 40, num_beams=3)

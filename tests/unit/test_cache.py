@@ -12,7 +12,7 @@ import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.span import ROLLBACK_MARGIN
 from hfkv.stores import OffloadedStore, Store
-from tests.tiny import greedy, llama, llama_config, prompt
+from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.unit.test_stores import CopiedBytes
 
 CODECS = ("none", "int8", "int4", "fp8")
@@ -38,7 +38,7 @@ def feed(cache: KVCache, batch: int, tokens: int, head_dim: int = 16) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize("kv", PRODUCT)
 def test_every_product_of_policies_generates_alike_whole_in_chunks_and_by_token(kv: str) -> None:
-    model = llama()
+    model = llama_for(kv)
     with hfkv.patch(model, kv):
         inputs = prompt()
         whole = greedy(model, inputs)

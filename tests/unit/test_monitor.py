@@ -142,16 +142,16 @@ def test_watching_refuses_what_is_no_cache_and_names_that_are_taken():
 def test_a_cache_that_changes_all_the_time_is_read_without_harm(kv):
     cache = KVCache(llama_config(), kv)
     with MemoryMonitor(interval=1e-6, cache=cache) as monitor:
-        for _ in range(150):
+        for turn in range(10**5):
             feed(cache, 2, 5)
             cache.batch_repeat_interleave(2)
             cache.crop(-1)
-            twin = cache.fork(2)
-            feed(twin, 8, 1)
+            feed(cache.fork(2), 8, 1)
             cache.batch_select_indices(torch.tensor([3, 0]))
             cache.reset()
-        count = len(monitor.samples)
-    assert count > 20
+            if turn >= 150 and len(monitor.samples) > 20:  # however rarely its thread comes to run
+                break
+    assert len(monitor.samples) > 20
     assert monitor.peak["cache"] > 0
     assert not monitor.errors
 
@@ -191,11 +191,13 @@ def test_an_exception_in_the_body_is_the_bodys_and_the_thread_ends():
 
 
 def test_monitors_can_be_nested():
-    with MemoryMonitor(interval=0.001) as outer, MemoryMonitor(interval=0.001) as inner:
-        assert len(threads()) == 2
-        wait_until(lambda: len(inner.samples) > 3)
+    with MemoryMonitor(interval=0.001) as outer:
+        with MemoryMonitor(interval=0.001) as inner:
+            assert len(threads()) == 2
+            wait_until(lambda: min(len(outer.samples), len(inner.samples)) > 3)
+        assert len(threads()) == 1
+        wait_until(lambda: len(outer.samples) > len(inner.samples))
     assert not threads()
-    assert len(outer.samples) >= len(inner.samples) > 3
 
 
 def test_starting_or_stopping_twice_raises():

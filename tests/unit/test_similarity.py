@@ -34,10 +34,9 @@ def ids(bundled: tuple[Any, Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kv", ["int4", "window:16"])
-def test_attention_similarity_is_the_cosine_of_the_modules_outputs(
-    bundled: tuple[Any, Any], ids: torch.Tensor, kv: str
-) -> None:
-    model, _ = bundled
+def test_attention_similarity_is_the_cosine_of_the_modules_outputs(ids: torch.Tensor, kv: str) -> None:
+    # In float64: in float32 a value that lies between two codes may fall either way, by the shape of a chunk.
+    model, _ = tiny_lm.load(torch.float64)
 
     def outputs(config: str) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
