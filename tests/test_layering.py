@@ -88,6 +88,16 @@ FORBIDDEN = {
     "hfkv/experts/offload/slot_table.py": ("torch", "transformers"),
     "hfkv/experts/offload/trace.py": ("torch", "transformers"),
     "hfkv/experts/offload/slots.py": ("transformers",),
+    "hfkv/latent": (
+        "transformers",
+        "hfkv.cache",
+        "hfkv.config",
+        "hfkv.patches",
+        "hfkv.moe",
+        "hfkv.cli",
+    ),
+    "hfkv/planning": ("hfkv.patches", "hfkv.cli", "hfkv.eval"),
+    "hfkv/cli": ("hfkv.stores", "hfkv.codecs"),
     "hfkv/moe": ("hfkv.cache", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.patches", "hfkv.cli", "hfkv.stores"),
     "hfkv/eval": ("hfkv.cli",),
     "hfkv/bench": ("hfkv.cli",),
@@ -103,6 +113,14 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module)
     return names
+
+
+def test_every_folder_has_a_rule() -> None:
+    for file in [*(ROOT / "hfkv").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]:
+        folder = file.parent.relative_to(ROOT).as_posix()
+        assert folder == "hfkv" or any(f"{folder}/".startswith(f"{place}/") for place in FORBIDDEN), (
+            f"{folder} has no rule of who may import whom; give it one in FORBIDDEN"
+        )
 
 
 @pytest.mark.parametrize("place", FORBIDDEN)
