@@ -17,6 +17,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted(path for folder in ("hfkv", "patches") for path in (ROOT / folder).rglob("*.py"))
 # Brought by torch where it can run; hfkv.kernels.triton_support asks for it before any of these files is imported.
 TRITON = "hfkv/kernels/triton_*.py"
+TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -45,8 +46,7 @@ def asks_for(name: str, tree: ast.AST) -> bool:
 
 
 def third_party(is_guarded: bool) -> Iterator[tuple[Path, str]]:
-    for path in SOURCES:
-        tree = ast.parse(path.read_text())
+    for path, tree in TREES.items():
         parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
