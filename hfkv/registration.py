@@ -10,8 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 MODELS = "transformers.modeling_utils"
-# Each registers its names when it is imported. What they import of hfkv does not import MODELS (a test holds it): so none
-# of them finds another half imported, whichever module of hfkv is the first.
+# Each registers its names when it is imported. What they import of hfkv does not import MODELS (a test holds it), so
+# none of them finds another half imported, whichever module of hfkv is the first.
 REGISTRARS = ("hfkv.attention", "hfkv.experts.implementation", "hfkv.experts.checkpoint")
 
 
