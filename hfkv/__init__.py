@@ -5,6 +5,7 @@ the public names are imported when the first of them is asked for.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from hfkv import tiny_lm as tiny_lm
@@ -18,6 +19,8 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "__all__" or not name.startswith("__"):
+        if find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
         public = import_module("hfkv.public")
         globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
         if name in globals():
