@@ -81,7 +81,7 @@ def main(
     line: Annotated[str, typer.Argument(help="What you say next.")],
     file: Annotated[Path, typer.Option(help="Keeps the conversation.")] = Path("chat.safetensors"),
     forget: Annotated[bool, typer.Option("--forget", help="Start anew.")] = False,
-    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub, of a chat model.")] = str(tiny_lm.PATH),
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub, of a chat model.")] = tiny_lm.PATH,
     dtype: Annotated[str, typer.Option(help="Of the weights; auto is as stored.")] = "float32",
     new_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.")] = 48,
 ) -> None:

@@ -93,7 +93,7 @@ def continue_all(
 def main(
     prompts: Annotated[Path | None, typer.Argument(help="A text file, a prompt a line.")] = None,
     out: Annotated[Path | None, typer.Option(help="A JSON line for each prompt; without it they are printed.")] = None,
-    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = str(tiny_lm.PATH),
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = tiny_lm.PATH,
     kv: Annotated[str, typer.Option(help="The cache: none, int8, int8+window:4096, ...")] = "int8",
     dtype: Annotated[str, typer.Option(help="In float32 no text depends on the batch; auto is as stored.")] = "float32",
     new_tokens: Annotated[int, typer.Option(help="Tokens a prompt.")] = 32,

@@ -137,7 +137,7 @@ class Asker:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = str(tiny_lm.PATH),
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = tiny_lm.PATH,
     dtype: Annotated[str, typer.Option(help="In float32 no token changes; auto is as stored.")] = "float32",
     seed: Annotated[int, typer.Option(help="Of the numbers.")] = 0,
 ) -> None:

@@ -78,7 +78,7 @@ def ask(model: Any, prompts: list[Any], new_tokens: int) -> list[Answer]:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = str(tiny_lm.PATH),
+    model: Annotated[str, typer.Option(help="A folder, or a name on the Hub.")] = tiny_lm.PATH,
     dtype: Annotated[str, typer.Option(help="In float32 no token changes; auto is as stored.")] = "float32",
     budget: Annotated[str, typer.Option(help="The most bytes to keep between calls.")] = "512MiB",
     new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 24,

@@ -1,58 +1,35 @@
 """hfkv: KV caches for Hugging Face transformers that are smaller, exact where they say so, and combinable.
 
-Importing it registers the attention and the experts ``"hfkv"`` with transformers and changes nothing else.
+Importing it registers the attention and the experts ``"hfkv"`` with transformers and changes nothing else. It is quick:
+the public names are imported when the first of them is asked for.
 """
 
-from hfkv import tiny_lm
-from hfkv.attention import register as _register
-from hfkv.cache import KVCache
-from hfkv.config import KVConfig
-from hfkv.errors import CacheMemoryError
-from hfkv.experts.checkpoint import register as _register_checkpoint
-from hfkv.experts.config import MoEConfig
-from hfkv.experts.implementation import register as _register_experts
-from hfkv.experts.report import MoEReport
-from hfkv.memory import CacheMemory
-from hfkv.moe.layer import SparseMoE
-from hfkv.moe.losses import load_balancing_loss, moe_losses
-from hfkv.moe.stats import routing_stats
-from hfkv.monitor import MemoryMonitor
-from hfkv.named import OffloadedCache, PagedCache, QuantizedCache, SlidingWindowCache
-from hfkv.patches import Patch, patch, unpatch
-from hfkv.patches.upcycle import upcycle
-from hfkv.planning.plan import MemoryPlan, memory_plan
-from hfkv.reuse import Reuse
-from hfkv.window import Window
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from hfkv import tiny_lm as tiny_lm
+from hfkv.registration import register
+
+if TYPE_CHECKING:
+    from hfkv.public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CacheMemory",
-    "CacheMemoryError",
-    "KVCache",
-    "KVConfig",
-    "MemoryMonitor",
-    "MemoryPlan",
-    "MoEConfig",
-    "MoEReport",
-    "OffloadedCache",
-    "PagedCache",
-    "Patch",
-    "QuantizedCache",
-    "Reuse",
-    "SlidingWindowCache",
-    "SparseMoE",
-    "Window",
-    "load_balancing_loss",
-    "memory_plan",
-    "moe_losses",
-    "patch",
-    "routing_stats",
-    "tiny_lm",
-    "unpatch",
-    "upcycle",
-]
 
-_register()
-_register_experts()
-_register_checkpoint()
+def __getattr__(name: str) -> Any:
+    if name == "__all__" or not name.startswith("__"):
+        if find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        public = import_module("hfkv.public")
+        globals().update({each: getattr(public, each) for each in public.__all__}, __all__=public.__all__)
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})
+
+
+register()

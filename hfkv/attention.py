@@ -260,3 +260,6 @@ def _own_eager(code: AttentionCode, module: torch.nn.Module) -> Any:
             f'{type(module).__module__} defines none; use attn_implementation="eager"'
         )
     return code.eager
+
+
+register()

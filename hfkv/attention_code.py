@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import AttentionInterface, PreTrainedModel, integrations
+import transformers
 
 from hfkv.modelling import modelling_files
 
@@ -112,17 +112,21 @@ def _read(modelling: ModuleType) -> AttentionCode:
 
 def _models_of(modelling: ModuleType) -> list[Any]:
     found: list[Any] = [value for value in vars(modelling).values() if inspect.isclass(value)]
-    return [value for value in found if issubclass(value, PreTrainedModel) and value is not PreTrainedModel]
+    return [
+        value
+        for value in found
+        if issubclass(value, transformers.PreTrainedModel) and value is not transformers.PreTrainedModel
+    ]
 
 
 @functools.cache
 def _read_by_transformers() -> frozenset[str]:
     """The keywords that transformers' own attention functions read, those of optional packages included."""
     names: set[str] = set()
-    for function in AttentionInterface().values():
+    for function in transformers.AttentionInterface().values():
         if getattr(function, "__module__", "").startswith("transformers."):
             names |= _names_read(function)
-    for path in Path(integrations.__path__[0]).glob("*attention*.py"):
+    for path in Path(transformers.integrations.__path__[0]).glob("*attention*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and [word.arg for word in node.args.args[:2]] == ["module", "query"]:
                 names |= _names_in(node)

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PATH = Path(__file__).parent / "assets" / "tiny-lm"
+PATH = str(Path(__file__).parent / "assets" / "tiny-lm")
 
 
 def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -30,4 +30,4 @@ def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedT
 
 def held_out_text() -> str:
     """The Python source files the model was not trained on, one after the other: ASCII, one byte a token."""
-    return (PATH / "held_out.txt").read_text(encoding="ascii")
+    return Path(PATH, "held_out.txt").read_text(encoding="ascii")

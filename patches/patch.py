@@ -17,6 +17,7 @@ from hfkv.experts.report import MoEReport
 from hfkv.patches.attention import set_attention
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
+from hfkv.patches.hints import hint
 from hfkv.patches.mla import set_latent_attention
 from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
@@ -264,6 +265,7 @@ def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
 def _base_model(model: Any) -> PreTrainedModel:
     base = base_model(model)
     if not isinstance(base, PreTrainedModel):
-        hint = "; give its .model" if isinstance(getattr(model, "model", None), PreTrainedModel) else ""
-        raise TypeError(f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}{hint}")
+        raise TypeError(
+            f"hfkv.patch takes a transformers model or a PeftModel, got {type(model).__name__}; {hint(model)}"
+        )
     return base

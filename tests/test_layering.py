@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from hfkv.registration import REGISTRARS
+
 ROOT = Path(__file__).parent.parent
 MODULES = {path.stem for path in (ROOT / "hfkv").iterdir()} - {"__init__", "__pycache__"}
 ALL_BUT_STAND_IN = ("hfkv.patches", *(f"hfkv.{name}" for name in sorted(MODULES - {"mask", "stand_in"})))
@@ -88,6 +90,16 @@ FORBIDDEN = {
     "hfkv/experts/offload/slot_table.py": ("torch", "transformers"),
     "hfkv/experts/offload/trace.py": ("torch", "transformers"),
     "hfkv/experts/offload/slots.py": ("transformers",),
+    "hfkv/latent": (
+        "transformers",
+        "hfkv.cache",
+        "hfkv.config",
+        "hfkv.patches",
+        "hfkv.moe",
+        "hfkv.cli",
+    ),
+    "hfkv/planning": ("hfkv.patches", "hfkv.cli", "hfkv.eval"),
+    "hfkv/cli": ("hfkv.stores", "hfkv.codecs"),
     "hfkv/moe": ("hfkv.cache", "hfkv.layer", "hfkv.view", "hfkv.config", "hfkv.patches", "hfkv.cli", "hfkv.stores"),
     "hfkv/eval": ("hfkv.cli",),
     "hfkv/bench": ("hfkv.cli",),
@@ -105,6 +117,14 @@ def imports(path: Path) -> set[str]:
     return names
 
 
+def test_every_folder_has_a_rule() -> None:
+    for file in [*(ROOT / "hfkv").rglob("*.py"), *(ROOT / "patches").rglob("*.py")]:
+        folder = file.parent.relative_to(ROOT).as_posix()
+        assert folder == "hfkv" or any(f"{folder}/".startswith(f"{place}/") for place in FORBIDDEN), (
+            f"{folder} has no rule of who may import whom; give it one in FORBIDDEN"
+        )
+
+
 @pytest.mark.parametrize("place", FORBIDDEN)
 def test_imports_go_one_way(place: str) -> None:
     path = ROOT / place
@@ -120,6 +140,40 @@ def test_files_hold_one_noun_each() -> None:
     for folder in ("hfkv", "patches", "examples", "tests"):
         for file in (ROOT / folder).rglob("*.py"):
             assert len(file.read_text().splitlines()) <= 320, f"{file} has grown past 320 lines"
+
+
+def runtime_imports(module: str) -> set[str]:
+    """What importing a module of hfkv imports, besides what calls and type checkers do."""
+    path = ROOT.joinpath(*module.split("."))
+    found = {module.rpartition(".")[0]}
+    nodes: list[ast.AST] = [ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif not isinstance(node, ast.FunctionDef | ast.If):
+            nodes += ast.iter_child_nodes(node)
+    return found
+
+
+def test_the_registrars_are_imported_whole_whichever_module_is_the_first() -> None:
+    """What they import does not load transformers' model classes, at whose end the registrars are imported."""
+    ready = ("cache_utils", "masking_utils", "integrations.moe", "integrations.sdpa_attention", "quantizers", "utils")
+    seen, waiting = set(REGISTRARS), list(REGISTRARS)
+    while waiting:
+        importer = waiting.pop()
+        for name in runtime_imports(importer):
+            # `import transformers` itself loads nothing; its names are loaded where they are used.
+            if name.startswith("transformers.") and importer not in REGISTRARS:
+                assert any(f"{name}.".startswith(f"transformers.{place}.") for place in ready), f"{importer}: {name}"
+            path = ROOT.joinpath(*name.split("."))
+            if name.startswith("hfkv.") and name not in seen and (path.is_dir() or path.with_suffix(".py").exists()):
+                assert not name.startswith("hfkv.patches")
+                seen.add(name)
+                waiting.append(name)
+    assert {"hfkv.layer", "hfkv.view", "hfkv.experts.offload"} <= seen
 
 
 def test_importing_hfkv_registers_its_names_and_nothing_else() -> None:

@@ -1,52 +1,35 @@
-"""The ``hfkv`` command. Each command is one module, and its work a function that needs no terminal."""
+"""The ``hfkv`` command: its entry point, and nothing that takes time to import."""
 
-from __future__ import annotations
+import os
+import signal
+import sys
+from types import FrameType
 
-from importlib.metadata import version
-from typing import Annotated
-
-import typer
-
-from hfkv.cli.bench import bench
-from hfkv.cli.demo import demo
-from hfkv.cli.doctor import doctor
-from hfkv.cli.eval import evaluate
-from hfkv.cli.generate import generate
-from hfkv.cli.plan import plan
-
-app = typer.Typer(
-    name="hfkv",
-    help="Smaller KV caches for Hugging Face transformers, exact where they say so.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"hfkv {version('hfkv')}")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    _: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """Options of the command itself."""
-
-
-app.command()(demo)
-app.command()(generate)
-app.command()(plan)
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(doctor)
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
+_SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 def main() -> None:
-    """Entry point of the console script."""
-    app()
+    """Entry point of the console script. Ctrl-C ends it with exit code 130 and without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        from hfkv.cli.commands import app
+
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; ends the process instead where an import is under way.
+
+    There the exception may be lost: torch clears what the import of numpy raises and goes on without it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            if sys.stderr.isatty():
+                os.write(sys.stderr.fileno(), _SHOW_CURSOR)  # a progress bar has hidden it
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt

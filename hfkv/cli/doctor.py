@@ -72,7 +72,7 @@ def examine(
     from hfkv import tiny_lm
     from hfkv.kernels.selftest import plan
 
-    config = read_config(str(tiny_lm.PATH) if model is None else model)
+    config = read_config(tiny_lm.PATH if model is None else model)
     dtype = dtype or _stored_dtype(config)
     layers = describe_layers(BUNDLED if model is None else model, config, kv, dtype, device)
     planned = plan(device, dtype, layers.heads)

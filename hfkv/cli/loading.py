@@ -72,7 +72,7 @@ def load(
     """
     from hfkv import tiny_lm
 
-    source = str(tiny_lm.PATH) if name is None else _checked(name, "--model", "config.json")
+    source = tiny_lm.PATH if name is None else _checked(name, "--model", "config.json")
     model, tokenizer = _load_base(source, dtype, device)
     if lora is not None:
         model = _add_adapter(model, lora)

@@ -145,3 +145,6 @@ def register() -> None:
     """Makes ``quant_method="hfkv"`` known to transformers."""
     register_quantization_config(NAME)(ExpertsConfig)
     register_quantizer(NAME)(ExpertsQuantizer)
+
+
+register()

@@ -67,3 +67,6 @@ def _unbound(projection: Projection) -> Projection:
     """With matrices of their own, so that the gradient of each is not a tensor of the size of all."""
     assert isinstance(projection.weights, PlainWeights)
     return Projection(projection.weights.unbound(), projection.bias, projection.factors, True)
+
+
+register()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import hfkv
 from hfkv import tiny_lm
-from hfkv.cli import app
+from hfkv.cli.commands import app
 from hfkv.cli.demo_runs import Report, Setting
 from hfkv.cli.demo_screen import show
 from hfkv.cli.generate import PREFILL_CHUNK

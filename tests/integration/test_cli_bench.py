@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv.attention import hfkv_attention
 from hfkv.bench import PEERS, Result, read_targets
-from hfkv.cli import app
 from hfkv.cli.bench_screen import show
 from hfkv.cli.bench_words import setting_of
+from hfkv.cli.commands import app
 from tests.tiny import llama
 
 SMALL = ["--shape", "tiny", "--context", "64", "--steps", "2", "--dtype", "float32", "--device", "cpu"]

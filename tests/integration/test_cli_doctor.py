@@ -14,7 +14,8 @@ from packaging.version import Version
 from transformers import BloomConfig, Gemma3TextConfig, MambaConfig, PreTrainedConfig, Qwen3NextConfig, T5Config
 from typer.testing import CliRunner
 
-from hfkv.cli import app, doctor_machine
+from hfkv.cli import doctor_machine
+from hfkv.cli.commands import app
 from hfkv.cli.doctor import examine
 from hfkv.cli.doctor_layers import ModelReport, describe_layers
 from hfkv.cli.doctor_machine import TRANSFORMERS, Item, describe_installation

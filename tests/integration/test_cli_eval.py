@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import hfkv
 from hfkv import tiny_lm
-from hfkv.cli import app
+from hfkv.cli.commands import app
 from hfkv.cli.eval_runs import Report, Row, Setting
 from hfkv.cli.eval_screen import show, wrap
 from hfkv.eval import CacheReport, held_out_loss, pass_key_grid

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import hfkv
-from hfkv.cli import app
+from hfkv.cli.commands import app
 from tests.tiny import llama_config
 
 SPEEDS = ("--bandwidth", "1TB/s", "--bus", "50GB/s")

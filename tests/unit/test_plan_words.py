@@ -31,7 +31,7 @@ def test_one_cache_a_path_and_units_are_taken() -> None:
     for kv in ("int8", KVConfig(codec="int8")):
         plan = hfkv.memory_plan(tiny_lm.PATH, "1GiB", "1k", kv=kv, **SPEEDS)
         assert [cache.kv for cache in plan.caches] == ["int8"]
-        assert (plan.model, plan.context) == (str(tiny_lm.PATH), 1024)
+        assert (plan.model, plan.context) == (tiny_lm.PATH, 1024)
     assert KVConfig.for_budget(tiny_lm.PATH, "1GiB", 1024) == KVConfig()
     printed = str(plan)
     assert "Take " in printed
