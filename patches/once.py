@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,7 +65,7 @@ class Trial:
     read one by one, this time and from now on.
     """
 
-    def __init__(self, model: Any, cache: KVCache, key: str, known: frozenset[str] | None) -> None:
+    def __init__(self, model: Any, cache: KVCache, key: Hashable, known: frozenset[str] | None) -> None:
         self._model, self._cache, self._key, self._known = model, cache, key, known
         self._spare = cache.fork() if known is None or cache.get_seq_length() == 0 else None
         self._memory = ModuleMemory(model) if known is None else None
@@ -73,7 +74,7 @@ class Trial:
     def of(cls, model: Any, cache: KVCache, state: ModelState) -> Trial | None:
         """Begins one; None where it is known that the rows have to be read one by one."""
         patch: Patch = model.hfkv
-        key = f"{state.model} {state.adapters} {state.buffers}"
+        key = (state.model, state.adapters, frozenset(map(type, model.modules())))
         known = patch.reads_once.get(key, frozenset())
         return None if known is None else cls(model, cache, key, known if key in patch.reads_once else None)
 

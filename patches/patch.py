@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -51,8 +52,8 @@ class Patch:
         exact_rotary: whether rotary angles are computed in float64.
         num_latent_layers: attention layers that cache latents (MLA) and attend to them as they are.
         moe: what became of the experts, or None where nothing was asked for them.
-        reads_once: by what model and adapters are now, which outputs come besides logits where one row of a prompt is
-            read for all its beams and samples; None where that cannot be.
+        reads_once: by what the model and its adapters are, which outputs come besides logits where one row of a prompt
+            is read for all its beams and samples; None where that cannot be.
         graphs: what captures decode steps, or None where that was not asked for.
     """
 
@@ -69,7 +70,7 @@ class Patch:
         self.graphs: Graphs | None = None
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
-        self.reads_once: dict[str, frozenset[str] | None] = {}
+        self.reads_once: dict[Hashable, frozenset[str] | None] = {}
         self._undo = Undo()
         self._logged: set[str] = set()
 
