@@ -101,7 +101,7 @@ class Keeping(LlamaForCausalLM):
         scores = output.logits[:, -1]
         before = keep(self.lm_head, scores[:, :64])
         if before is not None:
-            output.logits = output.logits + 20 * before.sum(-1).sin()[:, None, None] * output.logits.roll(1, -1).sin()
+            output.logits = output.logits + before[:, None, :1].tanh() * output.logits.roll(1, -1)
         return output
 
 
