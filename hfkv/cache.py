@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from hfkv.build import OURS, build_layers, decoder_config
 from hfkv.config import KVConfig
@@ -198,9 +198,8 @@ class KVCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared until they are written to."""
-        batch = self.batch_size
         for layer in self.layers:
-            _repeat(layer, batch, repeats)
+            _repeat(layer, repeats)
         self.record.choose(repeated, repeats)
 
     def fork(self, n: int = 1) -> KVCache:
@@ -227,7 +226,7 @@ class KVCache(DynamicCache):
             forked.record.choose(repeated, n)
             for layer in forked.layers:
                 if not isinstance(layer, OURS):
-                    _repeat(layer, self.batch_size, n)
+                    _repeat(layer, n)
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
@@ -312,9 +311,9 @@ def live_caches() -> list[KVCache]:
         return list(_live)
 
 
-def _repeat(layer: Any, batch: int | None, repeats: int) -> None:
-    """Repeats every row of a layer; linear attention knows no repeating, but reordering."""
-    if hasattr(layer, "batch_repeat_interleave"):
+def _repeat(layer: Any, repeats: int) -> None:
+    """Repeats every row of a layer; linear attention, alone or beside keys, knows no repeating, but reordering."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
         layer.batch_repeat_interleave(repeats)
-    elif batch is not None:
-        layer.reorder_cache(torch.arange(batch).repeat_interleave(repeats))
+    elif (held := next((tensor for _, tensor in own_tensors(layer)), None)) is not None:
+        layer.reorder_cache(repeated(repeats, len(held)))

@@ -69,7 +69,8 @@ def refuse_window(held: Tokens) -> None:
     if held.is_windowed:
         raise RuntimeError(
             "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
-            'wrong. Use hfkv.patch(model, kv=...) or model.set_attn_implementation("hfkv"); a model that cannot '
+            "wrong. Use hfkv.patch(model, kv=...) or, where another attention was set since, "
+            'model.set_attn_implementation("hfkv"); a model that cannot '
             "take that attention, or that changes its keys between the cache and the attention, can have a cache "
             "without a window only"
         )

@@ -35,7 +35,34 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
     if decoder._attn_implementation != NAME:
         return f"it insists on its {decoder._attn_implementation!r} attention"
     learn(model)
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            undo.override(_choose_attention, part, "set_attn_implementation", (model,), needs_patch=False)
     return None
+
+
+def _choose_attention(part: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Sets an attention as ever: it is the owner's choice."""
+    result = type(part).set_attn_implementation(part, *args, **kwargs)
+    if "hfkv" in vars(model):
+        model.hfkv.attention = _decoder_config(model.config)._attn_implementation
+    return result
+
+
+def keep_attention(model: Any) -> None:
+    """Puts back the attention of a patched model where a `generate` of its own has set another in the config.
+
+    Whisper does so for good when it is asked for timestamps of tokens: ours gives the weights that they are made of.
+    """
+    if model.hfkv.own_attention is not None:
+        return
+    config, attention = _decoder_config(model.config), model.hfkv.attention
+    if config._attn_implementation != attention:
+        model.hfkv.log_once(
+            f"{type(model).__name__}: its attention was set to {config._attn_implementation!r} in the config, and is "
+            f"{attention!r} again, which gives attention weights too; model.set_attn_implementation() chooses another"
+        )
+        config._attn_implementation = attention
 
 
 def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

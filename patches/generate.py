@@ -12,10 +12,11 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
+from hfkv.patches.attention import keep_attention
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
 from hfkv.patches.fresh_cache import fresh_cache
 from hfkv.patches.prefill import begin, prefill, share
-from hfkv.patches.prompt import expect_prefix
+from hfkv.patches.prompt import check_candidates, expect_prefix
 from hfkv.patches.undo import Undo
 
 logger = logging.getLogger("hfkv")
@@ -94,6 +95,7 @@ def _refuse_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
     """Assisted decoding calls no `_prefill`, and gives its first forward the whole text, whatever the cache holds."""
+    check_candidates(self)
     ids, model_kwargs = kwargs["input_ids"], kwargs["model_kwargs"]
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, KVCache) or not cache.record.is_wanted or model_kwargs.get("inputs_embeds") is not None:
@@ -120,6 +122,7 @@ def _prepare_cache(
     batch_size: int,
     max_cache_length: int,
 ) -> Any:
+    keep_attention(self)
     given = model_kwargs.get("past_key_values")
     result = getattr(type(self), HOOK)(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from hfkv.attention import NAME
 from hfkv.autocast import in_own_precision
 from hfkv.cache import KVCache
 from hfkv.config import KVConfig
@@ -43,12 +45,16 @@ class Patch:
         model: the patched `PreTrainedModel` (the base model, where a `PeftModel` was given).
         kv: the policies every new cache gets.
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
+        attention: the implementation that the decoder has, unless `own_attention`: ``"hfkv"``, or what
+            `set_attn_implementation` has set since.
         rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
         num_layers: layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
         num_latent_layers: attention layers that cache latents (MLA) and attend to them as they are.
         moe: what became of the experts, or None where nothing was asked for them.
+        reads_once: by what the model and its adapters are, which outputs come besides logits where one row of a prompt
+            is read for all its beams and samples; None where that cannot be.
         graphs: what captures decode steps, or None where that was not asked for.
     """
 
@@ -56,6 +62,7 @@ class Patch:
         self.model = model
         self.kv = kv
         self.own_attention: str | None = None
+        self.attention = NAME
         self.own_layers: dict[int, str] = {}
         self.num_layers = 0
         self.num_latent_layers = 0
@@ -64,6 +71,7 @@ class Patch:
         self.graphs: Graphs | None = None
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
+        self.reads_once: dict[Hashable, frozenset[str] | None] = {}
         self._undo = Undo()
         self._logged: set[str] = set()
 

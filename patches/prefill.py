@@ -12,14 +12,13 @@ import torch
 from hfkv.cache import KVCache
 from hfkv.mask import padding_of
 from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of, text_length
-from hfkv.patches.reuse import is_input, positions_are_plain, root_of
+from hfkv.patches.once import EXPANDED, Trial, one_of_each
+from hfkv.patches.prompt import in_words, learned_prompt, read_anew
+from hfkv.patches.reuse import positions_are_plain, root_of
 from hfkv.prefixes import PrefixPool, page_keys
 from hfkv.record import TokenRecord
 from hfkv.spread import agreed
 from hfkv.state import ModelState, state_of
-
-# What is expanded row by row, and can be taken back.
-EXPANDED = {"attention_mask", "position_ids"}
 
 
 def prefill(
@@ -43,27 +42,24 @@ def prefill(
     is_inner = generation_config.is_assistant and cache is not None and cache.get_seq_length()
     if not isinstance(cache, KVCache) or is_inner or model_kwargs.get("inputs_embeds") is not None:
         return type(model)._prefill(model, input_ids, *rest)
+    generation_config = read_anew(model, cache, input_ids, generation_config, model_kwargs)
+    rest = (generation_config, model_kwargs, is_first_iteration)
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if copies == 1 and not cache.record.is_wanted:
         return _read(model, cache, input_ids, *rest)
     try:
         state = begin(model, cache, input_ids, generation_config, model_kwargs, copies)
-        once = None if state.has_hooks else _once(model, cache, input_ids, model_kwargs, copies)
-        if once is None:
+        output = _read_once(model, cache, input_ids, *rest, copies, state)
+        if output is None:
             if copies > 1 and cache.batch_size == len(input_ids) // copies:
                 cache.batch_repeat_interleave(copies)
             share(model, cache, input_ids, generation_config, model_kwargs)
-            return _read(model, cache, input_ids, *rest)
-        ids, given = once
-        cache.expect_copies(copies, ids.shape[1])
-        share(model, cache, ids, generation_config, given)
-        output = _read(model, cache, ids, generation_config, given, is_first_iteration)
+            output = _read(model, cache, input_ids, *rest)
     finally:
         # From here on others may give the cache tokens; and beams and samples are many, most of them thrown away.
         if copies > 1 or not cache.record.is_temporary:
             cache.record.root = None
-    cache.batch_repeat_interleave(copies)
-    return _expand(output, len(ids), copies)
+    return output
 
 
 def begin(
@@ -71,6 +67,8 @@ def begin(
 ) -> ModelState:
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
     state = state_of(model, model.hfkv.exact_rotary)
+    if (peft_model := learned_prompt(model)) is not None:
+        state = replace(state, adapters=in_words(peft_model))
     cache.record.repeated = cache.record.root = None
     refusal: ValueError | RuntimeError | None = None
     root = None
@@ -95,38 +93,31 @@ def begin(
     return state if is_unhooked else replace(state, has_hooks=True)
 
 
-def _once(
-    model: Any, cache: KVCache, ids: torch.Tensor, model_kwargs: dict[str, Any], copies: int
-) -> tuple[torch.Tensor, dict[str, Any]] | None:
-    """One row of each prompt, with its inputs; None where the rows have to be read one by one."""
-    rows, batch = len(ids), cache.batch_size
-    if copies == 1 or rows % copies or (batch is not None and batch == rows):
+def _read_once(
+    model: Any,
+    cache: KVCache,
+    ids: torch.Tensor,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool,
+    copies: int,
+    state: ModelState,
+) -> Any:
+    """Reads one row of each prompt for all its copies; None where they have to be read row by row."""
+    given = one_of_each(model, cache, ids, generation_config, model_kwargs, copies)
+    if given is None or state.has_hooks:
         return None
-    inputs = {name: value for name, value in model_kwargs.items() if isinstance(value, torch.Tensor)}
-    if not inputs.keys() <= EXPANDED or model.config.is_encoder_decoder:
+    trial = Trial.of(model, cache, state)
+    if trial is None:
         return None
-    others = (value for name, value in model_kwargs.items() if name not in inputs and name != "past_key_values")
-    if any(is_input(value) for value in others):
+    one = given.pop("input_ids")
+    cache.expect_copies(copies, one.shape[1])
+    share(model, cache, one, generation_config, given)
+    output = _read(model, cache, one, generation_config, given, is_first_iteration)
+    if not trial.holds(output, len(one)):
         return None
-    prompts = ids[::copies]
-    if not torch.equal(prompts.repeat_interleave(copies, dim=0), ids):
-        return None
-    # Positions of several dimensions have the rows in the last but one.
-    taken = {name: value[..., ::copies, :] if value.shape[-2] == rows else value for name, value in inputs.items()}
-    return prompts, {**model_kwargs, **taken}
-
-
-def _expand(output: Any, rows: int, copies: int) -> Any:
-    """An output of `rows` rows as that of all their copies."""
-
-    def repeat(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == rows:
-            return value.repeat_interleave(copies, dim=0)
-        return tuple(repeat(part) for part in value) if isinstance(value, tuple) else value
-
-    for name in list(output.keys()):
-        if name != "past_key_values":
-            output[name] = repeat(output[name])
+    cache.batch_repeat_interleave(copies)
+    output["logits"] = output["logits"].repeat_interleave(copies, dim=0)
     return output
 
 

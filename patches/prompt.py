@@ -1,7 +1,8 @@
-"""PEFT prefix tuning: its learned keys and values go into an hfkv cache."""
+"""PEFT's learned prompts: their keys and values go into an hfkv cache, and a used one is read anew behind them."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 from hfkv.cache import KVCache
+from hfkv.patches.continuing import text_length
 from hfkv.patches.undo import Undo
 from hfkv.spread import own_layers, spread_of
 
@@ -40,6 +42,70 @@ def learned_prompt(model: Any) -> Any:
     peft_model = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None)
     config = getattr(peft_model, "active_peft_config", None)
     return None if config is None or not config.is_prompt_learning else peft_model
+
+
+def in_words(peft_model: Any) -> str:
+    """What a `PeftModel` puts before the prompts, as the state of its adapters."""
+    config = peft_model.active_peft_config
+    return f"{config.num_virtual_tokens} learned tokens ({getattr(config.peft_type, 'value', config.peft_type)})"
+
+
+def check_candidates(model: Any) -> None:
+    """Refuses assisted decoding behind a learned prompt: PEFT gives the model one token of all candidates.
+
+    Raises:
+        NotImplementedError: PEFT puts learned tokens before the text.
+    """
+    peft_model = learned_prompt(model)
+    if peft_model is not None:
+        raise NotImplementedError(
+            f"assisted decoding and prompt lookup where PEFT puts {in_words(peft_model)} before the text: PEFT passes "
+            "on one token of each forward, and the candidates would be lost; leave assistant_model and "
+            "prompt_lookup_num_tokens out"
+        )
+
+
+def read_anew(
+    model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+) -> Any:
+    """Makes `generate` read a whole text in one forward, where PEFT puts learned tokens before it.
+
+    PEFT takes what a cache holds for the learned tokens and the text before one new token: it would leave out others,
+    and misplace what follows.
+
+    Args:
+        model: the patched model.
+        cache: a used one is reset.
+        ids: the prompt, int64 `[B, T]`.
+        generation_config, model_kwargs: of the running call; positions in `model_kwargs` become those of the prompt.
+
+    Returns:
+        The generation config to read with.
+
+    Raises:
+        ValueError: `ids` are only what is new.
+    """
+    peft_model = learned_prompt(model)
+    if peft_model is None:
+        return generation_config
+    name, why = type(model).__name__, f"PEFT puts {in_words(peft_model)} before the text"
+    seen, length = cache.get_seq_length(), ids.shape[1]
+    if seen:
+        if text_length(generation_config, model_kwargs) not in (None, length):
+            raise ValueError(
+                f"past_key_values holds {seen} tokens and the prompt is {length} new ones alone: {why}, and can only "
+                "read it from its beginning. Give the whole text"
+            )
+        model.hfkv.log_once(f"{name}: a used cache is reset and the whole text read anew: {why}")
+        cache.reset()
+        positions = model_kwargs.get("position_ids")
+        if positions is not None and positions.shape[-1] > length:
+            model_kwargs["position_ids"] = positions[..., :length]
+    if generation_config.prefill_chunk_size is not None:
+        model.hfkv.log_once(f"{name}: prefill_chunk_size has no effect: {why}, and can only read it whole")
+        generation_config = copy.copy(generation_config)
+        generation_config.prefill_chunk_size = None
+    return generation_config
 
 
 def set_prompt_hook(peft_model: Any, undo: Undo) -> None:
