@@ -41,7 +41,7 @@ _SIZES = [
     ("kv_channels|d_kv", 16),
     ("rotary_dim|attention_chunk_size", 8),
     ("sliding_window", 6),
-    ("attention_window_size|window_size", 64),
+    ("attention_window_size|window_size", 6),
     ("rotary_emb_base", 10000),
     # Latent and indexed attention.
     ("q_lora_rank|attention_latent|latent_size|qk_head_dim", 32),
@@ -49,7 +49,7 @@ _SIZES = [
     ("qk_rope_head_dim|qk_nope_head_dim|o_lora_rank|index_head_dim", 16),
     ("v_head_dim", 24),
     ("index_n_heads", 4),
-    ("index_topk", 64),
+    ("index_topk", 4),
     # Experts.
     ("num_experts|num_local_experts|num_routed_experts|n_routed_experts|n_experts|moe_num_experts", 4),
     ("num_experts_per_tok|num_experts_per_token|num_selected_experts|moe_k|moe_top_?k|top_k_experts", 2),

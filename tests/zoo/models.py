@@ -111,6 +111,7 @@ def instantiate(model_class, config, seed=0):
         model = model_class(config).float().eval()
     randomize(model, seed)
     generation = model.generation_config
+    generation.num_return_sequences = 1  # some classes with a generate() of their own count on a number
     generation.pad_token_id = tokens.PAD_TOKEN
     generation.bos_token_id = generation.decoder_start_token_id = tokens.BOS_TOKEN
     generation.eos_token_id = generation.forced_bos_token_id = generation.forced_eos_token_id = None

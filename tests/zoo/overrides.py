@@ -9,12 +9,38 @@ _SHARED = {
 }
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}}
+# Encoders that are decoders when asked to be.
+_DECODERS = (
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 _CROSS_DECODER = {"is_decoder": True, "add_cross_attention": True}
 _AUDIO_TOKENIZER = {"num_filters": 4, "depths": [1, 1], "downsampling_ratios": [2]}
 
-OVERRIDES = {
+OVERRIDES = {name: {"is_decoder": True} for name in _DECODERS} | {
     "bamba": {"attn_layer_indices": [1]},
-    "blt": {"patch_size": 4, "encoder_hash_byte_group_vocab": 50},
+    "blip-2": {"image_token_index": IMAGE_TOKEN, "num_query_tokens": 4},
+    "blt": {
+        "patch_size": 4,
+        "encoder_hash_byte_group_vocab": 50,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+    },
     "chameleon": {"vocabulary_map": {"<image>": IMAGE_TOKEN}},
     "chameleon_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
@@ -30,6 +56,12 @@ OVERRIDES = {
         "num_key_value_heads": 4,
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4, "topk_method": "greedy"},
+    "dia_decoder": {
+        "cross_hidden_size": 64,
+        "cross_num_attention_heads": 4,
+        "cross_num_key_value_heads": 4,
+        "cross_head_dim": 16,
+    },
     "encoder-decoder": {"decoder": _CROSS_DECODER},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "diffusion_gemma_text": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
@@ -54,7 +86,9 @@ OVERRIDES = {
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "gemma3n_text": _SHARED,
     "gemma4_text": _SHARED,
+    "gemma4_unified_text": _SHARED,
     "glm5_next_text": {
+        "index_kpool": 2,
         "qk_rope_head_dim": 0,
         "head_dim": 0,
         "qk_head_dim": 16,
@@ -69,9 +103,31 @@ OVERRIDES = {
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [], "spatial_target_layers": []},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "instructblip": {"image_token_index": IMAGE_TOKEN, "num_query_tokens": 4},
+    "instructblipvideo": {"video_token_index": IMAGE_TOKEN, "num_query_tokens": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "janus_vqgan": {"base_channels": 32, "latent_channels": 32, "channel_multiplier": [1, 1], "num_patches": 2},
-    "kyutai_speech_to_text": {"audio_bos_token_id": 95, "audio_pad_token_id": 96},
+    "kosmos-2": {"latent_query_num": 4},
+    "kyutai_speech_to_text": {
+        "audio_bos_token_id": 64,
+        "audio_pad_token_id": 64,
+        "codebook_vocab_size": 65,
+        "num_codebooks": 8,
+        "frame_size": 64,
+        "codec_config": {
+            "num_quantizers": 8,
+            "num_residual_layers": 1,
+            "upsampling_ratios": [8, 4],
+            "vector_quantization_hidden_dimension": 16,
+            "codebook_dim": 16,
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "head_dim": 8,
+            "upsample_groups": 16,
+            "sliding_window": 4,
+            "use_cache": False,
+        },
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "mimi": {"codebook_size": 64, "num_filters": 4, "upsample_groups": 64},
@@ -113,7 +169,8 @@ OVERRIDES = {
     "vibevoice_acoustic_tokenizer": _AUDIO_TOKENIZER,
     "vibevoice_acoustic_tokenizer_encoder": _AUDIO_TOKENIZER,
     "vision-encoder-decoder": {"decoder": _CROSS_DECODER},
-    "xmod": {"default_language": "en_XX"},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
     "zamba": {
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
