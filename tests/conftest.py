@@ -7,11 +7,14 @@ import torch
 
 from hfkv.stores import bus
 from tests.lazy_bus import LazyBus
+from tests.pairwise import leave_the_rest_for_slow
 
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_the_rest_for_slow(items)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU")

@@ -31,6 +31,7 @@ def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_flash, "MIN_STRETCH", 16)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("length", [1, 63, 1000])
 @pytest.mark.parametrize("groups", [1, 4, 8])
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
@@ -52,12 +53,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_queries", [1, 5, 63])
 def test_shapes(kernel: str, codec: str, shape: str, num_queries: int) -> None:
     check(KERNELS[kernel], case(codec, num_queries=num_queries, **SHAPES[shape]))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("num_queries", [1, 40])
 @pytest.mark.parametrize("size", [1, 7, 40])
 @pytest.mark.parametrize(("num_slots", "held_from"), [(0, 0), (0, 11), (4, 2), (4, 50)])

@@ -91,6 +91,7 @@ def check(given: Case, form: str, value_dim: int = 20) -> None:
 ALL = pytest.mark.parametrize(("form", "codec"), [(form, codec) for form in FORMS for codec in CODECS])
 
 
+@pytest.mark.pairwise
 @ALL
 @pytest.mark.parametrize("length", [0, 1, 63, 300])
 @pytest.mark.parametrize("rank", [32, 72])
@@ -99,6 +100,7 @@ def test_lengths_ranks_and_dtypes(form: str, codec: str, length: int, rank: int,
     check(latent_case(codec, form, length=length, rank=rank, dtype=dtype), form)
 
 
+@pytest.mark.pairwise
 @ALL
 @pytest.mark.parametrize("num_queries", [1, 2, 17, 100, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -118,6 +120,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise
 @ALL
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_queries", [1, 5, 63])
@@ -126,6 +129,7 @@ def test_shapes(form: str, codec: str, shape: str, num_queries: int, dtype: torc
     check(latent_case(codec, form, num_queries=num_queries, dtype=dtype, **SHAPES[shape]), form)
 
 
+@pytest.mark.pairwise
 @ALL
 @pytest.mark.parametrize("num_queries", [1, 40])
 @pytest.mark.parametrize("size", [1, 7, 40])
@@ -140,6 +144,7 @@ def test_windows(
     check(windowed(given, size, sinks=4, num_slots=num_slots, held_from=held_from), form)
 
 
+@pytest.mark.pairwise
 @ALL
 @pytest.mark.parametrize("heads", [1, HEADS])
 @pytest.mark.parametrize("rows", [1, 2])

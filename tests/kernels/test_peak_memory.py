@@ -76,6 +76,7 @@ def filled(kv: str) -> KVLayer:
     return layer
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("padding", [0, 5])
 @pytest.mark.parametrize("num_queries", [1, 7, 300])
 @pytest.mark.parametrize("kv", ["none", "paged", "int8", "int4", "fp8", "int8+paged", "int4+paged"])

@@ -38,6 +38,7 @@ def check(
         assert_same_bytes(one, other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(

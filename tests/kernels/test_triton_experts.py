@@ -49,6 +49,7 @@ def test_every_form(form: str, kernel: str, dtype: torch.dtype, device: torch.de
     check(choose(3, 2, 3, device), form, (35, 77), dtype, kernel, device, has_bias=is_half, rows_are_slots=not is_half)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(1, 1), (64, 128), (70, 33), (3, 300), (130, 31), (48, 96)])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("form", ["none", "int8", "int4"])

@@ -16,6 +16,7 @@ from tests.kernels.triton_ranges import ranges_kernel
 BLOCK_N = 16
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("hole", [0, 40])
 @pytest.mark.parametrize("pad", [0, 50, 118, 300])
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_codecs_write_and_read_the_same_bits(codec: str, dtype: torch.dtype, to:
         assert torch.equal(CODECS[codec].decode(planes, 24, dtype), decoded)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("num_queries", [1, 20])
 @pytest.mark.parametrize("dtypes", [(FP32, FP32), (FP32, BF16), (BF16, BF16), (FP32, FP16)])
 @pytest.mark.parametrize("kv", KINDS)

@@ -67,6 +67,7 @@ def assert_same(stock: tuple[str, Any], ours: tuple[str, Any]) -> None:
     torch.testing.assert_close(ours[1][1], stock[1][1], atol=2e-4, rtol=2e-4)
 
 
+@pytest.mark.pairwise
 @pytest.mark.smoke
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", NAMED)

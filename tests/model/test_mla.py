@@ -91,6 +91,7 @@ def expansions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return lambda model: Expansions(model, monkeypatch)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("mode", [pytest.param("greedy", marks=pytest.mark.smoke), *list(MODES)[1:]])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_stock_tokens_and_logits(family: str, mode: str, expansions: Any) -> None:

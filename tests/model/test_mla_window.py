@@ -17,6 +17,7 @@ RULES = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("store", ["contiguous", "paged+page_size:4"])
 @pytest.mark.parametrize("padding", PADS)
@@ -35,6 +36,7 @@ def test_both_forms_equal_brute_force(rule: str, padding: str, form: str) -> Non
         assert error("deepseek_v3", KVConfig(window=RULES[rule]), padding, "chunks") <= 1e-5
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("rule", ["", "+window:7+sinks:4"])
 @pytest.mark.parametrize("store", ["contiguous", "paged+page_size:16+offload"])

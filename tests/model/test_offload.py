@@ -71,6 +71,7 @@ def bus() -> Bus:
     return bus_to(torch.device("cpu"))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("window", WINDOWS)

@@ -113,6 +113,7 @@ def error(name: str, kv: KVConfig, padding: str, split: str, dtype: torch.dtype 
     return float((ours - reference)[real].abs().max() / reference[real].abs().max())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("padding", PADS)
@@ -124,6 +125,7 @@ def test_logits_equal_brute_force(name: str, sinks: int, size: int, padding: str
     assert error(name, kv, padding, split) <= 1e-5
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("store", [*STORES, "paged+page_size:16+offload"])
 @pytest.mark.parametrize("padding", PADS)
@@ -164,6 +166,7 @@ RULES = {
 }
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("padding", PADS)
@@ -182,6 +185,7 @@ def test_every_rule_with_softcap_and_sink_logits(name: str, rule: str, split: st
     assert error(name, KVConfig(window=RULES[rule]), "ragged", split) <= 1e-5
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("padding", PADS)
@@ -221,6 +225,7 @@ def test_windows_under_beams_and_assistants(kv: str, window: Window) -> None:
         assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
 
 
+@pytest.mark.pairwise
 @pytest.mark.smoke
 @pytest.mark.parametrize("window", [Window(8, 2), *RULES.values()], ids=["plain", *RULES])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}], ids=str)

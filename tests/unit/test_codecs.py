@@ -17,6 +17,7 @@ def states(head_dim: int, tokens: int = 33, dtype: torch.dtype = torch.float32) 
     return x.to(dtype)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES)

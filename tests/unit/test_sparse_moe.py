@@ -92,6 +92,7 @@ def output_and_gradients(moe, function, x):
     return y.detach(), x.grad, {name: parameter.grad for name, parameter in moe.named_parameters()}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 100])
 @pytest.mark.parametrize("options", FORMS, ids=str)
