@@ -90,10 +90,10 @@ def _parameters(model_class: type) -> tuple[str, ...]:
 
 def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
     """Says once that a forward has put a cache of its own in place of one of ours."""
-    if returned is None or returned is given:
+    own = getattr(returned, "self_attention_cache", returned)
+    if returned is None or returned is given or isinstance(own, KVCache):
         return
-    kind = type(getattr(returned, "self_attention_cache", returned)).__name__
     model.hfkv.log_once(
-        f"{type(model).__name__}: its forward returned a {kind} in place of the hfkv cache it was given: kv has no "
-        "effect from there on"
+        f"{type(model).__name__}: its forward returned a {type(own).__name__} in place of the hfkv cache it was given: kv "
+        "has no effect from there on"
     )

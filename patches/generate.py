@@ -98,6 +98,13 @@ def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
     check_candidates(self)
     ids, model_kwargs = kwargs["input_ids"], kwargs["model_kwargs"]
     cache = model_kwargs.get("past_key_values")
+    inner = getattr(cache, "self_attention_cache", None)
+    if isinstance(inner, KVCache) and inner.get_seq_length():
+        raise NotImplementedError(
+            "assisted decoding and prompt lookup of an encoder-decoder give the decoder its whole text, and "
+            f"past_key_values holds {inner.get_seq_length()} tokens of it, which would be read twice (as they are in "
+            "transformers' own caches): give a fresh cache, or go on without an assistant"
+        )
     if not isinstance(cache, KVCache) or not cache.record.is_wanted or model_kwargs.get("inputs_embeds") is not None:
         return type(self)._get_candidate_generator(self, **kwargs)
     config, record = kwargs["generation_config"], cache.record

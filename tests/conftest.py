@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from hfkv.stores import bus
 from tests.lazy_bus import LazyBus
 from tests.pairwise import leave_the_rest_for_slow
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("HFKV_TEST_THREADS", "1")))
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

@@ -9,6 +9,9 @@ REFUSALS = {
     "past_key_values holds .* tokens that the prompt does not continue": (
         "a used cache answers for its own text only; stock code appends whatever comes, silently wrong"
     ),
+    "assisted decoding and prompt lookup of an encoder-decoder give the decoder its whole text": (
+        "stock code reads what a used cache holds twice, silently wrong"
+    ),
 }
 
 

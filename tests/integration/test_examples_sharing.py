@@ -44,6 +44,7 @@ def columns(text):
     return [[cell.strip() for cell in line.strip("│ ").split("│")] for line in text.splitlines() if line[:1] == "│"]
 
 
+@pytest.mark.slow
 def test_shared_system_prompt_is_read_once(tmp_path):
     text = printed("shared_system_prompt.py", folder=tmp_path)
     first, *later = columns(text)
@@ -66,6 +67,7 @@ def test_shared_system_prompt_takes_any_model(tmp_path, capsys):
     assert "reuse_stats: 4 of 5 prompts" in text
 
 
+@pytest.mark.slow
 def test_rag_reads_the_document_once(tmp_path):
     text = printed("rag_one_document.py", folder=tmp_path)
     rows = {name: [*map(str.strip, cells)] for name, *cells in columns(text)}

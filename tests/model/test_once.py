@@ -247,7 +247,7 @@ def test_models_that_keep_all_in_the_cache_are_read_once(name: str) -> None:
     assert patch.reads_once
 
 
-@pytest.mark.parametrize("model_type", ["recurrent_gemma", "jamba", "bamba", "qwen3_next", "lfm2", "bert"])
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "jamba", "bamba", "qwen3_next", "lfm2", "bert", "xlm"])
 def test_state_beside_keys_is_repeated_too(model_type: str) -> None:
     model = of_type(model_type)
     inputs = prompt_for(model)
@@ -257,7 +257,7 @@ def test_state_beside_keys_is_repeated_too(model_type: str) -> None:
             ours, our_logits = run(model, inputs, mode)
             assert torch.equal(ours, tokens)
             torch.testing.assert_close(our_logits, logits, atol=1e-3, rtol=1e-3)
-    is_kept_elsewhere = model_type in ("recurrent_gemma", "bert")
+    is_kept_elsewhere = model_type in ("recurrent_gemma", "xlm")
     assert (None in patch.reads_once.values()) == is_kept_elsewhere
 
 

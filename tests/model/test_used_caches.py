@@ -179,3 +179,13 @@ def test_stock_caches_are_left_alone() -> None:
         assert torch.equal(
             greedy(model, {"input_ids": text}, past_key_values=cache), greedy(model, {"input_ids": text})
         )
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_an_assistant_on_a_used_cache_of_an_encoder_decoder_is_refused(name: str) -> None:
+    model, ids = NAMED[name]().model, torch.arange(5, 12)[None]
+    with hfkv.patch(model):
+        output = model.generate(ids, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+        given = {"past_key_values": output.past_key_values, "decoder_input_ids": output.sequences, "max_new_tokens": 3}
+        with pytest.raises(NotImplementedError, match="would be read twice"):
+            model.generate(ids, **given, prompt_lookup_num_tokens=2)
