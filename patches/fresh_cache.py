@@ -93,7 +93,7 @@ def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
     own = getattr(returned, "self_attention_cache", returned)
     if returned is None or returned is given or isinstance(own, KVCache):
         return
+    name, kind = type(model).__name__, type(own).__name__
     model.hfkv.log_once(
-        f"{type(model).__name__}: its forward returned a {type(own).__name__} in place of the hfkv cache it was given: kv "
-        "has no effect from there on"
+        f"{name}: its forward returned a {kind} in place of the hfkv cache it was given: kv has no effect from there on"
     )
