@@ -56,12 +56,15 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     patch, name = model.hfkv, type(model).__name__
     if given.get("past_key_values") is not None:
         return kwargs
-    if not wants_cache or torch.is_grad_enabled():
+    why = "it was called with use_cache=False"
+    if wants_cache:
+        why = "gradients flow through no hfkv cache" if torch.is_grad_enabled() else patch.cacheless_reason
+    if why is not None:
         if not patch.kv.is_lossless:
-            why = "gradients flow through no hfkv cache" if wants_cache else "it was called with use_cache=False"
             patch.log_once(f"{name}: kv={str(patch.kv)!r} has no effect on a forward: {why}")
         return kwargs
-    _check_whole(given, name)
+    if getattr(config, "original_max_position_embeddings", None) is not None:
+        _check_whole(given, name)
     stock: Cache = DynamicCache(config=config)
     if model.config.is_encoder_decoder:
         stock = EncoderDecoderCache(stock, DynamicCache(config=config))

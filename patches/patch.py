@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from collections.abc import Hashable
@@ -17,6 +18,7 @@ from hfkv.config import KVConfig
 from hfkv.experts.config import MoEConfig
 from hfkv.experts.report import MoEReport
 from hfkv.patches.attention import set_attention
+from hfkv.patches.cacheless import cacheless_reason
 from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import Graphs, set_graphs
 from hfkv.patches.hints import hint
@@ -87,6 +89,11 @@ class Patch:
     def own_kv(self) -> KVConfig:
         """The policies of a single cache: `kv` without reuse, which is between caches."""
         return replace(self.kv, reuse=None)
+
+    @functools.cached_property
+    def cacheless_reason(self) -> str | None:
+        """Why forwards that are given no cache get none of hfkv's, or None where they do."""
+        return cacheless_reason(self.model)
 
     def new_cache(self) -> KVCache:
         """An empty cache like those that `generate` gets."""

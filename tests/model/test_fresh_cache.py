@@ -11,12 +11,16 @@ from transformers import (
     EncoderDecoderCache,
     Phi3Config,
     Phi3ForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 import hfkv
+from hfkv.patches.cacheless import cacheless_reason
 from tests.tiny import greedy, llama, prompt
+from tests.zoo import NAMED
 
 KVS = ["none", "int8", "int4", "window:6+sinks:2", "int8+window:6+paged"]
 
@@ -172,3 +176,26 @@ def test_continuous_batching_of_a_patched_model_names_the_way_out(call: str) -> 
     with hfkv.patch(model), pytest.raises(NotImplementedError, match=r"hfkv\.unpatch\(model\)"):
         calls[call]()
     assert "init_continuous_batching" not in vars(model)
+
+
+def test_a_model_that_does_more_than_make_a_cache_makes_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "lru_width": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_window_size": 16, "pad_token_id": 0}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**sizes, **heads, eos_token_id=None)).eval()
+    ids = prompt()["input_ids"]
+    with torch.no_grad():
+        expected = [model(ids).logits, model(ids[:, -1:]).logits]  # its modules begin anew
+        guided = greedy(model, {"input_ids": ids[:1]}, guidance_scale=1.5).tolist()
+        with hfkv.patch(model, "int8") as handle, caplog.at_level(logging.WARNING, "hfkv"):
+            for given, stock in zip((ids, ids[:, -1:]), expected, strict=True):
+                assert torch.equal(model(given).logits, stock)
+            assert "does more than make a cache" in str(handle.cacheless_reason)
+        with hfkv.patch(model):
+            assert greedy(model, {"input_ids": ids[:1]}, guidance_scale=1.5).tolist() == guided
+    assert sum("has no effect on a forward: RecurrentGemmaModel does more" in r.message for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMED if name != "recurrent_gemma"])
+def test_most_models_only_make_a_cache(name: str) -> None:
+    assert cacheless_reason(NAMED[name]().model) is None
