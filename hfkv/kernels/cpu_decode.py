@@ -21,16 +21,15 @@ from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visible import alike, first_seen, seen
 from hfkv.layout import Layout
 
-# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. Twice as
-# much cost 3 % less CPU time in int8 and 25 % more in fp8 (2 cores of an EPYC, 16k tokens, 8 kv heads of 128, 4 queries
-# each), and leaves fewer parts for threads.
-_SCORES, _COPIED = 1 << 17, 1 << 21
+# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
+# of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
+_SCORES, _COPIED = 1 << 18, 1 << 22
 # Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
 # own.
 _MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
 _SLACK = 1 / 8  # of a stretch
 # Numbers of keys; a stretch costs 0.3 ms besides what grows with its length, which is 0.5 ms a million.
-_FOR_TWO = 1 << 21
+_FOR_TWO = 1 << 22
 
 
 @in_own_precision

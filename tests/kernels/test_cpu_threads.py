@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,12 @@ from hfkv.layout import Layout
 HEADS, GROUPS, HEAD_DIM, HELD = 2, 4, 32, 5000
 # Of two parts that wait for each other, where one thread alone would wait for ever.
 PATIENCE = 20  # s
+
+
+@pytest.fixture(autouse=True)
+def shared_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a busy process."""
+    monkeypatch.setattr(cpu_threads._cores, "are_shared", lambda: True)
 
 
 @pytest.fixture(autouse=True)
@@ -163,12 +170,17 @@ def attended(codec: str, is_paged: bool, softcap: float | None = None) -> Attend
 @pytest.mark.parametrize(
     ("codec", "softcap"), [("none", None), ("none", 20.0), ("int8", None), ("int4", None), ("fp8", None)]
 )
-def test_attention_is_the_same_on_one_thread_and_on_two(codec: str, softcap: float | None, is_paged: bool) -> None:
+def test_attention_is_the_same_on_one_thread_and_on_two(
+    codec: str, softcap: float | None, is_paged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.inference_mode():
         two = attended(codec, is_paged, softcap)
+        monkeypatch.setattr(cpu_threads._cores, "are_shared", lambda: False)
+        together = attended(codec, is_paged, softcap)
     torch.set_num_threads(1)
     one = attended(codec, is_paged, softcap)
     torch.testing.assert_close(two, one, rtol=0, atol=0)
+    torch.testing.assert_close(together, one, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
@@ -196,3 +208,25 @@ def test_latents_are_the_same_on_one_thread_and_on_two() -> None:
         torch.set_num_threads(threads)
         found.append(latent_attention(query, *encoded, Layout(20_000), Visibility(20_000, (0,)), Scoring(0.1)))
     torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def test_cores_of_its_own_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_threads._cores, "are_shared", lambda: False)
+    caller = threading.get_ident()
+    seen = do_parts(lambda part: (part, threading.get_ident(), torch.get_num_threads()), range(5))
+    assert seen == [(part, caller, 2) for part in range(5)]
+
+
+def test_cores_are_shared_where_threads_lose_them_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, switches = [10.0], [1000]
+    usage = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda _: types.SimpleNamespace(ru_nivcsw=switches[0]))
+    monkeypatch.setattr(cpu_threads, "resource", usage)
+    monkeypatch.setattr(cpu_threads.time, "perf_counter", lambda: now[0])
+    cores = cpu_threads.Cores()
+    assert not cores.are_shared()  # what was before the first look says nothing
+    for seconds, more, expected in ((0.1, 0, False), (0.1, 20, True), (0.01, 0, True), (0.1, 3, False), (2, 90, False)):
+        now[0] += seconds
+        switches[0] += more
+        assert cores.are_shared() == expected
+    monkeypatch.setattr(cpu_threads, "resource", None)
+    assert not cpu_threads.Cores().are_shared()
