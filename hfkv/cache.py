@@ -6,7 +6,7 @@ import copy
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -193,13 +193,14 @@ class KVCache(DynamicCache):
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keeps the rows `indices`; see `hfkv.selection.selected`."""
-        super().batch_select_indices(indices)
+        for layer in self.layers:
+            _choose(layer, "batch_select_indices", selected, indices)
         self.record.choose(selected, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared until they are written to."""
         for layer in self.layers:
-            _repeat(layer, repeats)
+            _choose(layer, "batch_repeat_interleave", repeated, repeats)
         self.record.choose(repeated, repeats)
 
     def fork(self, n: int = 1) -> KVCache:
@@ -226,7 +227,7 @@ class KVCache(DynamicCache):
             forked.record.choose(repeated, n)
             for layer in forked.layers:
                 if not isinstance(layer, OURS):
-                    _repeat(layer, n)
+                    _choose(layer, "batch_repeat_interleave", repeated, n)
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
@@ -311,9 +312,9 @@ def live_caches() -> list[KVCache]:
         return list(_live)
 
 
-def _repeat(layer: Any, repeats: int) -> None:
-    """Repeats every row of a layer; linear attention, alone or beside keys, knows no repeating, but reordering."""
+def _choose(layer: Any, name: str, choose: Callable[[Any, int], torch.Tensor], given: Any) -> None:
+    """Calls a layer's method that chooses rows; linear attention, alone or beside keys, knows only reordering."""
     if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        layer.batch_repeat_interleave(repeats)
+        getattr(layer, name)(given)
     elif (held := next((tensor for _, tensor in own_tensors(layer)), None)) is not None:
-        layer.reorder_cache(repeated(repeats, len(held)))
+        layer.reorder_cache(choose(given, len(held)))

@@ -14,6 +14,27 @@ from transformers.cache_utils import Cache, DynamicCache
 from hfkv.cache import KVCache
 
 
+def check_cache(model: Any, cache: Any) -> None:
+    """Refuses an hfkv cache that the model's code would misread.
+
+    Raises:
+        ValueError: the model is an encoder-decoder, and the cache is not within an `EncoderDecoderCache`.
+        NotImplementedError: its attention cannot read a cache that is not plain tensors.
+    """
+    if isinstance(cache, KVCache) and model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: its self- and cross-attention would share the layers of "
+            "one KVCache. Give EncoderDecoderCache(cache, DynamicCache(config=model.config)), both from transformers"
+        )
+    own = getattr(cache, "self_attention_cache", cache)
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    if isinstance(own, KVCache) and attention == "flex_attention":
+        raise NotImplementedError(
+            "flex_attention compiles what it is given and cannot read the caches of hfkv: call "
+            'model.set_attn_implementation("hfkv"), "sdpa" or "eager", or hfkv.unpatch(model)'
+        )
+
+
 def fresh_cache(model: Any, stock: Cache) -> Cache:
     """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
     # While an assistant exits early, the config names fewer layers than the patch was made for.

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from hfkv.cache import KVCache
 from hfkv.patches.attention import keep_attention
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
-from hfkv.patches.fresh_cache import fresh_cache
+from hfkv.patches.fresh_cache import check_cache, fresh_cache
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import check_candidates, expect_prefix
 from hfkv.patches.undo import Undo
@@ -135,6 +135,7 @@ def _prepare_cache(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     )
     if given is not None:
+        check_cache(self, given)
         _check_fits(given, self)
         expect_prefix(self, given if isinstance(given, KVCache) else None)
         own = getattr(given, "self_attention_cache", given)
@@ -150,6 +151,7 @@ def _prepare_cache(
         expect_prefix(self, None)
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
+    check_cache(self, model_kwargs["past_key_values"])
     own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
     own.record.is_temporary = not generation_config.return_dict_in_generate
     # Where memory ends, what has been generated is to be found.

@@ -59,6 +59,9 @@ class Override:
         return self._made_of[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self._owner:
+            # Bound once more: accelerate does that with what it takes for the function that it had wrapped.
+            args = args[1:]
         return self._method(self._owner, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -87,7 +90,8 @@ class Override:
 
 def is_override(method: Any, ours: Override) -> bool:
     """Whether `method` is `ours`, or what another has bound anew of it."""
-    return method is ours or getattr(method, "__func__", None) is ours._method
+    inner = getattr(method, "__func__", None)
+    return method is ours or inner is ours._method or inner is ours
 
 
 def does(method: Any, function: Callable[..., Any]) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from hfkv.cache import KVCache
 from hfkv.errors import CacheMemoryError
-from hfkv.patches.fresh_cache import log_stock_cache, with_cache
+from hfkv.patches.fresh_cache import check_cache, log_stock_cache, with_cache
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
@@ -24,6 +24,8 @@ def set_recording(model: Any, undo: Undo) -> None:
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     forward, kwargs = inner_forward(model), with_cache(model, args, kwargs)
     cache = kwargs.get("past_key_values")
+    if isinstance(cache, KVCache) and model.config.is_encoder_decoder:
+        check_cache(model, cache)
     if not isinstance(cache, KVCache) or not cache.record.is_wanted:
         output = forward(*args, **kwargs)
         if isinstance(cache, KVCache):

@@ -199,3 +199,39 @@ def test_a_model_that_does_more_than_make_a_cache_makes_its_own(caplog: pytest.L
 @pytest.mark.parametrize("name", [name for name in NAMED if name != "recurrent_gemma"])
 def test_most_models_only_make_a_cache(name: str) -> None:
     assert cacheless_reason(NAMED[name]().model) is None
+
+
+def test_a_cache_that_an_encoder_decoder_would_misread_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    ids = torch.randint(3, 99, (2, 7))
+    expected = greedy(model, {"input_ids": ids}).tolist()
+    with hfkv.patch(model) as handle, torch.no_grad():
+        for call in (model.generate, lambda ids, **given: model(input_ids=ids, decoder_input_ids=ids, **given)):
+            with pytest.raises(ValueError, match=r"EncoderDecoderCache\(cache, DynamicCache"):
+                call(ids, past_key_values=handle.new_cache())
+        cache = EncoderDecoderCache(handle.new_cache(), DynamicCache(config=model.config))
+        assert greedy(model, {"input_ids": ids}, past_key_values=cache).tolist() == expected
+
+
+def test_an_attention_that_compiles_what_it_is_given_is_refused() -> None:
+    model = llama()
+    with hfkv.patch(model):
+        model.set_attn_implementation("flex_attention")
+        with pytest.raises(NotImplementedError, match=r"flex_attention .*set_attn_implementation"):
+            greedy(model, prompt())
+
+
+@pytest.mark.parametrize("name", [name for name in ("qwen3_next", "jamba", "bamba") if name in NAMED])
+@pytest.mark.parametrize("indices", [[1], torch.tensor([1, 0, 1]), slice(0, 1)], ids=str)
+def test_rows_of_hybrid_models_are_selected_in_all_layers(name: str, indices: Any) -> None:
+    model, inputs = NAMED[name]().model, prompt()
+    ids = inputs["input_ids"].clamp(max=88)
+    with hfkv.patch(model) as handle, torch.no_grad():
+        caches = [handle.new_cache(), handle.new_cache()]
+        model(ids, past_key_values=caches[0])
+        caches[0].batch_select_indices(indices)
+        model(ids[indices], past_key_values=caches[1])
+        one, other = (model(ids[indices][:, -1:], past_key_values=cache).logits for cache in caches)
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -141,6 +141,20 @@ def test_accelerate_wraps_and_unwraps_a_patched_model(keep: bool | None, precisi
     assert torch.equal(output.past_key_values.holds_tokens, output.sequences[:, :-1])
 
 
+def test_a_model_that_accelerate_has_prepared_is_patched_and_unwrapped() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    model = accelerator.prepare(llama())
+    hfkv.patch(model)
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    output = greedy(model, prompt(), return_dict_in_generate=True)
+    assert torch.equal(output.past_key_values.holds_tokens, output.sequences[:, :-1])
+    hfkv.unpatch(model)
+    assert not isinstance(
+        greedy(model, prompt(), return_dict_in_generate=True).past_key_values, type(output.past_key_values)
+    )
+
+
 def _loud(calls: list[str], name: str, inner: Any) -> Any:
     @functools.wraps(inner)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
