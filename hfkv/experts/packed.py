@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -22,8 +23,20 @@ def unpackable(matrices: torch.Tensor) -> str | None:
     if matrices.dtype == torch.float32:
         return None
     if matrices.dtype == torch.bfloat16:
-        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "this processor's oneDNN takes no bfloat16"
+        return None if _packs_bfloat16() else "this processor's oneDNN takes no bfloat16"
     return f"oneDNN packs bfloat16 and float32, not {str(matrices.dtype).removeprefix('torch.')}"
+
+
+@functools.cache
+def _packs_bfloat16() -> bool:
+    """Whether oneDNN does: torch asks the processor, and not what oneDNN has been limited to."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    try:
+        _pack(torch.zeros(16, 16, dtype=torch.bfloat16))
+    except RuntimeError:
+        return False
+    return True
 
 
 class PackedWeights(ExpertWeights):

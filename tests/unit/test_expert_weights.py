@@ -22,6 +22,8 @@ SHAPES = [(3, 33, 17), (2, 48, 40), (2, 64, 96), (1, 7, 5)]
 
 
 def written(form: str, matrices: torch.Tensor) -> ExpertWeights:
+    if form == "packed" and (reason := unpackable(matrices)):
+        pytest.skip(reason)
     if form in ("plain", "packed"):
         return {"plain": PlainWeights, "packed": PackedWeights}[form](matrices.clone())
     weights = CODECS[form](tuple(matrices.shape), matrices.dtype, matrices.device)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from hfkv.codecs import CODECS
 from hfkv.kernels import dispatch, selftest
 from hfkv.kernels.dispatch import Append, Kernel
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.int8_matmul import is_exact
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import append_naive, attention_naive
@@ -186,7 +187,16 @@ def test_a_wrong_kernel_for_latents_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_int8_product_of_this_cpu_is_exact() -> None:
     check = selftest.check_int8_product()
+    if not is_exact():
+        assert check.outcome == NOT_TESTED
+        assert "no kernel uses them" in str(check.note)
+        return
     assert (check.outcome, check.note) == (RIGHT, None)
+
+
+def test_a_product_that_no_kernel_uses_is_not_called_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selftest, "is_exact", lambda: False)
+    assert selftest.check_int8_product().outcome == NOT_TESTED
 
 
 @pytest.mark.parametrize(
@@ -203,6 +213,7 @@ def test_a_product_that_is_wrong_or_crashes_is_found(
     path = tmp_path / "int8_matmul.py"
     path.write_text(f"import os\ndef int8_matmul(a, b, out):\n    {body}\n    return out\n")
     monkeypatch.setattr(selftest, "INT8_MATMUL", path)
+    monkeypatch.setattr(selftest, "is_exact", lambda: True)
     check = selftest.check_int8_product()
     assert check.outcome == outcome
     assert said in (check.note or "")
