@@ -6,7 +6,6 @@ import ast
 import functools
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import transformers
 
-from hfkv.modelling import modelling_files
+from hfkv.modelling import modelling_files, source_tree
 
 # Models that must keep their own attention although their code would take another name for it.
 _SPARSE = "it applies its sparse index only under transformers' own attentions"
@@ -136,7 +135,7 @@ def _read_by_transformers() -> frozenset[str]:
 def _names_read(function: Any, seen: frozenset[Any] = frozenset()) -> set[str]:
     """The keywords that a function takes by name, looks up, or hands on to another that does."""
     function = inspect.unwrap(function)
-    tree = _tree(function)
+    tree = source_tree(function)
     definition = None if tree is None else next((n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)), None)
     if definition is None or function in seen:
         return set()
@@ -183,17 +182,9 @@ def _is_handed(others: str | None, call: ast.Call) -> bool:
 
 def _named_in_calls(modelling: ModuleType) -> set[str]:
     """The keywords that a modelling file names where it calls the attention function."""
-    tree = _tree(modelling)
+    tree = source_tree(modelling)
     if tree is None:
         return set()
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name))
     named = (call for call in calls if isinstance(call.func, ast.Name) and "attention_interface" in call.func.id)
     return {word.arg for call in named for word in call.keywords if word.arg is not None} - {*_POSITIONAL}
-
-
-def _tree(owner: Any) -> ast.AST | None:
-    """The parsed source of a function or a file, or None where there is none to be had."""
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(owner)))
-    except (OSError, TypeError, SyntaxError):
-        return None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib
+import inspect
 import sys
+import textwrap
 from types import ModuleType
 from typing import Any
 
@@ -23,3 +26,11 @@ def config_of_layer(config: Any, index: int) -> Any:
         return config
     layers = config.per_layer_config
     return layers[index] if index < len(layers) else config
+
+
+def source_tree(owner: Any) -> ast.AST | None:
+    """The parsed source of a function or a file, or None where there is none to be had."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):
+        return None

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import textwrap
 from typing import Any
 
 from transformers import PreTrainedModel
+
+from hfkv.modelling import source_tree
 
 _CACHE = "past_key_values"
 
@@ -27,10 +28,8 @@ def cacheless_reason(model: PreTrainedModel) -> str | None:
 
 @functools.cache
 def _only_makes_a_cache(model_class: Any) -> bool:
-    try:
-        source = inspect.getsource(inspect.unwrap(model_class.forward))
-        tree = ast.parse(textwrap.dedent(source))
-    except (OSError, TypeError, SyntaxError):
+    tree = source_tree(inspect.unwrap(model_class.forward))
+    if tree is None:
         return True  # no source to be had: it was built by somebody who has none to show, and is taken as usual
     branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _asks_for_none(node.test)]
     return all(_makes_a_cache(node.body) for node in branches)

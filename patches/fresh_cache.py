@@ -71,12 +71,12 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     if "past_key_values" not in names:
         return kwargs
     given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("past_key_values") is not None:
+        return kwargs
     config = model.config.get_text_config(decoder=True)
     wants_cache = given.get("use_cache")
     wants_cache = getattr(config, "use_cache", False) if wants_cache is None else wants_cache
     patch, name = model.hfkv, type(model).__name__
-    if given.get("past_key_values") is not None:
-        return kwargs
     why = "it was called with use_cache=False"
     if wants_cache:
         why = "gradients flow through no hfkv cache" if torch.is_grad_enabled() else patch.cacheless_reason
