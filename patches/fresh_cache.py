@@ -14,6 +14,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from hfkv.cache import KVCache
 
 
+def self_attention_of(cache: Any) -> Any:
+    """The cache of the decoder's own tokens: within an `EncoderDecoderCache`, or `cache` itself."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def check_cache(model: Any, cache: Any) -> None:
     """Refuses an hfkv cache that the model's code would misread.
 
@@ -26,7 +31,7 @@ def check_cache(model: Any, cache: Any) -> None:
             f"{type(model).__name__} is an encoder-decoder: its self- and cross-attention would share the layers of "
             "one KVCache. Give EncoderDecoderCache(cache, DynamicCache(config=model.config)), both from transformers"
         )
-    own = getattr(cache, "self_attention_cache", cache)
+    own = self_attention_of(cache)
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     if isinstance(own, KVCache) and attention == "flex_attention":
         raise NotImplementedError(
@@ -114,7 +119,7 @@ def _parameters(model_class: type) -> tuple[str, ...]:
 
 def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
     """Says once that a forward has put a cache of its own in place of one of ours."""
-    own = getattr(returned, "self_attention_cache", returned)
+    own = self_attention_of(returned)
     if returned is None or returned is given or isinstance(own, KVCache):
         return
     name, kind = type(model).__name__, type(own).__name__

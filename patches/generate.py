@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from hfkv.cache import KVCache
 from hfkv.patches.attention import keep_attention
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
-from hfkv.patches.fresh_cache import check_cache, fresh_cache
+from hfkv.patches.fresh_cache import check_cache, fresh_cache, self_attention_of
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import check_candidates, expect_prefix
 from hfkv.patches.undo import Undo
@@ -138,7 +138,7 @@ def _prepare_cache(
         check_cache(self, given)
         _check_fits(given, self)
         expect_prefix(self, given if isinstance(given, KVCache) else None)
-        own = getattr(given, "self_attention_cache", given)
+        own = self_attention_of(given)
         if not isinstance(own, KVCache):
             self.hfkv.log_once(f"{type(self).__name__} was given a {type(own).__name__}: kv has no effect on it")
         return result
@@ -152,7 +152,7 @@ def _prepare_cache(
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
     check_cache(self, model_kwargs["past_key_values"])
-    own: KVCache = getattr(model_kwargs["past_key_values"], "self_attention_cache", model_kwargs["past_key_values"])
+    own: KVCache = self_attention_of(model_kwargs["past_key_values"])
     own.record.is_temporary = not generation_config.return_dict_in_generate
     # Where memory ends, what has been generated is to be found.
     is_offloaded = own.offload is not None
@@ -169,7 +169,7 @@ def _warn_once(message: str) -> None:
 
 
 def _check_fits(cache: Any, model: Any) -> None:
-    own = getattr(cache, "self_attention_cache", cache)
+    own = self_attention_of(cache)
     if not isinstance(own, KVCache):
         return
     expected = model.config.get_text_config(decoder=True)
