@@ -41,8 +41,7 @@ def flash_attention(
     is_read = keys.codec == "none" and not layout.is_paged
     at_most = len(firsts) if is_read else STRETCH // MIN_STRETCH
     near = SHORT if num_queries == 1 or layout.length <= SHORT else 0
-    # A rotated row, or one whose scale was rounded up, may be beyond float16.
-    dtype = torch.float32 if query.dtype == torch.float16 and keys.codec != "none" else query.dtype
+    dtype = _compute_dtype(query.dtype, keys.codec, num_queries)
     for rows in alike(firsts, at_most, near):
         length = max(layout.length, 1) if is_read else max(STRETCH // (rows.stop - rows.start), MIN_STRETCH)
         for tile in tiles(visibility, layout, scoring, rows, min(firsts[rows]), num_queries):
@@ -64,6 +63,15 @@ def flash_attention(
             attended.out[rows, :, tile.queries], attended.lse[rows, :, tile.queries] = out, lse
     out, lse = with_sink_logits(attended, scoring.sink_logits)
     return Attended(out.to(query.dtype), lse)
+
+
+def _compute_dtype(dtype: torch.dtype, codec: str, num_queries: int) -> torch.dtype:
+    """What decoded tokens are attended to in, for queries in `dtype`."""
+    if codec == "none":
+        return dtype
+    # A rotated row, or one whose scale was rounded up, may be beyond float16; and in bfloat16 what was decoded would
+    # be rounded once more, which for few queries saves nothing.
+    return torch.float32 if dtype == torch.float16 or num_queries < MIN_TILE else dtype
 
 
 def tiles(
