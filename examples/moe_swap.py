@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hfkv
 from hfkv import tiny_lm
-from hfkv.sizes import about_bytes
+from hfkv.policy.units import about_bytes
 
 NUM_EXPERTS, NOISE = 8, 0.02
 HELD_OUT = 2048  # bytes of text that the loss is measured on

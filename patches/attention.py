@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hfkv.attention import NAME
-from hfkv.attention_code import learn, own_attention_reason
+from hfkv.attention.function import NAME
+from hfkv.models.attention_keywords import learn, own_attention_reason
 from hfkv.patches.configs import own_configs
 from hfkv.patches.undo import Undo
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfkv.modelling import source_tree
+from hfkv.models.sources import source_tree
 
 _CACHE = "past_key_values"
 

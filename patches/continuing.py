@@ -8,8 +8,8 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
-from hfkv.cache import KVCache
-from hfkv.state import ModelState
+from hfkv.cache.kv_cache import KVCache
+from hfkv.models.fingerprint import ModelState
 
 
 def check_continues(

@@ -11,7 +11,7 @@ import transformers
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicCache
 
-from hfkv.cache import KVCache
+from hfkv.cache.kv_cache import KVCache
 
 
 def self_attention_of(cache: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from hfkv.cache import KVCache
+from hfkv.cache.kv_cache import KVCache
 from hfkv.patches.attention import keep_attention
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
 from hfkv.patches.fresh_cache import check_cache, fresh_cache, self_attention_of

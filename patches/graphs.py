@@ -14,15 +14,15 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
-from hfkv import autocast
-from hfkv.cache import KVCache
-from hfkv.device_step import DeviceStep, advance, step_reason
-from hfkv.latent.projection import projection_of
-from hfkv.layout import Layout
+from hfkv.attention.device_step import DeviceStep, advance, step_reason
+from hfkv.attention.latent.projection import projection_of
+from hfkv.cache.kv_cache import KVCache
+from hfkv.codecs import autocast
+from hfkv.models.parallel import spread_of
+from hfkv.models.probe import growing_rope_type
 from hfkv.patches.mla import latent_modules
 from hfkv.patches.undo import Undo
-from hfkv.probe import growing_rope_type
-from hfkv.spread import spread_of
+from hfkv.stores.layout import Layout
 
 logger = logging.getLogger("hfkv")
 

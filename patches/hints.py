@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hfkv.probe import base_model
+from hfkv.models.probe import base_model
 
 # A client that wraps a pipeline that holds a model is three deep.
 _DEEPEST = 3

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hfkv.attention import NAME
-from hfkv.latent.families import METHOD, expands_what_was_cached
-from hfkv.latent.view import latent_views
+from hfkv.attention.function import NAME
+from hfkv.attention.latent.view import latent_views
+from hfkv.models.latents import METHOD, expands_what_was_cached
 from hfkv.patches.override import does
 from hfkv.patches.undo import Undo
 

@@ -12,13 +12,13 @@ from hfkv.experts.checkpoint import CODECS, ExpertsConfig, ExpertsQuantizer
 from hfkv.experts.config import MoEConfig
 from hfkv.experts.families import experts_of, no_experts, others_of, weight_names
 from hfkv.experts.implementation import NAME
-from hfkv.experts.offload.at_rest import bring_no_more
 from hfkv.experts.offload.place import offload_experts, slots_for_budget
 from hfkv.experts.offload.trace import ExpertTrace
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.experts.report import MoEReport, Swap
 from hfkv.experts.stack import ExpertStack, as_parameter
 from hfkv.experts.weights import ExpertWeights, PlainWeights
+from hfkv.models.weights_at_rest import bring_no_more
 from hfkv.patches.configs import own_configs
 from hfkv.patches.expert_lora import set_expert_lora
 from hfkv.patches.saving import set_saving

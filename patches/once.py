@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import cache_utils
 
-from hfkv.build import OURS
-from hfkv.cache import KVCache
+from hfkv.cache.factory import OURS
+from hfkv.cache.kv_cache import KVCache
+from hfkv.models.fingerprint import ModelState
+from hfkv.models.parallel import agreed
+from hfkv.patches.handle import Patch
 from hfkv.patches.module_memory import ModuleMemory
 from hfkv.patches.reuse import is_input
-from hfkv.spread import agreed
-from hfkv.state import ModelState
-
-if TYPE_CHECKING:
-    from hfkv.patches.patch import Patch
 
 # What is expanded row by row, and can be taken back.
 EXPANDED = {"attention_mask", "position_ids"}

@@ -2,158 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-import weakref
-from collections.abc import Hashable
-from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from hfkv.attention import NAME
-from hfkv.autocast import in_own_precision
-from hfkv.cache import KVCache
-from hfkv.config import KVConfig
+from hfkv.codecs.autocast import in_own_precision
 from hfkv.experts.config import MoEConfig
-from hfkv.experts.report import MoEReport
+from hfkv.models.probe import base_model
 from hfkv.patches.attention import set_attention
-from hfkv.patches.cacheless import cacheless_reason
 from hfkv.patches.generate import check_generate, set_generate_hooks
-from hfkv.patches.graphs import Graphs, set_graphs
+from hfkv.patches.graphs import set_graphs
+from hfkv.patches.handle import Patch, inside, models_in
 from hfkv.patches.hints import hint
 from hfkv.patches.mla import set_latent_attention
 from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
-from hfkv.patches.reuse import drop_pool, pool_of
 from hfkv.patches.rotary import set_exact_rotary
-from hfkv.patches.undo import Undo
-from hfkv.prefixes import PrefixPool, ReuseStats
-from hfkv.probe import base_model, frequencies, probe_rotary
-from hfkv.rotary import Rotary
-from hfkv.sharing import sharing_refusal
+from hfkv.policy.config import KVConfig
+from hfkv.sharing.refusals import sharing_refusal
 
 logger = logging.getLogger("hfkv")
-
-# Every model inside a patched one: a second patch over a part of it could not be undone in any order.
-_inside: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
-
-
-class Patch:
-    """A patched model: ``model.hfkv``. Leaving it as a context manager, or `undo`, takes the patch off.
-
-    Attributes:
-        model: the patched `PreTrainedModel` (the base model, where a `PeftModel` was given).
-        kv: the policies every new cache gets.
-        own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
-        attention: the implementation that the decoder has, unless `own_attention`: ``"hfkv"``, or what
-            `set_attn_implementation` has set since.
-        rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
-        num_layers: layers of every cache.
-        own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
-        exact_rotary: whether rotary angles are computed in float64.
-        num_latent_layers: attention layers that cache latents (MLA) and attend to them as they are.
-        moe: what became of the experts, or None where nothing was asked for them.
-        reads_once: by what the model and its adapters are, which outputs come besides logits where one row of a prompt
-            is read for all its beams and samples; None where that cannot be.
-        graphs: what captures decode steps, or None where that was not asked for.
-    """
-
-    def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
-        self.model = model
-        self.kv = kv
-        self.own_attention: str | None = None
-        self.attention = NAME
-        self.own_layers: dict[int, str] = {}
-        self.num_layers = 0
-        self.num_latent_layers = 0
-        self.exact_rotary = False
-        self.moe: MoEReport | None = None
-        self.graphs: Graphs | None = None
-        self._rotary: dict[int, Rotary | None] | None = None
-        self._frequencies: tuple[float, ...] = ()
-        self.reads_once: dict[Hashable, frozenset[str] | None] = {}
-        self._undo = Undo()
-        self._logged: set[str] = set()
-
-    def undo(self) -> None:
-        """Puts the model back as it was. Calling it twice is harmless."""
-        try:
-            self._undo.restore()
-        finally:
-            _inside.difference_update(_models(self.model))
-            drop_pool(self)
-
-    @property
-    def own_kv(self) -> KVConfig:
-        """The policies of a single cache: `kv` without reuse, which is between caches."""
-        return replace(self.kv, reuse=None)
-
-    @functools.cached_property
-    def cacheless_reason(self) -> str | None:
-        """Why forwards that are given no cache get none of hfkv's, or None where they do."""
-        return cacheless_reason(self.model)
-
-    def new_cache(self) -> KVCache:
-        """An empty cache like those that `generate` gets."""
-        return KVCache(self.model, self.own_kv, self.rotary)
-
-    @property
-    def pool(self) -> PrefixPool:
-        """The prompt prefixes that calls share."""
-        return pool_of(self)
-
-    def reuse_stats(self) -> ReuseStats:
-        """What calls have shared so far: hits, tokens that were not computed again, bytes kept.
-
-        Raises:
-            RuntimeError: the patch was made without reuse.
-        """
-        return self.pool.stats()
-
-    def clear_reuse(self) -> None:
-        """Forgets every prompt prefix; running calls keep what they have.
-
-        Raises:
-            RuntimeError: the patch was made without reuse.
-        """
-        self.pool.clear()
-
-    def log_once(self, message: str) -> None:
-        """A warning, the first time."""
-        if message not in self._logged:
-            self._logged.add(message)
-            logger.warning(message)
-
-    @property
-    def rotary(self) -> dict[int, Rotary | None] | None:
-        """How the model rotates its keys, by layer, where a window needs to know; None where none does.
-
-        Raises:
-            ValueError: the model rotates them in no way that is understood.
-        """
-        if not self.kv.needs_rotary:
-            return None
-        # A cast since has rounded the frequencies: then they are found out again.
-        now = frequencies(self.model)
-        if self._rotary is None or self._frequencies != now:
-            self._rotary, self._frequencies = probe_rotary(self.model), now
-        return self._rotary
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
-
-    def __repr__(self) -> str:
-        attention = "hfkv attention" if self.own_attention is None else f"its own attention ({self.own_attention})"
-        graphs = (
-            "" if self.graphs is None else ", graphs" if self.graphs.off is None else f", no graphs: {self.graphs.off}"
-        )
-        experts = "" if self.moe is None else f", {self.moe.summary()}"
-        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{experts}{graphs})"
 
 
 @in_own_precision
@@ -199,7 +69,7 @@ def patch(
         raise RuntimeError(
             f"{type(base).__name__} is already patched ({base.hfkv!r}); take that off first: hfkv.unpatch(model)"
         )
-    overlapping = [part for part in _models(base) if part in _inside or "hfkv" in vars(part)]
+    overlapping = [part for part in models_in(base) if part in inside or "hfkv" in vars(part)]
     if overlapping:
         raise RuntimeError(
             f"{type(base).__name__} is part of a patched model, or a part of it ({type(overlapping[0]).__name__}) is "
@@ -241,7 +111,7 @@ def patch(
             handle.moe = set_experts(base, experts, handle._undo)
         handle._undo.settle()
         handle._undo.set(base, "hfkv", handle)
-        _inside.update(_models(base))
+        inside.update(models_in(base))
     except BaseException:
         handle.undo()
         raise
@@ -271,10 +141,6 @@ def _accept_own_attention(handle: Patch) -> None:
             "window out"
         )
     logger.warning("%s keeps its own attention: %s; it reads decoded caches", name, handle.own_attention)
-
-
-def _models(model: PreTrainedModel) -> list[PreTrainedModel]:
-    return [module for module in model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _base_model(model: Any) -> PreTrainedModel:

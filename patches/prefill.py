@@ -9,16 +9,16 @@ from typing import Any
 
 import torch
 
-from hfkv.cache import KVCache
-from hfkv.mask import padding_of
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.record import TokenRecord
+from hfkv.models.fingerprint import ModelState, state_of
+from hfkv.models.padding import padding_of
+from hfkv.models.parallel import agreed
 from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of, text_length
 from hfkv.patches.once import EXPANDED, Trial, one_of_each
 from hfkv.patches.prompt import in_words, learned_prompt, read_anew
 from hfkv.patches.reuse import positions_are_plain, root_of
-from hfkv.prefixes import PrefixPool, page_keys
-from hfkv.record import TokenRecord
-from hfkv.spread import agreed
-from hfkv.state import ModelState, state_of
+from hfkv.sharing.prefix_pool import PrefixPool, page_keys
 
 
 def prefill(

@@ -11,10 +11,10 @@ import torch
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
-from hfkv.cache import KVCache
+from hfkv.cache.kv_cache import KVCache
+from hfkv.models.parallel import own_layers, spread_of
 from hfkv.patches.continuing import text_length
 from hfkv.patches.undo import Undo
-from hfkv.spread import own_layers, spread_of
 
 # PEFT asks for the prefix deep inside `generate` and names no cache. `.cache` refers weakly to the one of this
 # thread's running call.

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from hfkv.cache import KVCache
-from hfkv.errors import CacheMemoryError
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.record import what_failed
+from hfkv.models.fingerprint import state_of
 from hfkv.patches.fresh_cache import check_cache, log_stock_cache, with_cache
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo
-from hfkv.record import what_failed
-from hfkv.state import state_of
+from hfkv.policy.errors import CacheMemoryError
 
 
 def set_recording(model: Any, undo: Undo) -> None:

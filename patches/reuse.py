@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import logging
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from hfkv.cache import KVCache
+from hfkv.cache.kv_cache import KVCache
+from hfkv.models.fingerprint import ModelState, state_of
+from hfkv.models.parallel import spread_of
+from hfkv.patches.handle import Patch
 from hfkv.patches.prompt import learned_prompt
-from hfkv.prefixes import PrefixPool, page_keys
-from hfkv.spread import spread_of
-from hfkv.state import ModelState, state_of
-
-if TYPE_CHECKING:
-    from hfkv.patches.patch import Patch
+from hfkv.sharing.prefix_pool import page_keys
 
 logger = logging.getLogger("hfkv")
 
-PAGE_SIZE = 64
 # What a prompt of ids and left padding gives a model besides them.
 PLAIN = {"attention_mask", "position_ids", "past_key_values", "input_ids", "cache_position"}
-
-# Beside the models, so that a copy of one begins with an empty pool.
-_pools: weakref.WeakKeyDictionary[Patch, PrefixPool] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
-
-
-def pool_of(patch: Patch) -> PrefixPool:
-    """The pool of one patched model, made when it is first asked for.
-
-    Raises:
-        RuntimeError: the patch was made without reuse.
-    """
-    reuse = patch.kv.reuse
-    if reuse is None:
-        raise RuntimeError(f"this model was patched without reuse: hfkv.patch(model, kv='{patch.kv}+reuse')")
-    with _lock:
-        if patch not in _pools:
-            _pools[patch] = PrefixPool(reuse.budget_bytes, patch.kv.page_size or PAGE_SIZE)
-        return _pools[patch]
-
-
-def drop_pool(patch: Patch) -> None:
-    """Lets go of the pool."""
-    with _lock:
-        _pools.pop(patch, None)
 
 
 def root_of(

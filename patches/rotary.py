@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from hfkv.autocast import in_own_precision
+from hfkv.codecs.autocast import in_own_precision
+from hfkv.models.probe import decoder_of, moving_angles
+from hfkv.models.rotary import rotary_angles
 from hfkv.patches.undo import Undo
-from hfkv.probe import decoder_of, moving_angles
-from hfkv.rotary import rotary_angles
 
 # Where the new forward is compared with the stock one: the stock one is still good to about 1e-5 there.
 _POSITIONS = (0, 1, 2, 5, 17, 101)

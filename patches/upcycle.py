@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from hfkv.autocast import in_own_precision
-from hfkv.moe.conversion import convert
-from hfkv.moe.ffn import DenseFFN, add_noise, decoder_layers, dense_ffn
-from hfkv.moe.layer import ROUTER_STD, Z_COEF, SparseMoE
-from hfkv.moe.routing import Gate, Routing
+from hfkv.codecs.autocast import in_own_precision
+from hfkv.sparse_moe.ffn import DenseFFN, add_noise, decoder_layers, dense_ffn
+from hfkv.sparse_moe.layer import ROUTER_STD, Z_COEF, SparseMoE
+from hfkv.sparse_moe.routing import Gate, Routing
+from hfkv.sparse_moe.upcycling import convert
 
 # Where the config of a model notes how it was upcycled.
 ENTRY = "hfkv_upcycle"

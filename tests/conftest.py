@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from hfkv.stores import bus
+from hfkv.stores.offload import bus
 from tests.lazy_bus import LazyBus
 from tests.pairwise import leave_the_rest_for_slow
 

@@ -21,7 +21,7 @@ from hfkv.experts.offload.slots import ExpertSlots
 from hfkv.experts.projection import Projection
 from hfkv.experts.stack import ExpertStack, as_parameter
 from hfkv.experts.weights import ExpertWeights
-from hfkv.stores.bus import bus_to
+from hfkv.stores.offload.bus import bus_to
 
 CODECS = ("none", "int8", "int4")
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ def test_hfkv_is_the_wheels() -> None:
 
 
 def test_every_module_can_be_imported() -> None:
-    assert {"hfkv.latent.view", "hfkv.patches.patch", "hfkv.cli"} <= set(MODULES)
+    assert {"hfkv.attention.latent.view", "hfkv.patches.patch", "hfkv.cli"} <= set(MODULES)
     for name in MODULES:
         importlib.import_module(name)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfkv.stores.bus import Bus, Copies
+from hfkv.stores.offload.bus import Bus, Copies
 
 
 class LazyBus(Bus):

@@ -8,8 +8,8 @@ import torch
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hfkv.experts.families import experts_of, weight_names
-from hfkv.experts.offload.at_rest import bring_no_more
 from hfkv.experts.stack import ExpertStack, as_parameter
+from hfkv.models.weights_at_rest import bring_no_more
 from tests.experts_to_offload import resident
 
 NAME = "model.layers.{}.mlp.experts"

@@ -11,7 +11,7 @@ import torch
 
 from hfkv import KVCache
 from hfkv.codecs import CODECS
-from hfkv.prefixes import PrefixPool, page_keys
+from hfkv.sharing.prefix_pool import PrefixPool, page_keys
 from tests.twins import HEAD_DIM, HEADS, LAYERS, config
 
 ROOTS = (b"one model", b"another")

@@ -15,7 +15,7 @@ import setuptools
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted(path for folder in ("hfkv", "patches") for path in (ROOT / folder).rglob("*.py"))
-# Brought by torch where it can run; hfkv.kernels.triton_support asks for it before any of these files is imported.
+# Brought by torch where it can run; hfkv.kernels.triton.support asks for it before any of these files is imported.
 TRITON = "hfkv/kernels/triton_*.py"
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 

@@ -17,12 +17,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfkv import KVCache, KVConfig, Window
+from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs import CODECS
-from hfkv.files import load_cache, save_cache
-from hfkv.layer import KVLayer
+from hfkv.sharing.files.cache_file import load_cache, save_cache
 from hfkv.stores import PagedStore
+from hfkv.stores.offload.tiers import TieredPages
 from hfkv.stores.pages import Pages
-from hfkv.stores.tiers import TieredPages
 from tests.tiny import llama_config
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 4

@@ -18,8 +18,8 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hfkv
-from hfkv.machine import describe_machine
-from hfkv.stores import bus
+from hfkv.measure.machine import describe_machine
+from hfkv.stores.offload import bus
 
 CONFIGS = (
     "none+offload",

@@ -10,7 +10,7 @@ from hfkv.bench.mla_shapes import MLA_SHAPES
 from hfkv.bench.moe_layers import MOE_PEERS, MOE_SHAPES
 from hfkv.bench.results import Result, Row, Table
 from hfkv.bench.setting import Setting
-from hfkv.bench.shapes import SHAPES
+from hfkv.models.shapes import SHAPES
 
 __all__ = [
     "MLA_SHAPES",

@@ -9,13 +9,13 @@ from transformers import PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hfkv.attention import NAME
+from hfkv.attention.function import NAME
 from hfkv.bench.contenders import Contender
 from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors, attention_errors
-from hfkv.bench.shapes import Heads, skeleton, with_layers
-from hfkv.bench.timing import milliseconds
 from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
+from hfkv.measure.timing import milliseconds
+from hfkv.models.shapes import Heads, skeleton, with_layers
 
 # On an accelerator so many bytes of keys and values take turns, that its L2 (50 to 60 MB) holds none of them even at a
 # quarter of the size, and so many layers at least, that launches overlap as in a model.

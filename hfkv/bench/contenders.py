@@ -11,9 +11,9 @@ import transformers
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 
 from hfkv.bench.errors import BenchError
-from hfkv.cache import KVCache
-from hfkv.config import KVConfig
-from hfkv.window import Window
+from hfkv.cache.kv_cache import KVCache
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
 
 GRAPHS = "+graphs"  # behind a config: its decode steps replayed from CUDA graphs
 NO_CACHE, DYNAMIC, STATIC, OFFLOADED = "no-cache", "DynamicCache", "StaticCache+compile", "DynamicCache+offload"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hfkv.bench.tokens import Tokens
-from hfkv.layer import KVLayer
+from hfkv.cache.layers.layer import KVLayer
 
 # An output may be so much further from fp32 attention than plain torch in the same dtype is (as flash-attention's own
 # tests allow), and by this part of the largest number besides.

@@ -22,12 +22,13 @@ from hfkv.bench.prefill import PrefillLane, Prompt
 from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
 from hfkv.bench.reuse import QUESTION, ReuseLane
 from hfkv.bench.setting import Setting
-from hfkv.bench.shapes import MOST_SHARE, Heads, build_model, shape_config, with_layers
+from hfkv.bench.shapes import MOST_SHARE, build_model
 from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
 from hfkv.bench.step import MOST_UNCACHED, STEPS_A_TURN, StepLane, StepTask
-from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth, free_memory, out_of_memory, quantiles, take_turns
 from hfkv.bench.tokens import Tokens
-from hfkv.machine import describe_machine, free_bytes, load
+from hfkv.measure.machine import describe_machine, free_bytes, load
+from hfkv.measure.timing import Turns, bus_bandwidth, copy_bandwidth, free_memory, out_of_memory, quantiles, take_turns
+from hfkv.models.shapes import Heads, shape_config, with_layers
 
 # Of a context's progress, what filling and checking take.
 FILLING = 0.4

@@ -19,11 +19,12 @@ from hfkv.bench.mla_setting import CROSSOVER, MLA_LAYERS, STEP, Case, MLASetting
 from hfkv.bench.mla_shapes import MLA_SHAPES, LatentTokens, MLAShape
 from hfkv.bench.prefill import LEAST_TURNS, Prompt
 from hfkv.bench.results import Result, Table
-from hfkv.bench.shapes import MOST_SHARE, build_model, shape_config
+from hfkv.bench.shapes import MOST_SHARE, build_model
 from hfkv.bench.step import MOST_TURNS as MOST_STEP_TURNS
 from hfkv.bench.step import STEPS_A_TURN, StepLane, StepTask
-from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth
-from hfkv.machine import free_bytes, load
+from hfkv.measure.machine import free_bytes, load
+from hfkv.measure.timing import Turns, bus_bandwidth, copy_bandwidth
+from hfkv.models.shapes import shape_config
 
 # Of the model of one layer, whose MLP is not run.
 NO_MLP = 64

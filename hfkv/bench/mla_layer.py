@@ -14,17 +14,17 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-import hfkv
 from hfkv.bench.contenders import Contender
 from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error
 from hfkv.bench.mla_setting import Case
 from hfkv.bench.mla_shapes import LatentTokens
 from hfkv.bench.shapes import share_weights
-from hfkv.bench.timing import milliseconds, queued_milliseconds
 from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
+from hfkv.measure.timing import milliseconds, queued_milliseconds
+from hfkv.patches.patch import patch
 
 if TYPE_CHECKING:
-    from hfkv.latent.crossover import Form
+    from hfkv.attention.latent.crossover import Form
 
 FORMS: tuple[Form, ...] = ("absorbed", "expanded")
 WARM_UPS = 2
@@ -167,7 +167,7 @@ class LayerLane:
         self.model = share_weights(task.model)
         self._output: torch.Tensor | None = None
         if contender.is_ours:
-            hfkv.patch(self.model, contender.kv)
+            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Makes the cache and fills it; a prompt, before which nothing is held, is read."""
@@ -275,6 +275,6 @@ def forcing(form: Form | None) -> AbstractContextManager[Any]:
     """Has hfkv's layers attend by one of the two ways; with None they choose."""
     if form is None:
         return contextlib.nullcontext()
-    from hfkv.latent.crossover import forced
+    from hfkv.attention.latent.crossover import forced
 
     return forced(form)

@@ -28,9 +28,10 @@ from hfkv.bench.moe_layers import (
 from hfkv.bench.results import LEFT_OUT, OK, WRONG, Row, Table
 from hfkv.bench.setting import Setting
 from hfkv.bench.shapes import MOST_SHARE
-from hfkv.bench.timing import Turns, milliseconds, out_of_memory, quantiles, queued_milliseconds, take_turns
 from hfkv.experts.packed import PackedWeights, unpackable
-from hfkv.machine import free_bytes
+from hfkv.measure.machine import free_bytes
+from hfkv.measure.timing import Turns, milliseconds, out_of_memory, quantiles, queued_milliseconds, take_turns
+from hfkv.policy.errors import RequestError
 
 # Calls of one turn on an accelerator: its clock is too coarse for one.
 CALLS_A_TURN = {"cpu": 1, "other": 8}
@@ -146,7 +147,7 @@ class MoEGrid:
                     self.layers[contender.name] = build_layer(contender, stock, adapters)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 self.contenders[index] = replace(contender, reason=out_of_memory(error))
-            except BenchError as error:
+            except RequestError as error:
                 self.contenders[index] = replace(contender, reason=str(error))
         on_progress("measuring the peak", 0.0)
         self.peak = matmul_peak(self.device, self.dtype)

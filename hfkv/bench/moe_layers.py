@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
-import hfkv
 from hfkv.bench.errors import BenchError
 from hfkv.experts.config import MoEConfig
+from hfkv.patches.patch import patch
 
 GROUPED, BATCHED, EAGER, PEFT = "grouped_mm", "batched_mm", "eager", "PEFT"
 MOE_PEERS = (GROUPED, BATCHED, EAGER, PEFT)
@@ -244,7 +244,7 @@ def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters
     whole: Any = adapters.add_to(model) if contender.has_lora else model
     form = None
     if contender.moe is not None:
-        report = hfkv.patch(whole, moe=contender.moe).moe
+        report = patch(whole, moe=contender.moe).moe
         assert report is not None
         held, swap = report.bytes_after, report.swapped[0]
         form = f"{swap.form}: {swap.why}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from hfkv.bench.mla_setting import CROSSOVER, PREFILL, STEP, Case, case_of
 from hfkv.bench.results import OK, WRONG, Result, Row, Table
-from hfkv.figure import new_figure
+from hfkv.measure.plotting import new_figure
 
 DPI = 144
 PANEL_WIDTH, BAR_HEIGHT, FRAME_HEIGHT = 6.4, 0.34, 1.5

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-import hfkv
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.shapes import share_weights
 from hfkv.bench.step import StepClock, check_logits
 from hfkv.bench.tokens import allocated_bytes, held_bytes
+from hfkv.patches.patch import patch
 
 # A prompt takes long: fewer turns than of steps are waited for.
 LEAST_TURNS = 3
@@ -64,7 +64,7 @@ class PrefillLane:
         self.cache: Any = None
         self.logits: torch.Tensor | None = None
         if contender.is_ours:
-            hfkv.patch(self.model, contender.kv)
+            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Reads the prompt a first time; every turn does so anew."""

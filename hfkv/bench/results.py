@@ -159,7 +159,7 @@ class Result:
 
 def canonical(contender: str) -> str:
     """One spelling for all strings of the same config; a peer's name as it is."""
-    from hfkv.config import KVConfig
+    from hfkv.policy.config import KVConfig
 
     try:
         return str(KVConfig.parse(contender))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 
-import hfkv
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors, logit_errors
 from hfkv.bench.shapes import share_weights, weights_read
 from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
+from hfkv.patches.patch import patch
 
 # Timed steps of one call of generate; the first, which comes with the setting up, is not timed.
 STEPS_A_TURN = 4
@@ -79,7 +79,7 @@ class StepLane:
         self.model = share_weights(task.model)
         self.rotary: Any = None
         if contender.is_ours:
-            self.rotary = hfkv.patch(self.model, contender.kv, graphs=contender.graphs).rotary
+            self.rotary = patch(self.model, contender.kv, graphs=contender.graphs).rotary
         if contender.is_compiled and task.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.shapes import Heads
-from hfkv.cache import KVCache
-from hfkv.stores.base import storage_bytes
+from hfkv.cache.kv_cache import KVCache
+from hfkv.measure.allocated import storage_bytes
+from hfkv.models.shapes import Heads
 
 # A codec's temporaries are of this many tokens.
 FILL_CHUNK = 4096

@@ -15,6 +15,7 @@ from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
 from hfkv.cli.outputs import check_outputs
 from hfkv.cli.said import command_line
+from hfkv.policy.errors import RequestError
 
 if TYPE_CHECKING:
     from hfkv.bench import Result, Setting, Verdict
@@ -148,7 +149,7 @@ def bench(
 
 
 def _measure(setting: Setting, command: str) -> Result:
-    from hfkv.bench import BenchError, MLASetting, run, run_mla
+    from hfkv.bench import MLASetting, run, run_mla
 
     with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
         task = progress.add_task("", total=1.0)
@@ -160,34 +161,34 @@ def _measure(setting: Setting, command: str) -> Result:
             if isinstance(setting, MLASetting):
                 return run_mla(setting, command, on_progress)
             return run(setting, command, on_progress)
-        except BenchError as error:
+        except RequestError as error:
             raise CommandError(str(error)) from error
 
 
 def _targets(path: Path | None) -> list[Target]:
-    from hfkv.bench import BenchError, read_targets
+    from hfkv.bench import read_targets
 
     try:
         return [] if path is None else read_targets(path)
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(f"--check: {error}") from error
 
 
 def _check(targets: list[Target], results: list[Result]) -> list[Verdict]:
-    from hfkv.bench import BenchError, check_results
+    from hfkv.bench import check_results
 
     try:
         return check_results(targets, results) if targets else []
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(f"--check: {error}") from error
 
 
 def _read(paths: list[Path]) -> list[Result]:
-    from hfkv.bench import BenchError, Result
+    from hfkv.bench import Result
 
     try:
         return [Result.read_json(path) for path in paths]
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(f"--from: {error}") from error
 
 

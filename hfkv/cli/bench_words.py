@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from hfkv.cli.errors import CommandError
 from hfkv.cli.generate import check_kv
 from hfkv.cli.loading import pick_device, pick_dtype
+from hfkv.policy.errors import RequestError
 
 if TYPE_CHECKING:
     from hfkv.bench import Setting
@@ -65,7 +66,7 @@ def setting_of(words: Words, seed: int) -> Setting:
     Raises:
         CommandError: a word is unknown, or words contradict each other.
     """
-    from hfkv.bench import SUITES, BenchError, Setting
+    from hfkv.bench import SUITES, Setting
     from hfkv.bench.contenders import GRAPHS
     from hfkv.bench.setting import DEFAULT_KV, GRAPHS_KV, REUSE_KV
 
@@ -114,12 +115,12 @@ def setting_of(words: Words, seed: int) -> Setting:
             seed=seed,
             busy=words.busy,
         )
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(str(error)) from error
 
 
 def _moe_setting(words: Words, seed: int) -> Setting:
-    from hfkv.bench import BenchError, Setting
+    from hfkv.bench import Setting
     from hfkv.bench.setting import DEFAULT_MOE
 
     device = pick_device(words.device)
@@ -139,12 +140,12 @@ def _moe_setting(words: Words, seed: int) -> Setting:
             seed=seed,
             busy=words.busy,
         )
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(str(error)) from error
 
 
 def _mla_setting(words: Words, seed: int) -> Setting:
-    from hfkv.bench import BenchError, MLASetting
+    from hfkv.bench import MLASetting
     from hfkv.bench.mla_setting import MLA_KV, PARTS, cases_of
 
     if words.peers.lower() not in ("all", "dynamiccache"):
@@ -176,7 +177,7 @@ def _mla_setting(words: Words, seed: int) -> Setting:
             seed=seed,
             busy=words.busy,
         )
-    except BenchError as error:
+    except RequestError as error:
         raise CommandError(str(error)) from error
 
 

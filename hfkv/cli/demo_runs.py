@@ -252,7 +252,7 @@ def _row(run: _Run, stock: _Run) -> Row:
 
 def describe_run(model: PreTrainedModel) -> dict[str, Any]:
     """Processor, device, dtype, threads and versions: what a number means nothing without."""
-    from hfkv.machine import describe_machine
+    from hfkv.measure.machine import describe_machine
 
     machine = describe_machine(model.device)
     processor = machine["accelerator"] or machine["processor"]

@@ -70,7 +70,7 @@ def examine(
     import torch
 
     from hfkv import tiny_lm
-    from hfkv.kernels.selftest import plan
+    from hfkv.kernels.selftest.suite import plan
 
     config = read_config(tiny_lm.PATH if model is None else model)
     dtype = dtype or _stored_dtype(config)

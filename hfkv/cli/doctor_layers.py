@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig
 
-    from hfkv import KVCache, KVConfig
+    from hfkv.cache.kv_cache import KVCache
     from hfkv.kernels.dispatch import Kernel
-    from hfkv.kernels.selftest_inputs import Heads
+    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.policy.config import KVConfig
 
 # Queries that stand for a prefill: so many that every device takes its kernel for many.
 MANY_QUERIES = 1024
@@ -103,7 +104,7 @@ def describe_layers(
     Raises:
         CommandError: `kv` does not fit the model, or the model has no layer for it.
     """
-    from hfkv import KVConfig
+    from hfkv.policy.config import KVConfig
 
     try:
         wanted = KVConfig.parse(kv)
@@ -142,8 +143,8 @@ def describe_layers(
 
 
 def _cache(config: PreTrainedConfig, kv: KVConfig) -> KVCache:
-    from hfkv import KVCache
-    from hfkv.sharing import sharing_refusal
+    from hfkv.cache.kv_cache import KVCache
+    from hfkv.sharing.refusals import sharing_refusal
 
     if kv.reuse is not None:
         cache = _cache(config, replace(kv, reuse=None))
@@ -164,7 +165,7 @@ def _own_attention(config: PreTrainedConfig, decoder: PreTrainedConfig) -> str |
         MODEL_MAPPING,
     )
 
-    from hfkv.attention_code import own_attention_reason
+    from hfkv.models.attention_keywords import own_attention_reason
 
     # The reason is read from the modelling code, which the mappings import.
     for part in (config, decoder):
@@ -194,9 +195,9 @@ class _Layer:
 
     def group(self) -> Group:
         """What the layer keeps, and what reads and writes it."""
-        from hfkv.build import OURS
-        from hfkv.indexed import IndexedLayer
-        from hfkv.split import SplitLayer
+        from hfkv.cache.factory import OURS
+        from hfkv.cache.layers.head_groups import SplitLayer
+        from hfkv.cache.layers.indexed import IndexedLayer
 
         if not isinstance(self.layer, OURS):
             return Group(f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())])
@@ -212,7 +213,7 @@ class _Layer:
         return Group(cache, heads, [*self._reads(heads), self._append(heads)])
 
     def _kind(self) -> str:
-        from hfkv.probe import cross_attention_layers
+        from hfkv.models.probe import cross_attention_layers
 
         if self.index in cross_attention_layers(self.config):
             return "it caches the keys of a cross-attention"
@@ -223,7 +224,7 @@ class _Layer:
         return self.layer.window is not None and not self.layer.is_sliding
 
     def _reads(self, heads: Heads) -> list[Use]:
-        from hfkv.split import SplitLayer
+        from hfkv.cache.layers.head_groups import SplitLayer
 
         uses = []
         for name, num_queries in (("decode", 1), ("prefill", MANY_QUERIES)):
@@ -259,9 +260,9 @@ class _Layer:
         return kernel.name, kernel.reason
 
     def _kernel(self, heads: Heads, num_queries: int, is_moved: bool) -> Kernel:
+        from hfkv.attention.latent.crossover import form_for
         from hfkv.kernels.dispatch import attention_kernel, expanded_kernel, latent_kernel
-        from hfkv.latent.crossover import form_for
-        from hfkv.latent.families import widths_of
+        from hfkv.models.latents import widths_of
 
         widths = widths_of(self.config, self.index)
         form = widths and form_for(num_queries, num_queries, widths, self.dtype, self.device)
@@ -293,9 +294,9 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
         index: of the layer.
         is_sliding: whether it has a sliding window of the model's own: others may be wider (gemma4).
     """
-    from hfkv.kernels.selftest_inputs import Heads
-    from hfkv.latent.families import widths_of
-    from hfkv.modelling import config_of_layer
+    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.models.latents import widths_of
+    from hfkv.models.sources import config_of_layer
 
     own, widths = config_of_layer(config, index), widths_of(config, index)
     num_heads = own.num_attention_heads

@@ -40,7 +40,7 @@ def describe_installation() -> list[Item]:
     """Packages, the compiler, the processor and the GPUs. Nothing optional is missed."""
     import torch
 
-    from hfkv.machine import describe_machine
+    from hfkv.measure.machine import describe_machine
 
     machine = describe_machine(torch.device("cpu"))
     optional = [_optional(name, *about) for name, about in OPTIONAL.items()]

@@ -9,7 +9,7 @@ from hfkv.cli.doctor_layers import ModelReport
 from hfkv.cli.doctor_machine import Item
 
 if TYPE_CHECKING:
-    from hfkv.kernels.selftest import Check
+    from hfkv.kernels.selftest.suite import Check
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from hfkv.cli.doctor_layers import ModelReport
     from hfkv.cli.doctor_machine import Item
     from hfkv.cli.doctor_report import Report
-    from hfkv.kernels.selftest import Check
-    from hfkv.kernels.selftest_inputs import Heads
+    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.kernels.selftest.suite import Check
 
 # Columns for a config, and for the indices of a group's layers, before they are wrapped.
 WIDEST_CACHE, WIDEST_LAYERS = 24, 14

@@ -126,7 +126,7 @@ def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
         raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
     if plot_folder is None:
         return
-    from hfkv.figure import check_matplotlib
+    from hfkv.measure.plotting import check_matplotlib
 
     try:
         check_matplotlib()
@@ -149,7 +149,7 @@ def _write_plots(report: Report, folder: Path) -> None:
 
 
 def _refuse_reuse(kvs: tuple[str, ...]) -> None:
-    from hfkv import KVConfig
+    from hfkv.policy.config import KVConfig
 
     for kv in kvs:
         try:

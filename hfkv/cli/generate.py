@@ -160,7 +160,8 @@ def check_kv(kv: str, moe: str | None = None) -> None:
     Raises:
         CommandError: naming the word.
     """
-    from hfkv import KVConfig, MoEConfig
+    from hfkv.experts.config import MoEConfig
+    from hfkv.policy.config import KVConfig
 
     for option, parse, given in (("--kv", KVConfig.parse, kv), ("--moe", MoEConfig.parse, moe)):
         if given is None:

@@ -20,7 +20,7 @@ def check_outputs(json_path: Path | None, plot: Path | None) -> None:
             raise CommandError(f"{name} {str(path)!r} is a folder; name a file in it")
     if plot is None:
         return
-    from hfkv.figure import check_matplotlib
+    from hfkv.measure.plotting import check_matplotlib
 
     if plot.suffix.lower() != ".png":
         raise CommandError(f"--plot {str(plot)!r} must be a PNG file: give it the ending .png")

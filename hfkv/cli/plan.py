@@ -64,7 +64,7 @@ def plan(
     with told_in_one_line():
         check_outputs(json_path, plot)
         made = make_plan(model, memory, context, batch, reply, kv, weights, dtype, device, bandwidth, bus)
-        from hfkv.planning.screen import show
+        from hfkv.cli.plan_screen import show
 
         show(made, Console(highlight=False))
         if json_path is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfkv.figure import new_figure
+from hfkv.measure.plotting import new_figure
 
 if TYPE_CHECKING:
     from hfkv.planning.plan import MemoryPlan

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 import torch
 
-from hfkv.autocast import in_own_precision
+from hfkv.codecs.autocast import in_own_precision
 
 Planes = tuple[torch.Tensor, ...]
 

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import hfkv
+from hfkv.cache.kv_cache import KVCache
 from hfkv.eval.divergence import kl_divergence
 from hfkv.eval.loss import perplexity
 from hfkv.eval.reader import CHUNK, CacheReader, check_model, chunk_slices, each_warning_once
 from hfkv.eval.similarity import attention_outputs, cosines
-from hfkv.probe import base_model
+from hfkv.models.probe import base_model
+from hfkv.patches.patch import patch
+from hfkv.policy.config import KVConfig
 
 FULL = "none"
 
@@ -64,7 +66,7 @@ class CacheReport:
 def compare(
     model: Any,
     ids: torch.Tensor,
-    configs: Sequence[hfkv.KVConfig | str],
+    configs: Sequence[KVConfig | str],
     context: int | None = 1024,
     chunk: int = CHUNK,
     on_tokens: Callable[[str, int], None] = lambda kv, num_tokens: None,
@@ -100,7 +102,7 @@ def compare(
     tallies = [_Tally(name) for name in names]
     with each_warning_once():
         readers = [CacheReader(model, kv) for kv in names.values()]
-        with attention_outputs(model) as outputs, hfkv.patch(model):
+        with attention_outputs(model) as outputs, patch(model):
             for inputs, targets in blocks:
                 for reader in readers:
                     reader.start(inputs.shape[1])
@@ -119,17 +121,17 @@ def compare(
     return [tally.report(tallies[0], chunk) for tally in tallies]
 
 
-def distinct(configs: Sequence[hfkv.KVConfig | str]) -> dict[str, hfkv.KVConfig]:
+def distinct(configs: Sequence[KVConfig | str]) -> dict[str, KVConfig]:
     """The configs by the name they were given under, the full cache first and each once.
 
     Raises:
         TypeError, ValueError: One cannot be read.
     """
-    if isinstance(configs, (str, hfkv.KVConfig)):
+    if isinstance(configs, (str, KVConfig)):
         raise TypeError(f"configs must be a list of configs, got one: write [{configs!r}]")
-    found = {FULL: hfkv.KVConfig()}
+    found = {FULL: KVConfig()}
     for given in configs:
-        kv = hfkv.KVConfig.of(given)
+        kv = KVConfig.of(given)
         if kv not in found.values():
             name = given if isinstance(given, str) else str(kv)
             # The string form leaves out what single layers do differently.
@@ -201,7 +203,7 @@ class _Tally:
         nats, count = self.by_position[position]
         self.by_position[position] = (nats + loss, count + targets.numel())
 
-    def note_bytes(self, cache: hfkv.KVCache) -> None:
+    def note_bytes(self, cache: KVCache) -> None:
         """Takes the bytes of the first block's cache: the later ones are as long, or shorter."""
         if self.held_bytes is None:
             self.held_bytes, self.allocated_bytes = cache.held_bytes(), cache.nbytes()

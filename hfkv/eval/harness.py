@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import hfkv
 from hfkv.eval.reader import CacheReader
+from hfkv.patches.patch import patch
+from hfkv.policy.config import KVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def lm_eval_model(
-    model: Any, tokenizer: PreTrainedTokenizerBase, kv: hfkv.KVConfig | str | None = None, **options: Any
+    model: Any, tokenizer: PreTrainedTokenizerBase, kv: KVConfig | str | None = None, **options: Any
 ) -> Any:
     """Make a model of the lm-evaluation-harness whose every forward goes through an hfkv cache.
 
@@ -66,12 +67,12 @@ def _cached_hflm() -> type:
             autocast = torch.autocast(
                 self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
             )
-            with autocast, hfkv.patch(self.model):
+            with autocast, patch(self.model):
                 self._reader.start(inps.shape[1])
                 return self._reader.read(inps)
 
         def _model_generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            with hfkv.patch(self.model, self.kv):
+            with patch(self.model, self.kv):
                 return super()._model_generate(*args, **kwargs)
 
     return CachedHFLM

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import hfkv
 from hfkv.eval.passkey import NUM_DIGITS, draw_key, hide
+from hfkv.patches.patch import patch
+from hfkv.policy.config import KVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ def pass_key_grid(
     lengths: Sequence[int],
     depths: Sequence[float],
     trials: int = 5,
-    kv: hfkv.KVConfig | str | None = None,
+    kv: KVConfig | str | None = None,
     seed: int = 0,
     batch_size: int = 8,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
@@ -69,7 +70,7 @@ def pass_key_grid(
         raise ValueError(f"depths are shares of the text, 0 to 1, got {list(depths)}")
     filler_ids = tokenizer(filler, add_special_tokens=False, verbose=False)["input_ids"]
     found = torch.zeros(len(depths), len(lengths))
-    with hfkv.patch(model, kv) if kv is not None else nullcontext():
+    with patch(model, kv) if kv is not None else nullcontext():
         for column, length in enumerate(lengths):
             cases = []
             for row, depth in enumerate(depths):

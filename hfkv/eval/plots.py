@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hfkv.eval.compare import CacheReport
-from hfkv.figure import new_figure
+from hfkv.measure.plotting import new_figure
 
 DPI = 144
 # Dots where there are few positions; a line alone where they would touch.

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-import hfkv
-from hfkv.probe import base_model
+from hfkv.cache.kv_cache import KVCache
+from hfkv.models.probe import base_model
+from hfkv.patches.patch import patch
+from hfkv.policy.config import KVConfig
 
 if TYPE_CHECKING:
     pass
@@ -21,7 +23,7 @@ CHUNK = 128
 
 
 class CacheReader:
-    """Reads texts through a cache of one config, in a model patched by the caller: ``with hfkv.patch(model): ...``.
+    """Reads texts through a cache of one config, in a model patched by the caller: ``with patch(model): ...``.
 
     Any patch will do: a cache that is passed to a patched model is used as it is.
 
@@ -38,18 +40,18 @@ class CacheReader:
         RuntimeError: The model is patched already.
     """
 
-    cache: hfkv.KVCache
+    cache: KVCache
 
-    def __init__(self, model: Any, kv: hfkv.KVConfig | str | None = None) -> None:
+    def __init__(self, model: Any, kv: KVConfig | str | None = None) -> None:
         check_model(model)
         self._model = model
         # What this config needs of the model is found out here, and not again for every text.
-        with hfkv.patch(model, kv) as patch:
-            self.kv, self._rotary = patch.kv, patch.rotary
+        with patch(model, kv) as handle:
+            self.kv, self._rotary = handle.kv, handle.rotary
 
     def start(self, num_tokens: int | None = None) -> None:
         """Begins a text: a fresh cache, with memory for `num_tokens` at once, as in `generate`, or as it fills."""
-        self.cache = hfkv.KVCache(base_model(self._model), self.kv, self._rotary)
+        self.cache = KVCache(base_model(self._model), self.kv, self._rotary)
         if num_tokens is not None:
             self.cache.reserve(num_tokens)
 

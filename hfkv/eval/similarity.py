@@ -9,14 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-import hfkv
+from hfkv.cache.kv_cache import KVCache
 from hfkv.eval.reader import CHUNK, CacheReader, chunk_slices, each_warning_once
-from hfkv.probe import base_model
+from hfkv.models.probe import base_model
+from hfkv.patches.patch import patch
+from hfkv.policy.config import KVConfig
 
 
 @torch.inference_mode()
 def attention_similarity(
-    model: Any, ids: torch.Tensor, kv: hfkv.KVConfig | str | None, chunk: int = CHUNK
+    model: Any, ids: torch.Tensor, kv: KVConfig | str | None, chunk: int = CHUNK
 ) -> dict[int, float]:
     """Compare what the attention modules give under the full cache and under another: the cosine, by layer.
 
@@ -43,7 +45,7 @@ def attention_similarity(
     totals: dict[int, float] = {}
     with each_warning_once():
         full, other = CacheReader(model), CacheReader(model, kv)
-        with attention_outputs(model) as outputs, hfkv.patch(model):
+        with attention_outputs(model) as outputs, patch(model):
             full.start(ids.shape[1])
             other.start(ids.shape[1])
             for piece in pieces:
@@ -93,7 +95,7 @@ def attention_modules(model: Any) -> dict[int, torch.nn.Module]:
     running: list[torch.nn.Module] = []
     found: dict[int, torch.nn.Module] = {}
 
-    class Probe(hfkv.KVCache):
+    class Probe(KVCache):
         def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
             found.setdefault(layer_idx, running[-1])
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hfkv.experts.offload.eviction import EVICTIONS, Eviction, check_eviction, eviction_name
-from hfkv.sizes import read_bytes, say_bytes
+from hfkv.policy.units import read_bytes, say_bytes
 
 CODECS = ("none", "int8", "int4")
 

@@ -8,8 +8,8 @@ import torch
 
 from hfkv.experts.projection import Projection
 from hfkv.experts.weights import PlainWeights
-from hfkv.kernels.expert_slots import Slots
-from hfkv.kernels.triton_support import unsupported
+from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.triton.support import unsupported
 
 
 def can_group(projections: tuple[Projection, ...], hidden_states: torch.Tensor) -> bool:
@@ -30,7 +30,7 @@ def run_grouped(
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
     """As `run_by_expert`, without waiting for the device: it can be captured in a CUDA graph."""
-    from hfkv.kernels.triton_experts_combine import combine
+    from hfkv.kernels.experts.triton_combine import combine
 
     up, down = projections
     slots = Slots(top_k_index, up.weights.shape[0])
@@ -44,7 +44,7 @@ def run_grouped(
 
 
 def _linear(projection: Projection, x: torch.Tensor, slots: Slots, *, rows_are_slots: bool) -> torch.Tensor:
-    from hfkv.kernels.triton_experts import expert_linear
+    from hfkv.kernels.experts.triton import expert_linear
 
     weights = projection.weights
     y = expert_linear(x, weights.codes(), slots, weights.shape[1], projection.bias, rows_are_slots=rows_are_slots)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from hfkv.autocast import own_precision
+from hfkv.codecs.autocast import own_precision
 from hfkv.experts.by_expert import run_by_expert
 from hfkv.experts.families import weight_names
 from hfkv.experts.grouped import can_group, run_grouped

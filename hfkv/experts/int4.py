@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hfkv.experts.int4_fit import GROUP, fit
 from hfkv.experts.int8 import Int8Weights
 from hfkv.experts.weights import ExpertWeights, aligned, check_matrix
-from hfkv.kernels.expert_codes import Codes
+from hfkv.kernels.experts.codes import Codes
 
 # One output in twenty is kept in eight bits, and the four-bit ones are a multiple of what kernels take at once: 4.7
 # bits a number. The relative error of Gaussian experts is 11.8 %, against 12.1 % without, at 4.5 bits.

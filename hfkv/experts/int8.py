@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hfkv.experts.weights import ExpertWeights, aligned, check_matrix
-from hfkv.kernels.expert_codes import Codes
+from hfkv.kernels.experts.codes import Codes
 
 # `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers, and
 # crashes on one that does not begin at a multiple of so many bytes (what is loaded from a file need not).

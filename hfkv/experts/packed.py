@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix
-from hfkv.kernels.expert_codes import Codes
+from hfkv.kernels.experts.codes import Codes
 
 # Numbers of each expert that stand for all of them where somebody asks whether weights changed.
 _SAMPLES = 8

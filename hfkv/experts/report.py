@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING
 
 from hfkv.experts.offload.trace import ExpertTrace
-from hfkv.sizes import about_bytes
+from hfkv.policy.ports import port
+from hfkv.policy.units import about_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WIDTH = 160  # columns of text
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,7 @@ class MoEReport:
         return f"experts of {len(self.swapped)} layers {forms} ({sizes})"
 
     def __rich__(self) -> Table:
-        table = Table(title="experts")
-        for column in ("module", "class", "experts", "form", "bytes before", "bytes now", "why"):
-            table.add_column(column, justify="right" if column.startswith(("experts", "bytes")) else "left")
-        for s in self.swapped:
-            sizes = about_bytes(s.bytes_before), about_bytes(s.bytes_after)
-            table.add_row(s.name, s.kind, str(s.num_experts), s.form, *sizes, s.why)
-        for name, why in self.kept.items():
-            table.add_row(name, "", "", "as it was", "", "", why)
-        table.add_section()
-        table.add_row("all", "", "", "", about_bytes(self.bytes_before), about_bytes(self.bytes_after), "")
-        return table
+        return port("experts_table")(self)
 
     def __str__(self) -> str:
-        console = Console(width=160)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
+        return port("plain_text")(self, WIDTH)

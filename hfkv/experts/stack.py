@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hfkv.experts.weights import ExpertWeights
-from hfkv.stand_in import StandIn
+from hfkv.models.proxy import StandIn
 
 logger = logging.getLogger("hfkv")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from hfkv.kernels.expert_codes import Codes
+from hfkv.kernels.experts.codes import Codes
 
 _ALIGNMENT = 64
 

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 
 from hfkv.kernels.inputs import Visibility
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 
 # The numbers at the front of `DeviceInputs.meta`; the kernels load them by these places.
 SCALARS = ("start", "length", "last_column", "last_slot", "seen", "first", "held_from", "num_slots", "sinks")

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 
-from hfkv.kernels.cpu_decode import decode_attention
-from hfkv.kernels.cpu_expanded import expanded_attention
-from hfkv.kernels.cpu_flash import flash_attention
-from hfkv.kernels.cpu_latent import latent_attention
-from hfkv.kernels.int8_matmul import is_exact
+from hfkv.kernels.cpu.decode import decode_attention
+from hfkv.kernels.cpu.expanded import expanded_attention
+from hfkv.kernels.cpu.flash import flash_attention
+from hfkv.kernels.cpu.int8_matmul import is_exact
+from hfkv.kernels.cpu.latent import latent_attention
 from hfkv.kernels.merge import Attended
-from hfkv.kernels.triton_support import unsupported, unsupported_latent
+from hfkv.kernels.triton.support import unsupported, unsupported_latent
 
 # From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
 # 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30). On GPUs a guess.
@@ -81,11 +81,11 @@ def _attention_kernel(
     if reason is not None:
         return Kernel("decode + sdpa", reason, None)
     if num_queries < MANY:
-        from hfkv.kernels import triton_decode
+        from hfkv.kernels.triton import decode as triton_decode
 
         few = f"fewer than {MANY} queries: split over the tokens' own bytes"
         return Kernel("triton decode", few, triton_decode.decode_attention)
-    from hfkv.kernels import triton_prefill
+    from hfkv.kernels.triton import prefill as triton_prefill
 
     return Kernel(
         "triton prefill", f"{MANY} queries or more: tiles of the tokens' own bytes", triton_prefill.prefill_attention
@@ -116,7 +116,7 @@ def _latent_kernel(codec: str, dtype: torch.dtype, device: torch.device, widths:
     reason = unsupported_latent(device, dtype, codec, *widths)
     if reason is not None:
         return Kernel("decode + absorbed", reason, None)
-    from hfkv.kernels import triton_latent
+    from hfkv.kernels.triton import latent as triton_latent
 
     return Kernel(
         "triton latent", "absorbed queries, split over the latents' own bytes", triton_latent.latent_attention
@@ -142,7 +142,7 @@ def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dim
     # What is encoded is no tile of a product: rows may be as wide as latents.
     if reason is not None and unsupported_latent(device, dtype, codec, *head_dims) is not None:
         return Append("torch", reason, None)
-    from hfkv.kernels import triton_append
+    from hfkv.kernels.triton import append as triton_append
 
     return Append("triton append", "encoded and written in one pass", triton_append.append)
 

@@ -6,7 +6,7 @@ import torch
 
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attend_naive, read_naive
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 
 
 def latent_attention_naive(

@@ -6,7 +6,7 @@ import torch
 
 from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 
 
 def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.float32) -> torch.Tensor:

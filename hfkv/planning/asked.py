@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from hfkv.config import KVConfig
 from hfkv.planning.fit import Planner
 from hfkv.planning.footprint import Footprint
+from hfkv.policy.config import KVConfig
 
 DEFAULT_KV = ("none", "int8", "fp8", "int4", "int8+window:4096", "none+offload")
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from hfkv.config import KVConfig
+from hfkv.models.shapes import SHAPES, shape_config
 from hfkv.planning.footprint import PREFILL_CHUNK, Footprint
 from hfkv.planning.geometry import Geometry
 from hfkv.planning.weights import Weights, planned_weights
+from hfkv.policy.config import KVConfig
 
 # Where searches end: no model's context, and no batch, is longer.
 MOST_TOKENS, MOST_ROWS = 1 << 24, 1 << 20
@@ -121,8 +122,6 @@ def resolve(model: Any) -> Any:
     """
     if not isinstance(model, str | os.PathLike):
         return model
-    from hfkv.bench.shapes import SHAPES, shape_config
-
     name = os.fspath(model)
     if name in SHAPES:
         return shape_config(name, None)

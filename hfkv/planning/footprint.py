@@ -9,16 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from hfkv.cache import KVCache
-from hfkv.config import KVConfig
-from hfkv.layer import KVLayer
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.layers.span import Span
 from hfkv.planning.geometry import Geometry, States
-from hfkv.span import Span
-from hfkv.split import SplitLayer
+from hfkv.policy.config import KVConfig
 from hfkv.stores import ContiguousStore, PagedStore, Store, make_store
 from hfkv.stores.base import token_bytes
-from hfkv.stores.bus import BUSES
-from hfkv.stores.staging import BUFFER_BYTES, BUFFERS
+from hfkv.stores.offload.bus import BUSES
+from hfkv.stores.offload.staging import BUFFER_BYTES, BUFFERS
 
 # Tokens of a prompt that are read at a time: generate(prefill_chunk_size=2048). What a forward brings is held until the
 # next one, windows or not, and its activations grow with it.

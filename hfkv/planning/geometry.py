@@ -20,9 +20,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicCache, DynamicIndexedLayer, EncoderDecoderCache
 
-from hfkv.build import decoder_config, is_replaced
-from hfkv.latent.families import widths_of
-from hfkv.probe import base_model, cross_attention_layers, decoder_of
+from hfkv.cache.factory import decoder_config, is_replaced
+from hfkv.models.latents import widths_of
+from hfkv.models.probe import base_model, cross_attention_layers, decoder_of
+from hfkv.models.shapes import Heads
+from hfkv.policy.errors import RequestError
 
 _CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq)
 # Two lengths tell what a layer keeps of each token from what it keeps of a row; some linear attentions want a few.
@@ -180,9 +182,6 @@ def _layer_bytes(layer: Any) -> int:
 
 def _states_of_fields(config: PreTrainedConfig, dtype: torch.dtype, reason: str) -> dict[int, States]:
     """The states of all plain layers, by the fields that most configs have."""
-    from hfkv.bench.errors import BenchError
-    from hfkv.bench.shapes import Heads
-
     unknown = (
         f"what the layers of {config.model_type!r} cache cannot be known: the model does not run without weights "
         f"({reason}), and its config does not say it for all layers alike"
@@ -199,7 +198,7 @@ def _states_of_fields(config: PreTrainedConfig, dtype: torch.dtype, reason: str)
             continue
         try:
             heads = Heads.of(config)
-        except (BenchError, AttributeError, RuntimeError) as error:
+        except (RequestError, AttributeError, RuntimeError) as error:
             raise ValueError(unknown) from error
         states[index] = States(heads.kv_heads, heads.head_dim, heads.kv_heads, heads.head_dim, dtype)
     return states

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hfkv.config import KVConfig
-from hfkv.machine import free_bytes
+from hfkv.measure.machine import free_bytes
 from hfkv.planning.asked import asked_footprints
 from hfkv.planning.fit import MOST_TOKENS, Fit, Planner, largest_that, most_context, resolve
 from hfkv.planning.footprint import Footprint
@@ -18,7 +17,9 @@ from hfkv.planning.recommendation import LEAST_LOSSY, Recommendation, recommend
 from hfkv.planning.speeds import Speeds
 from hfkv.planning.tokens import check_count, read_tokens
 from hfkv.planning.weights import Weights, loaded_weights, stacked_experts
-from hfkv.sizes import about_bytes, read_bytes
+from hfkv.policy.config import KVConfig
+from hfkv.policy.ports import port
+from hfkv.policy.units import about_bytes, read_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -100,14 +101,10 @@ class MemoryPlan:
         return {**asdict(self), "weights": weights}
 
     def __rich__(self) -> Group:
-        from hfkv.planning.screen import tables
-
-        return tables(self)
+        return port("plan_tables")(self)
 
     def __str__(self) -> str:
-        from hfkv.planning.screen import plain_text
-
-        return plain_text(self)
+        return port("plain_text")(self)
 
 
 def memory_plan(

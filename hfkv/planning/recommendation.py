@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hfkv.config import KVConfig
 from hfkv.planning.footprint import Footprint
-from hfkv.window import Window
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
 
 # By what they add to a model's loss, in per cent, over the whole held-out text of the bundled model: docs/concepts.md.
 LOSS_PERCENT = {"none": 0.0, "int8": 0.005, "fp8": 0.066, "int4": 0.624}

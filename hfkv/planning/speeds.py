@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hfkv.sizes import read_bytes
+from hfkv.measure.timing import bus_bandwidth, copy_bandwidth
+from hfkv.policy.units import read_bytes
 
 # PCIe 5.0 with sixteen lanes carries 63 GB/s; pinned copies reach about this.
 ASSUMED_BUS = 50 * 10**9
@@ -51,8 +52,6 @@ class Speeds:
                 way, way_source = ASSUMED_BUS, f"assumed: there is no {device.type} here to measure it"
             return cls(None, f"there is no {device.type} here to measure it; give --bandwidth", way, way_source)
         if memory is None or way is None:
-            from hfkv.bench.timing import bus_bandwidth, copy_bandwidth
-
             if memory is None:
                 memory = round(copy_bandwidth(torch.device(device.type)))
                 memory_source = f"measured by a copy on this machine's {device.type}"

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from hfkv.probe import decoder_of
+from hfkv.models.probe import decoder_of
 
 QUANTISED = ("int8", "int4")
 # bitsandbytes' NF4: numbers that share a scale in fp32, the scales themselves not quantised once more, and the fp32

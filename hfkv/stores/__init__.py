@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from hfkv.stores.base import Store
-from hfkv.stores.bus import is_apart
 from hfkv.stores.contiguous import ContiguousStore
-from hfkv.stores.offload import Budget, Offload, Place
-from hfkv.stores.offloaded import OffloadedStore
+from hfkv.stores.offload.budget import Budget, Offload, Place
+from hfkv.stores.offload.bus import is_apart
+from hfkv.stores.offload.store import OffloadedStore
 from hfkv.stores.paged import PagedStore
 
 __all__ = [

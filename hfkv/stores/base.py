@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
-from hfkv.layout import Layout
+from hfkv.measure.allocated import storage_bytes
+from hfkv.stores.layout import Layout
 
 logger = logging.getLogger("hfkv")
 
@@ -212,10 +213,3 @@ def no_memory(num_bytes: int, where: str, error: Exception) -> MemoryError:
 def token_bytes(plane: torch.Tensor) -> int:
     """The bytes of one token of a plane `[.., H, T, d]`."""
     return plane.shape[1] * plane.shape[3] * plane.element_size()
-
-
-def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """The bytes of the unique storages behind `tensors`."""
-    # Not by address: every tensor on the meta device has the same.
-    storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-    return sum(storage.nbytes() for storage in storages.values())

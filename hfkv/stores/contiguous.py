@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.layout import Layout
 from hfkv.stores.base import GROWTH, Planes, Store
+from hfkv.stores.layout import Layout
 
 # Spare tokens behind a window: how often what it holds moves back to the buffer's start. 256 tokens are
 # 1/16 of the bytes an attention over 4,096 tokens reads anyway.

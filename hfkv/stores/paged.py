@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hfkv.layout import Layout
 from hfkv.stores.base import GROWTH, Planes, Store
 from hfkv.stores.blocks import BlockPool
+from hfkv.stores.layout import Layout
 from hfkv.stores.pages import Pages
 
 # Where pages are shared, planes grow by as little as this part: a prompt of which many hold copies is most of them.

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config, MiniCPM3ForCausal
 from transformers.distributed import DistributedConfig
 
 import hfkv
-from hfkv.latent import view
-from hfkv.latent.crossover import forced
+from hfkv.attention.function.latent import view
+from hfkv.attention.latent.crossover import forced
 from tests.integration.parallel_scenarios import NEW_TOKENS, VOCAB, inputs
 
 KV = ("none", "int8+paged+page_size:4", "window:8+sinks:2")

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from typer.testing import CliRunner
 
 import hfkv
-from hfkv.attention import hfkv_attention
+from hfkv.attention.function import hfkv_attention
 from hfkv.bench import PEERS, Result, read_targets
 from hfkv.cli.bench_screen import show
 from hfkv.cli.bench_words import setting_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hfkv.bench import MLA_SHAPES, MLASetting
-from hfkv.bench.timing import COPY_BYTES
 from hfkv.cli.bench_words import Words, setting_of
+from hfkv.measure.timing import COPY_BYTES
 from tests.integration.test_cli_bench import cells, invoke, refused
 
 TINY = ["--steps", "1", "--dtype", "float32", "--device", "cpu", "--tokens", "48"]

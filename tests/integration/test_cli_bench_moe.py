@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hfkv.bench.moe import PEAK_SIZE
-from hfkv.bench.timing import COPY_BYTES
 from hfkv.cli.bench_words import setting_of
+from hfkv.measure.timing import COPY_BYTES
 from tests.integration.test_cli_bench import invoke, refused
 
 

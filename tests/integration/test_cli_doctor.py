@@ -19,12 +19,12 @@ from hfkv.cli.commands import app
 from hfkv.cli.doctor import examine
 from hfkv.cli.doctor_layers import ModelReport, describe_layers
 from hfkv.cli.doctor_machine import TRANSFORMERS, Item, describe_installation
-from hfkv.kernels import selftest
+from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Kernel, attention_kernel
-from hfkv.kernels.int8_matmul import is_exact
 from hfkv.kernels.naive import attention_naive
-from hfkv.kernels.selftest import RIGHT, Check, Planned
-from hfkv.kernels.selftest_inputs import Heads
+from hfkv.kernels.selftest import suite as selftest
+from hfkv.kernels.selftest.inputs import Heads
+from hfkv.kernels.selftest.suite import RIGHT, Check, Planned
 from tests.tiny import llama_config
 
 ROOT = Path(__file__).parents[2]
@@ -202,7 +202,7 @@ def test_a_crash_of_the_int8_product_does_not_end_the_doctor(tmp_path: Path, mon
     path.write_text("import os\ndef int8_matmul(a, b, out):\n    os.abort()\n")
     monkeypatch.setattr(selftest, "INT8_MATMUL", path)
     monkeypatch.setattr(selftest, "is_exact", lambda: True)
-    monkeypatch.setattr("hfkv.kernels.selftest.plan", lambda *_: [Planned("int8", selftest.check_int8_product)])
+    monkeypatch.setattr("hfkv.kernels.selftest.suite.plan", lambda *_: [Planned("int8", selftest.check_int8_product)])
     result = invoke()
     assert result.exit_code == 1
     assert "SIGABRT" in result.stdout

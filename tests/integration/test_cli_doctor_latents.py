@@ -12,7 +12,7 @@ from hfkv.cli.doctor_report import Report
 from hfkv.cli.doctor_screen import show
 from hfkv.cli.errors import CommandError
 from hfkv.kernels.dispatch import expanded_kernel, latent_kernel
-from hfkv.kernels.selftest_inputs import Heads
+from hfkv.kernels.selftest.inputs import Heads
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from hfkv.cli.doctor_layers import Group, ModelReport, Use
 from hfkv.cli.doctor_machine import Item, describe_installation
 from hfkv.cli.doctor_report import Report
 from hfkv.cli.doctor_screen import STYLES, ranges, show
-from hfkv.kernels import selftest
-from hfkv.kernels.selftest import Check
-from hfkv.kernels.selftest_inputs import Heads
+from hfkv.kernels.selftest import suite as selftest
+from hfkv.kernels.selftest.inputs import Heads
+from hfkv.kernels.selftest.suite import Check
 from tests.integration.test_cli_doctor import CPU, gemma, layers_of, product_is_exact  # noqa: F401
 
 

@@ -29,7 +29,7 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_importing_hfkv_loads_nothing_heavy() -> None:
     loaded = run(f"import hfkv; hfkv.tiny_lm.PATH; {MODULES_AFTER}").stdout.split()
     assert "hfkv" in loaded
-    light = run(f"from hfkv import words, window; import hfkv; hfkv.sizes; {MODULES_AFTER}").stdout.split()
+    light = run(f"from hfkv import words, window; import hfkv; hfkv.policy.units; {MODULES_AFTER}").stdout.split()
     assert "hfkv" in light
     assert "torch" not in light
     assert not {"torch", "transformers", "numpy", "rich"} & set(loaded)
@@ -55,7 +55,7 @@ def test_the_names_are_registered_before_a_model_can_be_made(first: str) -> None
         "model = LlamaForCausalLM._from_config(LlamaConfig(**sizes), attn_implementation='hfkv')\n"
         "assert model.config._attn_implementation == 'hfkv'\n"
         "assert 'hfkv' in ALL_EXPERTS_FUNCTIONS.valid_keys() and 'hfkv' in AUTO_QUANTIZER_MAPPING\n"
-        "import sys, hfkv.registration as r\n"
+        "import sys, hfkv.models.registration as r\n"
         "assert not any(isinstance(finder, r._AfterModels) for finder in sys.meta_path)\n"
     )
     ended = run(code)
@@ -71,7 +71,8 @@ def test_the_public_names_are_there_and_no_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", ["typer", "rich.progress", "numpy._core._multiarray_umath", "transformers.modeling_utils", "hfkv.view"]
+    "moment",
+    ["typer", "rich.progress", "numpy._core._multiarray_umath", "transformers.modeling_utils", "hfkv.cache.view"],
 )
 def test_ctrl_c_during_start_up_ends_quietly(moment: str) -> None:
     ended = run(INTERRUPTED, moment, "generate", "--max-new-tokens", "1", "def parse(")

@@ -24,10 +24,10 @@ from hfkv.kernels import (
     triton_operator,
 )
 from hfkv.kernels.inputs import Scoring, Visibility
-from hfkv.kernels.triton_decode import decode_attention
-from hfkv.kernels.triton_prefill import prefill_attention
-from hfkv.kernels.triton_tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
-from hfkv.layout import Layout
+from hfkv.kernels.triton.decode import decode_attention
+from hfkv.kernels.triton.prefill import prefill_attention
+from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
+from hfkv.stores.layout import Layout
 from tests.kernels.expert_cases import choose, stack
 from tests.kernels.held import garbage
 

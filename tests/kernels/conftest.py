@@ -13,12 +13,12 @@ import torch
 
 IMPORTED = (
     "triton.experimental.gluon",  # the first launch would import it
-    "hfkv.kernels.triton_append",
-    "hfkv.kernels.triton_decode",
-    "hfkv.kernels.triton_experts",
-    "hfkv.kernels.triton_experts_combine",
-    "hfkv.kernels.triton_latent",
-    "hfkv.kernels.triton_prefill",
+    "hfkv.kernels.triton.append",
+    "hfkv.kernels.triton.decode",
+    "hfkv.kernels.experts.triton",
+    "hfkv.kernels.experts.triton_combine",
+    "hfkv.kernels.triton.latent",
+    "hfkv.kernels.triton.prefill",
     "tests.kernels.triton_ranges",
 )
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from hfkv.kernels.expert_codes import GROUP, Codes
-from hfkv.kernels.expert_naive import expert_linear_naive
-from hfkv.kernels.expert_slots import Slots
+from hfkv.kernels.experts.codes import GROUP, Codes
+from hfkv.kernels.experts.naive import expert_linear_naive
+from hfkv.kernels.experts.slots import Slots
 
 CODECS = ("none", "int8", "int4")
 FORMS = (*CODECS, "transposed", "mixed")

@@ -9,7 +9,7 @@ import torch
 from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 
 Spans = tuple[tuple[int, int], ...]
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]

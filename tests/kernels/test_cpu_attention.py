@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.kernels import cpu_flash
-from hfkv.kernels.cpu_decode import decode_attention
-from hfkv.kernels.cpu_flash import flash_attention
-from hfkv.kernels.int8_matmul import is_exact
+from hfkv.kernels.cpu import flash as cpu_flash
+from hfkv.kernels.cpu.decode import decode_attention
+from hfkv.kernels.cpu.flash import flash_attention
+from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.naive import read_naive
 from tests.kernels.cases import case, check, windowed
 
@@ -30,8 +30,8 @@ def chosen(kernel: str, codec: str) -> None:
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts are cut in several."""
-    monkeypatch.setattr("hfkv.kernels.cpu_decode._SCORES", 1 << 10)
-    monkeypatch.setattr("hfkv.kernels.cpu_decode._MIN_STRETCH", 16)
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
     monkeypatch.setattr(cpu_flash, "TILE", 24)
     monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
     monkeypatch.setattr(cpu_flash, "STRETCH", 32)

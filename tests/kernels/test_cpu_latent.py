@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from hfkv.codecs import CODECS
-from hfkv.kernels import bf16_matmul, cpu_flash
-from hfkv.kernels.cpu_expanded import expanded_attention
-from hfkv.kernels.cpu_latent import latent_attention
+from hfkv.kernels.cpu import bf16_matmul
+from hfkv.kernels.cpu import flash as cpu_flash
+from hfkv.kernels.cpu.expanded import expanded_attention
+from hfkv.kernels.cpu.latent import latent_attention
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import attention_naive, read_naive
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 from tests.kernels.cases import Case, case, windowed
 
 FORMS = ("absorbed", "expanded")
@@ -27,8 +28,8 @@ HEADS, NOPE, ROTARY = 4, 24, 16
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts are cut in several."""
-    monkeypatch.setattr("hfkv.kernels.cpu_decode._SCORES", 1 << 10)
-    monkeypatch.setattr("hfkv.kernels.cpu_decode._MIN_STRETCH", 16)
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
     monkeypatch.setattr(cpu_flash, "TILE", 24)
     monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
     monkeypatch.setattr(cpu_flash, "STRETCH", 64)

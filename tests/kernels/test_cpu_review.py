@@ -9,11 +9,11 @@ import torch
 
 import hfkv
 from hfkv.codecs import CODECS, hadamard
-from hfkv.kernels.cpu_decode import decode_attention
-from hfkv.kernels.cpu_flash import flash_attention
+from hfkv.kernels.cpu.decode import decode_attention
+from hfkv.kernels.cpu.flash import flash_attention
+from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.kernels.int8_matmul import is_exact
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 from tests.kernels.cases import case, check
 from tests.tiny import llama, prompt
 

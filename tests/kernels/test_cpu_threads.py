@@ -11,12 +11,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfkv.codecs import CODECS
-from hfkv.kernels import cpu_decode, cpu_flash, cpu_threads
-from hfkv.kernels.cpu_latent import latent_attention
-from hfkv.kernels.cpu_threads import do_parts, num_threads
+from hfkv.kernels.cpu import decode as cpu_decode
+from hfkv.kernels.cpu import flash as cpu_flash
+from hfkv.kernels.cpu import threads as cpu_threads
+from hfkv.kernels.cpu.latent import latent_attention
+from hfkv.kernels.cpu.threads import do_parts, num_threads
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
-from hfkv.layout import Layout
+from hfkv.stores.layout import Layout
 
 HEADS, GROUPS, HEAD_DIM, HELD = 2, 4, 32, 5000
 # Of two parts that wait for each other, where one thread alone would wait for ever.

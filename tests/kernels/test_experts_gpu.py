@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hfkv.kernels.expert_slots import Slots
-from hfkv.kernels.triton_experts import expert_linear
-from hfkv.kernels.triton_experts_combine import combine
+from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.triton import expert_linear
+from hfkv.kernels.experts.triton_combine import combine
 from tests.kernels.expert_cases import FORMS, assert_close, choose, stack
 
 pytestmark = pytest.mark.gpu

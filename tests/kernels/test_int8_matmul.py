@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from hfkv.kernels.int8_matmul import MAX_INNER, from_digits, int8_matmul, is_exact, to_digits
+from hfkv.kernels.cpu.int8_matmul import MAX_INNER, from_digits, int8_matmul, is_exact, to_digits
 
 # In a process of its own: torch's int8 products have crashed at odd shapes.
 EVERY_SHAPE = """
 import torch
-from hfkv.kernels.int8_matmul import int8_matmul
+from hfkv.kernels.cpu.int8_matmul import int8_matmul
 torch.manual_seed(0)
 for t in [*range(1, 130), 255, 1000]:
     for m in range(1, 34):
@@ -80,7 +80,7 @@ def test_a_small_number_beside_a_large_one_is_kept_by_four_digits() -> None:
 @pytest.mark.parametrize(("isa", "expected"), [("AVX2", "False"), ("DEFAULT", "True")])
 def test_a_processor_without_exact_products_is_found_out(isa: str, expected: str) -> None:
     code = (
-        "import torch; from hfkv.kernels.int8_matmul import is_exact;"
+        "import torch; from hfkv.kernels.cpu.int8_matmul import is_exact;"
         "from hfkv.kernels.dispatch import attention_kernel;"
         "print(is_exact(), attention_kernel('int8', torch.float32, torch.device('cpu'), 1, (64, 64)).name)"
     )

@@ -11,10 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from hfkv.attention import hfkv_attention
-from hfkv.config import KVConfig
-from hfkv.layer import KVLayer
-from hfkv.mask import CausalMask
+from hfkv.attention.function import hfkv_attention
+from hfkv.attention.masks import CausalMask
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.policy.config import KVConfig
 
 HELD, HEADS, GROUPS, HEAD_DIM = 32_768, 2, 4, 128
 DECODED = 2 * HEADS * HELD * HEAD_DIM * 4  # bytes of all keys and values in float32

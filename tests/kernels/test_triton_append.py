@@ -10,8 +10,8 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.naive import append_naive
-from hfkv.kernels.triton_append import append
-from hfkv.layout import Layout
+from hfkv.kernels.triton.append import append
+from hfkv.stores.layout import Layout
 from tests.kernels.held import garbage, shuffled, sparse
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of the interpreter, about NaN

@@ -10,9 +10,9 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
-from hfkv.kernels.triton_attention import _attention_kernel
-from hfkv.kernels.triton_decode import decode_attention
-from hfkv.layout import Layout
+from hfkv.kernels.triton.attention import _attention_kernel
+from hfkv.kernels.triton.decode import decode_attention
+from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled, sparse, worst
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32

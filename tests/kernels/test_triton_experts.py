@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hfkv.kernels import triton_experts
-from hfkv.kernels.expert_codes import Codes
-from hfkv.kernels.expert_slots import Slots
-from hfkv.kernels.triton_experts import expert_linear
-from hfkv.kernels.triton_tiling import LITTLE_SHARED_MEMORY, Device
+from hfkv.kernels.experts import triton as triton_experts
+from hfkv.kernels.experts.codes import Codes
+from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.triton import expert_linear
+from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, Device
 from tests.kernels.expert_cases import FORMS, assert_close, choose, part, stack, to
 from tests.kernels.held import sparse
 

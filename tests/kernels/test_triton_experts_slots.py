@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from hfkv.kernels import expert_slots, triton_experts_slots
-from hfkv.kernels.expert_codes import Codes
-from hfkv.kernels.expert_naive import combine_naive, decode_naive, expert_linear_naive
-from hfkv.kernels.expert_slots import Slots, num_tiles
-from hfkv.kernels.triton_experts import expert_linear
-from hfkv.kernels.triton_experts_combine import combine
-from hfkv.kernels.triton_experts_slots import tile_slots
-from hfkv.kernels.triton_experts_tiling import choose_block_m, gemm_tiling, gemv_splits, gemv_tiling
-from hfkv.kernels.triton_tiling import Device
+from hfkv.kernels.experts import slots as expert_slots
+from hfkv.kernels.experts import triton_slots as triton_experts_slots
+from hfkv.kernels.experts.codes import Codes
+from hfkv.kernels.experts.naive import combine_naive, decode_naive, expert_linear_naive
+from hfkv.kernels.experts.slots import Slots, num_tiles
+from hfkv.kernels.experts.triton import expert_linear
+from hfkv.kernels.experts.triton_combine import combine
+from hfkv.kernels.experts.triton_slots import tile_slots
+from hfkv.kernels.experts.triton_tiling import choose_block_m, gemm_tiling, gemv_splits, gemv_tiling
+from hfkv.kernels.triton.tiling import Device
 from tests.kernels.expert_cases import CODECS, choose, part, stack
 
 H200 = Device(132, 212 << 10)

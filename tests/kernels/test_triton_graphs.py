@@ -31,7 +31,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """On a GPU the real thing; on a CPU the real kernels, interpreted, and a tape in place of a graph."""
     if device.type == "cuda":
         return
-    from hfkv.kernels import dispatch, triton_append, triton_decode, triton_latent
+    from hfkv.kernels import dispatch
+    from hfkv.kernels.triton import append as triton_append
+    from hfkv.kernels.triton import decode as triton_decode
+    from hfkv.kernels.triton import latent as triton_latent
     from hfkv.patches import graphs
 
     def append(*args: Any) -> dispatch.Append:
@@ -43,11 +46,11 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
 
     attention = for_one(dispatch.attention_kernel, triton_decode.decode_attention)
     latent = for_one(dispatch.latent_kernel, triton_latent.latent_attention)
-    for module in ("hfkv.layer", "hfkv.device_step"):
+    for module in ("hfkv.cache.layers.layer", "hfkv.attention.device_step"):
         monkeypatch.setattr(f"{module}.append_kernel", append)
-    for module in ("hfkv.held", "hfkv.device_step"):
+    for module in ("hfkv.cache.snapshot", "hfkv.attention.device_step"):
         monkeypatch.setattr(f"{module}.attention_kernel", attention)
-    for module in ("hfkv.latent.held", "hfkv.device_step"):
+    for module in ("hfkv.attention.latent.snapshot", "hfkv.attention.device_step"):
         monkeypatch.setattr(f"{module}.latent_kernel", latent)
     monkeypatch.setattr(graphs, "make_graph", Tape)
     monkeypatch.setattr(graphs, "DEVICE_TYPES", {"cpu"})

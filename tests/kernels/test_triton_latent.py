@@ -11,11 +11,11 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
-from hfkv.kernels.triton_append import append
-from hfkv.kernels.triton_latent import latent_attention
-from hfkv.kernels.triton_support import unsupported_latent
-from hfkv.kernels.triton_tiling import Device, latent_tiling
-from hfkv.layout import Layout
+from hfkv.kernels.triton.append import append
+from hfkv.kernels.triton.latent import latent_attention
+from hfkv.kernels.triton.support import unsupported_latent
+from hfkv.kernels.triton.tiling import Device, latent_tiling
+from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled, sparse, worst
 from tests.kernels.test_triton_decode import BF16, HALF, QUERIES, SINGLE, VISIBILITIES, rows
 

@@ -5,8 +5,8 @@ import torch
 
 from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Scoring, Visibility
-from hfkv.kernels.triton_prefill import prefill_attention
-from hfkv.layout import Layout
+from hfkv.kernels.triton.prefill import prefill_attention
+from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32

@@ -8,9 +8,9 @@ import torch
 from hfkv.kernels.device_inputs import DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.naive import visible_naive
-from hfkv.kernels.triton_support import unsupported
-from hfkv.kernels.triton_tiling import Device, choose_splits, tiling
-from hfkv.layout import Layout
+from hfkv.kernels.triton.support import unsupported
+from hfkv.kernels.triton.tiling import Device, choose_splits, tiling
+from hfkv.stores.layout import Layout
 from tests.kernels.triton_ranges import ranges_kernel
 
 BLOCK_N = 16

@@ -7,7 +7,7 @@
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton_tiles import tile_ranges
+from hfkv.kernels.triton.tiles import tile_ranges
 
 
 @triton.jit(do_not_specialize=list(range(9)))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.layer import KVLayer
+from hfkv.cache.layers.layer import KVLayer
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import hfkv
-from hfkv.attention import hfkv_attention
+from hfkv.attention.function import hfkv_attention
+from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs import CODECS
 from hfkv.experts.implementation import experts_forward
-from hfkv.layer import KVLayer
-from hfkv.probe import probe_rotary
-from hfkv.state import state_of
+from hfkv.models.fingerprint import state_of
+from hfkv.models.probe import probe_rotary
 from tests.tiny import greedy, llama, prompt
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

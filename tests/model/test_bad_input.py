@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 import hfkv
-from hfkv.attention import hfkv_attention
+from hfkv.attention.function import hfkv_attention
 from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED
 

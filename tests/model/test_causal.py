@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 import hfkv
-from hfkv.attention import hfkv_attention
-from hfkv.mask import CausalMask, FullMask, rule_of
+from hfkv.attention.function import hfkv_attention
+from hfkv.attention.masks import CausalMask, FullMask, rule_of
 from tests.tiny import llama
 
 SIZES = {"vocab_size": 99, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2}

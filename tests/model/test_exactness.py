@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 import hfkv
-from hfkv.layer import KVLayer
+from hfkv.cache.layers.layer import KVLayer
 from tests.zoo import NAMED, Sample, generate
 
 LOSSLESS = ("none", "paged+page_size:4", "offload", "offload+paged+page_size:4")

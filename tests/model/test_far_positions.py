@@ -12,7 +12,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 
 import hfkv
-from hfkv.probe import decoder_of
+from hfkv.models.probe import decoder_of
 from tests.tiny import greedy, llama, prompt
 from tests.zoo.named import NAMED
 

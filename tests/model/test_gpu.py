@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hfkv
-from hfkv.stores import staging
+from hfkv.stores.offload import staging
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED, generate
 

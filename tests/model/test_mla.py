@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hfkv
-from hfkv.latent.crossover import Form, forced
+from hfkv.attention.latent.crossover import Form, forced
 from hfkv.patches.mla import latent_modules
 from tests.zoo import CannotBuild, architectures, build, generate, prompt
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hfkv
-from hfkv.latent.crossover import Form, forced
+from hfkv.attention.latent.crossover import Form, forced
 from hfkv.patches.mla import latent_modules
 from tests.model.test_mla import CLOSE, expansions, inputs_for, model_of
 from tests.zoo import generate, prompt

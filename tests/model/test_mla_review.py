@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 import hfkv
 from hfkv import KVConfig, Window
-from hfkv.latent.crossover import forced
+from hfkv.attention.latent.crossover import forced
 from tests import brute_force
 from tests.model.test_mla import CLOSE, inputs_for, model_of
 from tests.model.test_window import LENGTH, PADS, ids, through_cache

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import hfkv
-from hfkv.latent.crossover import forced
+from hfkv.attention.latent.crossover import forced
 from tests.model.test_mla import CLOSE, expansions, inputs_for, model_of
 from tests.zoo import generate
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hfkv import KVConfig, Window
-from hfkv.latent.crossover import forced
+from hfkv.attention.latent.crossover import forced
 from tests.model.test_window import DYNAMIC, PADS, SPLITS, error
 
 RULES = {

@@ -13,9 +13,11 @@ from transformers import LlamaForCausalLM
 
 import hfkv
 from hfkv import KVCache
-from hfkv.stores import OffloadedStore, staging
-from hfkv.stores.base import storage_bytes, token_bytes
-from hfkv.stores.bus import Bus, bus_to
+from hfkv.measure.allocated import storage_bytes
+from hfkv.stores import OffloadedStore
+from hfkv.stores.base import token_bytes
+from hfkv.stores.offload import staging
+from hfkv.stores.offload.bus import Bus, bus_to
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED
 

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hfkv
 from hfkv import KVCache, KVConfig
-from hfkv.stores import OffloadedStore, bus, staging
+from hfkv.stores import OffloadedStore
+from hfkv.stores.offload import bus, staging
 from tests.lazy_bus import LazyBus
 from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.zoo import NAMED
@@ -208,7 +209,7 @@ def test_a_failed_generate_says_where_its_text_is(monkeypatch: pytest.MonkeyPatc
         expected = greedy(model, inputs, 40)
     with hfkv.patch(model, "int8+offload"):
         Full.left = 12
-        monkeypatch.setattr("hfkv.stores.offloaded.OffloadedStore.reserve", lambda self, tokens: None)
+        monkeypatch.setattr("hfkv.stores.offload.store.OffloadedStore.reserve", lambda self, tokens: None)
         with pytest.raises(hfkv.CacheMemoryError, match="host memory") as caught:
             greedy(model, inputs, 40)
         cache = caught.value.cache

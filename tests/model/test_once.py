@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hfkv
-from hfkv.cache import _choose
-from hfkv.selection import repeated
+from hfkv.cache.kv_cache import _choose
+from hfkv.cache.selection import repeated
 from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED, architectures, build, generate
 from tests.zoo import prompt as prompt_for

@@ -18,7 +18,7 @@ from transformers import (
 
 import hfkv
 from hfkv import KVCache, KVConfig
-from hfkv.view import KVView
+from hfkv.cache.view import KVView
 from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.zoo import NAMED, generate
 

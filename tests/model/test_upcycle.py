@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import GELUActivation
 
 import hfkv
-from hfkv.moe.layer import SparseMoE
-from hfkv.moe.losses import moe_losses
-from hfkv.moe.stats import routing_stats
 from hfkv.patches.upcycle import chosen_layers, load_upcycled, upcycle
+from hfkv.sparse_moe.layer import SparseMoE
+from hfkv.sparse_moe.model_losses import moe_losses
+from hfkv.sparse_moe.stats import routing_stats
 from tests.tiny import greedy, prompt
 
 # PEFT 0.21 itself reads the attribute that transformers 5.23 renamed.

@@ -88,7 +88,7 @@ class Text:
 
     def assign(self) -> None:
         for layer in self.cache.layers:
-            if layer.is_initialized and isinstance(layer, hfkv.cache.KVLayer):
+            if layer.is_initialized and isinstance(layer, hfkv.cache.kv_cache.KVLayer):
                 layer.keys, layer.values = layer.keys, layer.values
 
     def record(self) -> None:
@@ -97,7 +97,7 @@ class Text:
 
 @functools.cache
 def rotary() -> Any:
-    return hfkv.probe.probe_rotary(patched())
+    return hfkv.models.probe.probe_rotary(patched())
 
 
 ACTIONS = st.one_of(

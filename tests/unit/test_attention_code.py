@@ -14,8 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.t5.modeling_t5 import T5Attention
 
 import hfkv
-from hfkv.attention import _UNDERSTOOD, hfkv_attention
-from hfkv.attention_code import OWN_ATTENTION, attention_code
+from hfkv.attention.function import _UNDERSTOOD, hfkv_attention
+from hfkv.models.attention_keywords import OWN_ATTENTION, attention_code
 from tests.tiny import llama, prompt
 
 ROOT = Path(transformers.__path__[0])

@@ -15,9 +15,10 @@ from hfkv.bench.contenders import DYNAMIC, STATIC, ours, peers
 from hfkv.bench.gate import logit_errors
 from hfkv.bench.grid import _compared
 from hfkv.bench.results import Row
-from hfkv.bench.shapes import Heads, build_model, shape_config, share_weights, weights_read, with_layers
-from hfkv.bench.timing import Turns, bus_bandwidth, copy_bandwidth, milliseconds, quantiles, take_turns
+from hfkv.bench.shapes import build_model, share_weights, weights_read
 from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
+from hfkv.measure.timing import Turns, bus_bandwidth, copy_bandwidth, milliseconds, quantiles, take_turns
+from hfkv.models.shapes import Heads, shape_config, with_layers
 from tests.tiny import llama, llama_config
 
 CPU = torch.device("cpu")

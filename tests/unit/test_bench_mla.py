@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 
-from hfkv.attention import hfkv_attention
+from hfkv.attention.function import hfkv_attention
 from hfkv.bench import (
     MLA_SHAPES,
     BenchError,
@@ -31,7 +31,7 @@ from hfkv.bench.mla_layer import LayerCall, LayerLane, LayerTask
 from hfkv.bench.mla_setting import PARTS, cases_of
 from hfkv.bench.mla_shapes import LatentTokens, MLAShape
 from hfkv.bench.step import StepLane
-from hfkv.bench.timing import COPY_BYTES
+from hfkv.measure.timing import COPY_BYTES
 from tests.tiny import llama
 
 CPU = torch.device("cpu")
@@ -196,7 +196,7 @@ def test_either_form_is_asked_for_in_every_call(monkeypatch: pytest.MonkeyPatch)
         asked.append(form)
         yield
 
-    monkeypatch.setattr("hfkv.latent.crossover.forced", forced)
+    monkeypatch.setattr("hfkv.attention.latent.crossover.forced", forced)
     run_mla(replace(SETTING, cases=(CASES[4],), steps=3))
     # The check's call, two to warm up, and the timed ones.
     assert {form: asked.count(form) for form in asked} == {"absorbed": 6, "expanded": 6}

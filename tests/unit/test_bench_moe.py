@@ -27,8 +27,8 @@ from hfkv.bench.moe_layers import (
     stock_model,
 )
 from hfkv.bench.results import OK
-from hfkv.bench.timing import COPY_BYTES
 from hfkv.experts.stack import ExpertStack
+from hfkv.measure.timing import COPY_BYTES
 
 CPU = torch.device("cpu")
 SHAPE = MOE_SHAPES["moe-tiny"]

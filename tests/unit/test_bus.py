@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.stores.bus import Bus, CudaBus, bus_to, is_apart
-from hfkv.stores.host import HostPages
+from hfkv.stores.offload.bus import Bus, CudaBus, bus_to, is_apart
+from hfkv.stores.offload.host import HostPages
 
 
 class Driver:

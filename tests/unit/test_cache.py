@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 
 import hfkv
 from hfkv import KVCache, KVConfig, Window
-from hfkv.span import ROLLBACK_MARGIN
+from hfkv.cache.layers.span import ROLLBACK_MARGIN
 from hfkv.stores import OffloadedStore, Store
 from tests.tiny import greedy, llama, llama_config, llama_for, prompt
 from tests.unit.test_stores import CopiedBytes

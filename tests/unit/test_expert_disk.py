@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from hfkv.experts.config import MoEConfig
 from hfkv.experts.families import experts_of, weight_names
-from hfkv.experts.offload.at_rest import at_rest, bring_no_more
 from hfkv.experts.offload.expert_file import ExpertFile, write_experts
 from hfkv.experts.offload.place import offload_experts
 from hfkv.experts.offload.slots import ExpertSlots
+from hfkv.models.weights_at_rest import at_rest, bring_no_more
 from tests.experts_to_offload import CODECS, CPU, matrices_of, resident
 from tests.models_to_offload import NAME, compressed, logits, model, put
 

@@ -22,7 +22,7 @@ from hfkv.experts.offload.place import offload_experts
 from hfkv.experts.offload.slots import ExpertSlots
 from hfkv.experts.offload.trace import ExpertTrace, replay
 from hfkv.experts.projection import Projection
-from hfkv.stores.bus import Bus, bus_to
+from hfkv.stores.offload.bus import Bus, bus_to
 from tests.experts_to_offload import (
     CODECS,
     CPU,

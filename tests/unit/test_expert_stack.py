@@ -14,7 +14,7 @@ from torch import nn
 from hfkv.experts.int8 import Int8Weights
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.experts.stack import ExpertStack, as_parameter
-from hfkv.state import _plain
+from hfkv.models.fingerprint import _plain
 
 
 class Layer(nn.Module):

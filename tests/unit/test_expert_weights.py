@@ -14,7 +14,7 @@ from hfkv.experts.int4 import Int4Weights
 from hfkv.experts.int8 import Int8Weights
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.experts.weights import ExpertWeights, PlainWeights
-from hfkv.kernels.expert_naive import decode_naive as decode_codes
+from hfkv.kernels.experts.naive import decode_naive as decode_codes
 
 CPU = torch.device("cpu")
 # N and K that are multiples of nothing, of groups, and of every kernel's tiles.

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hfkv
-from hfkv import KVCache, files
-from hfkv.file_header import canonical
-from hfkv.tensor_file import digest_of
+from hfkv import KVCache
+from hfkv.sharing.files.header import canonical
+from hfkv.sharing.files.tensor_file import digest_of
+from hfkv.sharing.refusals.files import cache_file as files
 from tests.tiny import llama, prompt
 from tests.unit.test_files import everything, text_of
 

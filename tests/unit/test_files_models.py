@@ -35,7 +35,7 @@ def refused(path: Path, model: Any, words: str) -> None:
 
 def saved(model: Any, path: Path, kv: str = "none") -> tuple[KVCache, torch.Tensor]:
     with hfkv.patch(model, kv):
-        cache, text = used(hfkv.probe.base_model(model), kv)
+        cache, text = used(hfkv.models.probe.base_model(model), kv)
         cache.save(path)
     return cache, text
 

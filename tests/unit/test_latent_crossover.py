@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hfkv.latent.crossover import forced, form_for
-from hfkv.latent.projection import Widths
+from hfkv.attention.latent.crossover import forced, form_for
+from hfkv.attention.latent.projection import Widths
 
 DEEPSEEK = Widths(latent=512, nope=128, rotary=64, value=128)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

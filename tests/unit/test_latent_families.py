@@ -9,12 +9,12 @@ import torch
 from transformers import DeepseekV3Config
 
 import hfkv
+from hfkv.attention.device_step import step_reason
+from hfkv.attention.latent.projection import Widths
 from hfkv.bench.errors import BenchError
-from hfkv.bench.shapes import Heads
-from hfkv.device_step import step_reason
 from hfkv.kernels.dispatch import Append
-from hfkv.latent.families import widths_of
-from hfkv.latent.projection import Widths
+from hfkv.models.latents import widths_of
+from hfkv.models.shapes import Heads
 from hfkv.patches.graphs import latent_reason
 from hfkv.planning.geometry import Geometry
 from tests.tiny import llama_config
@@ -79,10 +79,10 @@ def test_a_step_is_captured_where_the_kernel_for_latents_is_a_triton_one(monkeyp
     cache = after_a_prompt(model)
     assert "(torch: a CPU encodes" in str(step_reason(cache, None, model.config))
     appended = Append("triton append", "for a test", None)
-    monkeypatch.setattr("hfkv.device_step.append_kernel", lambda *_: appended)
+    monkeypatch.setattr("hfkv.attention.device_step.append_kernel", lambda *_: appended)
     assert "(cpu latent: " in str(step_reason(cache, None, model.config))
     asked: list[Any] = []
-    monkeypatch.setattr("hfkv.device_step.latent_kernel", lambda *args: asked.append(args) or appended)
+    monkeypatch.setattr("hfkv.attention.device_step.latent_kernel", lambda *args: asked.append(args) or appended)
     assert step_reason(cache, None, model.config) is None
     assert {args[3:] for args in asked} == {(1, (32, 16))}
 

@@ -8,9 +8,9 @@ import torch
 
 import hfkv
 from hfkv import CacheMemory, KVCache, KVConfig, Window
+from hfkv.cache.memory import Bytes, PlaneMemory
 from hfkv.codecs import CODECS
-from hfkv.memory import Bytes, PlaneMemory
-from hfkv.sizes import about_bytes
+from hfkv.policy.units import about_bytes
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.unit.test_cache import PRODUCT, feed, filled
 from tests.zoo.named import NAMED

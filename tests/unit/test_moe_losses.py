@@ -8,10 +8,11 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from hfkv.moe.last_forward import KEPT_LOGITS
-from hfkv.moe.layer import SparseMoE
-from hfkv.moe.losses import load_balancing_loss, moe_losses, router_z_loss
-from hfkv.moe.stats import routing_stats
+from hfkv.sparse_moe.last_forward import KEPT_LOGITS
+from hfkv.sparse_moe.layer import SparseMoE
+from hfkv.sparse_moe.losses import load_balancing_loss, router_z_loss
+from hfkv.sparse_moe.model_losses import moe_losses
+from hfkv.sparse_moe.stats import routing_stats
 
 
 def test_by_hand():

@@ -13,11 +13,11 @@ import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import hfkv
-import hfkv.meters
-import hfkv.monitor
-import hfkv.monitor_screen
+import hfkv.cli.monitor_screen
+import hfkv.measure.meters
+import hfkv.measure.monitor
 from hfkv import KVCache, MemoryMonitor
-from hfkv.meters import Meter
+from hfkv.measure.meters import Meter
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.unit.test_cache import feed, filled
 
@@ -38,7 +38,7 @@ def threads():
 
 @pytest.fixture(autouse=True)
 def _no_caches_of_other_tests(monkeypatch):
-    monkeypatch.setattr(hfkv.cache, "_live", weakref.WeakSet())
+    monkeypatch.setattr(hfkv.measure.allocated, "_live", weakref.WeakSet())
 
 
 class FakeMeter(Meter):
@@ -59,7 +59,7 @@ class FakeMeter(Meter):
 
 
 def test_the_docstrings_example_runs():
-    results = doctest.testmod(hfkv.monitor)
+    results = doctest.testmod(hfkv.measure.monitor)
     assert results.attempted >= 4
     assert results.failed == 0
 
@@ -85,7 +85,7 @@ def test_a_patched_models_caches_are_seen_while_it_generates():
             assert monitor.samples[0].num_bytes["caches"] == 0
 
             def look(*args):
-                wanted = sum(found.nbytes() for found in hfkv.cache.live_caches())
+                wanted = sum(found.nbytes() for found in hfkv.measure.allocated.live_caches())
                 wait_until(lambda: monitor.samples[-1].num_bytes["caches"] == wanted)
                 return False
 
@@ -100,7 +100,7 @@ def test_a_patched_models_caches_are_seen_while_it_generates():
 def test_forks_are_caches_too():
     cache = filled("paged+page_size:4")
     twin = cache.fork(2)
-    assert {id(cache), id(twin)} <= {id(found) for found in hfkv.cache.live_caches()}
+    assert {id(cache), id(twin)} <= {id(found) for found in hfkv.measure.allocated.live_caches()}
     gone = weakref.ref(twin)
     del twin
     gc.collect()
@@ -166,7 +166,7 @@ def test_a_cache_between_two_states_is_read_again():
 
     cache = Cache()
     with MemoryMonitor(interval=100) as monitor:
-        monitor._meters.append(hfkv.meters.CacheMeter("cache", [cache]))
+        monitor._meters.append(hfkv.measure.meters.CacheMeter("cache", [cache]))
     assert cache.readings == 2
     assert monitor.samples[-1].num_bytes["cache"] == 1
     assert not monitor.errors
@@ -222,7 +222,7 @@ def test_the_body_may_stop_it():
 
 def test_what_cannot_be_read_is_said_at_the_end(monkeypatch, caplog):
     meter = FakeMeter([7, OSError("gone"), OSError("gone"), 5])
-    monkeypatch.setattr(hfkv.monitor, "meters_of", lambda devices: [meter])
+    monkeypatch.setattr(hfkv.measure.monitor, "meters_of", lambda devices: [meter])
     with caplog.at_level(logging.WARNING, "hfkv"), MemoryMonitor(interval=0.001) as monitor:
         wait_until(lambda: len(monitor.samples) > 4)
         assert not caplog.records
@@ -251,7 +251,7 @@ def test_a_peak_is_exact_where_the_systems_mark_has_risen(values, marks, peak, i
 
 
 def test_a_peak_between_two_samples_is_seen_where_the_system_counts_it():
-    mark = hfkv.meters.ProcessMeter()._mark()
+    mark = hfkv.measure.meters.ProcessMeter()._mark()
     if mark is None:
         pytest.skip("this system does not say the largest resident set")
     with MemoryMonitor(interval=100, devices=["cpu"]) as monitor:
@@ -264,8 +264,8 @@ def test_a_peak_between_two_samples_is_seen_where_the_system_counts_it():
 
 
 def test_a_long_run_keeps_a_bounded_number_of_samples(monkeypatch):
-    monkeypatch.setattr(hfkv.monitor, "MOST_SAMPLES", 10)
-    monkeypatch.setattr(hfkv.monitor, "meters_of", lambda devices: [FakeMeter(range(10**6))])
+    monkeypatch.setattr(hfkv.measure.monitor, "MOST_SAMPLES", 10)
+    monkeypatch.setattr(hfkv.measure.monitor, "meters_of", lambda devices: [FakeMeter(range(10**6))])
     with MemoryMonitor(interval=1e-6) as monitor:
         wait_until(lambda: monitor._count > 200)
     kept = [sample.num_bytes["fake"] for sample in monitor.samples]

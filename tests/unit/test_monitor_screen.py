@@ -8,10 +8,10 @@ import threading
 import pytest
 from rich.console import Console
 
-import hfkv.monitor
-import hfkv.monitor_screen
+import hfkv.cli.monitor_screen
+import hfkv.measure.monitor
 from hfkv import MemoryMonitor
-from hfkv.monitor_screen import StderrConsole
+from hfkv.cli.monitor_screen import StderrConsole
 from tests.unit.test_cache import filled
 from tests.unit.test_monitor import MIB, FakeMeter, wait_until
 
@@ -20,7 +20,7 @@ def test_the_summary_has_a_line_for_everything(monkeypatch):
     broken = FakeMeter([OSError("gone")])
     broken.name = "broken"
     monkeypatch.setattr(
-        hfkv.monitor, "meters_of", lambda devices: [FakeMeter([MIB, 3 * MIB, 2 * MIB], [1] * 99), broken]
+        hfkv.measure.monitor, "meters_of", lambda devices: [FakeMeter([MIB, 3 * MIB, 2 * MIB], [1] * 99), broken]
     )
     with MemoryMonitor(interval=0.001) as monitor:
         wait_until(lambda: len(monitor.samples) > 3)
@@ -53,7 +53,7 @@ class Terminal(io.StringIO):
 
 def terminal(monkeypatch, kind=Terminal):
     file = kind()
-    monkeypatch.setattr(hfkv.monitor_screen, "new_console", lambda: StderrConsole(file=file, width=120))
+    monkeypatch.setattr(hfkv.cli.monitor_screen, "new_console", lambda: StderrConsole(file=file, width=120))
     monkeypatch.setenv("TERM", "xterm")
     return file
 

@@ -10,7 +10,7 @@ from transformers import DeepseekV3Config, Gemma3TextConfig, MambaConfig, Mistra
 
 import hfkv
 from hfkv import KVConfig
-from hfkv.bench.shapes import shape_config
+from hfkv.models.shapes import shape_config
 from hfkv.planning import geometry
 from hfkv.planning.fit import Fit, Planner, largest_that
 from hfkv.planning.footprint import STAGING, Footprint
@@ -18,7 +18,7 @@ from hfkv.planning.geometry import Geometry, States
 from hfkv.planning.plan import DEVICE_OVERHEAD
 from hfkv.planning.speeds import read_speed
 from hfkv.stores.base import token_bytes
-from hfkv.stores.bus import BUSES
+from hfkv.stores.offload.bus import BUSES
 from tests.tiny import llama, llama_config, prompt
 from tests.zoo import NAMED, Architecture, build
 from tests.zoo import prompt as prompt_for

@@ -13,9 +13,9 @@ from transformers import AutoConfig
 
 import hfkv
 from hfkv import KVConfig, tiny_lm
+from hfkv.cli.plan_screen import show
 from hfkv.planning.footprint import Footprint
 from hfkv.planning.geometry import Geometry
-from hfkv.planning.screen import show
 from tests.tiny import llama_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

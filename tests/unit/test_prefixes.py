@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfkv import KVCache
-from hfkv.prefixes import PrefixPool
+from hfkv.sharing.prefix_pool import PrefixPool
 from tests.prompts import ROOTS, Calls, Prompts, Text, check_pool, give, page_bytes
 from tests.twins import config, run_threads
 

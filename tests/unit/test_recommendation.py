@@ -9,7 +9,7 @@ import torch
 
 import hfkv
 from hfkv import KVConfig
-from hfkv.bench.shapes import shape_config
+from hfkv.models.shapes import shape_config
 from hfkv.planning.fit import Planner
 from tests.tiny import llama, prompt
 

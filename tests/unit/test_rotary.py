@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 import hfkv
-from hfkv.probe import probe_rotary
-from hfkv.rotary import Rotary
+from hfkv.models.probe import probe_rotary
+from hfkv.models.rotary import Rotary
 from tests.tiny import llama
 from tests.zoo.models import instantiate
 from tests.zoo.named import _DECODER, NAMED

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hfkv.moe.capacity import expert_capacity, kept_slots
-from hfkv.moe.routing import Router, check_routing, route
+from hfkv.sparse_moe.capacity import expert_capacity, kept_slots
+from hfkv.sparse_moe.routing import Router, check_routing, route
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 2.5]])
 

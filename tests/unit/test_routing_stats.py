@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hfkv.moe.layer import SparseMoE
-from hfkv.moe.stats import LayerRouting, routing_stats
+from hfkv.sparse_moe.layer import SparseMoE
+from hfkv.sparse_moe.stats import LayerRouting, routing_stats
 
 
 def mixtral():

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from hfkv.codecs import CODECS
-from hfkv.kernels import dispatch, selftest
+from hfkv.kernels import dispatch
+from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Append, Kernel
 from hfkv.kernels.inputs import Encoded
-from hfkv.kernels.int8_matmul import is_exact
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import append_naive, attention_naive
-from hfkv.kernels.selftest import NOT_TESTED, RAISED, RIGHT, WRONG, Check, Heads
+from hfkv.kernels.selftest import suite as selftest
+from hfkv.kernels.selftest.suite import NOT_TESTED, RAISED, RIGHT, WRONG, Check, Heads
 
 CPU, SMALL = torch.device("cpu"), Heads(32, 32, 2)
 NUM_READS = len(CODECS) * 2 * len(selftest.CPU_QUERIES) * len(selftest.SETTINGS)

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hfkv import Window
-from hfkv.padding import LeftPadding
-from hfkv.span import ROLLBACK_MARGIN, Span
+from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
+from hfkv.models.padding import LeftPadding
 from tests.brute_force import lower_bounds
 
 SCHEDULES = {

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hfkv.moe.layer import SparseMoE
-from hfkv.moe.losses import moe_losses
+from hfkv.sparse_moe.layer import SparseMoE
+from hfkv.sparse_moe.model_losses import moe_losses
 
 FORMS = [
     {},

@@ -12,10 +12,11 @@ from transformers.distributed import DistributedConfig
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer, PipelineStage
 
 import hfkv
-from hfkv import KVCache, KVConfig, Window, files
+from hfkv import KVCache, KVConfig, Window
+from hfkv.models.fingerprint import state_of
+from hfkv.models.parallel import Spread, agreed, own_layers, spread_of
 from hfkv.patches import graphs, prefill
-from hfkv.spread import Spread, agreed, own_layers, spread_of
-from hfkv.state import state_of
+from hfkv.sharing.refusals.files import cache_file as files
 from tests.integration.parallel_scenarios import model_of
 from tests.tiny import greedy, llama, llama_config, prompt
 

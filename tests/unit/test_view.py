@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import hfkv
-from hfkv.layer import KVLayer
-from hfkv.view import KVView
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.view import KVView
 from tests.tiny import greedy, llama, llama_config, prompt
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.bench.shapes import shape_config, weights_read, with_layers
+from hfkv.bench.shapes import weights_read
+from hfkv.models.shapes import shape_config, with_layers
 from hfkv.planning.fit import Planner
 from hfkv.planning.geometry import Geometry
 from hfkv.planning.weights import loaded_weights, planned_weights

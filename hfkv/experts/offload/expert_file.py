@@ -29,12 +29,12 @@ from hfkv.experts.offload.expert_header import (
     cpu_order_name,
 )
 from hfkv.experts.offload.expert_source import ExpertSource
-from hfkv.experts.offload.mapped_file import DTYPE_NAMES, DTYPES, MappedFile
 from hfkv.experts.offload.offloaded import OffloadedWeights
 from hfkv.experts.offload.present import PresentWeights, bus_for, codec_of
 from hfkv.experts.offload.slots import ExpertSlots
 from hfkv.experts.offload.trace import ExpertTrace
 from hfkv.experts.weights import ExpertWeights
+from hfkv.models.mapped_file import DTYPE_NAMES, DTYPES, MappedFile
 
 _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 # What yields the planes of one expert: "up" or "down", and its index.

@@ -12,7 +12,7 @@ import torch
 
 from hfkv.experts.int4 import Int4Weights
 from hfkv.experts.offload.expert_source import plane_shapes
-from hfkv.experts.offload.mapped_file import DTYPES, header_of
+from hfkv.models.mapped_file import DTYPES, header_of
 
 FORMAT, VERSION, KEY = "hfkv-experts", 1, "hfkv"
 HALVES = ("up", "down")

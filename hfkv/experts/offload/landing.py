@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from hfkv.stores.bus import Bus
+from hfkv.stores.offload.bus import Bus
 
 # While one expert is on its way, the next is read from the file.
 _PLACES = 2

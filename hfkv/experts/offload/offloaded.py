@@ -14,8 +14,8 @@ from hfkv.experts.offload.expert_source import Encoder, ExpertSource
 from hfkv.experts.offload.slots import ExpertSlots
 from hfkv.experts.projection import Projection
 from hfkv.experts.weights import ExpertWeights, check_matrix
-from hfkv.kernels.expert_codes import Codes
-from hfkv.stores.bus import BUSES, bus_to
+from hfkv.kernels.experts.codes import Codes
+from hfkv.stores.offload.bus import BUSES, bus_to
 
 Run = Callable[[Any, tuple[Projection, Projection], torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

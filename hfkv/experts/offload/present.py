@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from hfkv.experts.config import MoEConfig
-from hfkv.experts.offload.at_rest import AtRest, at_rest, execution_device
 from hfkv.experts.offload.expert_source import Encoder, ExpertSource, contents_digest, plane_shapes
 from hfkv.experts.offload.offloaded import OffloadedWeights
 from hfkv.experts.stack import ExpertStack
 from hfkv.experts.weights import ExpertWeights, PlainWeights
-from hfkv.stores.bus import BUSES, Bus, bus_to
+from hfkv.models.weights_at_rest import AtRest, at_rest, execution_device
+from hfkv.stores.offload.bus import BUSES, Bus, bus_to
 
 
 @dataclass(frozen=True, eq=False)

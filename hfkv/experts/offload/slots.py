@@ -12,11 +12,11 @@ import torch
 from hfkv.experts.offload.eviction import Eviction
 from hfkv.experts.offload.expert_source import ExpertSource, blank, fill
 from hfkv.experts.offload.landing import Landing, landing_for
-from hfkv.experts.offload.mapped_file import will_need
 from hfkv.experts.offload.slot_table import SlotTable
 from hfkv.experts.offload.trace import LayerTrace
 from hfkv.experts.weights import ExpertWeights
-from hfkv.stores.bus import Bus, bus_to
+from hfkv.models.mapped_file import will_need
+from hfkv.stores.offload.bus import Bus, bus_to
 
 # Experts of a file that are asked for ahead of the one that is being copied.
 _AHEAD = 2

@@ -9,13 +9,14 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from hfkv.experts.offload.eviction import Eviction, eviction_name
 from hfkv.experts.offload.slot_table import Counts, SlotTable
-from hfkv.sizes import about_bytes
+from hfkv.policy.ports import port
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 FORMAT, VERSION = "hfkv-expert-trace", 1
 # Forwards of each layer that a recording holds; a decode step of top-8 takes some 130 bytes.
@@ -135,19 +136,12 @@ class ExpertTrace:
             raise ValueError(f"{os.fspath(path)!r} holds no expert trace: {error}") from error
 
     def __rich__(self) -> Table:
-        table = Table(title="offloaded experts")
-        for column in ("layer", "experts", "slots", "hits", "misses", "hit rate", "moved"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
-        for name, layer in self.layers.items():
-            table.add_row(name, str(layer.num_experts), str(layer.num_slots), *self._words(name))
-        table.add_section()
-        table.add_row("all", "", "", *self._words(None))
-        return table
+        return port("trace_table")(self)
 
-    def _words(self, name: str | None) -> list[str]:
-        counts = [layer.counts for layer in self._of(name)]
-        hits, misses = sum(each.hits for each in counts), sum(each.misses for each in counts)
-        return [f"{hits:,}", f"{misses:,}", f"{self.hit_rate(name):.1%}", about_bytes(self.bytes_moved(name))]
+    def counts(self, layer: str | None = None) -> Counts:
+        """Hits and misses of a layer, or of all."""
+        counts = [each.counts for each in self._of(layer)]
+        return Counts(sum(each.hits for each in counts), sum(each.misses for each in counts))
 
     def _of(self, name: str | None) -> list[LayerTrace]:
         if name is None:
@@ -223,16 +217,7 @@ def compare(
     evictions: Sequence[str | Callable[[], Eviction]] = ("lru", "lfu", "fifo", BELADY),
 ) -> Table:
     """Hit rates and bytes a forward for each number of slots and each policy, as a rich table."""
-    forwards = max((len(layer.forwards) for layer in trace.layers.values()), default=0)
-    table = Table(title=f"{forwards:,} recorded forwards, replayed: hit rate, bytes moved a forward")
-    table.add_column("slots", justify="right")
-    for eviction in evictions:
-        table.add_column(eviction_name(eviction), justify="right")
-    for slots in num_slots:
-        replays = [replay(trace, eviction, slots) for eviction in evictions]
-        words = (f"{each.hit_rate():.1%}  {about_bytes(each.bytes_moved // forwards)}" for each in replays)
-        table.add_row(str(slots), *words)
-    return table
+    return port("replay_table")(trace, num_slots, evictions)
 
 
 def _rate(counts: Iterable[Counts]) -> float:

@@ -1,0 +1,1 @@
+"""The attention ``"hfkv"``: masks, windows, and what hands tokens to kernels."""

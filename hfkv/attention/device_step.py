@@ -1,0 +1,175 @@
+"""`DeviceStep`: a cache's decode step with everything that changes between steps in tensors, for CUDA graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hfkv.attention.window_blocks import Look
+from hfkv.attention.windowed import visibility_of
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.snapshot import Captured
+from hfkv.kernels.device_inputs import DeviceInputs
+from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
+from hfkv.kernels.inputs import Visibility
+from hfkv.models.latents import widths_of
+from hfkv.stores.layout import Layout
+
+# Columns of a block table beyond those reserved; where they run out, a step is captured anew.
+SPARE_COLUMNS = 16
+
+
+def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str | None:
+    """Why the decode step of `cache` cannot be a `DeviceStep`, in words, or None where it can.
+
+    Args:
+        cache: after its prefill.
+        mask: the attention mask of the step, `[B, seen]`, or None.
+        config: of the model's text decoder: a layer does not know whether its keys are latents.
+    """
+    for index, layer in enumerate(cache.layers):
+        name = f"layer {index}"
+        if not isinstance(layer, KVLayer):
+            return f"{name} is a {type(layer).__name__}"
+        if isinstance(layer, IndexedLayer):
+            return f"{name} picks tokens by an index, whose keys are not written where the device says"
+        if not layer.is_initialized:
+            return f"{name} has seen nothing yet"
+        if layer.kv.offload:
+            return f"{name} is offloaded"
+        if layer.record_past:
+            return f"{name} records its past for an assistant"
+        attend = attention_kernel if widths_of(config, index) is None else latent_kernel
+        kernels = (
+            append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims),
+            attend(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims),
+        )
+        for kernel in kernels:
+            if not kernel.name.startswith("triton"):
+                return f"{name} has no kernel that reads lengths from the device ({kernel.name}: {kernel.reason})"
+        if layer.window is not None and not layer.is_sliding:
+            if Look(layer.held(), layer.span.padding.of(1)).has_more_than_tokens:
+                return f"{name} has a window with turned sinks or summaries"
+            if mask is not None:
+                return f"{name} has a window, and the batch is padded"
+    return None
+
+
+def advance(cache: KVCache) -> list[Layout]:
+    """Makes room for one more token in every layer and counts it as seen; returns where those before it lie."""
+    return [layer.step() for layer in cache.layers]
+
+
+@dataclass
+class _Group:
+    """Layers that hold the same tokens in the same places: one upload serves them all."""
+
+    layers: list[KVLayer]
+    before: Layout
+    written: DeviceInputs
+    seen: DeviceInputs
+
+
+class DeviceStep:
+    """One decode step of layers that have been advanced, and of those that follow it.
+
+    Args:
+        layers: of a cache for which `step_reason` finds nothing.
+        befores: what `advance` returned.
+        mask: the attention mask of the step, `[B, seen]`, or None.
+    """
+
+    def __init__(self, layers: list[KVLayer], befores: list[Layout], mask: torch.Tensor | None) -> None:
+        self.layers = layers
+        self.groups: list[_Group] = []
+        for layer, before in zip(layers, befores, strict=True):
+            layer.store.keeps_place = True
+            group = next((group for group in self.groups if _alike(group.layers[0], layer)), None)
+            if group is None:
+                self.groups.append(_group(layer, before, mask))
+            else:
+                group.layers.append(layer)
+        self._places = self._places_now()
+
+    def update(self, befores: list[Layout], mask: torch.Tensor | None) -> bool:
+        """Tells the device of the next step.
+
+        Args:
+            befores, mask: of that step.
+
+        Returns:
+            False where what has been captured cannot be replayed: planes have moved, or the numbers no longer fit.
+        """
+        if self._places != self._places_now():
+            return False
+        before_of = dict(zip(map(id, self.layers), befores, strict=True))
+        for group in self.groups:
+            head = group.layers[0]
+            if not all(_alike(head, layer) for layer in group.layers[1:]):
+                return False
+            try:
+                group.written.update(before_of[id(head)], None)
+                group.seen.update(head.store.layout(), _visibility(head, mask))
+            except ValueError:
+                return False
+        return True
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While this lasts, the layers write and read where the device says."""
+        for group in self.groups:
+            for layer in group.layers:
+                kernel = append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims).run
+                assert kernel is not None
+                layer.captured = Captured(kernel, group.before, group.written, group.seen)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.captured = None
+
+    def _places_now(self) -> list[tuple[int, torch.Size]]:
+        return [(plane.data_ptr(), plane.shape) for layer in self.layers for plane in layer.store.planes]
+
+
+def _alike(one: KVLayer, other: KVLayer) -> bool:
+    if one is other:
+        return True
+    first, second = one.store.layout(), other.store.layout()
+    if (one.window, one.sliding, one.span.gone_below) != (other.window, other.sliding, other.span.gone_below):
+        return False
+    if (first.length, first.start, first.spans, first.is_paged) != (
+        *(second.length, second.start, second.spans, second.is_paged),
+    ):
+        return False
+    return first.table is None or (second.table is not None and torch.equal(first.table, second.table))
+
+
+def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _Group:
+    columns, tokens = 0, layer.store.planes[0].shape[2]
+    if before.is_paged:
+        columns = max(-(-layer.store.reserved // tokens), len(before.spans) + 1) + SPARE_COLUMNS
+        tokens *= columns
+    written = DeviceInputs.allocate(before, None, layer.device, columns=columns)
+    seen = DeviceInputs.allocate(
+        layer.store.layout(), _visibility(layer, mask), layer.device, columns=columns, tokens=tokens
+    )
+    return _Group([layer], before, written, seen)
+
+
+def _visibility(layer: KVLayer, mask: torch.Tensor | None) -> Visibility:
+    """What the query of the newest token sees."""
+    held = layer.held()
+    if layer.window is not None and not layer.is_sliding:
+        return visibility_of(Look(held, layer.span.padding.of(held.batch)), 1)
+    # Of a sliding layer of the model's own, the newest tokens.
+    first = held.first if layer.sliding is None else max(held.last - layer.sliding, 0)
+    if mask is not None:
+        mask = mask[:, None, None, mask.shape[1] - (held.last - first) :] != 0
+    return Visibility(seen=held.last, pads=(0,) * held.batch, first=first, mask=mask)

@@ -1,0 +1,1 @@
+"""Attention to cached latents (MLA)."""

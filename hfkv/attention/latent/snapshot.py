@@ -1,0 +1,50 @@
+"""`HeldLatents`: the tokens of a layer whose keys are latents and whose values are rotary keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from hfkv.attention.latent.projection import Projection
+from hfkv.cache.snapshot import HeldTokens
+from hfkv.kernels.dispatch import Kernel, expanded_kernel, latent_kernel
+
+
+@dataclass(frozen=True, eq=False)
+class HeldLatents(HeldTokens):
+    """Latents as keys and values both: attention to them is attention to one kv head, in one of two forms.
+
+    Attributes:
+        projection: expands a stretch of latents, where queries are those of the model; None where it is absorbed.
+    """
+
+    projection: Projection | None = None
+
+    @classmethod
+    def of(cls, held: HeldTokens, projection: Projection | None = None) -> HeldLatents:
+        """The same tokens, looked at so."""
+        return cls(**vars(held), projection=projection)
+
+    @property
+    def is_latent(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def out_dim(self) -> int:
+        """Width of what attention gives: r, or dv where latents are expanded."""
+        return self.parts["key"].head_dim if self.projection is None else self.projection.widths.value
+
+    def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What absorbed queries meet, `[B, 1, n, r + dr]`, and what is summed, `[B, 1, n, r]`."""
+        return torch.cat((keys, values.to(keys.dtype)), dim=-1), keys
+
+    def kernel(self, query: torch.Tensor) -> Kernel:
+        """The kernel for absorbed queries, or the one that expands."""
+        if self.projection is not None:
+            expanded = expanded_kernel(query.dtype, query.device)
+            return expanded._replace(run=expanded.run and partial(expanded.run, expand=self.projection.expand))
+        widths = (self.parts["key"].head_dim, self.parts["value"].head_dim)
+        return latent_kernel(self.codec.name, query.dtype, query.device, query.shape[2], widths)

@@ -1,0 +1,1 @@
+"""hfkv's caches: transformers' contract, from layers to `KVCache`."""

@@ -1,0 +1,173 @@
+"""Which layer of a model gets a `KVLayer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.models.latents import expands_latents, widths_of
+from hfkv.models.parallel import spread_of
+from hfkv.models.probe import cross_attention_layers, probe_rotary
+from hfkv.models.rotary import Rotary
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
+
+OURS = (KVLayer, SplitLayer)
+
+
+def build_layers(
+    stock: list[Any], config_or_model: Any, kv: KVConfig, rotary: Mapping[int, Rotary | None] | None
+) -> list[Any]:
+    """Layers of ours in place of the plain ones of a `DynamicCache`; see `KVCache`.
+
+    Raises:
+        ValueError: there is no plain one, or `kv` does not fit them.
+    """
+    config = decoder_config(config_or_model)
+    cross = cross_attention_layers(config)
+    if rotary is None and kv.needs_rotary:
+        rotary = _probe(config_or_model)
+    layers = [
+        layer if index in cross else _replace(layer, index, kv.for_layer(index), rotary or {}, config)
+        for index, layer in enumerate(stock)
+    ]
+    _check_layers(layers, kv, config.model_type)
+    _check_windows(layers, kv, config.model_type)
+    _check_heads(kv, config)
+    _check_spread(kv, config_or_model)
+    return layers
+
+
+def _check_layers(layers: list[Any], kv: KVConfig, model_type: str) -> None:
+    ours = [layer for layer in layers if isinstance(layer, OURS)]
+    if not ours:
+        kinds = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(
+            f"{model_type!r} has no plain attention layer for an hfkv cache to hold (its layers are: "
+            f"{', '.join(kinds) or 'none'}); use transformers' own cache"
+        )
+    window = kv.window
+    named = {"KVConfig.layers": kv.last_named_layer}
+    if isinstance(window, Window):
+        named["Window.global_layers"] = max(window.global_layers, default=-1)
+        named["Window.global_heads"] = max(window.global_heads, default=-1)
+    for field, last in named.items():
+        if last >= len(layers):
+            raise ValueError(f"{field} names layer {last}; {model_type!r} has layers 0-{len(layers) - 1}")
+    for index, layer in enumerate(layers):
+        if kv.names_layer(index) and layer not in ours:
+            raise ValueError(
+                f"KVConfig.layers names layer {index}, which stays transformers' own ({type(layer).__name__})"
+            )
+
+
+def _check_windows(layers: list[Any], kv: KVConfig, model_type: str) -> None:
+    ours = [layer for layer in layers if isinstance(layer, OURS)]
+    window = kv.window
+    kept = {*window.global_layers, *window.global_heads} if isinstance(window, Window) else set()
+    for index in kept:
+        layer = layers[index]
+        if not isinstance(layer, OURS) or layer.is_sliding or kv.names_layer(index):
+            raise ValueError(
+                f"Window.global_layers or global_heads names layer {index}, which the window is not for: it slides "
+                "by itself, stays transformers' own, or has a config of its own in KVConfig.layers"
+            )
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, KVLayer) or not layer.is_sliding:
+            continue
+        slides = f"it slides over {layer.sliding} tokens already"
+        if kv.names_layer(index) and kv.for_layer(index).window is not None:
+            raise ValueError(f"KVConfig.layers gives layer {index} a window, but {slides}")
+    if window is not None and not any(layer.window and not layer.is_sliding for layer in ours):
+        raise ValueError(
+            f"a window was asked for, but no attention layer of {model_type!r} is left for it: each already "
+            "slides over tokens of its own, or global_layers or KVConfig.layers keep it whole; leave the window out"
+        )
+
+
+def _check_heads(kv: KVConfig, config: PreTrainedConfig) -> None:
+    heads = kv.window.global_heads if isinstance(kv.window, Window) else {}
+    for index, named in heads.items():
+        try:
+            count = 1 if widths_of(config, index) else getattr(config, "num_key_value_heads", None)
+        except RuntimeError:  # layers differ (gemma4), and the config refuses to say one number
+            count = None
+        # Layers may differ from the config (and a part of a model has fewer): those find out at the first key.
+        if isinstance(count, int) and (named[-1] >= count or len(named) == count):
+            raise ValueError(
+                f"Window.global_heads names the kv heads {list(named)} of layer {index}; it has 0-{count - 1}, and "
+                "at least one must slide (global_layers keeps whole layers)"
+            )
+
+
+def _check_spread(kv: KVConfig, config_or_model: Any) -> None:
+    spread, window = spread_of(config_or_model), kv.window
+    if spread.heads > 1 and isinstance(window, Window) and window.global_heads:
+        raise ValueError(
+            "Window.global_heads names kv heads of the whole model, and tensor parallelism gives each of "
+            f"{spread.heads} processes only some of them; use global_layers"
+        )
+
+
+def decoder_config(config_or_model: Any) -> PreTrainedConfig:
+    """The config of the decoder that a cache is for; see `KVCache`."""
+    config = getattr(config_or_model, "config", config_or_model)
+    if not isinstance(config, PreTrainedConfig):
+        raise TypeError(
+            f"an hfkv cache is built from a model or its config, got {type(config_or_model).__name__}. (DataParallel "
+            "rebuilds caches from their data, which this cannot serve: use DistributedDataParallel, DDP)"
+        )
+    decoder = config.get_text_config(decoder=True)
+    if not getattr(decoder, "num_attention_heads", None):
+        raise ValueError(
+            f"{decoder.model_type!r} has no attention heads in its config: there are no keys and values to cache"
+        )
+    return decoder
+
+
+def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
+    if not isinstance(config_or_model, torch.nn.Module):
+        raise ValueError(
+            'sink_positions="cache" and summaries need to know how the model rotates its keys: build the cache from '
+            "the model itself, not from its config, or use hfkv.patch(model, kv=...)"
+        )
+    return probe_rotary(config_or_model)
+
+
+def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
+    """Whether a layer of ours takes the place of one of transformers': plain, sliding, or of latents with an index."""
+    if type(layer) is DynamicIndexedLayer:
+        return expands_latents(config)
+    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None], config: PreTrainedConfig) -> Any:
+    """A layer of ours in place of one of transformers', where `is_replaced`; any other as it is."""
+    if not is_replaced(layer, config):
+        return layer
+    if type(layer) is DynamicIndexedLayer:
+        if kv.window is not None:
+            raise ValueError(
+                f"layer {index} picks the tokens it attends to by an index over all of them, which a window would let "
+                "go of; leave the window out"
+            )
+        return IndexedLayer(kv)
+    if type(layer) is DynamicSlidingWindowLayer:
+        return KVLayer(kv, sliding=layer.sliding_window)
+    window = kv.window
+    if isinstance(window, Window) and index in window.global_layers:
+        return KVLayer(replace(kv, window=None))
+    if isinstance(window, Window) and window.needs_rotary and index not in known:
+        raise ValueError(f"`rotary` says nothing of layer {index}; leave it out, or give all that probe_rotary returns")
+    rotary = known.get(index)
+    if isinstance(window, Window) and index in window.global_heads:
+        return SplitLayer(kv, window.global_heads[index], rotary)
+    return KVLayer(kv, rotary=rotary)

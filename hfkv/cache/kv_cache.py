@@ -1,0 +1,304 @@
+"""`KVCache`: transformers' cache, with a `KVLayer` for every plain attention layer."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+
+from hfkv.cache.factory import OURS, build_layers, decoder_config
+from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.memory import CacheMemory, PlaneMemory
+from hfkv.cache.record import TokenRecord, what_failed
+from hfkv.cache.selection import reordered, repeated, selected
+from hfkv.measure.allocated import count_as_live, own_tensors, storage_bytes
+from hfkv.models.rotary import Rotary
+from hfkv.policy.config import KVConfig
+from hfkv.policy.errors import CacheMemoryError
+from hfkv.policy.ports import port
+from hfkv.stores import Budget, Offload
+
+
+class KVCache(DynamicCache):
+    """A KV cache from three policies; goes into ``model.generate(past_key_values=...)`` or a forward call.
+
+    Layers of the model with their own sliding window keep it. Linear-attention, indexed and dummy layers and
+    cross-attention stay transformers' own.
+
+    Args:
+        config_or_model: a model, or its config. ``sink_positions="cache"`` and summaries need the model: how it
+            rotates its keys is found out by a forward pass over a few tokens.
+        kv: a `KVConfig`, its string form, or None: lossless.
+        rotary: what `probe_rotary` has found out about the model already, by layer.
+
+    Raises:
+        TypeError: the first argument is neither (DataParallel rebuilds caches from data: use DDP).
+        ValueError: the model has no layer this can hold, or `kv` does not fit its layers, or asks
+            for reuse.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        self = super().__new__(cls)
+        count_as_live(self)
+        return self
+
+    def __init__(
+        self,
+        config_or_model: Any,
+        kv: KVConfig | str | None = None,
+        rotary: Mapping[int, Rotary | None] | None = None,
+    ) -> None:
+        config = decoder_config(config_or_model)
+        self.kv = KVConfig.of(kv)
+        if self.kv.reuse is not None:
+            raise ValueError(
+                "reuse is between the calls of a patched model, not of one cache: hfkv.patch(model, kv=...). Leave it "
+                "out here (on a patched model, model.hfkv.new_cache() does), and share a prefix with cache.fork(n)"
+            )
+        self.model_type: str = config.model_type
+        super().__init__(config=config)
+        self.record = TokenRecord()
+        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
+        self.offload = self._share_offload()
+
+    @property
+    def kv_layers(self) -> list[KVLayer | SplitLayer]:
+        """The layers that are ours."""
+        return [layer for layer in self.layers if isinstance(layer, OURS)]
+
+    @property
+    def leaves(self) -> list[KVLayer]:
+        """The layers that are ours, those split by heads in their parts."""
+        return [
+            leaf for layer in self.kv_layers for leaf in (layer.parts if isinstance(layer, SplitLayer) else (layer,))
+        ]
+
+    def _share_offload(self, budget: Budget | None = None) -> Offload | None:
+        """Gives the offloaded layers one budget, and buffers in common; None where there are none."""
+        offloaded = [leaf for leaf in self.leaves if leaf.kv.offload]
+        if not offloaded:
+            return None
+        num_bytes = None if self.kv.device_budget is None else int(self.kv.device_budget)
+        offload = Offload(budget or Budget(num_bytes, [leaf.bound for leaf in offloaded]))
+        for index, leaf in enumerate(offloaded):
+            leaf.offload_to(offload.place(index))
+        return offload
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows held; None before the first key."""
+        return next((leaf.batch for leaf in self.leaves if leaf.is_initialized), None)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends to one layer; see `KVLayer.update`."""
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(
+                f"this cache was built for {len(self.layers)} layers and was given keys of layer {layer_idx}: it "
+                "was built from another model's config. Build it from this model: KVCache(model, kv=...)"
+            )
+        self.record.check_whole()
+        try:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
+            layer = self.layers[layer_idx]
+            parts = layer.parts if isinstance(layer, SplitLayer) else (layer,)
+            is_whole = self.take_back(min(part.get_seq_length() for part in parts))
+            if not is_whole:
+                self.record.broken = what_failed(error)
+            if isinstance(error, ValueError) or not is_whole:
+                raise
+            raise CacheMemoryError.of(error, self) from error
+
+    def take_back(self, left: int) -> bool:
+        """Takes back what layers have added in a forward that failed, so that each has seen `left` tokens.
+
+        Returns:
+            Whether that was possible: layers of transformers' own cannot go back.
+        """
+        if any(True for _ in self._own_tensors()):
+            return False
+        ahead = [leaf for leaf in self.leaves if leaf.get_seq_length() > left]
+        try:
+            for leaf in ahead:
+                leaf.check_crop(left - leaf.get_seq_length())
+        except RuntimeError:
+            return False
+        for leaf in ahead:
+            leaf.crop(left - leaf.get_seq_length())
+        return True
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        return super().get_seq_length(self._filled(layer_idx) if layer_idx == 0 else layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that the mask of a layer is made for."""
+        # A sliding layer holds fewer keys than a full one.
+        kind = self.is_sliding[layer_idx] if layer_idx < len(self.layers) else None
+        return super().get_mask_sizes(query_length, self._filled(layer_idx, kind))
+
+    def _filled(self, first: int, kind: bool | None = None) -> int:
+        """The first layer from `first` on that holds something, or `first`: a stage of a pipeline fills its own only.
+
+        Args:
+            first: a layer.
+            kind: whether it must slide; None for either.
+        """
+        filled = (
+            index
+            for index, layer in enumerate(self.layers[first:], first)
+            if isinstance(layer, CacheLayerMixin) and layer.is_initialized
+            if kind in (None, getattr(layer, "is_sliding", False))
+        )
+        return next(filled, first)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
+        ours = self.kv_layers
+        for layer in ours:
+            layer.check_crop(tokens_to_remove)
+        for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
+            layer.crop(tokens_to_remove)
+        if self.get_seq_length():
+            self.record.crop(self.get_seq_length())
+        else:
+            self.record.forget()
+            for leaf in self.leaves:
+                leaf.is_assigned = False
+
+    def reset(self) -> None:
+        """Forgets everything; another batch, model or adapter may come."""
+        super().reset()
+        self.record.forget()
+        if self.offload is not None:
+            self.offload.restart()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes a copy of row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        self.record.choose(reordered, beam_idx)
+
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keeps the rows `indices`; see `hfkv.cache.selection.selected`."""
+        for layer in self.layers:
+            _choose(layer, "batch_select_indices", selected, indices)
+        self.record.choose(selected, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row `repeats` times; pages are shared until they are written to."""
+        for layer in self.layers:
+            _choose(layer, "batch_repeat_interleave", repeated, repeats)
+        self.record.choose(repeated, repeats)
+
+    def fork(self, n: int = 1) -> KVCache:
+        """Copies that go on by themselves: a cache of its own that holds every row `n` times, row after row.
+
+        Pages are shared until they are written to: with ``store="paged"`` only the last, partly filled page is ever
+        copied. ``"auto"`` puts a prefix of some length into pages when `n` is more than 1; ``"contiguous"`` copies all.
+
+        Args:
+            n: copies of each row: the number of questions, beams or samples that continue a prefix.
+
+        Raises:
+            TypeError, ValueError: `n` is not a whole number of at least 1.
+        """
+        if not isinstance(n, int) or isinstance(n, bool):
+            raise TypeError(f"cache.fork takes a number of copies, got {n!r}")
+        if n < 1:
+            raise ValueError(f"cache.fork takes a number of copies of at least 1, got {n}")
+        forked = copy.copy(self)
+        forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
+        forked.record = self.record.copy()
+        forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
+        if n > 1:
+            forked.record.choose(repeated, n)
+            for layer in forked.layers:
+                if not isinstance(layer, OURS):
+                    _choose(layer, "batch_repeat_interleave", repeated, n)
+        return forked
+
+    def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
+        """Writes everything held to a safetensors file; see `hfkv.sharing.files.cache_file.save_cache`.
+
+        The last token that `generate` returns is not in the cache: it has not been read yet. The next prompt brings it.
+        """
+        port("save_cache")(self, path, model)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any) -> KVCache:
+        """Such a file as a cache for the model that filled it; see `hfkv.sharing.files.cache_file.load_cache`.
+
+        It knows its tokens; only a patched model goes on writing them down.
+        """
+        return port("load_cache")(path, model)
+
+    def __deepcopy__(self, memo: Any) -> KVCache:
+        return self.fork()
+
+    def expect_copies(self, copies: int, tokens: int) -> None:
+        """Says, before the first key, that rows of `tokens` will be copied: ``store="auto"`` takes pages then."""
+        for layer in self.kv_layers:
+            layer.expect_copies(copies, tokens)
+
+    def reserve(self, tokens: int) -> None:
+        """Says how many tokens a row will hold in all, so that memory is allocated once."""
+        if self.offload is not None:
+            self.offload.budget.divide_anew()
+        for layer in self.kv_layers:
+            layer.reserve(tokens)
+
+    def nbytes(self) -> int:
+        """Bytes allocated: the sum over unique storages, layers of transformers' own included.
+
+        Forks that share pages share planes: each counts all of them. The buffers that offloaded pages pass through
+        count too.
+        """
+        buffers = 0 if self.offload is None else sum(self.offload.buffer_bytes().values())
+        return sum(layer.nbytes() for layer in self.kv_layers) + self._own_bytes() + buffers
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held, shared ones counted once."""
+        return sum(layer.held_bytes() for layer in self.kv_layers) + self._own_bytes()
+
+    def memory(self) -> CacheMemory:
+        """What `nbytes` and `held_bytes` are made of: bytes by layer, plane and device, as a table when printed."""
+        buffers = {} if self.offload is None else self.offload.buffer_bytes()
+        shared = [
+            PlaneMemory(None, "state", "staging buffers", device, num_bytes, 0)
+            for device, num_bytes in buffers.items()
+            if num_bytes
+        ]
+        return CacheMemory.of(self.layers, shared)
+
+    def _own_tensors(self) -> Iterator[torch.Tensor]:
+        """Of the layers that are transformers' own."""
+        others = (layer for layer in self.layers if not isinstance(layer, OURS))
+        return (tensor for layer in others for _, tensor in own_tensors(layer))
+
+    def _own_bytes(self) -> int:
+        return storage_bytes(self._own_tensors())
+
+    @property
+    def holds_tokens(self) -> torch.Tensor | None:
+        """The ids of the tokens seen, int64 `[B, seen]` on the CPU, padding included.
+
+        None where they are unknown: a cache only ever sees keys and values, and a patched model writes the tokens down.
+        """
+        if any(layer.is_assigned for layer in self.kv_layers):
+            return None
+        return self.record.tokens(self.get_seq_length())
+
+
+def _choose(layer: Any, name: str, choose: Callable[[Any, int], torch.Tensor], given: Any) -> None:
+    """Calls a layer's method that chooses rows; linear attention, alone or beside keys, knows only reordering."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        getattr(layer, name)(given)
+    elif (held := next((tensor for _, tensor in own_tensors(layer)), None)) is not None:
+        layer.reorder_cache(choose(given, len(held)))

@@ -1,0 +1,113 @@
+"""Keys and values of a layer as tensors that are read and assigned, one after the other."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from hfkv.cache.read_only import Snapshot
+from hfkv.cache.snapshot import HeldTokens, Part
+
+
+class Assignment:
+    """Waits for the other half; encoder-decoders assign ``layer.keys`` and then ``layer.values``."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[Part, torch.Tensor] = {}
+
+    def take(
+        self, part: Part, states: torch.Tensor, held: HeldTokens | None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Keys and values to hold from now on, once both are there; the other half of `held` where it still fits.
+
+        Args:
+            part: which half this is.
+            states: `[B, H, T, D]`.
+            held: what the layer shows so far, or None.
+
+        Raises:
+            ValueError: the halves differ in batch or tokens, or the positions of the tokens are unknown.
+        """
+        self.waiting[part] = states
+        other: Part = "value" if part == "key" else "key"
+        count = None if held is None else held.last - held.first
+        if held is not None and other not in self.waiting and (states.shape[0], states.shape[2]) == (held.batch, count):
+            self.waiting[other] = held.decode(other)
+        if other not in self.waiting:
+            return None
+        keys, values = self.waiting.pop("key"), self.waiting.pop("value")
+        if (keys.shape[0], keys.shape[2]) != (values.shape[0], values.shape[2]):
+            raise ValueError(
+                f"the keys {tuple(keys.shape)} and values {tuple(values.shape)} assigned to this layer differ in batch "
+                "or tokens"
+            )
+        if held is not None and held.gone_below and keys.shape[2] != count:
+            raise ValueError(
+                f"this layer holds {count} of {held.seen} tokens seen and was assigned {keys.shape[2]}: their "
+                "positions are unknown. Assign as many as it holds, or call reset() first"
+            )
+        return keys, values
+
+    def check_complete(self) -> None:
+        """Raises RuntimeError where only one half has been assigned."""
+        if self.waiting:
+            raise RuntimeError(f"{next(iter(self.waiting))}s were assigned to this layer without the other half")
+
+
+class Assignable(ABC):
+    """The ``keys`` and ``values`` of a layer, decoded when they are read.
+
+    Attributes:
+        is_assigned: whether what is held was assigned, not computed here.
+    """
+
+    _assignment: Assignment
+    is_initialized: bool
+    is_assigned = False
+
+    @abstractmethod
+    def held(self) -> HeldTokens:
+        """What is held."""
+
+    @abstractmethod
+    def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
+        """Holds `keys` and `values` in place of what was `shown`."""
+
+    def _whole(self, part: Part) -> torch.Tensor | None:
+        if part in self._assignment.waiting:
+            return self._assignment.waiting[part]
+        if not self.is_initialized:
+            return None
+        held = self.held()
+        # What the caller keeps must not change with the cache, nor be edited in the belief that the cache changes too.
+        states = held.decode(part)
+        return Snapshot(states.clone(memory_format=torch.contiguous_format) if held.is_slice else states.contiguous())
+
+    def _assign(self, part: Part, states: torch.Tensor | None) -> None:
+        """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
+        if states is None:
+            return
+        held = self.held() if self.is_initialized else None
+        both = self._assignment.take(part, states, held)
+        if both is not None:
+            self._refill(*both, held)
+            self.is_assigned = True
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All keys held, decoded, read-only; assigning replaces them. None before the first update."""
+        return self._whole("key")
+
+    @keys.setter
+    def keys(self, states: torch.Tensor | None) -> None:
+        self._assign("key", states)
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All values held, decoded, read-only; assigning replaces them. None before the first update."""
+        return self._whole("value")
+
+    @values.setter
+    def values(self, states: torch.Tensor | None) -> None:
+        self._assign("value", states)

@@ -1,0 +1,53 @@
+"""`Contents`: everything a layer holds, as values, to be put into another layer or into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hfkv.cache.snapshot import Part, PartShape
+from hfkv.stores.base import Planes
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What a `KVLayer` holds for B rows.
+
+    Attributes:
+        parts: which planes are the keys or the values, and what they decode to.
+        device: where attention computes; the planes may lie elsewhere.
+        slots: planes `[B, H_i, S, d_i]` of a window's slots; None leaves them as they are before anything is dropped.
+        tokens: planes `[B, H_i, T, d_i]` of the tokens behind them.
+        seen: tokens since the start, padding included: T, or more where a window has dropped some.
+        gone_below: below it no query to come sees a token, slots apart.
+        pads: pad tokens of each row.
+    """
+
+    parts: Mapping[Part, PartShape]
+    device: torch.device
+    slots: Planes | None
+    tokens: Planes
+    seen: int
+    gone_below: int
+    pads: tuple[int, ...]
+
+    def states(self, part: Part) -> torch.Tensor:
+        """No tokens at all, in the shape and dtype of the keys or values: `[B, H, 0, D]`."""
+        shape = self.parts[part]
+        return torch.empty(len(self.pads), shape.heads, 0, shape.head_dim, dtype=shape.dtype, device=self.device)
+
+    def check_planes(self, planes: Sequence[torch.Tensor], num_slots: int) -> None:
+        """Raises ValueError unless these go into `planes`."""
+        wanted = [(plane.dtype, len(self.pads), plane.shape[1], plane.shape[3]) for plane in planes]
+        for name, given in (("slots", self.slots), ("tokens", self.tokens)):
+            if given is None:
+                continue
+            shapes = [(plane.dtype, plane.shape[0], plane.shape[1], plane.shape[3]) for plane in given]
+            counts = {plane.shape[2] for plane in given}
+            if shapes != wanted or len(counts) != 1 or (name == "slots" and counts != {num_slots}):
+                raise ValueError(
+                    f"a layer whose planes are {[str(dtype) for dtype, *_ in wanted]} was given {name} of another "
+                    f"codec, shape or dtype: {[(str(plane.dtype), tuple(plane.shape)) for plane in given]}"
+                )

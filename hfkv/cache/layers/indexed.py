@@ -1,0 +1,82 @@
+"""`IndexedLayer`: latents, and the keys by which an indexer picks among them (DeepSeek Sparse Attention)."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from hfkv.cache.layers.contents import Contents
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.stores import ContiguousStore, Store
+
+
+class IndexedLayer(KVLayer):
+    """A `KVLayer` with the keys of an indexer, one a token, which stay on the device as they are.
+
+    Args:
+        kv: the policies, without a window: the indexer picks among all tokens.
+    """
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self._index: ContiguousStore | None = None
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Appends `[B, T, d]`; returns those of all tokens, `[B, seen, d]`."""
+        if self._index is None:
+            self._index = ContiguousStore()
+            self._index.reserve(self._reserved)
+        self._index.append((indexer_key_states.detach()[:, None],))
+        return self._index.read()[0][:, 0]
+
+    def reserve(self, tokens: int) -> None:
+        """See `KVLayer.reserve`."""
+        super().reserve(tokens)
+        if self._index is not None:
+            self._index.reserve(tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `KVLayer.crop`."""
+        super().crop(tokens_to_remove)
+        # Of a forward that failed they may be missing already.
+        if self._index is not None and self._index.length > self.span.seen:
+            self._index.truncate(self.span.seen)
+
+    def _hold(self, store: Store, rows: torch.Tensor) -> None:
+        super()._hold(store, rows)
+        self._index = None if self._index is None else self._index.fork(rows)
+
+    def index_memory(self) -> list[Any]:
+        """Where the bytes of the indexer's keys are; see `Store.memory`."""
+        return [] if self._index is None else self._index.memory()
+
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return super().nbytes() + sum(plane.allocated for plane in self.index_memory())
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held."""
+        return super().held_bytes() + sum(plane.held for plane in self.index_memory())
+
+    def contents(self) -> Contents | None:
+        """Raises NotImplementedError once something is held: no file has a place for the indexer's keys."""
+        if self.is_initialized:
+            _refuse("saved")
+        return None
+
+    def adopt(self, contents: Contents) -> None:
+        """Raises NotImplementedError."""
+        _refuse("loaded")
+
+    def _assign(self, part: Any, states: torch.Tensor | None) -> None:
+        if states is not None:
+            _refuse("assigned")
+
+
+def _refuse(done: str) -> NoReturn:
+    raise NotImplementedError(
+        f"this layer's tokens cannot be {done} without the keys by which its indexer picks among them (sparse latent "
+        "attention); prefill the prompt instead, or fork the cache"
+    )

@@ -1,0 +1,291 @@
+"""`KVLayer`: the only code that knows transformers' contract for one layer of a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from hfkv.cache.layers.assignment import Assignable, Assignment
+from hfkv.cache.layers.contents import Contents
+from hfkv.cache.layers.rows import Rows
+from hfkv.cache.layers.span import Span
+from hfkv.cache.layers.storage import Stored
+from hfkv.cache.retain import keep
+from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
+from hfkv.cache.view import make_views
+from hfkv.codecs import CODECS
+from hfkv.kernels.dispatch import append_kernel
+from hfkv.models.rotary import Rotary
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
+from hfkv.stores import OffloadedStore, Store
+from hfkv.stores.layout import Layout
+
+
+class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
+    """One attention layer's keys and values: a codec, a window and a store, composed.
+
+    Args:
+        kv: the policies; `kv.layers` is not looked at.
+        sliding: the model's own sliding window for this layer, in tokens. The model's masks apply it; the
+            layer only lets go of what they hide. It takes the place of `kv.window`.
+        rotary: how the model rotates this layer's keys by their position, for windows that need to know.
+    """
+
+    is_compileable = False
+    is_croppable = True
+
+    def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:
+        super().__init__()
+        self.kv = kv
+        self.codec = CODECS[kv.codec]
+        self.rotary = rotary
+        self.sliding = sliding
+        self.is_sliding = sliding is not None
+        self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
+        self._num_slots = self.window.num_slots if self.window else 0
+        self.span = Span(self.window)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything: the next key may have another batch size, dtype or device."""
+        self.is_initialized = False
+        self.span.restart()
+        self._store: Store | None = None
+        self._parts: dict[Part, PartShape] = {}
+        self._batch = 1
+        self._reserved = 0
+        self._store_kind = self.kv.store
+        self._copies = (1, 0)
+        self._assignment = Assignment()
+        self.is_assigned = False
+        self.captured: Captured | None = None
+        self._tracked = False  # whether autograd follows some of the states: see hfkv.cache.view
+
+    def __repr__(self) -> str:
+        return f"KVLayer({self.kv}{f', sliding={self.sliding}' if self.is_sliding else ''})"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes batch, heads, head dims, dtype and device from the first keys and values."""
+        self.device = key_states.device
+        self._batch = key_states.shape[0]
+        keys = self.codec.encode(key_states[:, :, :0].detach())
+        self._parts = {
+            "key": PartShape(slice(0, len(keys)), key_states.shape[1], key_states.shape[3], key_states.dtype),
+            "value": PartShape(
+                slice(len(keys), None), value_states.shape[1], value_states.shape[3], value_states.dtype
+            ),
+        }
+        self._store = self._new_store(self.device)
+        slots = (
+            states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
+            for states in (key_states, value_states)
+        )
+        self._append(*slots)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends new keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`; returns views of all that is held.
+
+        Raises:
+            ValueError: their shape, dtype or device does not continue what the layer holds.
+        """
+        self._assignment.check_complete()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        key_states, value_states = (
+            self._parts["key"].continued(key_states),
+            self._parts["value"].continued(value_states),
+        )
+        self._check(key_states, value_states)
+        if self.captured is not None:
+            self.captured.append(key_states, value_states, *self._held().encoded()[:2])
+            return make_views(self.held(), tracked=False)
+        self._forget_unseen()
+        count = key_states.shape[2]
+        shown = self.get_mask_sizes(count)[0]
+        self._append(key_states, value_states)
+        self.span.advance(count)
+        # While recording, a sliding layer holds more than the model's masks are made for.
+        held = self._held(self.store.length - shown) if self.is_sliding else self.held()
+        return make_views(held, self._tracked)
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
+            self._tracked = True
+        new = key_states.detach(), value_states.detach()
+        kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
+        if kernel is None or isinstance(self.store, OffloadedStore) or not self.store.planes:
+            self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
+            return
+        with self.store.lock:
+            before = self.store.extend(key_states.shape[2])
+            try:
+                kernel(*new, *self._held().encoded()[:2], before)
+            except BaseException:
+                self.store.truncate(before.length)
+                raise
+
+    def step(self) -> Layout:
+        """Makes room for one token and counts it as seen, for a CUDA graph to write.
+
+        Returns:
+            Where the tokens before it lie.
+        """
+        self._forget_unseen()
+        before = self.store.extend(1)
+        self.span.advance(1)
+        return before
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if key_states.shape[2] != value_states.shape[2]:
+            raise ValueError(
+                f"keys {tuple(key_states.shape)} and values {tuple(value_states.shape)} are of different lengths"
+            )
+        self._parts["key"].check("key", key_states, self._batch, self.device)
+        self._parts["value"].check("value", value_states, self._batch, self.device)
+
+    @property
+    def batch(self) -> int:
+        """Rows held."""
+        return self._batch
+
+    @property
+    def parts(self) -> dict[Part, PartShape]:
+        """Which of the store's planes are the keys or the values, and what they decode to."""
+        return dict(self._parts)
+
+    def held_index(self, position: int) -> int:
+        """Where the store holds a position, slots included."""
+        return self._num_slots + position - self.span.held_from
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Dk and Dv."""
+        return self._parts["key"].head_dim, self._parts["value"].head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys."""
+        return self._parts["key"].dtype
+
+    def _held(self, first: int = 0) -> HeldTokens:
+        return HeldTokens(
+            store=self.store,
+            codec=self.codec,
+            parts=self._parts,
+            batch=self._batch,
+            device=self.device,
+            window=None if self.is_sliding else self.window,
+            rotary=self.rotary,
+            padding=self.span.padding,
+            first=first,
+            last=self.store.length,
+            seen=self.span.seen,
+            gone_below=self.span.gone_below,
+            version=self.store.version,
+            inputs=self.captured.seen if self.captured else None,
+        )
+
+    def held(self) -> HeldTokens:
+        """What is held, slots only where they are filled."""
+        held = self._held()
+        if held.window is not None and held.slots(held.padding.of(held.batch)).are_empty:
+            return self._held(self._num_slots)
+        return held
+
+    def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
+        """Holds `keys` and `values` in place of what was `shown`, with its positions."""
+        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
+        pads = self.span.padding.of(keys.shape[0])
+        self.reset()
+        self.lazy_initialization(keys, values)
+        if shown is not None and shown.first < self._num_slots:
+            self.store.truncate(0)  # the slots are among them
+        self._append(keys, values)
+        self.span.advance(seen)
+        self.span.gone_below = gone_below
+        if len(pads) == keys.shape[0]:
+            self.span.padding.learn(pads, 0)
+
+    def get_seq_length(self) -> int:
+        return self.span.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.sliding is None else self.sliding
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys a mask is made for; our own windows get masks over all positions."""
+        if self.sliding is None:
+            return self.span.seen + query_length, 0
+        offset = max(self.span.seen - self.sliding + 1, 0)
+        return self.span.seen - offset + query_length, offset
+
+    @property
+    def record_past(self) -> bool:
+        """Whether what the forwards since the last `crop` added can be cropped again; transformers resets it."""
+        return self.span.record_past
+
+    @record_past.setter
+    def record_past(self, record: bool) -> None:
+        self.span.record_past = record
+
+    def activate_past_recording(self) -> None:
+        """From here on, what the forwards since the last `crop` added can be cropped again."""
+        self.span.start_recording()
+
+    def _forget_unseen(self) -> None:
+        gone_below = self.span.next_gone_below(self._batch)
+        if gone_below == self.span.gone_below:
+            return
+        if self._num_slots:
+            keep(self._held(), gone_below)
+        dropped = self.span.forget_below(gone_below)
+        self.store.drop(self._num_slots, self._num_slots + dropped)
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raises what `crop` would. See `Span.after_crop`."""
+        self.span.after_crop(int(tokens_to_remove), self._batch)  # 5.17 passes a tensor at times
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
+        seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove), self._batch)
+        if self.is_initialized and left < seen:
+            self.store.truncate(self.store.length - (seen - left))
+        self.span.crop(left)
+        if self.record_past:
+            self._forget_unseen()
+
+    def contents(self) -> Contents | None:
+        """Everything the layer holds, or None before the first key."""
+        if self._store is None:
+            return None
+        pads = self.span.padding.of(self._batch)
+        slots, tokens = self.store.read(slice(None), 0, self._num_slots), self.store.read(slice(None), self._num_slots)
+        return Contents(self._parts, self.device, slots, tokens, self.span.seen, self.span.gone_below, pads)
+
+    def adopt(self, contents: Contents) -> None:
+        """Holds `contents` in place of everything, as if its tokens had been seen here.
+
+        Raises:
+            ValueError: planes are not those that this layer's codec writes for such keys and values.
+        """
+        said = self._reserved, self._store_kind, self._copies
+        self.reset()
+        self._reserved, self._store_kind, self._copies = said
+        self.lazy_initialization(contents.states("key"), contents.states("value"))
+        contents.check_planes(self.store.planes, self._num_slots)
+        self.store.append(contents.tokens)
+        if self._num_slots and contents.slots is not None:
+            self.store.write(0, contents.slots)
+        self.span.adopt(contents.seen, contents.gone_below, contents.pads)
+
+    def offload(self) -> None:
+        """Nothing: `KVConfig.offload` decides where the bytes live."""
+
+    def prefetch(self) -> None:
+        """Nothing: see `offload`."""

@@ -1,0 +1,67 @@
+"""What a layer holds its bytes in."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
+from hfkv.stores import Budget, Offload, OffloadedStore, PagedStore, Place, Store, make_store
+
+
+class Stored:
+    """The store of a `KVLayer`, made when its device is known.
+
+    Attributes:
+        offloaded: its place among the offloaded layers of a cache, or None.
+    """
+
+    kv: KVConfig
+    window: Window | None
+    offloaded: Place | None = None
+    _store: Store | None
+    _store_kind: str
+    _copies: tuple[int, int]
+    _reserved: int
+    _num_slots: int
+
+    @property
+    def store(self) -> Store:
+        assert self._store is not None, "the layer has not seen a key yet"
+        return self._store
+
+    @property
+    def bound(self) -> int | None:
+        """Tokens the window holds at most; None without one."""
+        return self.window.capacity() if self.window else None
+
+    def offload_to(self, place: Place) -> None:
+        """Shares a budget and staging buffers with the other layers of a cache."""
+        self.offloaded = place
+        if isinstance(self._store, OffloadedStore):
+            self._store.move(place)
+
+    def reserve(self, tokens: int) -> None:
+        """Says how many tokens there will be in all, so that memory is allocated once."""
+        self._reserved = tokens
+        if self._store:
+            self._store.reserve(tokens + self._num_slots)
+
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        store = self._store  # another thread may reset the layer meanwhile
+        return store.nbytes() if store else 0
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held."""
+        store = self._store
+        return store.held_bytes() if store else 0
+
+    def _new_store(self, device: torch.device) -> Store:
+        if self.kv.offload and self.offloaded is None:
+            self.offloaded = Offload(Budget(None, [self.bound])).place(0)
+        store = make_store(self._store_kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
+        if isinstance(store, PagedStore):
+            store.expect_copies(*self._copies)
+        store.reserve(self._reserved + self._num_slots)
+        return store

@@ -1,0 +1,168 @@
+"""`CacheMemory`: the bytes of a cache by layer, plane and device."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.cache.layers.layer import KVLayer
+from hfkv.measure.allocated import own_tensors
+from hfkv.policy.ports import port
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+class Bytes(NamedTuple):
+    """Bytes allocated, and how many of them tokens are in."""
+
+    allocated: int
+    held: int
+
+
+@dataclass(frozen=True)
+class PlaneMemory:
+    """What one plane of one layer takes on one device.
+
+    Attributes:
+        layer: its index; None for what all layers share.
+        part: ``"key"`` or ``"value"``; ``"state"`` for what is neither.
+        plane: its name: ``"states"`` as they are, ``"codes"``, ``"scale"``, ...; the attribute's for layers of
+            transformers' own.
+        device: where.
+        allocated_bytes: the bytes of its storage; 0 where a row before has counted the same storage.
+        held_bytes: of these, those of the tokens held, shared ones counted once.
+        heads: the kv heads it is of; empty for all of them.
+    """
+
+    layer: int | None
+    part: str
+    plane: str
+    device: torch.device
+    allocated_bytes: int
+    held_bytes: int
+    heads: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a cache takes at one moment; printed, it is a table in which layers that are alike share a line.
+
+    Attributes:
+        rows: a plane each. Their sums are the cache's `nbytes()` and `held_bytes()`.
+    """
+
+    rows: tuple[PlaneMemory, ...]
+
+    @classmethod
+    def of(cls, layers: Iterable[Any], shared: Iterable[PlaneMemory] = ()) -> CacheMemory:
+        """Looks at the layers of a cache.
+
+        Args:
+            layers: hfkv's and transformers' own.
+            shared: what the cache has besides its layers.
+        """
+        seen: set[int] = set()
+        rows = (row for index, layer in enumerate(layers) for row in _rows(index, layer, seen))
+        return cls((*rows, *shared))
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes allocated: the cache's `nbytes()`."""
+        return self.total().allocated
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held: the cache's `held_bytes()`."""
+        return self.total().held
+
+    def total(self) -> Bytes:
+        """Of all rows."""
+        return _sum(self.rows)
+
+    def by_device(self) -> dict[str, Bytes]:
+        """By the device's name: ``"cpu"``, ``"cuda:0"``."""
+        return self._by(lambda row: str(row.device))
+
+    def by_layer(self) -> dict[int | None, Bytes]:
+        """By the layer's index; under None what the layers share, where there is such."""
+        return self._by(lambda row: row.layer)
+
+    def by_plane(self) -> dict[tuple[str, str], Bytes]:
+        """By part and plane: ``("key", "codes")``."""
+        return self._by(lambda row: (row.part, row.plane))
+
+    def _by(self, key: Any) -> dict[Any, Bytes]:
+        groups: dict[Any, list[PlaneMemory]] = {}
+        for row in self.rows:
+            groups.setdefault(key(row), []).append(row)
+        return {name: _sum(rows) for name, rows in groups.items()}
+
+    def table(self) -> Table:
+        """A rich table: a line for each plane of each run of layers that are alike, and the sum of every device."""
+        return port("cache_memory_table")(self)
+
+    def merged(self) -> Iterator[tuple[str, PlaneMemory]]:
+        """Rows of neighbouring layers that are alike as one, with the layers' names and the sum of their bytes."""
+        by_layer = [(layer, list(rows)) for layer, rows in itertools.groupby(self.rows, lambda row: row.layer)]
+        for _, alike in itertools.groupby(by_layer, _kind):
+            layers = list(alike)
+            first, last = layers[0][0], layers[-1][0]
+            name = "shared" if last is None else str(first) if first == last else f"{first}-{last}"
+            for rows in zip(*(rows for _, rows in layers), strict=True):
+                allocated, held = _sum(rows)
+                yield name, replace(rows[0], allocated_bytes=allocated, held_bytes=held)
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __str__(self) -> str:
+        return port("plain_text")(self.table())
+
+
+def _kind(layer: tuple[int | None, list[PlaneMemory]]) -> Any:
+    """What is the same for layers that share a line."""
+    index, rows = layer
+    return index is None, [replace(row, layer=None) for row in rows]
+
+
+def _sum(rows: Iterable[PlaneMemory]) -> Bytes:
+    sizes = [(row.allocated_bytes, row.held_bytes) for row in rows]
+    return Bytes(sum(size[0] for size in sizes), sum(size[1] for size in sizes))
+
+
+def _rows(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:
+    if isinstance(layer, SplitLayer):
+        for heads, part in zip(layer.heads, layer.parts, strict=True):
+            yield from _of_layer(index, part, heads)
+    elif isinstance(layer, KVLayer):
+        yield from _of_layer(index, layer)
+    else:
+        yield from _of_own(index, layer, seen)
+
+
+def _of_layer(index: int, layer: KVLayer, heads: tuple[int, ...] = ()) -> Iterator[PlaneMemory]:
+    if not layer.is_initialized:
+        return
+    names = layer.codec.plane_names
+    for plane, device, allocated, held in layer.store.memory():
+        part, number = divmod(plane, len(names))
+        if allocated:  # an offloaded plane may have nothing on one of its two devices
+            yield PlaneMemory(index, ("key", "value")[part], names[number], device, allocated, held, heads)
+    for _, device, allocated, held in layer.index_memory() if isinstance(layer, IndexedLayer) else ():
+        yield PlaneMemory(index, "state", "indexer keys", device, allocated, held)
+
+
+def _of_own(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:
+    parts = {"keys": "key", "values": "value"}
+    for name, tensor in own_tensors(layer):
+        storage = tensor.untyped_storage()
+        size = 0 if storage._cdata in seen else storage.nbytes()
+        seen.add(storage._cdata)
+        yield PlaneMemory(index, parts.get(name, "state"), name, tensor.device, size, size)

@@ -1,0 +1,47 @@
+"""Four names for `KVCache`: one policy each, the others as keywords."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfkv.cache.kv_cache import KVCache
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
+
+
+class SlidingWindowCache(KVCache):
+    """Keeps the newest `window` tokens, or those a `Window` says; other policies as keywords of `KVConfig`.
+
+    Args:
+        config_or_model: see `KVCache`.
+        window: a size in tokens, or a `Window`.
+        sinks: how many of the first tokens stay for good; only where `window` is a size.
+    """
+
+    def __init__(self, config_or_model: Any, window: Window | int, sinks: int | None = None, **policies: Any) -> None:
+        if isinstance(window, Window) and sinks is not None:
+            raise ValueError("SlidingWindowCache was given a Window and sinks; say the sinks in the Window")
+        if not isinstance(window, Window):
+            window = Window(window) if sinks is None else Window(window, sinks)
+        super().__init__(config_or_model, KVConfig(window=window, **policies))
+
+
+class QuantizedCache(KVCache):
+    """Keeps every token in fewer bits; other policies as keywords of `KVConfig`."""
+
+    def __init__(self, config_or_model: Any, codec: str = "int8", **policies: Any) -> None:
+        super().__init__(config_or_model, KVConfig(codec=codec, **policies))
+
+
+class OffloadedCache(KVCache):
+    """Keeps every token in host memory; other policies as keywords of `KVConfig`."""
+
+    def __init__(self, config_or_model: Any, **policies: Any) -> None:
+        super().__init__(config_or_model, KVConfig(offload=True, **policies))
+
+
+class PagedCache(KVCache):
+    """Keeps every token in pages that beams share; other policies as keywords of `KVConfig`."""
+
+    def __init__(self, config_or_model: Any, page_size: int | None = None, **policies: Any) -> None:
+        super().__init__(config_or_model, KVConfig(store="paged", page_size=page_size, **policies))

@@ -1,0 +1,225 @@
+"""`HeldTokens`: what a layer held at one moment, the snapshot behind its views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+from hfkv.cache.slots import Slots
+from hfkv.codecs import Codec, autocast
+from hfkv.kernels.device_inputs import DeviceInputs
+from hfkv.kernels.dispatch import Kernel, attention_kernel
+from hfkv.kernels.inputs import Encoded, Visibility
+from hfkv.models.padding import LeftPadding
+from hfkv.models.rotary import Rotary
+from hfkv.policy.window import Window
+from hfkv.stores import Store
+from hfkv.stores.layout import Layout
+
+Part = Literal["key", "value"]
+
+
+class PartShape(NamedTuple):
+    """Which of a store's planes are the keys or the values, and what they decode to."""
+
+    planes: slice
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def continued(self, states: torch.Tensor) -> torch.Tensor:
+        """New `states` in the dtype of those held, where autocast has made them narrower: as `torch.cat` would."""
+        if states.dtype == self.dtype or not autocast.is_on():
+            return states
+        return states.to(self.dtype) if torch.promote_types(states.dtype, self.dtype) == self.dtype else states
+
+    def check(self, part: Part, states: torch.Tensor, batch: int, device: torch.device) -> None:
+        """Raises ValueError unless `states` continue what is held for `batch` rows on `device`."""
+        if (states.shape[0], states.shape[1], states.shape[3]) != (batch, self.heads, self.head_dim):
+            raise ValueError(
+                f"this cache holds {part}s of batch {batch}, {self.heads} heads of {self.head_dim}, and was given "
+                f"{part}s of shape {tuple(states.shape)}. A cache serves one batch of one model: build a new one, or "
+                "call cache.reset(), or cache.batch_select_indices() to change the batch"
+            )
+        if states.dtype != self.dtype or states.device != device:
+            raise ValueError(
+                f"this cache holds {part}s of {self.dtype} on {device} and was given {states.dtype} on "
+                f"{states.device}; build a new cache or call cache.reset(), or, where torch.autocast was on when it "
+                "was filled, go on under the same autocast"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """How a layer is written and read while a CUDA graph runs its step: through tensors that are updated between steps.
+
+    Attributes:
+        kernel: writes new keys and values; see `append_naive`.
+        before: where the tokens before the new one lay when the graph was captured, and the same on the device.
+        seen: what the newest token's query sees, on the device.
+    """
+
+    kernel: Callable[..., None]
+    before: Layout
+    written: DeviceInputs
+    seen: DeviceInputs
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, *encoded: Encoded) -> None:
+        """Encodes one token `[B, H, 1, D]` and writes it where the device says."""
+        self.kernel(keys, values, *encoded, self.before, inputs=self.written)
+
+
+class Tokens(Protocol):
+    """What a view stands for."""
+
+    @property
+    def parts(self) -> Mapping[Part, PartShape]: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def seen(self) -> int: ...
+    @property
+    def padding(self) -> LeftPadding: ...
+    @property
+    def is_windowed(self) -> bool: ...
+    def shape(self, part: Part) -> tuple[int, int, int, int]: ...
+    def layout(self, part: Part) -> tuple[tuple[int, ...], int]: ...
+    def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class HeldTokens:
+    """The tokens of one layer that its views show, by reference: nothing is copied or decoded yet."""
+
+    store: Store
+    codec: Codec
+    parts: Mapping[Part, PartShape]
+    batch: int
+    device: torch.device
+    window: Window | None  # ours; None where the model's masks say what is visible
+    rotary: Rotary | None  # how keys are rotated by position, where the window needs to know
+    padding: LeftPadding  # the layer's own: the attention tells it what the mask says
+    first: int  # index among the held tokens of the first one the views show
+    last: int
+    seen: int  # tokens since the start, padding included
+    gone_below: int  # below it no query to come sees a token, slots apart
+    version: int  # of the store
+    inputs: DeviceInputs | None = None  # what queries see, on the device, while a CUDA graph runs
+
+    @property
+    def held_from(self) -> int:
+        """The oldest position held, slots apart."""
+        return self.window.held_from(self.gone_below) if self.window else 0
+
+    @property
+    def is_windowed(self) -> bool:
+        """Whether a window of ours decides what is visible."""
+        return self.window is not None
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and alive."""
+        return self.codec.name == "none" and self.store.reads_slices
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the keys are latents, which are summed too, and the values rotary keys (MLA)."""
+        return False
+
+    @property
+    def out_dim(self) -> int:
+        """Width of what attention gives."""
+        return self.parts["value"].head_dim
+
+    def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What queries meet and what is summed, of decoded keys and values."""
+        return keys, values
+
+    def kernel(self, query: torch.Tensor) -> Kernel:
+        """The kernel that attends to these tokens."""
+        head_dims = (self.parts["key"].head_dim, self.parts["value"].head_dim)
+        return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims)
+
+    def shape(self, part: Part) -> tuple[int, int, int, int]:
+        """`[B, H, T, D]` of the keys or values."""
+        return self.batch, self.parts[part].heads, self.last - self.first, self.parts[part].head_dim
+
+    def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
+        """Strides and storage offset of what `decode` returns, or of a contiguous tensor where it is made anew."""
+        if self.is_slice:
+            decoded = self.decode(part)
+            return decoded.stride(), int(decoded.storage_offset())
+        _, heads, count, head_dim = self.shape(part)
+        return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
+
+    def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """The tokens `first .. last - 1` of those shown, all by default, as a plain `[B, H, T, D]`.
+
+        Raises:
+            RuntimeError: the store has dropped, reordered or cropped tokens since.
+        """
+        self._check_version()
+        end = self.last if last is None else self.first + last
+        planes = self.store.read(self.parts[part].planes, self.first + first, end)
+        return self.codec.decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
+
+    def encoded(self) -> tuple[Encoded, Encoded, Layout]:
+        """The planes of keys and values as they lie, and where the tokens held (not only those shown) lie in them.
+
+        Raises:
+            RuntimeError: see `decode`.
+        """
+        self._check_version()
+        planes, layout = tuple(self.store.planes), self.store.layout()
+        if layout.length != self.last:  # tokens were appended since
+            layout = replace(layout, length=self.last)
+        return *self._encoded(planes), layout
+
+    def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
+        """What a kernel takes, of the tokens up to `last` in as many runs as they lie in.
+
+        Each is to be read before the next is asked for; a store that brings tokens from elsewhere has few buffers.
+
+        Args:
+            last: index behind the last of all tokens held that are looked at.
+            visibility: which of them each query sees.
+
+        Raises:
+            RuntimeError: see `decode`.
+        """
+        self._check_version()
+        uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
+        for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
+            yield *self._encoded(planes), layout, visibility.of(begin, begin + layout.length)
+
+    def _encoded(self, planes: tuple[torch.Tensor, ...]) -> tuple[Encoded, Encoded]:
+        key, value = self.parts["key"], self.parts["value"]
+        keys = Encoded(self.codec.name, planes[key.planes], key.head_dim)
+        return keys, Encoded(self.codec.name, planes[value.planes], value.head_dim)
+
+    def _check_version(self) -> None:
+        if self.version != self.store.version:
+            raise RuntimeError("these keys or values are stale: the cache has dropped, reordered or cropped since")
+
+    def hides_tokens(self, pads: tuple[int, ...]) -> bool:
+        """Whether the window has moved, so that the newest query of some row no longer sees all of its text.
+
+        Of rows that have gone since, tokens may be missing that were padding to those that are left.
+        """
+        if self.window is None:
+            return False
+        return self.gone_below > 0 or any(self.window.lower_bound(self.seen - 1 - pad) for pad in set(pads))
+
+    def slots(self, pads: tuple[int, ...]) -> Slots:
+        """What stands before the newest tokens.
+
+        Args:
+            pads: pad tokens of each row.
+        """
+        assert self.window is not None
+        return Slots(self.window, pads, self.gone_below)

@@ -1,0 +1,118 @@
+"""`KVView`: what a cache layer returns, a tensor that stands for compressed keys or values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hfkv.cache.read_only import ReadOnly
+from hfkv.cache.snapshot import HeldTokens, Part, Tokens
+
+
+class KVView(ReadOnly):
+    """Keys or values `[B, H, T, D]` of one layer, decoded when they are read.
+
+    The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
+    operation decodes it first. Its length is fixed when it is made; it may be read several times until the
+    layer drops, reorders or resets tokens. Writing to it raises; so does writing to a slice of it, unless that is a
+    slice of what the cache holds, and the write in effect.
+
+    Raises:
+        RuntimeError: on an operation outside the ``hfkv`` attention where a window is set (no other
+            attention knows which of the tokens to attend to), on a write, on a backward pass.
+    """
+
+    held: Tokens
+    part: Part
+
+    @staticmethod
+    def __new__(cls, held: Tokens, part: Part) -> KVView:
+        # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
+        strides, offset = held.layout(part)
+        view = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.shape(part),
+            strides=strides,
+            storage_offset=offset,
+            dtype=held.parts[part].dtype,
+            device=held.device,
+            requires_grad=False,
+        )
+        view.held, view.part = held, part
+        return view
+
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
+        return f"KVView({self.part}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    @property
+    def takes_writes(self) -> bool:
+        if not isinstance(self.held, HeldTokens) or not self.held.is_slice:
+            return False
+        return self.held.decode(self.part).stride() == self.stride()  # else `plain` is a copy
+
+    def plain(self) -> torch.Tensor:
+        """The tokens decoded, for code that knows nothing of windows."""
+        refuse_window(self.held)
+        decoded = self.held.decode(self.part)
+        return decoded if decoded.stride() == self.stride() else decoded.contiguous()
+
+    def decoded(self) -> torch.Tensor:
+        """The plain tensor, for code that applies the window itself."""
+        if self.requires_grad:
+            return _Decode.apply(self)
+        return self.held.decode(self.part)
+
+
+def refuse_window(held: Tokens) -> None:
+    """Raises RuntimeError where an attention that knows nothing of windows would read what one of ours is set for."""
+    if held.is_windowed:
+        raise RuntimeError(
+            "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
+            "wrong. Use hfkv.patch(model, kv=...) or, where another attention was set since, "
+            'model.set_attn_implementation("hfkv"); a model that cannot '
+            "take that attention, or that changes its keys between the cache and the attention, can have a cache "
+            "without a window only"
+        )
+
+
+def make_views(held: Tokens, tracked: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key and value views of `held`.
+
+    Args:
+        held: the tokens.
+        tracked: whether autograd follows some of the keys or values.
+    """
+    parts: tuple[Part, Part] = ("key", "value")
+    if not tracked or not torch.is_grad_enabled():
+        key, value = (KVView(held, part) for part in parts)
+    else:
+        key, value = (_InferenceOnly.apply(torch.zeros((), requires_grad=True), held, part) for part in parts)
+    return key, value
+
+
+class _InferenceOnly(torch.autograd.Function):
+    """Lets a forward pass run with gradients enabled and refuses the backward pass through the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, tracked: torch.Tensor, held: Tokens, part: Part) -> torch.Tensor:
+        return KVView(held, part)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "gradients do not flow through an hfkv cache; train without past_key_values (use_cache=False) or "
+            "with transformers' DynamicCache"
+        )
+
+
+class _Decode(torch.autograd.Function):
+    """Decodes with the autograd edge that leads to `_InferenceOnly` kept."""
+
+    @staticmethod
+    def forward(ctx: Any, view: KVView) -> torch.Tensor:
+        return view.held.decode(view.part)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        return grads[0]

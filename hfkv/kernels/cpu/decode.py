@@ -1,0 +1,202 @@
+"""Attention of few queries to encoded tokens on a CPU, without decoding them."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from hfkv.codecs.autocast import in_own_precision
+from hfkv.codecs.hadamard import rotate_states
+from hfkv.kernels.cpu.bf16_matmul import bf16_products
+from hfkv.kernels.cpu.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
+from hfkv.kernels.cpu.planes import Stretch, read_stretch, rotated_back
+from hfkv.kernels.cpu.threads import do_parts
+from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
+from hfkv.kernels.visibility import alike, first_seen, seen
+from hfkv.stores.layout import Layout
+
+# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
+# of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
+_SCORES, _COPIED = 1 << 18, 1 << 22
+# Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
+# own.
+_MIN_STRETCH, _LONG, _NEAR = 256, 8192, 1024
+_SLACK = 1 / 8  # of a stretch
+# Numbers of keys; a stretch costs 0.3 ms besides what grows with its length, which is 0.5 ms a million.
+_FOR_TWO = 1 << 22
+
+
+@in_own_precision
+def decode_attention(
+    query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
+) -> Attended:
+    """Attention of few queries to int8, int4 or fp8 tokens, a stretch at a time (Flash-Decoding).
+
+    Queries and weights become fixed-point numbers of 21 and 28 bits, so that int8 products with exact sums do the
+    work; the scales of keys go into the scores, those of values into the weights. A token is read once for all queries
+    of its kv head, in its own bytes: 2 (D + 2) of them in int8.
+
+    Args:
+        query: `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
+        keys, values: encoded by int8, int4 or fp8.
+        layout: where the held tokens are.
+        visibility: which of them each query sees.
+        scoring: what becomes of scores.
+
+    Returns:
+        As `attention_naive`: the output `[B, Hq, q, Dv]` in the query's dtype, and the float32 log-sum-exp `[B, Hq,
+        q]`.
+    """
+    batch, num_heads, num_queries, _ = query.shape
+    kv_heads = keys.planes[0].shape[1]
+    folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
+    if keys.codec == "int4":
+        folded = rotate_states(folded)
+    decode = Decode((keys,), values, layout, visibility, scoring, num_queries, num_heads)
+    return rotated_back(decode.all_rows((folded,)), values.codec, query.dtype)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Queries of all rows, side by side for each kv head, over stretches of tokens.
+
+    Attributes:
+        keys: parts of the keys, as many as there are of queries; scores are their sum.
+        values: None where the first part of the keys are the values too.
+        dtype: what products take: int8 (digits of numbers; float32 of fp8), bfloat16 or float32.
+    """
+
+    keys: tuple[Encoded, ...]
+    values: Encoded | None
+    layout: Layout
+    visibility: Visibility
+    scoring: Scoring
+    num_queries: int
+    num_heads: int
+    dtype: torch.dtype = torch.int8
+
+    def all_rows(self, query: tuple[torch.Tensor, ...]) -> Attended:
+        """Output `[B, Hq, q, Dv]` and log-sum-exp `[B, Hq, q]`, float32, of the parts of queries `[B, H, R, Di]`.
+
+        They are float32 times the scale, or bfloat16 without it.
+        """
+        firsts = first_seen(self.visibility, self.layout)
+        num_rows = query[0][0, :, :, 0].numel()
+        # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
+        at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
+        groups = alike(firsts, at_most, _NEAR)
+        digits = self.dtype == torch.int8 and self.keys[0].codec != "fp8"
+        queries = [[_Query.of(part[rows].flatten(0, 1), digits) for part in query] for rows in groups]
+        spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
+        parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
+        attended = iter(do_parts(lambda part: self._part(queries[part[0]], groups[part[0]], *part[1]), parts))
+        done = [
+            functools.reduce(merge, itertools.islice(attended, len(of_group))) if of_group else self._nothing(its_query)
+            for its_query, of_group in zip(queries, spans, strict=True)
+        ]
+        out, lse = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*done, strict=True))
+        shape = (len(firsts), self.num_heads, self.num_queries)
+        return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
+
+    def _spans(self, query: list[_Query], first: int) -> list[tuple[int, int]]:
+        """Stretches of the tokens from `first` on, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
+        count, num_rows, _ = query[0].states.shape
+        keys = self.keys[0]
+        length = _SCORES // (count * num_rows)
+        if self.dtype != torch.bfloat16:
+            length = min(length, _LONG)
+        if keys.codec != "int8" or self.dtype != torch.int8 or self.layout.is_paged:
+            width = 4 if keys.codec == "fp8" else self.dtype.itemsize
+            at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
+            length = min(length, at_most // (count * keys.head_dim * width))
+        length = max(length, _MIN_STRETCH)
+        # A little longer rather than a few tokens on their own, but two where that is worth a second thread.
+        least = 2 if (self.layout.length - first) * count * keys.head_dim >= _FOR_TWO else 1
+        num_spans = max(math.ceil((self.layout.length - first) / length - _SLACK), least)
+        length = max(math.ceil((self.layout.length - first) / num_spans), 1)
+        return [(begin, min(begin + length, self.layout.length)) for begin in range(first, self.layout.length, length)]
+
+    def _nothing(self, query: list[_Query]) -> Attended:
+        return nothing(query[0].states.float(), (self.values or self.keys[0]).head_dim)
+
+    def _part(self, query: list[_Query], rows: slice, begin: int, end: int) -> Attended:
+        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`."""
+        first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
+        scores = _scores(query[0], first)
+        for part, stretch in zip(query[1:], others, strict=True):
+            scores += _scores(part, stretch)
+        if query[0].states.dtype == torch.bfloat16:
+            scores *= self.scoring.scale
+        if self.scoring.softcap is not None:
+            scores = scores.div_(self.scoring.softcap).tanh_().mul_(self.scoring.softcap)
+        visible = seen(self.visibility, self.layout, rows, begin, end, self.num_queries)
+        if visible is not None:
+            groups = scores.unflatten(0, (rows.stop - rows.start, -1)).unflatten(2, (-1, self.num_queries))
+            hidden = ~visible.unflatten(1, (1, 1) if visible.shape[1] == 1 else groups.shape[1:3])
+            groups.masked_fill_(hidden, -torch.inf)
+        scores = scores.contiguous()
+        top = scores.amax(-1, keepdim=True)
+        if visible is not None:
+            top.masked_fill_(top == -torch.inf, 0)
+        weights = scores.sub_(top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if self.values is not None:
+            first = read_stretch(self.values, self.layout, rows, begin, end, self.dtype)
+        out = _output(weights, first) / total.clamp_min(torch.finfo(torch.float32).tiny)
+        return Attended(out, (top + total.log())[..., 0])
+
+
+class _Query(NamedTuple):
+    """Queries as the products with every stretch take them.
+
+    Attributes:
+        states: `[N, R, Di]`.
+        digits: int8 `[N, 3, R, Di]`, or None.
+        scale: of the digits, float32 `[N, R, 1]`, or None.
+    """
+
+    states: torch.Tensor
+    digits: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, states: torch.Tensor, has_digits: bool) -> _Query:
+        return cls(states, *(to_digits(states, QUERY_DIGITS) if has_digits else (None, None)))
+
+
+def _scores(query: _Query, keys: Stretch) -> torch.Tensor:
+    """float32 `[N, R, n]`."""
+    if query.digits is not None and query.scale is not None:
+        scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
+    elif keys.numbers.dtype == torch.bfloat16:
+        scores = bf16_products(keys.numbers, query.states)
+    else:
+        scores = query.states @ keys.numbers.transpose(1, 2)
+    if keys.scale is not None:
+        scores *= keys.scale[:, None]
+    return scores if keys.low is None else scores.addcmul_(query.states.sum(-1, keepdim=True), keys.low[:, None])
+
+
+def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
+    """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
+    scaled = weights if values.scale is None else weights * values.scale[:, None]
+    if values.numbers.dtype == torch.int8:
+        digits, scale = to_digits(scaled, WEIGHT_DIGITS)
+        out = from_digits(_products(digits, values.numbers)).mul_(scale)
+    else:
+        out = (scaled.to(values.numbers.dtype) @ values.numbers).float()
+    return out if values.low is None else out.add_(weights @ values.low[..., None])
+
+
+def _products(digits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Digits `[N, c, R, K]` times `[N, K, n]`, int32 `[N, c, R, n]`: one by one, since torch has no batch of them."""
+    sums = torch.empty(*digits.shape[:-1], numbers.shape[-1], dtype=torch.int32)
+    for a, b, out in zip(digits.flatten(1, 2), numbers, sums.flatten(1, 2), strict=True):
+        int8_matmul(a, b, out)
+    return sums

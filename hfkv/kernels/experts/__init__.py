@@ -1,0 +1,1 @@
+"""Products of rows with the experts that were chosen for them."""

@@ -1,0 +1,216 @@
+"""The kernel for a few slots: each reads its expert's weights, once and as they are stored."""
+
+# ruff: noqa: N803 - Triton writes compile-time constants in capitals
+# mypy: allow-incomplete-defs
+# Triton annotates nothing else.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hfkv.kernels.triton.numbers import cast
+
+
+@triton.jit
+def _products(
+    x_ptr,
+    x_k,
+    weight_ptr,
+    w_n,
+    w_k,
+    scale_ptr,
+    groups_ptr,
+    e,
+    n,
+    is_n,
+    num_rows,
+    first_block,
+    last_block,
+    K: tl.constexpr,
+    CODEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Rows `n` of expert `e` times a row of x, over some blocks of inputs: float32 `[BLOCK_N]`.
+
+    Sums are kept for each place of a tile and added up at the end; int4's are added up by group, whose step and centre
+    come after: the sum of ((nibble - 8) * step + centre) * x is step * (sum of nibble * x - 8 * sum of x) +
+    centre * sum of x.
+    """
+    one = tl.arange(0, BLOCK_K)
+    rows_at = weight_ptr + n[:, None] * w_n
+    if CODEC == "int4":
+        num_steps: tl.constexpr = BLOCK_K // 16
+        num_groups: tl.constexpr = (K + 31) // 32
+        steps = tl.zeros([BLOCK_N, num_steps], tl.float32)
+        centres = tl.zeros([BLOCK_N, num_steps], tl.float32)
+        for block in range(first_block, last_block):
+            byte = block * BLOCK_K + one
+            low = byte // 16 * 32 + byte % 16
+            x_low = tl.load(x_ptr + low * x_k, mask=low < K, other=0.0).to(tl.float32)
+            x_high = tl.load(x_ptr + (low + 16) * x_k, mask=low + 16 < K, other=0.0).to(tl.float32)
+            w = tl.load(rows_at + byte[None, :], mask=is_n[:, None] & (byte < num_groups * 16)[None, :], other=0)
+            sums = (w & 0xF).to(tl.int8).to(tl.float32) * x_low[None, :]
+            sums += (w >> 4).to(tl.int8).to(tl.float32) * x_high[None, :]
+            sums = tl.sum(tl.reshape(sums, (BLOCK_N, num_steps, 16)), 2)
+            x_sums = tl.sum(tl.reshape(x_low + x_high, (num_steps, 16)), 1)
+            g = block * num_steps + tl.arange(0, num_steps)
+            codes_at = groups_ptr + (e * num_groups + g)[None, :] * num_rows + n[:, None]
+            codes = tl.load(codes_at, mask=is_n[:, None] & (g < num_groups)[None, :], other=0)
+            steps += codes.to(tl.int8).to(tl.float32) * (sums - 8.0 * x_sums[None, :])
+            centres += (codes >> 8).to(tl.float32) * x_sums[None, :]
+        units_at = scale_ptr + (e * num_rows + n) * 2
+        out = tl.sum(steps, 1) * tl.load(units_at, mask=is_n, other=0.0).to(tl.float32)
+        return out + tl.sum(centres, 1) * tl.load(units_at + 1, mask=is_n, other=0.0).to(tl.float32)
+    else:
+        sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for block in range(first_block, last_block):
+            k = block * BLOCK_K + one
+            x = tl.load(x_ptr + k * x_k, mask=k < K, other=0.0).to(tl.float32)
+            w_at = rows_at + k.to(tl.int64)[None, :] * w_k
+            w = tl.load(w_at, mask=is_n[:, None] & (k < K)[None, :], other=0)
+            sums += w.to(tl.float32) * x[None, :]
+        out = tl.sum(sums, 1)
+        if CODEC == "int8":
+            out = out * tl.load(scale_ptr + e * num_rows + n, mask=is_n, other=0.0)
+        return out
+
+
+@triton.jit
+def _gemv_tile(
+    p,
+    slot,
+    e,
+    is_expert,
+    x_ptr,
+    x_k,
+    weight_ptr,
+    w_e,
+    w_n,
+    w_k,
+    scale_ptr,
+    groups_ptr,
+    columns_ptr,
+    num_rows,
+    bias_ptr,
+    bias_e,
+    bias_n,
+    out_ptr,
+    num_slots,
+    num_outputs,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CODEC: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of one part's rows, over one split of the inputs, to where its outputs belong."""
+    split = p % SPLITS
+    n = (p // SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_n = n < num_rows
+    n = n.to(tl.int64)
+    # Numbers of a row, or bytes of it.
+    width: tl.constexpr = (K + 31) // 32 * 16 if CODEC == "int4" else K
+    num_blocks: tl.constexpr = (width + BLOCK_K - 1) // BLOCK_K
+    per_split: tl.constexpr = (num_blocks + SPLITS - 1) // SPLITS
+    first_block = split * per_split
+    # What belongs to no expert is zeros, and reads nothing.
+    last_block = tl.where(is_expert, tl.minimum(first_block + per_split, num_blocks), first_block)
+    acc = _products(
+        x_ptr,
+        x_k,
+        weight_ptr + e * w_e,
+        w_n,
+        w_k,
+        scale_ptr,
+        groups_ptr,
+        e,
+        n,
+        is_n,
+        num_rows,
+        first_block,
+        last_block,
+        K,
+        CODEC,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    column = n if columns_ptr is None else tl.load(columns_ptr + e * num_rows + n, mask=is_n, other=0).to(tl.int64)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + e * bias_e + column * bias_n, mask=is_n, other=0.0).to(tl.float32)
+        # Once, and not to what belongs to no expert.
+        acc += tl.where(is_expert & (split == 0), bias, 0.0)
+    out_at = out_ptr + (split.to(tl.int64) * num_slots + slot) * num_outputs + column
+    tl.store(out_at, cast(acc, out_ptr.dtype.element_ty), mask=is_n)
+
+
+@triton.jit(do_not_specialize=["num_slots", "num_experts", "a_programs"])
+def _gemv_kernel(
+    x_ptr,
+    x_row,
+    x_k,
+    experts_ptr,
+    a_ptr,
+    a_e,
+    a_n,
+    a_k,
+    a_scale_ptr,
+    a_groups_ptr,
+    a_columns_ptr,
+    a_rows,
+    b_ptr,
+    b_e,
+    b_n,
+    b_k,
+    b_scale_ptr,
+    b_groups_ptr,
+    b_columns_ptr,
+    b_rows,
+    bias_ptr,
+    bias_e,
+    bias_n,
+    out_ptr,
+    num_slots,
+    num_outputs,
+    num_experts,
+    a_programs,
+    TOP_K: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    A_CODEC: tl.constexpr,
+    A_BLOCK_N: tl.constexpr,
+    A_BLOCK_K: tl.constexpr,
+    B_CODEC: tl.constexpr,
+    B_BLOCK_N: tl.constexpr,
+    B_BLOCK_K: tl.constexpr,
+):
+    """Two parts in one launch, because the second is often small: part b is none where B_CODEC is ""."""
+    # Slots in a row read the same rows of their experts: two of one expert find them in the cache.
+    slot = tl.program_id(0).to(tl.int64)
+    p = tl.program_id(1)
+    expert = tl.load(experts_ptr + slot)
+    is_expert = (expert >= 0) & (expert < num_experts)
+    e = tl.where(is_expert, expert, 0).to(tl.int64)
+    x_ptr += slot // TOP_K * x_row
+    if B_CODEC == "":  # noqa: SIM114 - only this is known when the kernel is compiled, which then has no part b
+        _gemv_tile(
+            *(p, slot, e, is_expert, x_ptr, x_k),
+            *(a_ptr, a_e, a_n, a_k, a_scale_ptr, a_groups_ptr, a_columns_ptr, a_rows),
+            *(bias_ptr, bias_e, bias_n, out_ptr, num_slots, num_outputs),
+            *(K, SPLITS, A_CODEC, A_BLOCK_N, A_BLOCK_K),
+        )
+    elif p < a_programs:
+        _gemv_tile(
+            *(p, slot, e, is_expert, x_ptr, x_k),
+            *(a_ptr, a_e, a_n, a_k, a_scale_ptr, a_groups_ptr, a_columns_ptr, a_rows),
+            *(bias_ptr, bias_e, bias_n, out_ptr, num_slots, num_outputs),
+            *(K, SPLITS, A_CODEC, A_BLOCK_N, A_BLOCK_K),
+        )
+    else:
+        _gemv_tile(
+            *(p - a_programs, slot, e, is_expert, x_ptr, x_k),
+            *(b_ptr, b_e, b_n, b_k, b_scale_ptr, b_groups_ptr, b_columns_ptr, b_rows),
+            *(bias_ptr, bias_e, bias_n, out_ptr, num_slots, num_outputs),
+            *(K, SPLITS, B_CODEC, B_BLOCK_N, B_BLOCK_K),
+        )

@@ -1,0 +1,222 @@
+"""Every kernel that would be used on a device, held against its naive twin on that very device."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from hfkv.codecs import CODECS
+from hfkv.kernels.cpu.int8_matmul import is_exact
+from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
+from hfkv.kernels.latent_naive import latent_attention_naive
+from hfkv.kernels.naive import append_naive, attention_naive
+from hfkv.kernels.selftest import int8 as selftest_int8
+from hfkv.kernels.selftest.inputs import (
+    PAGE_SIZE,
+    SETTINGS,
+    STORES,
+    Heads,
+    Setting,
+    randn,
+    random_arguments,
+    random_layout,
+    room,
+)
+
+RIGHT, WRONG, RAISED, NOT_TESTED = "right", "wrong", "raised", "not tested"
+# A CPU has kernels for one and for a few queries, and another for many.
+CPU_QUERIES, QUERIES = (1, 7, 33), (1, 33)
+NEW_TOKENS = (1, 70)
+# Query heads on latents that are tested on a CPU, whose kernel only counts rows, heads times queries: fewer than 32 of
+# them and more. The twins of DeepSeek-V3's 128 heads take a minute.
+MOST_CPU_HEADS = 16
+INT8_MATMUL = Path(__file__).with_name("int8_matmul.py")
+INT8_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was tested and what came of it.
+
+    Attributes:
+        what: ``"decode"`` (one query), ``"prefill"`` (several), ``"append"`` or ``"int8 product"``.
+        kernel: its name, as `dispatch` gives it; empty where asking for it raised.
+        codec, store, setting: of the tokens; ``"all"`` where it does not matter.
+        num_tokens: queries, or new tokens.
+        heads: the layer's; None for the int8 product.
+        outcome: ``"right"``, ``"wrong"``, ``"raised"`` or ``"not tested"``.
+        error: largest error against the twin in float64, of the output or the log-sum-exp, whichever uses more of what
+            it may have; None where nothing was computed.
+        allowed: what that error may be: 2 × that of the twin in the query's dtype + 1e-5.
+        note: what is wrong, or why it was not tested; else None.
+    """
+
+    what: str
+    kernel: str
+    codec: str
+    store: str
+    setting: str
+    num_tokens: int
+    heads: Heads | None
+    outcome: str
+    error: float | None = None
+    allowed: float | None = None
+    note: str | None = None
+
+    @property
+    def is_failure(self) -> bool:
+        return self.outcome in (WRONG, RAISED)
+
+
+class Planned(NamedTuple):
+    """A check to come: its name, and what does it."""
+
+    name: str
+    run: Callable[[], Check]
+
+
+def plan(device: torch.device, dtype: torch.dtype, heads: tuple[Heads, ...] = (Heads(),)) -> list[Planned]:
+    """All checks of a device's kernels; none of them raises.
+
+    Args:
+        device: where queries and tokens are.
+        dtype: of queries and new tokens: bf16, fp16 or fp32.
+        heads: of the layers to test for.
+    """
+    planned = []
+    for each in heads:
+        if each.is_latent and device.type == "cpu":
+            each = each._replace(groups=min(each.groups, MOST_CPU_HEADS))
+        for codec in CODECS:
+            for store in STORES:
+                for num_queries in CPU_QUERIES if device.type == "cpu" else QUERIES:
+                    for setting in SETTINGS:
+                        blank = Check(_use(num_queries), "", codec, store, setting.name, num_queries, each, NOT_TESTED)
+                        run = partial(_check_attention, blank, setting, device, dtype)
+                        planned.append(Planned(_name(blank), partial(_caught, blank, run)))
+                for num_new in NEW_TOKENS:
+                    blank = Check("append", "", codec, store, "plain", num_new, each, NOT_TESTED)
+                    planned.append(
+                        Planned(_name(blank), partial(_caught, blank, partial(_check_append, blank, device, dtype)))
+                    )
+    if device.type == "cpu":
+        planned.append(Planned("int8 product", check_int8_product))
+    return planned
+
+
+def _use(num_queries: int) -> str:
+    return "decode" if num_queries == 1 else "prefill"
+
+
+def _name(check: Check) -> str:
+    return f"{check.what} of {check.num_tokens}, {check.codec}, {check.store}, {check.setting}"
+
+
+def _caught(blank: Check, run: Callable[[], Check]) -> Check:
+    try:
+        with torch.no_grad():
+            return run()
+    except Exception as error:  # whatever a kernel or a compiler raises is what the self-test is there to find
+        return replace(blank, outcome=RAISED, note=f"{type(error).__name__}: {error}")
+
+
+def _check_attention(blank: Check, setting: Setting, device: torch.device, dtype: torch.dtype) -> Check:
+    assert blank.heads is not None
+    choose, twin = (
+        (latent_kernel, latent_attention_naive) if blank.heads.is_latent else (attention_kernel, attention_naive)
+    )
+    kernel = choose(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2])
+    check = replace(blank, kernel=kernel.name)
+    if kernel.run is None:
+        return replace(check, note=kernel.reason)
+    given = random_arguments(blank.heads, blank.codec, blank.store, blank.num_tokens, setting, device, dtype)
+    exact = twin(*given, dtype=torch.float64)
+    plain = twin(*given, dtype=dtype)
+    try:
+        got = kernel.run(*given)
+    except Exception as error:  # as in `_caught`, and the kernel is known by now
+        return replace(check, outcome=RAISED, note=f"{type(error).__name__}: {error}")
+    return _judged(check, got, plain, exact)
+
+
+def _judged(check: Check, got: Any, plain: Any, exact: Any) -> Check:
+    """The check with its outcome, error and note: see `Check`."""
+    if got[0].dtype != plain[0].dtype:
+        return replace(check, outcome=WRONG, note=f"the output is {got[0].dtype}, its queries {plain[0].dtype}")
+    worst = (-1.0, 0.0, 0.0)
+    for name, ours, theirs, expected in zip(("output", "log-sum-exp"), got, plain, exact, strict=True):
+        if ours.shape != expected.shape:
+            return replace(check, outcome=WRONG, note=f"the {name} is {list(ours.shape)}, not {list(expected.shape)}")
+        # Where a query sees nothing its log-sum-exp is -inf; nothing else may be without bounds.
+        if not torch.equal(ours.isneginf(), expected.isneginf()) or ours.isnan().any() or ours.isposinf().any():
+            return replace(check, outcome=WRONG, note=f"the {name} is NaN or infinite where the twin's is not")
+        finite = expected.isfinite()
+        error, twins = ((part.double() - expected)[finite].abs() for part in (ours, theirs))
+        if error.numel():
+            largest, allowed = error.max().item(), 2 * twins.max().item() + 1e-5
+            worst = max(worst, (largest / allowed, largest, allowed))
+    share, largest, allowed = worst
+    is_right = share <= 1
+    note = None if is_right else f"an error of {largest:.2e} against float64, and {allowed:.2e} is allowed"
+    return replace(check, outcome=RIGHT if is_right else WRONG, error=largest, allowed=allowed, note=note)
+
+
+def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Check:
+    assert blank.heads is not None
+    kernel = append_kernel(blank.codec, dtype, device, blank.heads[:2])
+    check = replace(blank, kernel=kernel.name)
+    if kernel.run is None:
+        return replace(check, note=kernel.reason)
+    generator = torch.Generator().manual_seed(0)
+    batch = 2
+    layout = random_layout(batch, check.store, generator)
+    if layout.table is not None:
+        num_columns = layout.table.shape[1] + -(-check.num_tokens // PAGE_SIZE)
+        layout = replace(layout, table=torch.randperm(batch * num_columns, generator=generator).view(batch, -1))
+    shape = (batch, blank.heads.num_kv_heads, check.num_tokens)
+    new_keys, new_values = (randn((*shape, dim), device, dtype, generator) for dim in blank.heads[:2])
+    ours, expected = ([room(check.codec, new, layout) for new in (new_keys, new_values)] for _ in range(2))
+    try:
+        kernel.run(new_keys, new_values, *ours, layout)
+    except Exception as error:  # as in `_check_attention`
+        return replace(check, outcome=RAISED, note=f"{type(error).__name__}: {error}")
+    append_naive(new_keys, new_values, expected[0], expected[1], layout)
+    for name, one, other in zip(("keys", "values"), ours, expected, strict=True):
+        for index, (plane, twins) in enumerate(zip(one.planes, other.planes, strict=True)):
+            num_wrong = int((plane.view(torch.uint8) != twins.view(torch.uint8)).sum())
+            if num_wrong:
+                note = f"{num_wrong} bytes of plane {index} of the {name} are not the codec's own"
+                return replace(check, outcome=WRONG, note=note)
+    return replace(check, outcome=RIGHT)
+
+
+def check_int8_product() -> Check:
+    """Whether torch's int8 matrix product is exact on this processor, in a process of its own: it may crash."""
+    rows = ", ".join(map(str, selftest_int8.NUM_ROWS))
+    setting = f"T = 1..{selftest_int8.MOST_TOKENS}, M = {rows}"
+    check = Check("int8 product", "torch int8", "int8", "all", setting, selftest_int8.MOST_TOKENS, None, RIGHT)
+    if not is_exact():
+        note = "torch's int8 products are not exact without VNNI, where their sums saturate: no kernel uses them here"
+        return replace(check, outcome=NOT_TESTED, note=note)
+    command = [sys.executable, "-P", selftest_int8.__file__, str(INT8_MATMUL)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=INT8_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return replace(check, outcome=RAISED, note=f"{type(error).__name__}: {error}")
+    last = (done.stdout.strip() or "its start").splitlines()[-1]
+    if done.returncode == 0 and last == "exact":
+        return check
+    if done.returncode == 1 and not done.stderr:
+        return replace(check, outcome=WRONG, note=last)
+    if done.returncode < 0:
+        return replace(check, outcome=RAISED, note=f"crashed with {signal.Signals(-done.returncode).name} at {last}")
+    said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+    return replace(check, outcome=RAISED, note=f"{said} (at {last})")

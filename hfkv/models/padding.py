@@ -1,0 +1,68 @@
+"""`LeftPadding`: where the text of each row starts; and what a mask says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class LeftPadding:
+    """The number of pad tokens before the first real one, for each row, as the masks of the forwards tell it.
+
+    A row of which only padding has been seen may go on with more of it; any other change raises.
+    """
+
+    def __init__(self) -> None:
+        self._pads: tuple[int, ...] | None = None
+
+    def forget(self) -> None:
+        """Nothing is known."""
+        self._pads = None
+
+    def of(self, batch: int) -> tuple[int, ...]:
+        """Pad tokens of each of `batch` rows; none before a mask has told otherwise."""
+        return self._pads or (0,) * batch
+
+    def learn(self, pads: tuple[int, ...], before: int) -> None:
+        """Takes what the mask of one forward says.
+
+        Args:
+            pads: pad tokens of each row, up to the end of this forward.
+            before: tokens seen before this forward.
+
+        Raises:
+            ValueError: it contradicts what earlier masks said.
+        """
+        known = self.of(len(pads))
+        if pads == known:
+            self._pads = pads
+            return
+        if before and (len(known) != len(pads) or any(min(b, before) != a for a, b in zip(known, pads, strict=True))):
+            raise ValueError(
+                f"the rows of a windowed hfkv cache began with {list(known)} pad tokens, and the attention mask now "
+                f"says {list(pads)}: pass the whole attention_mask, past tokens included, to every forward"
+            )
+        self._pads = pads
+
+    def crop(self, left: int) -> None:
+        """Only the first `left` tokens of each row are left."""
+        if self._pads is not None:
+            self._pads = tuple(min(pad, left) for pad in self._pads)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row i becomes the present row `rows[i]`."""
+        if self._pads is not None:
+            self._pads = tuple(self._pads[row] for row in rows)
+
+
+def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:
+    """Pad tokens of each row of a bool `[B or 1, kv]`, None if not all stand in front.
+
+    A row of nothing but padding has as many as it is long.
+    """
+    is_real = is_real.expand(batch, -1)
+    pads = (~is_real).sum(-1)
+    first_real = torch.where(is_real.any(-1), is_real.int().argmax(-1), is_real.shape[-1])
+    counts, firsts = torch.stack((pads, first_real)).tolist()
+    return tuple(counts) if counts == firsts else None

@@ -1,1 +1,0 @@
-"""Sparse mixtures of experts: layers, routing, losses, statistics."""

@@ -1,0 +1,1 @@
+"""What is asked of a cache: configs, their words, windows, units. No torch."""

@@ -1,0 +1,156 @@
+"""The string form of a `KVConfig`: ``"int8+window:4096+sinks:4+offload"``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from hfkv.policy.reuse import Reuse
+from hfkv.policy.units import read_bytes, say_bytes
+from hfkv.policy.window import Window
+
+CODECS = ("none", "int8", "int4", "fp8")
+STORES = ("auto", "contiguous", "paged")
+
+
+def read_words(text: str) -> dict[str, Any]:
+    """The fields of a `KVConfig` that `text` names.
+
+    Raises:
+        TypeError: `text` is not a str.
+        ValueError: naming the word and what is allowed.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"KVConfig.parse takes a str, got {type(text).__name__}")
+    given: dict[str, Any] = {}
+    for word in text.strip().split("+"):
+        name, value = _read_word(word.strip(), text)
+        if name in given:
+            raise ValueError(f"{text!r} gives {name} twice")
+        given[name] = value
+    of_window = {name: given.pop(name) for name in _WINDOW_WORDS if name in given}
+    if "window" in given:
+        window = given["window"]
+        size = {"schedule": "dynamic"} if window == "dynamic" else {"size": window}
+        if "size" in of_window and window != "dynamic":
+            raise ValueError(f"{text!r} gives the window's size twice; size:SIZE goes with window:dynamic")
+        given["window"] = Window(**size, **of_window)
+    elif of_window:
+        name = next(iter(of_window))
+        what = "sinks need a window" if name == "sinks" else f"{name} needs a window"
+        raise ValueError(f"{text!r}: {what}; write window:SIZE+{name}:...")
+    return given
+
+
+def words_of(kv: Any) -> list[str]:
+    """The words that say what `kv` says, but for `layers`, a salt and one's own schedule, which no word says."""
+    words = [kv.codec]
+    if isinstance(kv.window, Window):
+        words += _window_words(kv.window)
+    words += [kv.store] if kv.store != "auto" else []
+    words += [f"page_size:{kv.page_size}"] if kv.page_size is not None else []
+    words += ["offload"] if kv.offload else []
+    words += [f"device_budget:{say_bytes(int(kv.device_budget))}"] if kv.device_budget is not None else []
+    words += [f"reuse:{kv.reuse}"] if kv.reuse is not None else []
+    return words
+
+
+def _window_words(window: Window) -> list[str]:
+    if window.schedule is None:
+        words = [f"window:{window.size}"]
+    else:
+        name = window.schedule if window.schedule == "dynamic" else getattr(window.schedule, "__name__", "schedule")
+        words = [f"window:{name}"] + ([f"size:{window.size}"] if window.size is not None else [])
+    words.append(f"sinks:{window.sinks}")
+    if window.sink_positions != "absolute":
+        words.append(f"sink_positions:{window.sink_positions}")
+    if window.global_layers:
+        words.append(f"global_layers:{_dotted(window.global_layers)}")
+    if window.global_heads:
+        heads = (f"{layer}={_dotted(heads)}" for layer, heads in window.global_heads.items())
+        words.append(f"global_heads:{','.join(heads)}")
+    if window.summary is not None:
+        words += [f"summary:{window.summary}", f"summary_pages:{window.summary_pages}"]
+        words.append(f"summary_page_size:{window.summary_page_size}")
+    return words
+
+
+def _dotted(indices: tuple[int, ...]) -> str:
+    return ".".join(map(str, indices))
+
+
+def _indices(text: str) -> tuple[int, ...]:
+    return tuple(int(index) for index in text.split("."))
+
+
+def _heads(text: str) -> dict[int, tuple[int, ...]]:
+    heads = {}
+    for part in text.split(","):
+        layer, _, indices = part.partition("=")
+        if int(layer) in heads:
+            raise ValueError
+        heads[int(layer)] = _indices(indices)
+    return heads
+
+
+def _size(text: str) -> int | str:
+    return text if text == "dynamic" else int(text)
+
+
+# word -> how its value is read, and what it looks like
+_NUMBER: tuple[Callable[[str], Any], str] = (int, "a whole number")
+_WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "sinks": _NUMBER,
+    "sink_positions": (str, '"absolute" or "cache"'),
+    "size": _NUMBER,
+    "global_layers": (_indices, "layers such as 0.5"),
+    "global_heads": (_heads, "kv heads by layer such as 2=0.1,5=3"),
+    "summary": (str, '"mean"'),
+    "summary_pages": _NUMBER,
+    "summary_page_size": _NUMBER,
+}
+_A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
+_VALUED = {
+    "window": (_size, 'a whole number, or "dynamic"'),
+    "page_size": _NUMBER,
+    "device_budget": (lambda text: read_bytes("device_budget", text), _A_SIZE),
+    "reuse": (Reuse, _A_SIZE),
+    **_WINDOW_WORDS,
+}
+_WORDS = (
+    *CODECS,
+    "window:SIZE",
+    "window:dynamic",
+    "contiguous",
+    "paged",
+    "page_size:TOKENS",
+    "offload",
+    "device_budget:SIZE",
+    "reuse",
+    "reuse:SIZE",
+)
+
+
+def _read_word(word: str, text: str) -> tuple[str, Any]:
+    name, colon, value = word.partition(":")
+    if name in _VALUED and word != "reuse":
+        read, looks = _VALUED[name]
+        if not colon:
+            raise ValueError(
+                f"{text!r}: {word} takes {looks}: {word}:64, say" if read is int else f"{text!r}: {word} takes {looks}"
+            )
+        try:
+            return name, read(value)
+        except ValueError:
+            raise ValueError(f"{text!r}: {name} takes {looks}, got {value!r}") from None
+    if not colon:
+        if word in CODECS:
+            return "codec", word
+        if word in STORES:
+            return "store", word
+        if word == "offload":
+            return "offload", True
+        if word == "reuse":
+            return "reuse", Reuse()
+    allowed = (*_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
+    raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")

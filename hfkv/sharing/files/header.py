@@ -1,0 +1,228 @@
+"""`FileHeader`: what the file of a cache says besides its tensors, as JSON that is checked when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from hfkv.cache.snapshot import PartShape
+from hfkv.policy.config import KVConfig
+from hfkv.policy.window import Window
+
+FORMAT, VERSION = "hfkv", 1
+# No number of tokens, rows, heads or planes is larger.
+_MOST = 1 << 40
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_DTYPES["float64"] = torch.float64
+_FINGERPRINT = {"model", "adapters", "weights", "precision"}
+
+
+@dataclass(frozen=True)
+class LeafHeader:
+    """What is said of one `KVLayer`; see `Contents`."""
+
+    key: PartShape
+    value: PartShape
+    seen: int
+    gone_below: int
+    pads: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": _part_to_json(self.key),
+            "value": _part_to_json(self.value),
+            "seen": self.seen,
+            "gone_below": self.gone_below,
+            "pads": list(self.pads),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> LeafHeader:
+        """Raises ValueError where it is none."""
+        given = _object(value, "a layer", {"key", "value", "seen", "gone_below", "pads"})
+        seen = _count(given["seen"], "the tokens seen", 1)
+        gone_below = _count(given["gone_below"], "gone_below", most=seen)
+        pads = tuple(_count(pad, "the pad tokens of a row", most=seen) for pad in _list(given["pads"], "pads"))
+        if not pads:
+            raise ValueError("a layer holds no rows")
+        return cls(_part_from_json(given["key"]), _part_from_json(given["value"]), seen, gone_below, pads)
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What is said of a cache.
+
+    Attributes:
+        kv: its policies.
+        model_type, num_layers: of the model it was built for.
+        leaves: its `KVLayer`s, those of split layers included; None for those of a pipeline's other stages.
+        fingerprint: of the model that filled it; see `ModelState.fingerprint`.
+    """
+
+    kv: KVConfig
+    model_type: str
+    num_layers: int
+    leaves: tuple[LeafHeader | None, ...]
+    fingerprint: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON knows it.
+
+        Raises:
+            ValueError: a window has a schedule of one's own, or keys or values are of a dtype no file holds.
+        """
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kv": kv_to_json(self.kv),
+            "model_type": self.model_type,
+            "num_layers": self.num_layers,
+            "leaves": [None if leaf is None else leaf.to_json() for leaf in self.leaves],
+            "fingerprint": dict(self.fingerprint),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any) -> FileHeader:
+        """Raises ValueError where it is none; see `read_json` for format and version."""
+        names = {"format", "version", "kv", "model_type", "num_layers", "leaves", "fingerprint"}
+        given = _object(value, "the header", names)
+        fingerprint = _object(given["fingerprint"], "the fingerprint", _FINGERPRINT)
+        return cls(
+            kv_from_json(given["kv"]),
+            _text(given["model_type"], "model_type"),
+            _count(given["num_layers"], "num_layers", 1),
+            tuple(None if leaf is None else LeafHeader.from_json(leaf) for leaf in _list(given["leaves"], "leaves")),
+            {name: _text(words, f"the fingerprint's {name}") for name, words in fingerprint.items()},
+        )
+
+
+def canonical(value: Any) -> str:
+    """The one way of writing a JSON value that digests are made of: ASCII, sorted, without spaces."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def read_json(text: str) -> dict[str, Any]:
+    """What the text of a file says: of this format and of some version, otherwise unchecked.
+
+    Raises:
+        ValueError: it is not of this format, or of none that ever was.
+    """
+    try:
+        given = json.loads(text)
+        canonical(given)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"its metadata is no JSON ({type(error).__name__})") from error
+    if not isinstance(given, dict) or given.get("format") != FORMAT:
+        raise ValueError(f"its metadata is not of format {FORMAT!r}")
+    _count(given.get("version"), "the version of its format", 1)
+    return given
+
+
+def kv_to_json(kv: KVConfig) -> dict[str, Any]:
+    """All of a config but reuse, which no cache has.
+
+    Raises:
+        ValueError: a window has a schedule of one's own.
+    """
+    budget = {} if kv.device_budget is None else {"device_budget": kv.device_budget}
+    return {
+        "codec": kv.codec,
+        "window": _window_to_json(kv.window) if isinstance(kv.window, Window) else None,
+        "store": kv.store,
+        "page_size": kv.page_size,
+        "offload": kv.offload,
+        **budget,
+        "layers": {indices: kv_to_json(override) for indices, override in kv.layers.items()},
+    }
+
+
+def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
+    """What `kv_to_json` wrote.
+
+    Raises:
+        ValueError: it is no config.
+    """
+    names = {"codec", "window", "store", "page_size", "offload", "layers"}
+    if isinstance(value, dict) and "device_budget" in value:
+        names.add("device_budget")
+    given = dict(_object(value, "the config", names))
+    layers = _object(given["layers"], "the config's layers", set() if is_override else None)
+    try:
+        given["layers"] = {indices: kv_from_json(override, True) for indices, override in layers.items()}
+        given["window"] = None if given["window"] is None else _window_from_json(given["window"])
+        return KVConfig(**given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its config is none: {error}") from error
+
+
+def _window_to_json(window: Window) -> dict[str, Any]:
+    if callable(window.schedule):
+        raise ValueError(
+            "Window.schedule is a callable of your own, which no file can hold; save caches whose windows have a fixed "
+            'size or schedule="dynamic"'
+        )
+    heads = [[layer, list(of_layer)] for layer, of_layer in window.global_heads.items()]
+    values = {item.name: getattr(window, item.name) for item in fields(Window)}
+    return {**values, "global_layers": list(window.global_layers), "global_heads": heads}
+
+
+def _window_from_json(value: Any) -> Window:
+    given = dict(_object(value, "the window", {item.name for item in fields(Window)}))
+    heads = {}
+    for pair in _list(given["global_heads"], "global_heads"):
+        layer, of_layer = _list(pair, "a layer and its heads", 2)
+        heads[_count(layer, "a layer")] = tuple(_list(of_layer, "its heads"))
+    return Window(**{**given, "global_heads": heads, "global_layers": _list(given["global_layers"], "global_layers")})
+
+
+def _part_to_json(part: PartShape) -> dict[str, Any]:
+    dtype = str(part.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise ValueError(f"keys and values of {dtype} cannot be saved, only those of {', '.join(_DTYPES)}")
+    planes = [part.planes.start, part.planes.stop]
+    return {"planes": planes, "heads": part.heads, "head_dim": part.head_dim, "dtype": dtype}
+
+
+def _part_from_json(value: Any) -> PartShape:
+    given = _object(value, "keys or values", {"planes", "heads", "head_dim", "dtype"})
+    first, last = _list(given["planes"], "planes", 2)
+    planes = slice(_count(first, "the first plane"), None if last is None else _count(last, "the last plane"))
+    dtype = _text(given["dtype"], "dtype")
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {_short(dtype)}")
+    heads = _count(given["heads"], "heads", 1)
+    return PartShape(planes, heads, _count(given["head_dim"], "head_dim", 1, most=1 << 20), _DTYPES[dtype])
+
+
+def _object(value: Any, what: str, names: set[str] | None) -> dict[str, Any]:
+    if not isinstance(value, dict) or (names is not None and value.keys() != names):
+        raise ValueError(f"{what} must be an object{f' of {sorted(names)}' if names else ''}, got {_short(value)}")
+    return value
+
+
+def _list(value: Any, what: str, length: int | None = None) -> list[Any]:
+    if not isinstance(value, list) or (length is not None and len(value) != length):
+        raise ValueError(f"{what} must be a list{f' of {length}' if length else ''}, got {_short(value)}")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, got {_short(value)}")
+    return value
+
+
+def _count(value: Any, what: str, least: int = 0, most: int = _MOST) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{what} must be a whole number from {least} to {most}, got {_short(value)}")
+    return value
+
+
+def _short(value: Any) -> str:
+    """What a file gave, in few enough words for an error."""
+    words = ascii(value)
+    return words if len(words) <= 60 else f"{words[:60]}..."

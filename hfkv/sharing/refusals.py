@@ -1,0 +1,25 @@
+"""Which models can share prompt prefixes at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.models.probe import growing_rope_type
+
+
+def sharing_refusal(config: Any, cache: KVCache) -> str | None:
+    """Why the prompts of a model of this config cannot be shared at all, in words, or None where they can."""
+    name = config.model_type
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder: its keys and values depend on more than the tokens before them"
+    others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
+    if others:
+        return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
+    if any(isinstance(layer, IndexedLayer) for layer in cache.kv_layers):
+        return f"{name} picks tokens by an index, whose keys are not shared"
+    changing = growing_rope_type(config.get_text_config(decoder=True))
+    if changing is not None:
+        return f"the {changing} rotary scaling of {name} changes with the length of the text"
+    return None

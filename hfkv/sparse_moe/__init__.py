@@ -1,0 +1,1 @@
+"""A trainable sparse mixture-of-experts layer."""
