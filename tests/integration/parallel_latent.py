@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, MiniCPM3Config, MiniCPM3ForCausal
 from transformers.distributed import DistributedConfig
 
 import hfkv
-from hfkv.attention.function.latent import view
+from hfkv.attention.latent import view
 from hfkv.attention.latent.crossover import forced
 from tests.integration.parallel_scenarios import NEW_TOKENS, VOCAB, inputs
 

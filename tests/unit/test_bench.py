@@ -19,6 +19,7 @@ from hfkv.bench.shapes import build_model, share_weights, weights_read
 from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
 from hfkv.measure.timing import Turns, bus_bandwidth, copy_bandwidth, milliseconds, quantiles, take_turns
 from hfkv.models.shapes import Heads, shape_config, with_layers
+from hfkv.policy.errors import RequestError
 from tests.tiny import llama, llama_config
 
 CPU = torch.device("cpu")
@@ -235,9 +236,9 @@ def test_a_shape_with_other_layers_keeps_the_rest() -> None:
     assert (config.num_hidden_layers, config.num_experts, Heads.of(config)) == (3, 128, Heads(32, 4, 128))
     assert Heads.of(shape_config("llama-8b", None)).token_bytes(torch.bfloat16) * 32 == 131_072
     assert set(SHAPES) == {"llama-8b", "qwen3-30b-a3b", "small", "tiny"}
-    with pytest.raises(BenchError, match="'huge' is unknown; allowed: llama-8b"):
+    with pytest.raises(RequestError, match="'huge' is unknown; allowed: llama-8b"):
         shape_config("huge", None)
-    with pytest.raises(BenchError, match="no config that could be read"):
+    with pytest.raises(RequestError, match="no config that could be read"):
         shape_config(None, "./no/such/folder")
 
 

@@ -18,8 +18,8 @@ from transformers import (
 
 import hfkv
 from hfkv import KVCache, KVConfig, Window
+from hfkv.sharing.files import tensor_file
 from hfkv.sharing.files.header import kv_from_json, kv_to_json
-from hfkv.sharing.refusals.files import tensor_file
 from tests.tiny import greedy, llama, prompt
 from tests.unit.test_cache import PRODUCT, feed
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import hfkv
 from hfkv import KVCache
+from hfkv.sharing.files import cache_file as files
 from hfkv.sharing.files.header import canonical
 from hfkv.sharing.files.tensor_file import digest_of
-from hfkv.sharing.refusals.files import cache_file as files
 from tests.tiny import llama, prompt
 from tests.unit.test_files import everything, text_of
 

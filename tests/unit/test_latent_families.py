@@ -11,12 +11,12 @@ from transformers import DeepseekV3Config
 import hfkv
 from hfkv.attention.device_step import step_reason
 from hfkv.attention.latent.projection import Widths
-from hfkv.bench.errors import BenchError
 from hfkv.kernels.dispatch import Append
 from hfkv.models.latents import widths_of
 from hfkv.models.shapes import Heads
 from hfkv.patches.graphs import latent_reason
 from hfkv.planning.geometry import Geometry
+from hfkv.policy.errors import RequestError
 from tests.tiny import llama_config
 from tests.zoo import NAMED, CannotBuild, architectures, build, prompt
 
@@ -55,7 +55,7 @@ def test_layers_may_have_widths_of_their_own() -> None:
 def test_code_without_the_method_caches_no_latents() -> None:
     fields = {"kv_lora_rank": 8, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 16}
     assert widths_of(llama_config(**fields), 0) is None
-    with pytest.raises(BenchError, match="hfkv bench mla"):
+    with pytest.raises(RequestError, match="hfkv bench mla"):
         Heads.of(DeepseekV3Config())
 
 

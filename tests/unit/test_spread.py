@@ -16,7 +16,7 @@ from hfkv import KVCache, KVConfig, Window
 from hfkv.models.fingerprint import state_of
 from hfkv.models.parallel import Spread, agreed, own_layers, spread_of
 from hfkv.patches import graphs, prefill
-from hfkv.sharing.refusals.files import cache_file as files
+from hfkv.sharing.files import cache_file as files
 from tests.integration.parallel_scenarios import model_of
 from tests.tiny import greedy, llama, llama_config, prompt
 

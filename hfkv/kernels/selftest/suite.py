@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hfkv.codecs import CODECS
+from hfkv.kernels.cpu import int8_matmul
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
 from hfkv.kernels.latent_naive import latent_attention_naive
@@ -38,7 +39,7 @@ NEW_TOKENS = (1, 70)
 # Query heads on latents that are tested on a CPU, whose kernel only counts rows, heads times queries: fewer than 32 of
 # them and more. The twins of DeepSeek-V3's 128 heads take a minute.
 MOST_CPU_HEADS = 16
-INT8_MATMUL = Path(__file__).with_name("int8_matmul.py")
+INT8_MATMUL = Path(int8_matmul.__file__)
 INT8_SECONDS = 120
 
 
