@@ -51,7 +51,7 @@ def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str |
             attend(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims),
         )
         for kernel in kernels:
-            if not kernel.name.startswith("triton"):
+            if not kernel.reads_device_lengths:
                 return f"{name} has no kernel that reads lengths from the device ({kernel.name}: {kernel.reason})"
         if layer.window is not None and not layer.is_sliding:
             if Look(layer.held(), layer.span.padding.of(1)).has_more_than_tokens:

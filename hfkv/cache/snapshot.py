@@ -124,7 +124,7 @@ class HeldTokens:
     @property
     def is_slice(self) -> bool:
         """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and alive."""
-        return self.codec.name == "none" and self.store.reads_slices
+        return self.codec.is_lossless and self.store.reads_slices
 
     @property
     def is_latent(self) -> bool:
@@ -199,8 +199,8 @@ class HeldTokens:
 
     def _encoded(self, planes: tuple[torch.Tensor, ...]) -> tuple[Encoded, Encoded]:
         key, value = self.parts["key"], self.parts["value"]
-        keys = Encoded(self.codec.name, planes[key.planes], key.head_dim)
-        return keys, Encoded(self.codec.name, planes[value.planes], value.head_dim)
+        keys = Encoded(self.codec, planes[key.planes], key.head_dim)
+        return keys, Encoded(self.codec, planes[value.planes], value.head_dim)
 
     def _check_version(self) -> None:
         if self.version != self.store.version:

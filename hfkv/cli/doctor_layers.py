@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from hfkv.cache.kv_cache import KVCache
-    from hfkv.kernels.dispatch import Kernel
+    from hfkv.kernels.backend import Kernel
     from hfkv.kernels.selftest.inputs import Heads
     from hfkv.policy.config import KVConfig
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +18,20 @@ SCALE_DTYPE = torch.bfloat16
 _TOGETHER = 1 << 18
 
 
+class Affine(NamedTuple):
+    """Encoded rows as ``numbers · scale + low``, before a rotated row is rotated back.
+
+    Attributes:
+        numbers: int8, bfloat16 or float32 `[..., n, D]`.
+        scale: float32 `[..., n]`, or None for 1.
+        low: float32 `[..., n]`, or None for 0.
+    """
+
+    numbers: torch.Tensor
+    scale: torch.Tensor | None
+    low: torch.Tensor | None
+
+
 class Codec(ABC):
     """Writes `[B, H, T, D]` as planes `[B, H, T, d_i]` and reads them back.
 
@@ -25,12 +40,23 @@ class Codec(ABC):
     the codec and nothing is ever encoded twice.
 
     Attributes:
-        name: in a `KVConfig`.
-        plane_names: of the planes that `encode` returns, in their order.
+        name: the word for it in a `KVConfig`.
+        plane_names: names of the planes that `encode` returns, in their order.
+        is_lossless: whether what is decoded is what was encoded, bit for bit; its one plane is that itself.
+        numbers: the dtype that holds the numbers of `affine` exactly: int8 for small integers, bfloat16 for others.
+            None where there is no such form: kernels then attend to what `decode` gives.
+        is_rotated: whether `affine` gives rows as `hfkv.codecs.hadamard.rotate` has turned them. Queries are turned
+            likewise then, and what they attend to is turned back.
+        loss_percent: what it adds to the loss of the bundled model over its whole held-out text (docs/concepts.md), or
+            None where that was not measured.
     """
 
     name: str
     plane_names: tuple[str, ...]
+    is_lossless: bool = False
+    numbers: torch.dtype | None = None
+    is_rotated: bool = False
+    loss_percent: float | None = None
 
     @in_own_precision
     def encode(self, x: torch.Tensor) -> Planes:
@@ -63,6 +89,20 @@ class Codec(ABC):
     @abstractmethod
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """See `decode`."""
+
+    def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
+        """Planes as numbers that products of `dtype` take, where `numbers` says that there is such a form.
+
+        Args:
+            planes: `[..., n, d_i]`.
+            head_dim: D.
+            dtype: int8, or bfloat16 or float32, which hold the numbers of all codecs exactly. Where int8 does not hold
+                them, they come in float32.
+
+        Raises:
+            NotImplementedError: the codec has no such form.
+        """
+        raise NotImplementedError(f"the codec {self.name!r} has no affine form")
 
 
 def row_absmax(x: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.codecs.base import SCALE_DTYPE, Codec, Planes, scale_for
+from hfkv.codecs.base import SCALE_DTYPE, Affine, Codec, Planes, scale_for
 from hfkv.codecs.hadamard import rotate
 
 LEVELS = 15
+# The codes are 0 .. 15; about their centre, sums of them and of `low` nearly cancel no more.
+_CENTRE = 8
 
 
 class Int4(Codec):
@@ -20,6 +22,9 @@ class Int4(Codec):
 
     name = "int4"
     plane_names = ("codes", "scale_and_low")
+    numbers = torch.int8
+    is_rotated = True
+    loss_percent = 0.624
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
@@ -36,3 +41,18 @@ class Int4(Codec):
         scale, low = scale_and_low.float().chunk(2, dim=-1)
         q = torch.cat((packed & 0xF, packed >> 4), dim=-1)[..., :head_dim]
         return rotate(q.float() * scale + low).to(dtype)
+
+    def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
+        packed, scale_and_low = planes
+        scale, low = scale_and_low.float().unbind(-1)
+        return Affine(_unpacked(packed, head_dim).to(dtype), scale, low + _CENTRE * scale)
+
+
+def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Two nibbles a byte, less `_CENTRE`, as int8 `[..., head_dim]`: the low ones are the first half of the row."""
+    half = packed.shape[-1]
+    signed = (packed ^ 0x88).view(torch.int8)  # n ^ 8 is n - 8 in two's complement, where shifts extend its sign
+    numbers = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.int8)
+    torch.bitwise_left_shift(signed, 4, out=numbers[..., :half]).bitwise_right_shift_(4)
+    torch.bitwise_right_shift(signed, 4, out=numbers[..., half:])
+    return numbers[..., :head_dim]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.codecs.base import Codec, Planes, row_absmax, scale_for
+from hfkv.codecs.base import Affine, Codec, Planes, row_absmax, scale_for
 
 
 class Int8(Codec):
@@ -15,6 +15,8 @@ class Int8(Codec):
 
     name = "int8"
     plane_names = ("codes", "scale")
+    numbers = torch.int8
+    loss_percent = 0.005
 
     def _encode(self, x: torch.Tensor) -> Planes:
         scale = scale_for(row_absmax(x), 127)
@@ -24,3 +26,7 @@ class Int8(Codec):
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         q, scale = planes
         return (q.float() * scale.float()).to(dtype)
+
+    def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
+        codes, scale = planes
+        return Affine(codes.to(dtype), scale[..., 0].float(), None)

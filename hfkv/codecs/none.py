@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.codecs.base import Codec, Planes
+from hfkv.codecs.base import Affine, Codec, Planes
 
 
 class Plain(Codec):
@@ -12,6 +12,8 @@ class Plain(Codec):
 
     name = "none"
     plane_names = ("states",)
+    is_lossless = True
+    loss_percent = 0.0
 
     def encode(self, x: torch.Tensor) -> Planes:
         return self._encode(x)
@@ -24,3 +26,6 @@ class Plain(Codec):
 
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         return planes[0].to(dtype)
+
+    def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
+        return Affine(planes[0].to(dtype), None, None)

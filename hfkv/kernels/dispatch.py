@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
-from hfkv.kernels.cpu.decode import decode_attention
-from hfkv.kernels.cpu.expanded import expanded_attention
-from hfkv.kernels.cpu.flash import flash_attention
-from hfkv.kernels.cpu.int8_matmul import is_exact
-from hfkv.kernels.cpu.latent import latent_attention
-from hfkv.kernels.merge import Attended
-from hfkv.kernels.triton.support import unsupported, unsupported_latent
+from hfkv.codecs import CODECS
+from hfkv.kernels.backend import Asked, Backend, Kernel
+from hfkv.kernels.cpu.backend import CPUBackend
+from hfkv.kernels.many import MANY
+from hfkv.kernels.triton.backend import TritonBackend
 
-# From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
-# 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30). On GPUs a guess.
-MANY = 16
+# The first that serves a device and has a kernel is taken.
+BACKENDS: list[Backend] = [CPUBackend(), TritonBackend()]
 
 
-class Kernel(NamedTuple):
-    """A kernel, or none.
-
-    Attributes:
-        name: as `hfkv doctor` shows it.
-        reason: why this one.
-        run: called as `attention_naive` or `append_naive` are; None where torch's own operations do the work.
-    """
-
-    name: str
-    reason: str
-    run: Callable[..., Attended] | None
+def register_backend(backend: Backend) -> None:
+    """Asks `backend` before those that are there."""
+    BACKENDS.insert(0, backend)
+    forget_choices()
 
 
-class Append(NamedTuple):
-    """As `Kernel`, for `append`."""
-
-    name: str
-    reason: str
-    run: Callable[..., None] | None
+def forget_choices() -> None:
+    """Has everything chosen anew: backends, codecs or the processor are other ones."""
+    for chosen in (_attention_kernel, _latent_kernel, append_kernel, expanded_kernel):
+        chosen.cache_clear()
 
 
 def attention_kernel(
@@ -49,8 +34,8 @@ def attention_kernel(
     """The kernel by which queries attend to tokens.
 
     Args:
-        codec: of the tokens: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``.
-        dtype: of the queries.
+        codec: name of the tokens' codec.
+        dtype: dtype of the queries.
         device: where they are.
         num_queries: q, of each row.
         head_dims: Dk and Dv.
@@ -62,34 +47,7 @@ def attention_kernel(
 def _attention_kernel(
     codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, head_dims: tuple[int, int]
 ) -> Kernel:
-    if device.type == "cpu":
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return Kernel("decode + sdpa", f"no CPU kernel computes in {_name(dtype)}", None)
-        if codec == "none":
-            return Kernel(
-                "cpu flash", "plain tokens are read where they lie, once for all of a kv head", flash_attention
-            )
-        if num_queries >= MANY:
-            return Kernel(
-                "cpu flash", f"{MANY} queries or more: tokens are decoded a stretch at a time", flash_attention
-            )
-        if codec != "fp8" and not is_exact():
-            return Kernel("cpu flash", "this processor has no exact int8 product: tokens are decoded", flash_attention)
-        numbers = "float32 products of stretches" if codec == "fp8" else "int8 products read the tokens' own bytes"
-        return Kernel("cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention)
-    reason = unsupported(device, dtype, (codec,), head_dims)
-    if reason is not None:
-        return Kernel("decode + sdpa", reason, None)
-    if num_queries < MANY:
-        from hfkv.kernels.triton import decode as triton_decode
-
-        few = f"fewer than {MANY} queries: split over the tokens' own bytes"
-        return Kernel("triton decode", few, triton_decode.decode_attention)
-    from hfkv.kernels.triton import prefill as triton_prefill
-
-    return Kernel(
-        "triton prefill", f"{MANY} queries or more: tiles of the tokens' own bytes", triton_prefill.prefill_attention
-    )
+    return _first("attention", "decode + sdpa", codec, dtype, device, num_queries, head_dims)
 
 
 def latent_kernel(
@@ -98,8 +56,8 @@ def latent_kernel(
     """The kernel by which absorbed queries attend to latents; called as `latent_attention_naive` is.
 
     Args:
-        codec: of latents and rotary keys.
-        dtype: of the queries.
+        codec: name of the codec of latents and rotary keys.
+        dtype: dtype of the queries.
         device: where they are.
         num_queries: q, of each row; one kernel does any.
         widths: r and dr.
@@ -109,43 +67,29 @@ def latent_kernel(
 
 @functools.cache
 def _latent_kernel(codec: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, int]) -> Kernel:
-    if device.type == "cpu":
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return Kernel("decode + absorbed", f"no CPU kernel computes in {_name(dtype)}", None)
-        return Kernel("cpu latent", "absorbed queries read the latents' own bytes once for all heads", latent_attention)
-    reason = unsupported_latent(device, dtype, codec, *widths)
-    if reason is not None:
-        return Kernel("decode + absorbed", reason, None)
-    from hfkv.kernels.triton import latent as triton_latent
+    return _first("latent", "decode + absorbed", codec, dtype, device, 1, widths)
 
-    return Kernel(
-        "triton latent", "absorbed queries, split over the latents' own bytes", triton_latent.latent_attention
-    )
+
+@functools.cache
+def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> Kernel:
+    """The kernel by which new tokens are encoded and written."""
+    return _first("append", "torch", codec, dtype, device, 1, head_dims)
 
 
 @functools.cache
 def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
     """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
-    if device.type != "cpu":
-        return Kernel("expand + sdpa", "scaled_dot_product_attention is the faster flash attention there", None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return Kernel("expand + sdpa", f"no CPU kernel computes in {_name(dtype)}", None)
-    return Kernel("cpu expanded", "many queries: latents are expanded, a stretch at a time", expanded_attention)
+    found = [backend.expanded(dtype) for backend in BACKENDS if backend.serves(device)]
+    return next((kernel for kernel in found if kernel.run is not None), found[-1])
 
 
-@functools.cache
-def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> Append:
-    """The kernel by which new tokens are encoded and written."""
-    if device.type == "cpu":
-        return Append("torch", "a CPU encodes and writes with torch's own operations", None)
-    reason = unsupported(device, dtype, (codec,), head_dims)
-    # What is encoded is no tile of a product: rows may be as wide as latents.
-    if reason is not None and unsupported_latent(device, dtype, codec, *head_dims) is not None:
-        return Append("torch", reason, None)
-    from hfkv.kernels.triton import append as triton_append
-
-    return Append("triton append", "encoded and written in one pass", triton_append.append)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _first(
+    use: str, without: str, codec: str, dtype: torch.dtype, device: torch.device, num: int, head_dims: tuple[int, int]
+) -> Kernel:
+    """The first kernel that a backend has for a use, or none under the name `without` and the last one's reason."""
+    if codec not in CODECS:
+        return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
+    asked = Asked(CODECS[codec], dtype, device, num, head_dims)
+    found = [getattr(backend, use)(asked) for backend in BACKENDS if backend.serves(device)]
+    none = Kernel(without, f"no backend is for {device.type}", None)
+    return next((kernel for kernel in found if kernel.run is not None), found[-1] if found else none)

@@ -7,17 +7,19 @@ from typing import NamedTuple
 
 import torch
 
+from hfkv.codecs import Codec
+
 
 class Encoded(NamedTuple):
     """The keys or the values of a layer, as a codec wrote them.
 
     Attributes:
-        codec: ``"none"``, ``"int8"``, ``"int4"`` or ``"fp8"``; `hfkv.codecs` says what their planes are.
+        codec: what wrote them.
         planes: `[B, H, C, d_i]` or, in pages, `[N, H, P, d_i]`; the data first.
         head_dim: D of a decoded row.
     """
 
-    codec: str
+    codec: Codec
     planes: tuple[torch.Tensor, ...]
     head_dim: int
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.stores.layout import Layout
 
@@ -23,7 +22,7 @@ def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.floa
             for column, (low, high) in enumerate(layout.spans)
         ]
         planes.append(torch.cat(columns, dim=2).view(plane.dtype))
-    return CODECS[encoded.codec].decode(tuple(planes), encoded.head_dim, dtype)
+    return encoded.codec.decode(tuple(planes), encoded.head_dim, dtype)
 
 
 def visible_naive(visibility: Visibility, layout: Layout, num_queries: int, device: torch.device) -> torch.Tensor:
@@ -104,7 +103,7 @@ def append_naive(
     need: the last column with something held is filled up first, then the following pages from slot 0 on.
     """
     for new, encoded in ((new_keys, keys), (new_values, values)):
-        for tokens, plane in zip(CODECS[encoded.codec].encode(new), encoded.planes, strict=True):
+        for tokens, plane in zip(encoded.codec.encode(new), encoded.planes, strict=True):
             if layout.table is None:
                 end = layout.start + layout.length
                 plane[:, :, end : end + tokens.shape[2]] = tokens

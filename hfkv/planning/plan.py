@@ -13,7 +13,7 @@ from hfkv.measure.machine import free_bytes
 from hfkv.planning.asked import asked_footprints
 from hfkv.planning.fit import MOST_TOKENS, Fit, Planner, largest_that, most_context, resolve
 from hfkv.planning.footprint import Footprint
-from hfkv.planning.recommendation import LEAST_LOSSY, Recommendation, recommend
+from hfkv.planning.recommendation import Recommendation, least_lossy_codecs, recommend
 from hfkv.planning.speeds import Speeds
 from hfkv.planning.tokens import check_count, read_tokens
 from hfkv.planning.weights import Weights, loaded_weights, stacked_experts
@@ -223,7 +223,7 @@ def least_lossy(
     place = getattr(source, "device", None) if isinstance(source, torch.nn.Module) else None
     device = place if isinstance(place, torch.device) and place.type != "meta" else torch.device("cuda")
     planner = Planner.of(source, None, device)
-    footprints = {codec: planner.footprint(KVConfig(codec=codec)) for codec in LEAST_LOSSY}
+    footprints = {codec: planner.footprint(KVConfig(codec=codec)) for codec in least_lossy_codecs()}
     fitting = [codec for codec, footprint in footprints.items() if footprint.of(context, batch).peak <= num_bytes]
     if offload and "none" not in fitting:
         return _offloaded(planner, device, num_bytes)

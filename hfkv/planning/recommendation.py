@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hfkv.codecs import CODECS
 from hfkv.planning.footprint import Footprint
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 
-# By what they add to a model's loss, in per cent, over the whole held-out text of the bundled model: docs/concepts.md.
-LOSS_PERCENT = {"none": 0.0, "int8": 0.005, "fp8": 0.066, "int4": 0.624}
-LEAST_LOSSY = tuple(LOSS_PERCENT)
+
+def least_lossy_codecs() -> list[str]:
+    """The codecs by what they add to a model's loss; last those of which nobody knows."""
+    return sorted(CODECS, key=_loss)
+
+
+def _loss(codec: str) -> float:
+    percent = CODECS[codec].loss_percent
+    return math.inf if percent is None else percent
 
 
 @dataclass(frozen=True)
@@ -43,7 +51,7 @@ def recommend(
     """
     for kind in range(3):
         alike = [(name, footprint) for name, footprint in footprints.items() if _kind(footprint) == kind]
-        alike.sort(key=lambda item: LEAST_LOSSY.index(_coarsest(item[1].kv)))
+        alike.sort(key=lambda item: _loss(_coarsest(item[1].kv)))
         for precision in weights:
             for name, footprint in alike:
                 if holds(precision, footprint):
@@ -67,7 +75,7 @@ def _windows(kv: KVConfig) -> list[Window]:
 
 
 def _coarsest(kv: KVConfig) -> str:
-    return max((config.codec for config in _configs(kv)), key=LEAST_LOSSY.index)
+    return max((config.codec for config in _configs(kv)), key=_loss)
 
 
 def _costs(precision: str, footprint: Footprint) -> str:
@@ -77,8 +85,11 @@ def _costs(precision: str, footprint: Footprint) -> str:
         "int4": "linear layers in 4 bits",
     }
     found = [costs[precision]] if precision in costs else []
-    if codec != "none":
-        found.append(f"{LOSS_PERCENT[codec]:g} % more loss on the bundled model (docs/concepts.md)")
+    percent = CODECS[codec].loss_percent
+    if percent is None:
+        found.append(f"what {codec} adds to the loss was not measured")
+    elif percent:
+        found.append(f"{percent:g} % more loss on the bundled model (docs/concepts.md)")
     if footprint.is_offloaded:
         found.append("every step waits for keys and values to come over the bus")
     if _windows(footprint.kv):

@@ -51,7 +51,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
             object.__setattr__(self, "window", Window(self.window))
-        _check_choice("codec", self.codec, CODECS)
+        _check_choice("codec", self.codec, tuple(CODECS))
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")

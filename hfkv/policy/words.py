@@ -9,7 +9,8 @@ from hfkv.policy.reuse import Reuse
 from hfkv.policy.units import read_bytes, say_bytes
 from hfkv.policy.window import Window
 
-CODECS = ("none", "int8", "int4", "fp8")
+# The names of codecs; `hfkv.codecs.register_codec` adds to them.
+CODECS = ["none", "int8", "int4", "fp8"]
 STORES = ("auto", "contiguous", "paged")
 
 
@@ -118,7 +119,6 @@ _VALUED = {
     **_WINDOW_WORDS,
 }
 _WORDS = (
-    *CODECS,
     "window:SIZE",
     "window:dynamic",
     "contiguous",
@@ -152,5 +152,20 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return "offload", True
         if word == "reuse":
             return "reuse", Reuse()
-    allowed = (*_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
+    allowed = (*CODECS, *_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")
+
+
+def add_codec_word(name: str) -> None:
+    """Makes `name` a word for a codec.
+
+    Raises:
+        ValueError: it is no plain word, or means something else.
+    """
+    if name in CODECS:
+        return
+    taken = {*STORES, "offload", *_VALUED}
+    if not name.isidentifier() or name in taken:
+        others = ", ".join(sorted(taken))
+        raise ValueError(f"a codec cannot be called {name!r}: names are plain words, and not {others}")
+    CODECS.append(name)

@@ -29,7 +29,9 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
 def test_importing_hfkv_loads_nothing_heavy() -> None:
     loaded = run(f"import hfkv; hfkv.tiny_lm.PATH; {MODULES_AFTER}").stdout.split()
     assert "hfkv" in loaded
-    light = run(f"from hfkv.policy import words, window; import hfkv; hfkv.policy.units; {MODULES_AFTER}").stdout.split()
+    light = run(
+        f"from hfkv.policy import words, window; import hfkv; hfkv.policy.units; {MODULES_AFTER}"
+    ).stdout.split()
     assert "hfkv" in light
     assert "torch" not in light
     assert not {"torch", "transformers", "numpy", "rich"} & set(loaded)

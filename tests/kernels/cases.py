@@ -65,7 +65,7 @@ def case(
                 torch.manual_seed(seed)  # the same pages for every plane
                 layout, pages = _in_pages(plane, page_size, odd_spans)
                 placed.append(pages)
-        parts.append(Encoded(codec, tuple(placed), dim))
+        parts.append(Encoded(CODECS[codec], tuple(placed), dim))
     query = torch.randn(batch, kv_heads * groups, num_queries, head_dim, dtype=dtype) * 2
     logits = torch.randn(kv_heads * groups) if sink_logits else None
     scoring = Scoring(head_dim**-0.5, softcap, logits)

@@ -14,16 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hfkv.kernels import (
-    triton_append,
-    triton_experts,
-    triton_experts_combine,
-    triton_experts_slots,
-    triton_latent,
-    triton_merge,
-    triton_operator,
-)
+from hfkv.kernels.experts import triton as triton_experts
+from hfkv.kernels.experts import triton_combine as triton_experts_combine
+from hfkv.kernels.experts import triton_slots as triton_experts_slots
 from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.triton import append as triton_append
+from hfkv.kernels.triton import latent as triton_latent
+from hfkv.kernels.triton import merge as triton_merge
+from hfkv.kernels.triton import operator as triton_operator
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.prefill import prefill_attention
 from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device

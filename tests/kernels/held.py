@@ -22,7 +22,7 @@ def garbage(codec: str, shape: tuple[int, ...], dtype: torch.dtype, device: torc
         torch.full((*shape[:3], plane.shape[3] * plane.element_size()), 0xFF, dtype=torch.uint8).view(plane.dtype)
         for plane in sample
     ]
-    return Encoded(codec, tuple(plane.to(device) for plane in planes), shape[3])
+    return Encoded(CODECS[codec], tuple(plane.to(device) for plane in planes), shape[3])
 
 
 def contiguous(codec: str, tokens: torch.Tensor, start: int = 0, spare: int = 0) -> Encoded:

@@ -60,7 +60,7 @@ def expanded_naive(given: Case, expand: Callable[..., Any], dtype: torch.dtype) 
     latents, rotary = (read_naive(part, given.layout, dtype) for part in (given.keys, given.values))
     nope, value = expand(latents)
     key = torch.cat((nope, rotary.expand(-1, HEADS, -1, -1)), dim=-1)
-    parts = [Encoded("none", (states,), states.shape[3]) for states in (key, value)]
+    parts = [Encoded(CODECS["none"], (states,), states.shape[3]) for states in (key, value)]
     layout = Layout(given.layout.length)
     return attention_naive(given.query, *parts, layout, given.visibility, given.scoring, dtype)
 

@@ -33,7 +33,7 @@ def test_the_tail_beside_an_attention_sink_counts(codec: str, length: int, kv_he
     values[:, :, 0, 1] = 1
     query = torch.zeros(1, kv_heads * 4, 1, head_dim)
     query[..., 0] = 1
-    parts = [Encoded(codec, CODECS[codec].encode(states), head_dim) for states in (keys, values)]
+    parts = [Encoded(CODECS[codec], CODECS[codec].encode(states), head_dim) for states in (keys, values)]
     decoded = [CODECS[codec].decode(part.planes, head_dim, torch.float64) for part in parts]
     scores = (query.double()[:, ::4] @ decoded[0].transpose(2, 3)).softmax(-1)
     expected = (scores @ decoded[1]).repeat_interleave(4, dim=1)
@@ -51,7 +51,7 @@ def test_more_tokens_than_an_int32_sum_may_have() -> None:
 @EXACT
 def test_rows_near_the_limit_of_float16(codec: str) -> None:
     states = torch.full((1, 2, 40, 128), 6000.0 if codec == "int4" else 65_400.0, dtype=torch.float16)
-    part = Encoded(codec, CODECS[codec].encode(states), 128)
+    part = Encoded(CODECS[codec], CODECS[codec].encode(states), 128)
     query = torch.randn(1, 4, 32, 128, dtype=torch.float16) * 1e-3
     out, _ = flash_attention(query, part, part, Layout(40), Visibility(40, (0,)), Scoring(128**-0.5))
     assert out.isfinite().all() if codec == "int4" else not out.isnan().any()

@@ -163,7 +163,7 @@ def attended(codec: str, is_paged: bool, softcap: float | None = None) -> Attend
         ]
         columns = HELD // 500
         layout = Layout(HELD, table=torch.arange(2 * columns).view(2, columns), spans=((0, 500),) * columns)
-    keys, values = (Encoded(codec, of, HEAD_DIM) for of in planes)
+    keys, values = (Encoded(CODECS[codec], of, HEAD_DIM) for of in planes)
     run = cpu_flash.flash_attention if codec == "none" else cpu_decode.decode_attention
     return run(query, keys, values, layout, Visibility(HELD, pads), Scoring(HEAD_DIM**-0.5, softcap))
 
@@ -204,7 +204,7 @@ def test_latents_are_the_same_on_one_thread_and_on_two() -> None:
     generator = torch.Generator().manual_seed(0)
     latents, rotary = (torch.randn(1, 1, 20_000, width, generator=generator) for width in (128, 32))
     query = torch.randn(1, 16, 1, 160, generator=generator)
-    encoded = [Encoded("int8", CODECS["int8"].encode(part), part.shape[3]) for part in (latents, rotary)]
+    encoded = [Encoded(CODECS["int8"], CODECS["int8"].encode(part), part.shape[3]) for part in (latents, rotary)]
     found = []
     for threads in (2, 1):
         torch.set_num_threads(threads)

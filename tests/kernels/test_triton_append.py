@@ -140,7 +140,7 @@ def test_one_set_of_inputs_serves_every_step(device: torch.device) -> None:
 def test_planes_larger_than_32_bits_count(device: torch.device) -> None:
     plane = sparse((1, 1, 40_001, 64), (1, 1, 65_536, 1), device)
     scale = torch.zeros(1, 1, 40_001, 1, dtype=torch.bfloat16, device=device)
-    encoded = Encoded("int8", (plane, scale), 64)
+    encoded = Encoded(CODECS["int8"], (plane, scale), 64)
     new = torch.randn(1, 1, 1, 64, device=device)
     append(new, new, encoded, encoded, Layout(40_000))
     assert torch.equal(plane[:, :, 40_000:], CODECS["int8"].encode(new)[0])

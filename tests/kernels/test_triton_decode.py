@@ -212,9 +212,9 @@ def test_planes_larger_than_32_bits_count(is_paged: bool, device: torch.device) 
         scales = torch.empty(1, 1, 40_016, 1, dtype=torch.bfloat16, device=device)
         plane[:, :, 40_000:], scales[:, :, 40_000:] = data, scale
         layout = Layout(16, start=40_000)
-    far, query = Encoded("int8", (plane, scales), 64), rows(1, 1, 1, 64, dtype=SINGLE, device=device)
+    far, query = Encoded(CODECS["int8"], (plane, scales), 64), rows(1, 1, 1, 64, dtype=SINGLE, device=device)
     out, _ = decode_attention(query, far, far, layout, Visibility(16, (0,)), Scoring(0.125))
-    near = Encoded("int8", (data, scale), 64)
+    near = Encoded(CODECS["int8"], (data, scale), 64)
     expected, _ = attention_naive(query, near, near, Layout(16), Visibility(16, (0,)), Scoring(0.125))
     assert worst(out, expected.double()) < 1e-5
 
@@ -240,7 +240,7 @@ def test_what_cannot_be_is_refused(device: torch.device) -> None:
             decode_attention(*wrong)
     with pytest.raises(ValueError, match="at most 128"):
         decode_attention(query, k, k, layout, visibility, Scoring(1.0), num_splits=129)
-    strided = Encoded("int8", (k.planes[0].mT.contiguous().mT, k.planes[1]), 64)
+    strided = Encoded(CODECS["int8"], (k.planes[0].mT.contiguous().mT, k.planes[1]), 64)
     with pytest.raises(ValueError, match="side by side"):
         decode_attention(query, strided, k, layout, visibility, Scoring(1.0))
     inputs = DeviceInputs.allocate(layout, Visibility(8, (0,)), device)

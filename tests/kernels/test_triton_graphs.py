@@ -32,16 +32,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     if device.type == "cuda":
         return
     from hfkv.kernels import dispatch
+    from hfkv.kernels.backend import Kernel
     from hfkv.kernels.triton import append as triton_append
     from hfkv.kernels.triton import decode as triton_decode
     from hfkv.kernels.triton import latent as triton_latent
     from hfkv.patches import graphs
 
-    def append(*args: Any) -> dispatch.Append:
-        return dispatch.Append("triton append", "interpreted", triton_append.append)
+    def append(*args: Any) -> Kernel:
+        return Kernel("triton append", "interpreted", triton_append.append, reads_device_lengths=True)
 
     def for_one(choose: Any, run: Any) -> Any:
-        kernel = dispatch.Kernel("triton", "interpreted", run)
+        kernel = Kernel("triton", "interpreted", run, reads_device_lengths=True)
         return lambda *args: kernel if args[3] == 1 else choose(*args)
 
     attention = for_one(dispatch.attention_kernel, triton_decode.decode_attention)

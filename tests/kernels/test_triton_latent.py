@@ -166,7 +166,7 @@ def test_planes_larger_than_32_bits_count(device: torch.device) -> None:
         plane = sparse((40_001, 1, 16, part.head_dim), (65_536, 64, 64, 1), device)
         scales = torch.empty(40_001, 1, 16, 1, dtype=torch.bfloat16, device=device)
         plane[40_000], scales[40_000] = data[0], scale[0]
-        far.append(Encoded("int8", (plane, scales), part.head_dim))
+        far.append(Encoded(CODECS["int8"], (plane, scales), part.head_dim))
     query, visibility = rows(1, 1, 1, 80, dtype=SINGLE, device=device), Visibility(16, (0,))
     layout = Layout(16, table=torch.tensor([[40_000]]), spans=((0, 16),))
     out, _ = latent_attention(query, *far, layout, visibility, Scoring(0.125))

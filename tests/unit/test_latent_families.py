@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config
 import hfkv
 from hfkv.attention.device_step import step_reason
 from hfkv.attention.latent.projection import Widths
-from hfkv.kernels.dispatch import Append
+from hfkv.kernels.backend import Kernel
 from hfkv.models.latents import widths_of
 from hfkv.models.shapes import Heads
 from hfkv.patches.graphs import latent_reason
@@ -78,7 +78,7 @@ def test_a_step_is_captured_where_the_kernel_for_latents_is_a_triton_one(monkeyp
     model = NAMED["deepseek_v3"]().model
     cache = after_a_prompt(model)
     assert "(torch: a CPU encodes" in str(step_reason(cache, None, model.config))
-    appended = Append("triton append", "for a test", None)
+    appended = Kernel("triton append", "for a test", None, reads_device_lengths=True)
     monkeypatch.setattr("hfkv.attention.device_step.append_kernel", lambda *_: appended)
     assert "(cpu latent: " in str(step_reason(cache, None, model.config))
     asked: list[Any] = []

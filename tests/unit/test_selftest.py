@@ -10,8 +10,8 @@ import torch
 
 from hfkv.codecs import CODECS
 from hfkv.kernels import dispatch
+from hfkv.kernels.backend import Kernel
 from hfkv.kernels.cpu.int8_matmul import is_exact
-from hfkv.kernels.dispatch import Append, Kernel
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.merge import Attended
@@ -143,7 +143,7 @@ def test_where_there_is_no_kernel_the_reason_is_kept(monkeypatch: pytest.MonkeyP
 
 
 def append_with(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> list[Check]:
-    monkeypatch.setattr(selftest, "append_kernel", lambda *_: Append("broken", "for a test", kernel))
+    monkeypatch.setattr(selftest, "append_kernel", lambda *_: Kernel("broken", "for a test", kernel))
     return of(run(), "append")
 
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+from hfkv.codecs import Affine
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu.bf16_matmul import bf16_products
 from hfkv.kernels.cpu.int8_matmul import QUERY_DIGITS, WEIGHT_DIGITS, from_digits, int8_matmul, to_digits
-from hfkv.kernels.cpu.planes import Stretch, read_stretch, rotated_back
+from hfkv.kernels.cpu.planes import read_stretch, rotated_back
 from hfkv.kernels.cpu.threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
@@ -36,7 +37,7 @@ _FOR_TWO = 1 << 22
 def decode_attention(
     query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, scoring: Scoring
 ) -> Attended:
-    """Attention of few queries to int8, int4 or fp8 tokens, a stretch at a time (Flash-Decoding).
+    """Attention of few queries to encoded tokens, a stretch at a time (Flash-Decoding).
 
     Queries and weights become fixed-point numbers of 21 and 28 bits, so that int8 products with exact sums do the
     work; the scales of keys go into the scores, those of values into the weights. A token is read once for all queries
@@ -44,7 +45,7 @@ def decode_attention(
 
     Args:
         query: `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
-        keys, values: encoded by int8, int4 or fp8.
+        keys, values: encoded by a codec with an affine form.
         layout: where the held tokens are.
         visibility: which of them each query sees.
         scoring: what becomes of scores.
@@ -56,7 +57,7 @@ def decode_attention(
     batch, num_heads, num_queries, _ = query.shape
     kv_heads = keys.planes[0].shape[1]
     folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
-    if keys.codec == "int4":
+    if keys.codec.is_rotated:
         folded = rotate_states(folded)
     decode = Decode((keys,), values, layout, visibility, scoring, num_queries, num_heads)
     return rotated_back(decode.all_rows((folded,)), values.codec, query.dtype)
@@ -69,7 +70,7 @@ class Decode:
     Attributes:
         keys: parts of the keys, as many as there are of queries; scores are their sum.
         values: None where the first part of the keys are the values too.
-        dtype: what products take: int8 (digits of numbers; float32 of fp8), bfloat16 or float32.
+        dtype: what products take: int8 (digits of integers; float32 of other numbers), bfloat16 or float32.
     """
 
     keys: tuple[Encoded, ...]
@@ -91,7 +92,7 @@ class Decode:
         # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
-        digits = self.dtype == torch.int8 and self.keys[0].codec != "fp8"
+        digits = self.dtype == torch.int8 and self.keys[0].codec.numbers == torch.int8
         queries = [[_Query.of(part[rows].flatten(0, 1), digits) for part in query] for rows in groups]
         spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
         parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
@@ -111,8 +112,9 @@ class Decode:
         length = _SCORES // (count * num_rows)
         if self.dtype != torch.bfloat16:
             length = min(length, _LONG)
-        if keys.codec != "int8" or self.dtype != torch.int8 or self.layout.is_paged:
-            width = 4 if keys.codec == "fp8" else self.dtype.itemsize
+        is_read_where_it_lies = keys.planes[0].dtype == self.dtype == torch.int8 and not self.layout.is_paged
+        if not is_read_where_it_lies:
+            width = 4 if keys.codec.numbers == torch.bfloat16 else self.dtype.itemsize
             at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
             length = min(length, at_most // (count * keys.head_dim * width))
         length = max(length, _MIN_STRETCH)
@@ -170,7 +172,7 @@ class _Query(NamedTuple):
         return cls(states, *(to_digits(states, QUERY_DIGITS) if has_digits else (None, None)))
 
 
-def _scores(query: _Query, keys: Stretch) -> torch.Tensor:
+def _scores(query: _Query, keys: Affine) -> torch.Tensor:
     """float32 `[N, R, n]`."""
     if query.digits is not None and query.scale is not None:
         scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
@@ -183,7 +185,7 @@ def _scores(query: _Query, keys: Stretch) -> torch.Tensor:
     return scores if keys.low is None else scores.addcmul_(query.states.sum(-1, keepdim=True), keys.low[:, None])
 
 
-def _output(weights: torch.Tensor, values: Stretch) -> torch.Tensor:
+def _output(weights: torch.Tensor, values: Affine) -> torch.Tensor:
     """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
     scaled = weights if values.scale is None else weights * values.scale[:, None]
     if values.numbers.dtype == torch.int8:

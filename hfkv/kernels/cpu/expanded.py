@@ -134,6 +134,6 @@ class _Expanded:
 
     def _decoded(self, encoded: Encoded, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
         """`[rows, 1, n, D]` of `dtype`."""
-        if encoded.codec != "int4":
+        if not encoded.codec.is_rotated:
             return decode_stretch(encoded, self.layout, self.rows, begin, end, dtype)
         return rotate_states(decode_stretch(encoded, self.layout, self.rows, begin, end, torch.float32)).to(dtype)

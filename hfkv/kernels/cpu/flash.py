@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hfkv.codecs import Codec
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu.planes import decode_stretch, rotated_back
@@ -33,12 +34,12 @@ def flash_attention(
     mask is made but for what a stretch shows to a tile of queries, and no more than `STRETCH` tokens are decoded at
     any time. Plain tokens in contiguous planes are read where they lie.
 
-    Args and returns: those of `decode_attention`, and the codec none.
+    Args and returns: those of `decode_attention`, and a codec that loses nothing or has no affine form.
     """
     num_queries = query.shape[2]
     attended = nothing(query, values.head_dim)
     firsts = first_seen(visibility, layout)
-    is_read = keys.codec == "none" and not layout.is_paged
+    is_read = keys.codec.is_lossless and not layout.is_paged
     at_most = len(firsts) if is_read else STRETCH // MIN_STRETCH
     near = SHORT if num_queries == 1 or layout.length <= SHORT else 0
     dtype = _compute_dtype(query.dtype, keys.codec, num_queries)
@@ -46,7 +47,7 @@ def flash_attention(
         length = max(layout.length, 1) if is_read else max(STRETCH // (rows.stop - rows.start), MIN_STRETCH)
         for tile in tiles(visibility, layout, scoring, rows, min(firsts[rows]), num_queries):
             its_query = query[rows, :, tile.queries]
-            if keys.codec == "int4":
+            if keys.codec.is_rotated:
                 its_query = rotate_states(its_query.float())
             its_query = its_query.to(dtype)
 
@@ -65,9 +66,9 @@ def flash_attention(
     return Attended(out.to(query.dtype), lse)
 
 
-def _compute_dtype(dtype: torch.dtype, codec: str, num_queries: int) -> torch.dtype:
+def _compute_dtype(dtype: torch.dtype, codec: Codec, num_queries: int) -> torch.dtype:
     """What decoded tokens are attended to in, for queries in `dtype`."""
-    if codec == "none":
+    if codec.is_lossless:
         return dtype
     # A rotated row, or one whose scale was rounded up, may be beyond float16; and in bfloat16 what was decoded would
     # be rounded once more, which for few queries saves nothing.

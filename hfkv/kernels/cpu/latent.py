@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.codecs import Codec
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu import bf16_matmul, int8_matmul
@@ -46,16 +47,17 @@ def latent_attention(
     parts = query.flatten(1, 2)[:, None].split([latents.head_dim, rotary.head_dim], dim=-1)  # [B, 1, Hq · q, ...]
     if dtype != torch.bfloat16:
         parts = tuple(part.float() * scoring.scale for part in parts)
-    if latents.codec == "int4":
+    if latents.codec.is_rotated:
         parts = tuple(rotate_states(part) for part in parts)
     decode = Decode((latents, rotary), None, layout, visibility, scoring, query.shape[2], query.shape[1], dtype)
     return rotated_back(decode.all_rows(parts), latents.codec, query.dtype)
 
 
-def _dtype(of_query: torch.dtype, codec: str, num_rows: int) -> torch.dtype:
+def _dtype(of_query: torch.dtype, codec: Codec, num_rows: int) -> torch.dtype:
     """What products take."""
-    # A query that is rotated for int4 is no bfloat16 any more.
-    holds = codec in ("none", "fp8") or (codec == "int8" and num_rows >= _MANY)
+    has_integers = codec.numbers == torch.int8
+    # A query that is rotated is no bfloat16 any more.
+    holds = not codec.is_rotated and (not has_integers or num_rows >= _MANY)
     if holds and of_query == torch.bfloat16 and bf16_matmul.is_exact():
         return torch.bfloat16
-    return torch.int8 if codec in ("int8", "int4") and int8_matmul.is_exact() else torch.float32
+    return torch.int8 if has_integers and int8_matmul.is_exact() else torch.float32

@@ -82,7 +82,7 @@ def random_arguments(
     parts = []
     for dim in heads[:2]:
         planes = CODECS[codec].encode(randn((batch, heads.num_kv_heads, NUM_TOKENS, dim), device, dtype, generator))
-        parts.append(Encoded(codec, tuple(_placed(plane, layout) for plane in planes), dim))
+        parts.append(Encoded(CODECS[codec], tuple(_placed(plane, layout) for plane in planes), dim))
     query = randn((batch, num_heads, num_queries, heads.query_dim), device, dtype, generator) * 2
     logits = randn((num_heads,), device, dtype, generator) if setting.has_sink_logits else None
     scoring = Scoring(heads.query_dim**-0.5, setting.softcap, logits)
@@ -144,7 +144,7 @@ def room(codec: str, new: torch.Tensor, layout: Layout) -> Encoded:
     blocks, slots = (batch, layout.start + layout.length + count + 2) if layout.table is None else (0, PAGE_SIZE)
     blocks = blocks if layout.table is None else layout.table.numel()
     planes = CODECS[codec].encode(new)
-    return Encoded(codec, tuple(_poisoned((blocks, heads, slots, p.shape[3]), p) for p in planes), head_dim)
+    return Encoded(CODECS[codec], tuple(_poisoned((blocks, heads, slots, p.shape[3]), p) for p in planes), head_dim)
 
 
 def _poisoned(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -271,6 +271,6 @@ def append(
         raise ValueError(f"{count} new tokens, with room for {room}")
     inputs = device_inputs(layout, None, new_keys.device) if inputs is None else inputs
     torch.ops.hfkv.append(
-        *(new_keys, new_values, list(keys.planes), list(values.planes), keys.codec, values.codec),
+        *(new_keys, new_values, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name),
         *(inputs.meta, inputs.columns, layout.is_paged),
     )

@@ -127,8 +127,8 @@ def latent_attention(
     Raises:
         ValueError: shapes or codecs that do not belong together, or a scoring that kernels do not do.
     """
-    if latents.codec != rotary.codec:
-        raise ValueError(f"latents in {latents.codec} do not go with rotary keys in {rotary.codec}")
+    if latents.codec is not rotary.codec:
+        raise ValueError(f"latents in {latents.codec.name} do not go with rotary keys in {rotary.codec.name}")
     shapes = [tuple(part.planes[0].shape[:3]) for part in (latents, rotary)]
     if shapes[0] != shapes[1] or shapes[0][1] != 1:
         raise ValueError(f"latents {shapes[0]} and rotary keys {shapes[1]} are not one kv head in the same rows")
@@ -138,7 +138,7 @@ def latent_attention(
         query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits
     )
     out, lse = torch.ops.hfkv.latent_attention(
-        *(query, list(latents.planes), list(rotary.planes), latents.codec, latents.head_dim),
+        *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim),
         *(inputs.meta, inputs.columns, inputs.bounds, inputs.mask),
         *(scoring.sink_logits, scoring.scale, scoring.softcap, capacity, num_splits),
     )

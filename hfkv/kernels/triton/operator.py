@@ -177,7 +177,7 @@ def attend(
         query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits
     )
     out, lse = torch.ops.hfkv.attention(
-        *(query, list(keys.planes), list(values.planes), keys.codec, values.codec, values.head_dim),
+        *(query, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name, values.head_dim),
         *(inputs.meta, inputs.columns, inputs.bounds, inputs.mask),
         *(scoring.sink_logits, scoring.scale, scoring.softcap, capacity, num_splits, is_prefill),
     )

@@ -1,0 +1,51 @@
+"""The Triton kernels, and what each takes."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.kernels.backend import Asked, Backend, Kernel
+from hfkv.kernels.many import MANY
+from hfkv.kernels.triton.support import unsupported, unsupported_latent
+
+
+class TritonBackend(Backend):
+    """Attention on NVIDIA GPUs. Its kernels are imported when one is asked for: Triton may not be there."""
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type != "cpu"
+
+    def attention(self, asked: Asked) -> Kernel:
+        reason = unsupported(asked.device, asked.dtype, (asked.codec.name,), asked.head_dims)
+        if reason is not None:
+            return Kernel("decode + sdpa", reason, None)
+        if asked.num_queries < MANY:
+            from hfkv.kernels.triton.decode import decode_attention
+
+            few = f"fewer than {MANY} queries: split over the tokens' own bytes"
+            return Kernel("triton decode", few, decode_attention, reads_device_lengths=True)
+        from hfkv.kernels.triton.prefill import prefill_attention
+
+        many = f"{MANY} queries or more: tiles of the tokens' own bytes"
+        return Kernel("triton prefill", many, prefill_attention, reads_device_lengths=True)
+
+    def latent(self, asked: Asked) -> Kernel:
+        reason = unsupported_latent(asked.device, asked.dtype, asked.codec.name, *asked.head_dims)
+        if reason is not None:
+            return Kernel("decode + absorbed", reason, None)
+        from hfkv.kernels.triton.latent import latent_attention
+
+        split = "absorbed queries, split over the latents' own bytes"
+        return Kernel("triton latent", split, latent_attention, reads_device_lengths=True)
+
+    def expanded(self, dtype: torch.dtype) -> Kernel:
+        return Kernel("expand + sdpa", "scaled_dot_product_attention is the faster flash attention there", None)
+
+    def append(self, asked: Asked) -> Kernel:
+        reason = unsupported(asked.device, asked.dtype, (asked.codec.name,), asked.head_dims)
+        # What is encoded is no tile of a product: rows may be as wide as latents.
+        if reason is not None and unsupported_latent(asked.device, asked.dtype, asked.codec.name, *asked.head_dims):
+            return Kernel("torch", reason, None)
+        from hfkv.kernels.triton.append import append
+
+        return Kernel("triton append", "encoded and written in one pass", append, reads_device_lengths=True)
