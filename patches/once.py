@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import cache_utils
 
-from hfkv.cache.factory import OURS
 from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.models.fingerprint import ModelState
 from hfkv.models.parallel import agreed
 from hfkv.patches.handle import Patch
@@ -53,7 +53,7 @@ def one_of_each(
 
 def _repeats(layer: Any) -> bool:
     """Whether a cache layer is known to repeat its rows: a model's own kind may hold more than it says."""
-    return isinstance(layer, OURS) or type(layer).__module__ == cache_utils.__name__
+    return isinstance(layer, CacheLayer) or type(layer).__module__ == cache_utils.__name__
 
 
 class Trial:

@@ -12,7 +12,7 @@ import torch
 from hfkv.attention.window_blocks import Look
 from hfkv.attention.windowed import visibility_of
 from hfkv.cache.kv_cache import KVCache
-from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.snapshot import Captured
 from hfkv.kernels.device_inputs import DeviceInputs
@@ -35,16 +35,12 @@ def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str |
     """
     for index, layer in enumerate(cache.layers):
         name = f"layer {index}"
-        if not isinstance(layer, KVLayer):
+        if not isinstance(layer, CacheLayer):
             return f"{name} is a {type(layer).__name__}"
-        if isinstance(layer, IndexedLayer):
-            return f"{name} picks tokens by an index, whose keys are not written where the device says"
-        if not layer.is_initialized:
-            return f"{name} has seen nothing yet"
-        if layer.kv.offload:
-            return f"{name} is offloaded"
-        if layer.record_past:
-            return f"{name} records its past for an assistant"
+        refusal = layer.graph_refusal()
+        if refusal is not None:
+            return f"{name} {refusal}"
+        (layer,) = layer.leaves
         attend = attention_kernel if widths_of(config, index) is None else latent_kernel
         kernels = (
             append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims),

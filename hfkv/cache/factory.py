@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.head_groups import SplitLayer
 from hfkv.cache.layers.indexed import IndexedLayer
 from hfkv.cache.layers.layer import KVLayer
@@ -19,8 +20,6 @@ from hfkv.models.probe import cross_attention_layers, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
-
-OURS = (KVLayer, SplitLayer)
 
 
 def build_layers(
@@ -36,7 +35,7 @@ def build_layers(
     if rotary is None and kv.needs_rotary:
         rotary = _probe(config_or_model)
     layers = [
-        layer if index in cross else _replace(layer, index, kv.for_layer(index), rotary or {}, config)
+        layer if index in cross else _replace(Place(layer, index, kv.for_layer(index), config, rotary or {}))
         for index, layer in enumerate(stock)
     ]
     _check_layers(layers, kv, config.model_type)
@@ -47,7 +46,7 @@ def build_layers(
 
 
 def _check_layers(layers: list[Any], kv: KVConfig, model_type: str) -> None:
-    ours = [layer for layer in layers if isinstance(layer, OURS)]
+    ours = [layer for layer in layers if isinstance(layer, CacheLayer)]
     if not ours:
         kinds = sorted({type(layer).__name__ for layer in layers})
         raise ValueError(
@@ -70,20 +69,20 @@ def _check_layers(layers: list[Any], kv: KVConfig, model_type: str) -> None:
 
 
 def _check_windows(layers: list[Any], kv: KVConfig, model_type: str) -> None:
-    ours = [layer for layer in layers if isinstance(layer, OURS)]
+    ours = [layer for layer in layers if isinstance(layer, CacheLayer)]
     window = kv.window
     kept = {*window.global_layers, *window.global_heads} if isinstance(window, Window) else set()
     for index in kept:
         layer = layers[index]
-        if not isinstance(layer, OURS) or layer.is_sliding or kv.names_layer(index):
+        if not isinstance(layer, CacheLayer) or layer.is_sliding or kv.names_layer(index):
             raise ValueError(
                 f"Window.global_layers or global_heads names layer {index}, which the window is not for: it slides "
                 "by itself, stays transformers' own, or has a config of its own in KVConfig.layers"
             )
     for index, layer in enumerate(layers):
-        if not isinstance(layer, KVLayer) or not layer.is_sliding:
+        if not isinstance(layer, CacheLayer) or not layer.is_sliding:
             continue
-        slides = f"it slides over {layer.sliding} tokens already"
+        slides = f"it slides over {layer.leaves[0].sliding} tokens already"
         if kv.names_layer(index) and kv.for_layer(index).window is not None:
             raise ValueError(f"KVConfig.layers gives layer {index} a window, but {slides}")
     if window is not None and not any(layer.window and not layer.is_sliding for layer in ours):
@@ -149,25 +148,71 @@ def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-def _replace(layer: Any, index: int, kv: KVConfig, known: Mapping[int, Rotary | None], config: PreTrainedConfig) -> Any:
-    """A layer of ours in place of one of transformers', where `is_replaced`; any other as it is."""
-    if not is_replaced(layer, config):
-        return layer
-    if type(layer) is DynamicIndexedLayer:
-        if kv.window is not None:
-            raise ValueError(
-                f"layer {index} picks the tokens it attends to by an index over all of them, which a window would let "
-                "go of; leave the window out"
-            )
-        return IndexedLayer(kv)
-    if type(layer) is DynamicSlidingWindowLayer:
-        return KVLayer(kv, sliding=layer.sliding_window)
-    window = kv.window
-    if isinstance(window, Window) and index in window.global_layers:
-        return KVLayer(replace(kv, window=None))
-    if isinstance(window, Window) and window.needs_rotary and index not in known:
+@dataclass(frozen=True)
+class Place:
+    """What a layer is built for.
+
+    Attributes:
+        stock: transformers' layer, in whose place it goes.
+        index: which layer of the model it is.
+        kv: its policies.
+        config: the config of the text decoder.
+        rotary: how the model rotates keys, by layer, as far as that was found out.
+    """
+
+    stock: Any
+    index: int
+    kv: KVConfig
+    config: PreTrainedConfig
+    rotary: Mapping[int, Rotary | None]
+
+
+def _indexed(place: Place) -> CacheLayer | None:
+    if type(place.stock) is not DynamicIndexedLayer:
+        return None
+    if place.kv.window is not None:
+        raise ValueError(
+            f"layer {place.index} picks the tokens it attends to by an index over all of them, which a window would "
+            "let go of; leave the window out"
+        )
+    return IndexedLayer(place.kv)
+
+
+def _sliding(place: Place) -> CacheLayer | None:
+    if type(place.stock) is not DynamicSlidingWindowLayer:
+        return None
+    return KVLayer(place.kv, sliding=place.stock.sliding_window)
+
+
+def _windowed(place: Place) -> CacheLayer | None:
+    window, index = place.kv.window, place.index
+    if not isinstance(window, Window):
+        return None
+    if index in window.global_layers:
+        return KVLayer(replace(place.kv, window=None))
+    if window.needs_rotary and index not in place.rotary:
         raise ValueError(f"`rotary` says nothing of layer {index}; leave it out, or give all that probe_rotary returns")
-    rotary = known.get(index)
-    if isinstance(window, Window) and index in window.global_heads:
-        return SplitLayer(kv, window.global_heads[index], rotary)
-    return KVLayer(kv, rotary=rotary)
+    rotary = place.rotary.get(index)
+    if index in window.global_heads:
+        return SplitLayer(place.kv, window.global_heads[index], rotary)
+    return KVLayer(place.kv, rotary=rotary)
+
+
+def _whole(place: Place) -> CacheLayer | None:
+    return KVLayer(place.kv, rotary=place.rotary.get(place.index))
+
+
+# The first that gives a layer is taken.
+BUILDERS: list[Callable[[Place], CacheLayer | None]] = [_indexed, _sliding, _windowed, _whole]
+
+
+def register_layer(build: Callable[[Place], CacheLayer | None]) -> None:
+    """Asks `build` before the others for every layer in whose place one of ours goes; None leaves it to them."""
+    BUILDERS.insert(0, build)
+
+
+def _replace(place: Place) -> Any:
+    """A layer of ours in place of one of transformers', where `is_replaced`; any other as it is."""
+    if not is_replaced(place.stock, place.config):
+        return place.stock
+    return next(layer for layer in (build(place) for build in BUILDERS) if layer is not None)

@@ -10,8 +10,8 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
-from hfkv.cache.factory import OURS, build_layers, decoder_config
-from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.factory import build_layers, decoder_config
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.memory import CacheMemory, PlaneMemory
 from hfkv.cache.record import TokenRecord, what_failed
@@ -67,16 +67,14 @@ class KVCache(DynamicCache):
         self.offload = self._share_offload()
 
     @property
-    def kv_layers(self) -> list[KVLayer | SplitLayer]:
+    def kv_layers(self) -> list[CacheLayer]:
         """The layers that are ours."""
-        return [layer for layer in self.layers if isinstance(layer, OURS)]
+        return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
 
     @property
     def leaves(self) -> list[KVLayer]:
         """The layers that are ours, those split by heads in their parts."""
-        return [
-            leaf for layer in self.kv_layers for leaf in (layer.parts if isinstance(layer, SplitLayer) else (layer,))
-        ]
+        return [leaf for layer in self.kv_layers for leaf in layer.leaves]
 
     def _share_offload(self, budget: Budget | None = None) -> Offload | None:
         """Gives the offloaded layers one budget, and buffers in common; None where there are none."""
@@ -108,7 +106,7 @@ class KVCache(DynamicCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
             layer = self.layers[layer_idx]
-            parts = layer.parts if isinstance(layer, SplitLayer) else (layer,)
+            parts = layer.leaves if isinstance(layer, CacheLayer) else (layer,)
             is_whole = self.take_back(min(part.get_seq_length() for part in parts))
             if not is_whole:
                 self.record.broken = what_failed(error)
@@ -214,13 +212,15 @@ class KVCache(DynamicCache):
         if n < 1:
             raise ValueError(f"cache.fork takes a number of copies of at least 1, got {n}")
         forked = copy.copy(self)
-        forked.layers = [layer.fork(n) if isinstance(layer, OURS) else copy.deepcopy(layer) for layer in self.layers]
+        forked.layers = [
+            layer.fork(n) if isinstance(layer, CacheLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
         forked.record = self.record.copy()
         forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
         if n > 1:
             forked.record.choose(repeated, n)
             for layer in forked.layers:
-                if not isinstance(layer, OURS):
+                if not isinstance(layer, CacheLayer):
                     _choose(layer, "batch_repeat_interleave", repeated, n)
         return forked
 
@@ -279,7 +279,7 @@ class KVCache(DynamicCache):
 
     def _own_tensors(self) -> Iterator[torch.Tensor]:
         """Of the layers that are transformers' own."""
-        others = (layer for layer in self.layers if not isinstance(layer, OURS))
+        others = (layer for layer in self.layers if not isinstance(layer, CacheLayer))
         return (tensor for layer in others for _, tensor in own_tensors(layer))
 
     def _own_bytes(self) -> int:

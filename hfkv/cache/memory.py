@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from hfkv.cache.layers.head_groups import SplitLayer
-from hfkv.cache.layers.indexed import IndexedLayer
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.measure.allocated import own_tensors
 from hfkv.policy.ports import port
@@ -138,16 +137,16 @@ def _sum(rows: Iterable[PlaneMemory]) -> Bytes:
 
 
 def _rows(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:
-    if isinstance(layer, SplitLayer):
-        for heads, part in zip(layer.heads, layer.parts, strict=True):
-            yield from _of_layer(index, part, heads)
-    elif isinstance(layer, KVLayer):
-        yield from _of_layer(index, layer)
-    else:
+    if not isinstance(layer, CacheLayer):
         yield from _of_own(index, layer, seen)
+        return
+    for heads, leaf in zip(layer.leaf_heads, layer.leaves, strict=True):
+        yield from _of_leaf(index, leaf, heads)
+    for _, device, allocated, held in layer.index_memory():
+        yield PlaneMemory(index, "state", "indexer keys", device, allocated, held)
 
 
-def _of_layer(index: int, layer: KVLayer, heads: tuple[int, ...] = ()) -> Iterator[PlaneMemory]:
+def _of_leaf(index: int, layer: KVLayer, heads: tuple[int, ...]) -> Iterator[PlaneMemory]:
     if not layer.is_initialized:
         return
     names = layer.codec.plane_names
@@ -155,8 +154,6 @@ def _of_layer(index: int, layer: KVLayer, heads: tuple[int, ...] = ()) -> Iterat
         part, number = divmod(plane, len(names))
         if allocated:  # an offloaded plane may have nothing on one of its two devices
             yield PlaneMemory(index, ("key", "value")[part], names[number], device, allocated, held, heads)
-    for _, device, allocated, held in layer.index_memory() if isinstance(layer, IndexedLayer) else ():
-        yield PlaneMemory(index, "state", "indexer keys", device, allocated, held)
 
 
 def _of_own(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:

@@ -195,20 +195,15 @@ class _Layer:
 
     def group(self) -> Group:
         """What the layer keeps, and what reads and writes it."""
-        from hfkv.cache.factory import OURS
-        from hfkv.cache.layers.head_groups import SplitLayer
-        from hfkv.cache.layers.indexed import IndexedLayer
+        from hfkv.cache.layers.base import CacheLayer
 
-        if not isinstance(self.layer, OURS):
+        if not isinstance(self.layer, CacheLayer):
             return Group(f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())])
         kv = self.layer.kv
         cache = str(replace(kv, window=None) if self.layer.is_sliding else kv)
         if self.layer.is_sliding:
             cache += f", model's own window: {self.layer.sliding}"
-        if isinstance(self.layer, SplitLayer):
-            cache += f", all of kv heads {', '.join(map(str, self.layer.global_heads))}"
-        if isinstance(self.layer, IndexedLayer):
-            cache += ", keys of its indexer"
+        cache = ", ".join((cache, *self.layer.extras))
         heads = heads_of(self.config, self.index, self.layer.is_sliding)
         return Group(cache, heads, [*self._reads(heads), self._append(heads)])
 
@@ -224,8 +219,6 @@ class _Layer:
         return self.layer.window is not None and not self.layer.is_sliding
 
     def _reads(self, heads: Heads) -> list[Use]:
-        from hfkv.cache.layers.head_groups import SplitLayer
-
         uses = []
         for name, num_queries in (("decode", 1), ("prefill", MANY_QUERIES)):
             kernel, why = self._attention(heads, num_queries)
@@ -241,7 +234,7 @@ class _Layer:
             # What `windowed_attention` does.
             by_torch = "sdpa" if num_queries == 1 else "torch blocks"
             lie = "plain tokens on a CPU are attended to where they lie, without a kernel"
-            if isinstance(self.layer, SplitLayer):
+            if not self.layer.shows_tensors:
                 uses.append(Use(name, by_torch, f"heads hold different tokens, and {lie}"))
                 continue
             uses.append(Use(name, kernel, why))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
 from hfkv.cache.kv_cache import KVCache
-from hfkv.cache.layers.head_groups import SplitLayer
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.layers.span import Span
 from hfkv.planning.geometry import Geometry, States
@@ -128,7 +128,7 @@ class Footprint:
     def _parts(self, tokens: int, batch: int) -> tuple[Bytes, Bytes]:
         """What stays on the device by itself, and what is offloaded."""
         stores = [self._store_of(kind) for kind in self._kinds]
-        rounds = any(isinstance(store, PagedStore) and store.bound is not None for store in stores)
+        rounds = any(store.is_paged and store.bound is not None for store in stores)
         rows = min(batch, ROWS_TOGETHER) if rounds else 1
         if (tokens, rows) not in self._known:
             own = rows * (self.geometry.own_row_bytes + tokens * self.geometry.own_token_bytes)
@@ -175,8 +175,7 @@ class Footprint:
     def _page_bytes(self, kind: _Kind) -> int:
         """Bytes of a row's page, which is on the device while it is filled."""
         store = self._store_of(kind)
-        assert isinstance(store, PagedStore)
-        return store.page_size * sum(token_bytes(plane) for plane in _planes(kind, 1, 1))
+        return cast("PagedStore", store).page_size * sum(token_bytes(plane) for plane in _planes(kind, 1, 1))
 
     def _fill(self, kind: _Kind, tokens: int, rows: int) -> Bytes:
         """What one layer's store takes, step by step as `KVLayer` fills it."""
@@ -236,14 +235,11 @@ class Footprint:
         return Bytes(sum(plane.nbytes for plane in store.planes), peak, store.held_bytes())
 
 
-def _kinds(layer: KVLayer | SplitLayer, states: States) -> list[_Kind]:
-    if not isinstance(layer, SplitLayer):
-        return [_Kind(replace(layer.kv, device_budget=None), layer.sliding, states)]
-    kept = len(layer.global_heads)
-    heads = (kept, states.key_heads - kept)
+def _kinds(layer: CacheLayer, states: States) -> list[_Kind]:
+    counts = zip(layer.count_heads(states.key_heads), layer.count_heads(states.value_heads), strict=True)
     return [
-        _Kind(part.kv, None, states._replace(key_heads=count, value_heads=count))
-        for part, count in zip(layer.parts, heads, strict=True)
+        _Kind(replace(leaf.kv, device_budget=None), leaf.sliding, states._replace(key_heads=keys, value_heads=values))
+        for leaf, (keys, values) in zip(layer.leaves, counts, strict=True)
     ]
 
 

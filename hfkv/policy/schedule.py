@@ -6,23 +6,28 @@ import threading
 from array import array
 from collections.abc import Callable
 
-# (last number of tokens seen, size): all below 1,024 tokens seen, 2,048 below 8,192, then 4,096.
-_EVERYTHING = 1 << 62
-DYNAMIC = ((1023, _EVERYTHING), (8191, 2048), (_EVERYTHING, 4096))
+from hfkv.policy.rules import RULES
+from hfkv.policy.rules.dynamic import EVERYTHING
 
 
 class Schedule:
     """The lower bound ``L(t) = max over t' <= t of (t' + 1 - size(t' + 1))``: below it keys are gone for good.
 
     Args:
-        size: the most tokens a query sees; None only under ``"dynamic"``.
-        sizes: ``"dynamic"``, a callable from tokens seen to size, or None for `size` alone.
+        size: the most tokens a query sees; None only under a named rule.
+        sizes: a rule's name, a callable from tokens seen to size, or None for `size` alone.
     """
 
     def __init__(self, size: int | None, sizes: str | Callable[[int], int] | None) -> None:
-        self._cap = _EVERYTHING if size is None else size
+        rule = RULES[sizes] if isinstance(sizes, str) else None
+        steps: tuple[tuple[int, int], ...] = ((EVERYTHING, EVERYTHING if size is None else size),)
         self._callable = sizes if callable(sizes) else None
-        steps = DYNAMIC if sizes == "dynamic" else ((_EVERYTHING, self._cap),)
+        if rule is not None and rule.steps is not None:
+            steps = rule.steps
+        elif rule is not None:
+            self._callable = rule.size
+            size = rule.most if size is None else min(size, rule.most)
+        self._cap = EVERYTHING if size is None else size
         firsts = (1, *(last + 1 for last, _ in steps))
         self._steps = tuple(
             (first, last, min(size, self._cap)) for first, (last, size) in zip(firsts, steps, strict=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from hfkv.policy.rules import RULES
 from hfkv.policy.schedule import Schedule
 
 SINK_POSITIONS = ("absolute", "cache")
@@ -23,13 +24,14 @@ class Window:
 
     Args:
         size: how many of the newest tokens a query sees, itself included; at least 1. It limits what a
-            `schedule` says, and may be None under ``"dynamic"``.
+            `schedule` says, and may be None under a named one.
         sinks: how many of the first tokens stay for good; at least 0.
         sink_positions: the distance a query sees to the sinks. ``"absolute"``: the true one, which grows with the
             text. ``"cache"``: as if the tokens between them and the window had never been, so no distance
             exceeds ``sinks + size`` (needs a model with rotary positions).
-        schedule: None; ``"dynamic"``: everything below 1,024 tokens seen, 2,048 below 8,192, then 4,096; or a
-            callable from the number of tokens seen to a size. What a window has let go of stays gone when it grows.
+        schedule: None; the name of a rule (`hfkv.policy.rules`), such as ``"dynamic"``: everything below 1,024 tokens
+            seen, 2,048 below 8,192, then 4,096; or a callable from the number of tokens seen to a size. What a window
+            has let go of stays gone when it grows.
         global_layers: layers that keep everything.
         global_heads: kv heads that keep everything, by layer, while the others of the layer slide.
         summary: None, or ``"mean"``: of each page of tokens that leaves the window one key and value stay, the
@@ -68,10 +70,10 @@ class Window:
         defaults = (Window.summary_pages, Window.summary_page_size)
         if self.summary is None and (self.summary_pages, self.summary_page_size) != defaults:
             raise ValueError('Window.summary_pages and summary_page_size go with summary="mean"')
-        if not (self.schedule in (None, "dynamic") or callable(self.schedule)):
+        if not (self.schedule is None or self.schedule in tuple(RULES) or callable(self.schedule)):
+            names = ", ".join(f'"{name}"' for name in RULES)
             raise ValueError(
-                f'Window.schedule must be None, "dynamic" or a callable from tokens seen to a size, got '
-                f"{self.schedule!r}"
+                f"Window.schedule must be None, {names} or a callable from tokens seen to a size, got {self.schedule!r}"
             )
         object.__setattr__(self, "global_layers", _indices("global_layers", self.global_layers))
         if not isinstance(self.global_heads, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hfkv.policy.reuse import Reuse
+from hfkv.policy.rules import RULES
 from hfkv.policy.units import read_bytes, say_bytes
 from hfkv.policy.window import Window
 
@@ -32,9 +33,9 @@ def read_words(text: str) -> dict[str, Any]:
     of_window = {name: given.pop(name) for name in _WINDOW_WORDS if name in given}
     if "window" in given:
         window = given["window"]
-        size = {"schedule": "dynamic"} if window == "dynamic" else {"size": window}
-        if "size" in of_window and window != "dynamic":
-            raise ValueError(f"{text!r} gives the window's size twice; size:SIZE goes with window:dynamic")
+        size = {"schedule": window} if window in RULES else {"size": window}
+        if "size" in of_window and window not in RULES:
+            raise ValueError(f"{text!r} gives the window's size twice; size:SIZE goes with window:{next(iter(RULES))}")
         given["window"] = Window(**size, **of_window)
     elif of_window:
         name = next(iter(of_window))
@@ -60,7 +61,7 @@ def _window_words(window: Window) -> list[str]:
     if window.schedule is None:
         words = [f"window:{window.size}"]
     else:
-        name = window.schedule if window.schedule == "dynamic" else getattr(window.schedule, "__name__", "schedule")
+        name = window.schedule if isinstance(window.schedule, str) else getattr(window.schedule, "__name__", "schedule")
         words = [f"window:{name}"] + ([f"size:{window.size}"] if window.size is not None else [])
     words.append(f"sinks:{window.sinks}")
     if window.sink_positions != "absolute":
@@ -95,7 +96,7 @@ def _heads(text: str) -> dict[int, tuple[int, ...]]:
 
 
 def _size(text: str) -> int | str:
-    return text if text == "dynamic" else int(text)
+    return text if text in RULES else int(text)
 
 
 # word -> how its value is read, and what it looks like
@@ -112,7 +113,7 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 _A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
 _VALUED = {
-    "window": (_size, 'a whole number, or "dynamic"'),
+    "window": (_size, ""),  # see _looks
     "page_size": _NUMBER,
     "device_budget": (lambda text: read_bytes("device_budget", text), _A_SIZE),
     "reuse": (Reuse, _A_SIZE),
@@ -120,7 +121,6 @@ _VALUED = {
 }
 _WORDS = (
     "window:SIZE",
-    "window:dynamic",
     "contiguous",
     "paged",
     "page_size:TOKENS",
@@ -131,10 +131,15 @@ _WORDS = (
 )
 
 
+def _looks(name: str) -> str:
+    """What the value of a word looks like."""
+    return ", or ".join(("a whole number", *(f'"{rule}"' for rule in RULES))) if name == "window" else _VALUED[name][1]
+
+
 def _read_word(word: str, text: str) -> tuple[str, Any]:
     name, colon, value = word.partition(":")
     if name in _VALUED and word != "reuse":
-        read, looks = _VALUED[name]
+        read, looks = _VALUED[name][0], _looks(name)
         if not colon:
             raise ValueError(
                 f"{text!r}: {word} takes {looks}: {word}:64, say" if read is int else f"{text!r}: {word} takes {looks}"
@@ -152,7 +157,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return "offload", True
         if word == "reuse":
             return "reuse", Reuse()
-    allowed = (*CODECS, *_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
+    allowed = (*CODECS, *(f"window:{rule}" for rule in RULES), *_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hfkv.cache.kv_cache import KVCache
-from hfkv.cache.layers.indexed import IndexedLayer
 from hfkv.models.probe import growing_rope_type
 
 
@@ -17,8 +16,9 @@ def sharing_refusal(config: Any, cache: KVCache) -> str | None:
     others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
     if others:
         return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
-    if any(isinstance(layer, IndexedLayer) for layer in cache.kv_layers):
-        return f"{name} picks tokens by an index, whose keys are not shared"
+    refusal = next(filter(None, (layer.sharing_refusal for layer in cache.kv_layers)), None)
+    if refusal is not None:
+        return f"{name} {refusal}"
     changing = growing_rope_type(config.get_text_config(decoder=True))
     if changing is not None:
         return f"the {changing} rotary scaling of {name} changes with the length of the text"

@@ -80,6 +80,16 @@ class Store(ABC):
         """Where what is held grows: the compute device, or the host where most of it is kept there."""
         return self.device
 
+    # Whether copies of a row share pages, and whether some of it lies in another memory than where it is computed with.
+    is_paged = False
+    is_offloaded = False
+
+    def expect_copies(self, copies: int, tokens: int) -> None:  # noqa: B027 - most stores have no use for it
+        """Says that every row will be copied so many times when it holds `tokens`, so that one allocation is enough."""
+
+    def move(self, place: Any) -> None:  # noqa: B027 - what is not offloaded has no buffers
+        """Uses the buffers of another cache from here on, where it is offloaded: this one is a fork's."""
+
     @property
     def reads_slices(self) -> bool:
         """Whether `read` returns slices of the planes themselves: free, and not contiguous."""

@@ -29,6 +29,8 @@ class PagedStore(Store):
         page_size: P, in tokens.
     """
 
+    is_paged = True
+
     def __init__(self, page_size: int, *, bound: int | None = None) -> None:
         self.pages = Pages()
         self.table: list[list[int]] = []  # [B][column] -> page

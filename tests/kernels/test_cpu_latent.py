@@ -212,7 +212,7 @@ def test_one_token_takes_nearly_all_the_weight() -> None:
 @pytest.mark.parametrize("num_queries", [1, 40])
 def test_a_processor_without_exact_products(codec: str, num_queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("bf16_matmul", "int8_matmul"):
-        monkeypatch.setattr(f"hfkv.kernels.{module}.is_exact", lambda: False)
+        monkeypatch.setattr(f"hfkv.kernels.cpu.{module}.is_exact", lambda: False)
     check(latent_case(codec, "absorbed", num_queries=num_queries, dtype=torch.bfloat16), "absorbed")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import hfkv
+from tests.kernels.interpreted import Interpreted
 from tests.kernels.tape import Tape
 from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED
@@ -27,34 +29,21 @@ KINDS = [
 
 
 @pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def graphs(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> Iterator[None]:
     """On a GPU the real thing; on a CPU the real kernels, interpreted, and a tape in place of a graph."""
     if device.type == "cuda":
+        yield
         return
     from hfkv.kernels import dispatch
-    from hfkv.kernels.backend import Kernel
-    from hfkv.kernels.triton import append as triton_append
-    from hfkv.kernels.triton import decode as triton_decode
-    from hfkv.kernels.triton import latent as triton_latent
     from hfkv.patches import graphs
 
-    def append(*args: Any) -> Kernel:
-        return Kernel("triton append", "interpreted", triton_append.append, reads_device_lengths=True)
-
-    def for_one(choose: Any, run: Any) -> Any:
-        kernel = Kernel("triton", "interpreted", run, reads_device_lengths=True)
-        return lambda *args: kernel if args[3] == 1 else choose(*args)
-
-    attention = for_one(dispatch.attention_kernel, triton_decode.decode_attention)
-    latent = for_one(dispatch.latent_kernel, triton_latent.latent_attention)
-    for module in ("hfkv.cache.layers.layer", "hfkv.attention.device_step"):
-        monkeypatch.setattr(f"{module}.append_kernel", append)
-    for module in ("hfkv.cache.snapshot", "hfkv.attention.device_step"):
-        monkeypatch.setattr(f"{module}.attention_kernel", attention)
-    for module in ("hfkv.attention.latent.snapshot", "hfkv.attention.device_step"):
-        monkeypatch.setattr(f"{module}.latent_kernel", latent)
+    monkeypatch.setattr(dispatch, "BACKENDS", [Interpreted(), *dispatch.BACKENDS])
+    dispatch.forget_choices()
     monkeypatch.setattr(graphs, "make_graph", Tape)
     monkeypatch.setattr(graphs, "DEVICE_TYPES", {"cpu"})
+    yield
+    monkeypatch.undo()
+    dispatch.forget_choices()
 
 
 @pytest.fixture

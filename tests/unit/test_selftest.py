@@ -61,7 +61,7 @@ def nudged(out: float = 0.0, lse: float = 0.0, **settings: Any) -> Any:
 
     def kernel(query, keys, values, layout, visibility, scoring) -> Attended:
         result, sums = attention_naive(query, keys, values, layout, visibility, scoring, dtype=query.dtype)
-        asked = {**vars(visibility), **vars(scoring), "is_paged": layout.is_paged, "codec": keys.codec}
+        asked = {**vars(visibility), **vars(scoring), "is_paged": layout.is_paged, "codec": keys.codec.name}
         if all(asked[name] == value for name, value in settings.items()):
             result, sums = result + out, sums + lse
         return Attended(result, sums)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.snapshot import Part, PartShape
 from hfkv.cache.view import KVView, make_views
@@ -82,7 +82,7 @@ class SplitTokens:
         raise RuntimeError(_NO_TENSOR)
 
 
-class SplitLayer(CacheLayerMixin):
+class SplitLayer(CacheLayer):
     """Two `KVLayer`s that share the kv heads of one layer.
 
     Args:
@@ -91,9 +91,7 @@ class SplitLayer(CacheLayerMixin):
         rotary: see `KVLayer`.
     """
 
-    is_compileable = False
-    is_croppable = True
-    is_sliding = False
+    shows_tensors = False
 
     def __init__(self, kv: KVConfig, global_heads: Sequence[int], rotary: Rotary | None = None) -> None:
         super().__init__()
@@ -102,6 +100,24 @@ class SplitLayer(CacheLayerMixin):
         self.window: Window | None = kv.window  # type: ignore[assignment]
         self.parts = (KVLayer(replace(kv, window=None)), KVLayer(kv, rotary=rotary))
         self.heads: tuple[tuple[int, ...], tuple[int, ...]] = (self.global_heads, ())
+
+    @property
+    def leaves(self) -> tuple[KVLayer, ...]:
+        return self.parts
+
+    @property
+    def leaf_heads(self) -> tuple[tuple[int, ...], ...]:
+        return self.heads
+
+    def count_heads(self, total: int) -> Sequence[int]:
+        return len(self.global_heads), total - len(self.global_heads)
+
+    @property
+    def extras(self) -> list[str]:
+        return [f"all of kv heads {', '.join(map(str, self.global_heads))}"]
+
+    def graph_refusal(self) -> str | None:
+        return "holds different tokens for different heads"
 
     def __repr__(self) -> str:
         return f"SplitLayer({self.kv}, global_heads={self.global_heads})"
@@ -211,8 +227,6 @@ class SplitLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """See `KVLayer.activate_past_recording`."""
         self._each(KVLayer.activate_past_recording)
-
-    is_assigned = False
 
     def expect_copies(self, copies: int, tokens: int) -> None:
         """See `KVLayer.expect_copies`."""

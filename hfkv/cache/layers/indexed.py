@@ -48,6 +48,17 @@ class IndexedLayer(KVLayer):
         super()._hold(store, rows)
         self._index = None if self._index is None else self._index.fork(rows)
 
+    @property
+    def extras(self) -> list[str]:
+        return ["keys of its indexer"]
+
+    @property
+    def sharing_refusal(self) -> str | None:
+        return "picks tokens by an index, whose keys are not shared"
+
+    def graph_refusal(self) -> str | None:
+        return "picks tokens by an index, whose keys are not written where the device says"
+
     def index_memory(self) -> list[Any]:
         """Where the bytes of the indexer's keys are; see `Store.memory`."""
         return [] if self._index is None else self._index.memory()

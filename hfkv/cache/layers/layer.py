@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from hfkv.cache.layers.assignment import Assignable, Assignment
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.rows import Rows
 from hfkv.cache.layers.span import Span
@@ -20,11 +20,11 @@ from hfkv.kernels.dispatch import append_kernel
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
-from hfkv.stores import OffloadedStore, Store
+from hfkv.stores import Store
 from hfkv.stores.layout import Layout
 
 
-class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
+class KVLayer(Assignable, Rows, Stored, CacheLayer):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -33,9 +33,6 @@ class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
             layer only lets go of what they hide. It takes the place of `kv.window`.
         rotary: how the model rotates this layer's keys by their position, for windows that need to know.
     """
-
-    is_compileable = False
-    is_croppable = True
 
     def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:
         super().__init__()
@@ -119,7 +116,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
             self._tracked = True
         new = key_states.detach(), value_states.detach()
         kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
-        if kernel is None or isinstance(self.store, OffloadedStore) or not self.store.planes:
+        if kernel is None or self.store.is_offloaded or not self.store.planes:
             self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
             return
         with self.store.lock:
@@ -148,6 +145,17 @@ class KVLayer(Assignable, Rows, Stored, CacheLayerMixin):
             )
         self._parts["key"].check("key", key_states, self._batch, self.device)
         self._parts["value"].check("value", value_states, self._batch, self.device)
+
+    @property
+    def leaves(self) -> tuple[KVLayer, ...]:
+        return (self,)
+
+    def graph_refusal(self) -> str | None:
+        if not self.is_initialized:
+            return "has seen nothing yet"
+        if self.kv.offload:
+            return "is offloaded"
+        return "records its past for an assistant" if self.record_past else None
 
     @property
     def batch(self) -> int:

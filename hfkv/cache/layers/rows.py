@@ -12,7 +12,7 @@ from hfkv.cache.layers.span import Span
 from hfkv.cache.selection import reordered, repeated, selected
 from hfkv.cache.snapshot import Captured
 from hfkv.policy.config import KVConfig
-from hfkv.stores import PagedStore, Store, copy_rows
+from hfkv.stores import Store, copy_rows
 
 
 class Rows:
@@ -71,7 +71,7 @@ class Rows:
         """Repeats every row `repeats` times; ``store="auto"`` goes over to pages."""
         if self._store is None:
             return
-        if self.kv.store != "auto" or isinstance(self._store, PagedStore):
+        if self.kv.store != "auto" or self._store.is_paged:
             self._select(repeated(repeats, self._batch))
         else:
             rows = repeated(repeats, self._batch)

@@ -6,7 +6,7 @@ import torch
 
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
-from hfkv.stores import Budget, Offload, OffloadedStore, PagedStore, Place, Store, make_store
+from hfkv.stores import Budget, Offload, Place, Store, make_store
 
 
 class Stored:
@@ -38,7 +38,7 @@ class Stored:
     def offload_to(self, place: Place) -> None:
         """Shares a budget and staging buffers with the other layers of a cache."""
         self.offloaded = place
-        if isinstance(self._store, OffloadedStore):
+        if self._store is not None:
             self._store.move(place)
 
     def reserve(self, tokens: int) -> None:
@@ -61,7 +61,6 @@ class Stored:
         if self.kv.offload and self.offloaded is None:
             self.offloaded = Offload(Budget(None, [self.bound])).place(0)
         store = make_store(self._store_kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
-        if isinstance(store, PagedStore):
-            store.expect_copies(*self._copies)
+        store.expect_copies(*self._copies)
         store.reserve(self._reserved + self._num_slots)
         return store

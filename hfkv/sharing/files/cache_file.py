@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, cache_utils
 
-from hfkv.cache.kv_cache import OURS, KVCache
+from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.models.fingerprint import ModelState, fingerprint_difference, state_of
@@ -103,7 +104,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
 def _check_complete(cache: KVCache, model: Any) -> None:
     """Raises unless all that the cache holds for `model` is known, and is ours."""
     dummy = getattr(cache_utils, "DummyLayer", KVLayer)
-    others = [layer for layer in cache.layers if not isinstance(layer, (*OURS, dummy))]
+    others = [layer for layer in cache.layers if not isinstance(layer, (CacheLayer, dummy))]
     if others:
         kinds = ", ".join(sorted({type(layer).__name__ for layer in others}))
         raise ValueError(
@@ -225,8 +226,8 @@ def _contents(
 
 def _leaves(cache: KVCache) -> list[tuple[int, KVLayer]]:
     """The leaves of a cache, each with the index of its layer."""
-    ours = [(index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, OURS)]
-    return [(i, leaf) for i, layer in ours for leaf in ((layer,) if isinstance(layer, KVLayer) else layer.parts)]
+    ours = ((index, layer) for index, layer in enumerate(cache.layers) if isinstance(layer, CacheLayer))
+    return [(index, leaf) for index, layer in ours for leaf in layer.leaves]
 
 
 def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:

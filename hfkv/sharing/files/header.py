@@ -163,7 +163,7 @@ def _window_to_json(window: Window) -> dict[str, Any]:
     if callable(window.schedule):
         raise ValueError(
             "Window.schedule is a callable of your own, which no file can hold; save caches whose windows have a fixed "
-            'size or schedule="dynamic"'
+            'size or a rule by name (schedule="dynamic")'
         )
     heads = [[layer, list(of_layer)] for layer, of_layer in window.global_heads.items()]
     values = {item.name: getattr(window, item.name) for item in fields(Window)}

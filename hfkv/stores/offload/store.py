@@ -52,6 +52,8 @@ class OffloadedStore(PagedStore):
         bound: see `Store`.
     """
 
+    is_offloaded = True
+
     def __init__(self, page_size: int, place: Place, *, bound: int | None = None) -> None:
         super().__init__(page_size, bound=bound)
         self.place = place
