@@ -60,7 +60,7 @@ def test_the_longest_chain_of_rooms() -> None:
 
 
 def test_the_documentation_shows_the_house_as_it_is() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
+    page = (ROOT / "docs" / "understand" / "architecture.md").read_text()
     assert architecture.drawing() in page, "run `python -m tests.architecture` and put what it prints into the page"
 
 

@@ -110,7 +110,7 @@ class ExpertsQuantizer(HfQuantizer):
                 if meta:
                     raise ValueError(
                         f"{name}.{parameter} of this checkpoint is put away by a device_map ({', '.join(meta)}); load "
-                        "all experts on a device, or keep them in a file: docs/expert-offload.md"
+                        "all experts on a device, or keep them in a file: docs/use/expert-offload.md"
                     )
                 missing = [plane for plane, tensor in planes.items() if not _is_read(tensor)]
                 if missing:

@@ -13,7 +13,7 @@ from hfkv.policy.window import Window
 
 
 def least_lossy_codecs() -> list[str]:
-    """The codecs by what they add to a model's loss; last those of which nobody knows."""
+    """The codecs by what they add to a model's loss; last those not measured."""
     return sorted(CODECS, key=_loss)
 
 
@@ -89,7 +89,7 @@ def _costs(precision: str, footprint: Footprint) -> str:
     if percent is None:
         found.append(f"what {codec} adds to the loss was not measured")
     elif percent:
-        found.append(f"{percent:g} % more loss on the bundled model (docs/concepts.md)")
+        found.append(f"{percent:g} % more loss on the bundled model (docs/understand/concepts.md)")
     if footprint.is_offloaded:
         found.append("every step waits for keys and values to come over the bus")
     if _windows(footprint.kv):
