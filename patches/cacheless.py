@@ -15,7 +15,7 @@ _CACHE = "past_key_values"
 
 
 def cacheless_reason(model: PreTrainedModel) -> str | None:
-    """Why an empty cache given to `model` is not what it makes itself where it is given none, or None where it is.
+    """Why an empty cache is not what `model` makes itself where it is given none; None where it is.
 
     RecurrentGemma, for one, clears the states in its modules only where it makes the cache.
     """

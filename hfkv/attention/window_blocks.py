@@ -31,7 +31,7 @@ class Look:
     Args:
         held: the layer's tokens; without a window they are all there.
         pads: pad tokens of each row.
-        tracked: its keys and values decoded, where autograd follows them; else they are decoded as they are needed.
+        tracked: the keys and values of `held` decoded, where autograd follows them; else they are decoded when needed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Look:
 
     @property
     def has_more_than_tokens(self) -> bool:
-        """Whether sinks are looked at in another way than the newest tokens, or there are summaries."""
+        """Whether sinks are looked at differently from the newest tokens, or there are summaries."""
         return self.is_turned or (self.window is not None and self.window.summary is not None)
 
     @functools.cached_property
@@ -102,10 +102,10 @@ class Look:
         return [self._together(query, t, bounds, end)]
 
     def beside(self, query: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, list[Segment]]:
-        """What stands beside the newest tokens where a kernel takes those: sinks and summaries.
+        """What is attended to besides the newest tokens, where a kernel takes those: sinks and summaries.
 
         Returns:
-            From which of the newest tokens on each query sees them, int64 `[B or 1, q]`, and the other segments.
+            The first of the newest tokens that each query sees, int64 `[B or 1, q]`, and the other segments.
         """
         t = torch.arange(begin, end, device=self.device)
         bounds = newest = self.lower_bounds(begin, end)
@@ -129,7 +129,7 @@ class Look:
         return Placed(self.segment(query, *self.read(0, count), visible), positions)
 
     def _apart(self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, oldest: int, end: int) -> list[Placed]:
-        """Sinks, summaries and the newest tokens from `oldest` on, each on their own."""
+        """Sinks, summaries and the newest tokens from `oldest` on, each a segment of its own."""
         shift = self.num_slots - self.held.held_from
         positions = torch.arange(oldest, end, device=self.device)[None]
         visible = self._visible(positions, t, bounds)
@@ -233,7 +233,7 @@ class Look:
         return self.starts + bounds
 
     def _asked(self, begin: int, end: int) -> torch.Tensor:
-        """L of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
+        """L(t) of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
         assert self.window is not None
         by_pad = {pad: [self.window.lower_bound(t - pad) for t in range(begin, end)] for pad in set(self.pads)}
         return torch.tensor([by_pad[pad] for pad in self.pads], device=self.device)

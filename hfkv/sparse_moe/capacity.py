@@ -1,4 +1,4 @@
-"""Experts that take so many tokens and no more."""
+"""The capacity of experts: how many tokens each takes, and which find room."""
 
 from __future__ import annotations
 
