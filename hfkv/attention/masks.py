@@ -142,7 +142,7 @@ def hfkv_mask(
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-        allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, **kwargs: as `sdpa_mask` takes them.
+        allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, **kwargs: the arguments of `sdpa_mask`.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     is_newest = isinstance(q_offset, int) and q_offset + q_length == kv_length

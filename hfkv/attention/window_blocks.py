@@ -14,7 +14,7 @@ from hfkv.cache.snapshot import HeldTokens, Part
 from hfkv.cache.summary import page_means, sinks_in_pages, take
 
 MIN_BLOCK, MAX_BLOCK = 64, 512  # queries
-FEW_MORE = 128  # keys nobody sees, cheaper to mask than to leave out
+FEW_MORE = 128  # keys no query sees, cheaper to mask than to leave out
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Look:
         return placed
 
     def _visible_pages(self, pages: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """Which summaries each query sees, `[B, q, N]`: the newest of pages wholly below its lower bound."""
+        """Marks the summaries each query sees, `[B, q, N]`: the newest of pages wholly below its lower bound."""
         assert self.window is not None
         size = self.window.summary_page_size
         gone = ((bounds - self.starts) // size)[..., None]  # [B, q, 1]
@@ -239,7 +239,7 @@ class Look:
         return torch.tensor([by_pad[pad] for pad in self.pads], device=self.device)
 
     def _visible(self, positions: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """The rule, bool `[B or 1, q, n]`; a pad token, which nobody listens to, sees itself."""
+        """The rule, bool `[B or 1, q, n]`; a pad token, which nothing attends to, sees itself."""
         j, t = positions[:, None], t[:, None]
         is_sink = j < (self.starts + self.sinks)[..., None]
         real = (j >= self.starts[..., None]) & (j <= t) & ((j >= bounds[..., None]) | is_sink)

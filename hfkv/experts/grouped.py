@@ -39,7 +39,7 @@ def run_grouped(
     out = _linear(down, hidden, slots, rows_are_slots=True)
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
-    # Slots of no expert here hold zeros, but for what a gate or a norm makes of them; their weights are zero too.
+    # Slots of no expert here hold zeros, except what a gate or a norm makes of them; their weights are zero too.
     return combine(out, top_k_weights, hidden_states.dtype)
 
 

@@ -10,7 +10,7 @@ import torch
 from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix
 from hfkv.kernels.experts.codes import Codes
 
-# Numbers of each expert that stand for all of them where somebody asks whether weights changed.
+# Numbers of each expert that stand for all of them where it is asked whether weights changed.
 _SAMPLES = 8
 
 

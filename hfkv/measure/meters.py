@@ -42,7 +42,7 @@ class Meter(ABC):
         self.peak = max(self.peak, now)
         if mark is not None and self._mark_before is not None:
             if mark < self._mark_before:
-                # Somebody has set it back since: it says nothing of what was before.
+                # It has been reset since: it says nothing of what was before.
                 self._mark_before, self.is_exact = None, False
             elif mark > self._mark_before:
                 # The system's mark has risen since the beginning: that was the most there has been since.

@@ -1,4 +1,4 @@
-"""Which configs have layers that cache latents, and of what widths."""
+"""Latents: the configs whose layers cache them, and their widths."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
         raise ValueError(f"{config.model_type!r}: {reason}; {_REMEDY}")
     limit = getattr(config, "max_position_embeddings", None) or max(_POSITIONS) + 1
     positions = torch.tensor([position for position in _POSITIONS if position < limit])
-    # What is found must be ordinary tensors, whoever asks.
+    # What is found must be ordinary tensors, in every mode of the caller's.
     with torch.inference_mode(False), torch.no_grad():
         layers = _layers_at(positions, decoder, config)
         frequencies = list(_frequencies(decoder))

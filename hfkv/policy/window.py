@@ -1,4 +1,4 @@
-"""Which tokens stay: a sliding window with attention sinks, in integers only."""
+"""`Window`: the tokens that stay under a sliding window with attention sinks; integers only."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ class PrefixPool:
         return True
 
     def _room(self, keys: Sequence[bytes], count: int) -> list[int]:
-        """Up to `count` free pages, for pages that continue the known ones among `keys`: those stay."""
+        """Frees up to `count` pages, for pages that continue the known ones among `keys`: those stay."""
         most = self.budget // self._page_bytes
         if self._capacity is not None:
             most = min(most, self._capacity)

@@ -230,7 +230,7 @@ def load_experts(
     Args:
         model: a model of the same architecture, left as it is; its own experts may be on meta.
         folder: the folder of the files.
-        num_slots: that many slots a layer, for offloaded experts; None puts all on the module's device.
+        num_slots: slots a layer, which makes the experts offloaded; None puts all on the module's device.
         eviction, trace: the policy and the trace of offloaded experts.
 
     Returns:

@@ -165,7 +165,7 @@ class Encoder:
     """Writes one matrix after the other in a codec.
 
     Args:
-        codec, shape, dtype: those of the source that the planes are for.
+        codec, shape, dtype: the source's own, for which the planes are.
         device: the device that computes the planes.
         has_cpu_order: see `ExpertSource`.
     """
