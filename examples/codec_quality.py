@@ -2,7 +2,7 @@
 
     python examples/codec_quality.py [--dtype bfloat16] [--num-bytes 168758] [--trials 100]
 
-Prints the table of docs/tiny-lm.md.
+Prints the table of docs/understand/tiny-lm.md.
 """
 
 import copy

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 2 examples/data_parallel.py [PROMPTS] [--out FILE]
 
 PROMPTS is a text file with a prompt a line, the same for every process; without it, the bundled model gets lines of
-Python. On several machines the second command runs on each of them: see docs/scale.md.
+Python. On several machines the second command runs on each of them: see docs/reference/scale.md.
 """
 
 from __future__ import annotations

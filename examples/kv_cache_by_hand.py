@@ -2,7 +2,7 @@
 
     python examples/kv_cache_by_hand.py
 
-Prints the numbers of docs/concepts.md.
+Prints the numbers of docs/understand/concepts.md.
 """
 
 import statistics

@@ -2,7 +2,7 @@
 
     python examples/train_tiny_lm.py --out tiny-lm
 
-The default arguments are those of the bundled model; docs/tiny-lm.md holds its figures.
+The default arguments are those of the bundled model; docs/understand/tiny-lm.md holds its figures.
 """
 
 from __future__ import annotations

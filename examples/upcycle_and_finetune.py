@@ -2,7 +2,7 @@
 
     python examples/upcycle_and_finetune.py --picture loads.png
 
-Prints the numbers of docs/upcycling.md. It needs no network: the bundled model, which knows the sources of Python's
+Prints the numbers of docs/use/upcycling.md. It needs no network: the bundled model, which knows the sources of Python's
 standard library, learns those of torch.
 """
 

@@ -42,7 +42,7 @@ def set_attention(model: PreTrainedModel, undo: Undo) -> str | None:
 
 
 def _choose_attention(part: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Sets an attention as ever: it is the owner's choice."""
+    """Sets an attention as the class does: it is the owner's choice."""
     result = type(part).set_attn_implementation(part, *args, **kwargs)
     if "hfkv" in vars(model):
         model.hfkv.attention = _decoder_config(model.config)._attn_implementation
@@ -52,7 +52,7 @@ def _choose_attention(part: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
 def keep_attention(model: Any) -> None:
     """Puts back the attention of a patched model where a `generate` of its own has set another in the config.
 
-    Whisper does so for good when it is asked for timestamps of tokens: ours gives the weights that they are made of.
+    Whisper does so for good when it is asked for timestamps of tokens: ours gives the weights that these are made of.
     """
     if model.hfkv.own_attention is not None:
         return
@@ -74,6 +74,6 @@ def _decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _request(config: PreTrainedConfig, decoder: PreTrainedConfig) -> Any:
-    """The decoder alone where it is a part of a larger model: a vision tower keeps its attention."""
+    """The request for the decoder alone where a larger model holds it: a vision tower keeps its attention."""
     parts = [name for name in config.sub_configs if getattr(config, name, None) is decoder]
     return {parts[0]: NAME} if decoder is not config and parts else NAME

@@ -15,7 +15,7 @@ _CACHE = "past_key_values"
 
 
 def cacheless_reason(model: PreTrainedModel) -> str | None:
-    """Why an empty cache given to `model` is not what it makes itself where it is given none, or None where it is.
+    """Why an empty cache is not what `model` makes itself where it is given none; None where it is.
 
     RecurrentGemma, for one, clears the states in its modules only where it makes the cache.
     """
@@ -30,7 +30,7 @@ def cacheless_reason(model: PreTrainedModel) -> str | None:
 def _only_makes_a_cache(model_class: Any) -> bool:
     tree = source_tree(inspect.unwrap(model_class.forward))
     if tree is None:
-        return True  # no source to be had: it was built by somebody who has none to show, and is taken as usual
+        return True  # no source to be had: the class was built without a file, and is taken as usual
     branches = [node for node in ast.walk(tree) if isinstance(node, ast.If) and _asks_for_none(node.test)]
     return all(_makes_a_cache(node.body) for node in branches)
 

@@ -1,4 +1,4 @@
-"""Copies of a model's configs, made once a patch: another model that shares them keeps its own settings."""
+"""Copies of a model's configs, made once for each patch: another model that shares them keeps its settings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfkv.patches.undo import Undo
 def own_configs(model: PreTrainedModel, undo: Undo) -> None:
     """Gives every module of `model` copies of its configs, once for each `undo`.
 
-    What is set in them is not carried back to the originals, whatever else changes in them after `Undo.settle` is.
+    What is set in the copies before `Undo.settle` is not carried back to the originals; later changes are.
     """
     if undo.has_copies:
         return

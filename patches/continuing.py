@@ -23,15 +23,15 @@ def check_continues(
     """Raises unless `ids` go on where `cache` ends.
 
     Args:
-        cache: a used one.
+        cache: a used cache.
         ids: the prompt, int64 `[B, T]`: the whole text, or, where the mask is longer, only what is new.
         mask: 1 where a token is real, `[B, mask_length]`, or None where all are.
         mask_length: tokens of the whole text, as the mask tells it; None where there is none.
-        state: of the model now.
+        state: the model's state now.
         copies: rows that each prompt has been expanded to, for beams or samples.
 
     Raises:
-        ValueError: saying where they part and how to go on.
+        ValueError: `ids` do not go on there; says where they part and how to go on.
         RuntimeError: an earlier forward has left the cache in pieces.
     """
     record, seen, held = cache.record, cache.get_seq_length(), cache.holds_tokens
@@ -85,8 +85,8 @@ def _check_tokens(
         held: int64 `[B, seen]`.
         ids: the whole text, `[B, length]`; None where only what is new was given.
         hidden: which of `held` are padding; None where none is.
-        mask: of the whole text.
-        length: tokens of it.
+        mask: the mask of the whole text.
+        length: tokens of the whole text.
     """
     shared = min(held.shape[1], length)
     given = held[:, :shared] if ids is None else ids[:, :shared].cpu()
@@ -133,13 +133,13 @@ def _count(number: int, what: str) -> str:
 
 
 def mask_of(model_kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """The padding mask of a prompt, None where all tokens are real."""
+    """The padding mask of a prompt; None where all tokens are real."""
     mask = model_kwargs.get("attention_mask")
     return None if mask is None or bool((mask != 0).all()) else mask
 
 
 def text_length(generation_config: Any, model_kwargs: dict[str, Any]) -> int | None:
-    """How many tokens the padding mask of a prompt is of, those that a cache holds included; None without one."""
+    """The number of tokens in a prompt's padding mask, including those a cache holds; None without a mask."""
     mask = model_kwargs.get("attention_mask")
     # generate() drops one that hides nothing.
     return getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
@@ -149,7 +149,7 @@ def check_takes_new_tokens(what: str) -> None:
     """Refuses to go on from new tokens alone where this transformers would read them at the wrong positions.
 
     Raises:
-        NotImplementedError: it would.
+        NotImplementedError: this transformers would.
     """
     if "_mask_length" not in GenerationConfig.__annotations__:
         raise NotImplementedError(

@@ -19,7 +19,7 @@ _METHOD = "_activate_lora"
 
 
 def set_expert_lora(model: nn.Module, undo: Undo) -> None:
-    """Overrides how PEFT's wrappers around experts apply adapters; those that come later are seen when they run."""
+    """Overrides how PEFT's wrappers around experts apply adapters; later wrappers are found when the model runs."""
     adopt(model, undo)
     for experts in experts_of(model).values():
         # A partial, so that a deep copy of the model adopts its own.
@@ -27,7 +27,7 @@ def set_expert_lora(model: nn.Module, undo: Undo) -> None:
 
 
 def adopt(model: nn.Module, undo: Undo) -> int:
-    """Overrides every wrapper of PEFT's around a parameter of experts; returns how many were new."""
+    """Overrides every PEFT wrapper around a parameter of experts; returns how many were new."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     wrapper_class = getattr(layer, "ParamWrapper", None)
     if wrapper_class is None or not _is_known(wrapper_class):
@@ -48,13 +48,13 @@ def _adopt_later(model: Any) -> None:
 
 
 def _is_known(wrapper_class: Any) -> bool:
-    """Whether PEFT's private method is the one this was written for; else adapters are multiplied out, as ever."""
+    """Whether PEFT's private method is the one this was written for; else PEFT goes on multiplying adapters out."""
     method = getattr(wrapper_class, _METHOD, None)
     return method is not None and list(inspect.signature(method).parameters) == ["self", "active_adapters"]
 
 
 def _activate(wrapper: Any, active_adapters: list[str]) -> AbstractContextManager[None]:
-    """In place of PEFT's `_activate_lora`: nothing is multiplied out."""
+    """Stands in for PEFT's `_activate_lora`: nothing is multiplied out."""
     experts = wrapper.get_base_layer()
     named = [name for name in active_adapters if name in wrapper.lora_A]
     if not named:

@@ -62,10 +62,10 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
 
     Args:
         model: the patched model.
-        args, kwargs: what its forward is called with.
+        args, kwargs: the arguments of its forward.
 
     Raises:
-        NotImplementedError: it is given the newest tokens of a text without what came before.
+        NotImplementedError: the model is given the newest tokens of a text without what came before.
     """
     if kwargs.get("past_key_values") is not None:
         return kwargs
@@ -113,12 +113,12 @@ def _check_whole(given: dict[str, Any], name: str) -> None:
 
 @functools.cache
 def _parameters(model_class: type) -> tuple[str, ...]:
-    """Names of what a forward takes."""
+    """The names of a forward's parameters."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 
 
 def log_stock_cache(model: Any, given: Any, returned: Any) -> None:
-    """Says once that a forward has put a cache of its own in place of one of ours."""
+    """Logs once that a forward has put a cache of its own in place of ours."""
     own = self_attention_of(returned)
     if returned is None or returned is given or isinstance(own, KVCache):
         return

@@ -94,7 +94,7 @@ def _refuse_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _get_candidate_generator(self: Any, **kwargs: Any) -> Any:
-    """Assisted decoding calls no `_prefill`, and gives its first forward the whole text, whatever the cache holds."""
+    """Makes the candidate generator, and looks at the prompt: assisted decoding calls no `_prefill`."""
     check_candidates(self)
     ids, model_kwargs = kwargs["input_ids"], kwargs["model_kwargs"]
     cache = model_kwargs.get("past_key_values")

@@ -39,7 +39,7 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, run: Callable[[], Any]) -> Any:
-        """What `run` returns; nothing is carried out before `replay`."""
+        """Captures `run` and returns what it returns; nothing is carried out before `replay`."""
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return run()
 
@@ -52,10 +52,10 @@ class Captured:
     """A captured decode step of one cache.
 
     Attributes:
-        step: what it reads of the cache.
-        inputs: the tensors it reads besides.
+        step: what the step reads of the cache.
+        inputs: the tensors that it reads besides.
         outputs: the fields of the model's output that it writes.
-        state: of the model when it was captured.
+        state: the model's state when it was captured.
     """
 
     def __init__(self, step: DeviceStep, inputs: dict[str, torch.Tensor], state: Any) -> None:
@@ -83,13 +83,13 @@ def make_graph() -> CudaGraph:
 class Graphs:
     """The forward of a patched model: decode steps are replayed, everything else goes to the model's own.
 
-    The first step of a cache runs as ever, which compiles what must be compiled; the second is captured, and the
+    The first step of a cache runs as usual, which compiles what must be compiled; the second is captured, and the
     others replay it. It is captured anew when the planes of the cache have moved (its store grew), when the number of
     rows or the adapters have changed, and after a forward of several tokens.
 
     Args:
         model: the patched model.
-        forward: its own forward.
+        forward: the model's own forward.
     """
 
     def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
@@ -177,7 +177,7 @@ class Graphs:
         return captured.result(cache)
 
     def turn_off(self, reason: str) -> None:
-        """Captures nothing from here on, and logs why."""
+        """Turns capturing off for good, and logs why."""
         self.off = reason
         self._captured = weakref.WeakKeyDictionary()
         logger.warning("%s: no CUDA graphs: %s", type(self.model).__name__, reason)
@@ -218,7 +218,7 @@ def model_reason(model: Any) -> str | None:
 
 
 def hooks_reason(model: Any) -> str | None:
-    """Which hooks forbid a graph, in words, or None: a replay would not call them."""
+    """The hooks that forbid a graph, in words, or None: a replay would not call them."""
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "torch has forward hooks for all modules"
     for name, module in model.named_modules():
@@ -234,7 +234,7 @@ def latent_reason(model: Any, dtype: torch.dtype) -> str | None:
 
     Args:
         model: the patched model.
-        dtype: of the latents.
+        dtype: the latents' dtype.
     """
     for module in latent_modules(model):
         projection = projection_of(module, torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
@@ -247,7 +247,7 @@ def model_state(modules: list[Any]) -> Any:
     """What a captured step depends on and may change between two steps: weights, hooks, adapters.
 
     Args:
-        modules: of the model, as they were at its last forward of several tokens.
+        modules: the model's modules, as they were at its last forward of several tokens.
     """
     state: list[Any] = [len(_global_forward_hooks), len(_global_forward_pre_hooks)]
     for module in modules:

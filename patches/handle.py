@@ -33,19 +33,19 @@ class Patch:
 
     Attributes:
         model: the patched `PreTrainedModel` (the base model, where a `PeftModel` was given).
-        kv: the policies every new cache gets.
+        kv: the policies that every new cache gets.
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
         attention: the implementation that the decoder has, unless `own_attention`: ``"hfkv"``, or what
             `set_attn_implementation` has set since.
-        rotary: see there; for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
-        num_layers: layers of every cache.
+        rotary: how the model rotates its keys, for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
+        num_layers: the number of layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
-        num_latent_layers: attention layers that cache latents (MLA) and attend to them as they are.
+        num_latent_layers: the number of attention layers that cache latents (MLA) and attend to them as they are.
         moe: what became of the experts, or None where nothing was asked for them.
-        reads_once: by what the model and its adapters are, which outputs come besides logits where one row of a prompt
-            is read for all its beams and samples; None where that cannot be.
-        graphs: what captures decode steps, or None where that was not asked for.
+        reads_once: for each state of the model and its adapters, the outputs besides logits where one row of a prompt
+            is read for all its beams and samples; None where rows have to be read one by one.
+        graphs: what captures decode steps; None where that was not asked for.
     """
 
     def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
@@ -75,7 +75,7 @@ class Patch:
 
     @property
     def own_kv(self) -> KVConfig:
-        """The policies of a single cache: `kv` without reuse, which is between caches."""
+        """The policies of a single cache: `kv` without reuse, which is shared between caches."""
         return replace(self.kv, reuse=None)
 
     @functools.cached_property
@@ -109,7 +109,7 @@ class Patch:
         self.pool.clear()
 
     def log_once(self, message: str) -> None:
-        """A warning, the first time."""
+        """Logs a warning the first time it comes."""
         if message not in self._logged:
             self._logged.add(message)
             logger.warning(message)

@@ -1,4 +1,4 @@
-"""What to give `patch` instead of something that is not a transformers model but holds one, or leads to one."""
+"""Hints: what to give `patch` instead of an object that holds a transformers model, or leads to one."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _LEAVES = (str, bytes, int, float, type, ModuleType, torch.Tensor, PreTrainedCon
 
 
 def hint(given: Any) -> str:
-    """Where in `given` the model is, or how to come by one.
+    """Says where in `given` the model is, or how to get one.
 
     Args:
-        given: what is no `PreTrainedModel` and no `PeftModel`.
+        given: an object that is no `PreTrainedModel` and no `PeftModel`.
 
     Returns:
-        What to do, to go behind what is wrong.
+        What to do, to end the message of an error.
     """
     if hasattr(given, "llm_engine"):
         return (
@@ -70,7 +70,7 @@ def _path_to_model(given: Any) -> str | None:
 
 
 def _parts(whole: Any) -> Iterator[tuple[str, Any]]:
-    """What an object holds, each with the code that gets it; no property is computed."""
+    """The parts of an object, each with the code that gets it; no property is computed."""
     if isinstance(whole, list | tuple):
         yield from ((f"[{i}]", part) for i, part in enumerate(whole))
     elif isinstance(whole, Mapping):

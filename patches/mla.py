@@ -26,7 +26,7 @@ def set_latent_attention(model: nn.Module, undo: Undo) -> int:
     """Overrides `expand_kv` on every attention module that caches latents.
 
     Returns:
-        How many there are.
+        The number of such modules.
 
     Raises:
         NotImplementedError: transformers' method has changed.

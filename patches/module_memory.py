@@ -17,7 +17,7 @@ _NOT_MODELS = ("accelerate", "bitsandbytes", "hfkv", "kernels")
 
 
 class ModuleMemory:
-    """Every tensor and container that the modules of a model hold at one moment, weights left out.
+    """Every tensor and container that the modules of a model hold at one moment, except weights.
 
     Plain numbers and strings are not state of a row: they may change.
 
@@ -35,7 +35,7 @@ class ModuleMemory:
         return isinstance(value, torch.Tensor) and id(value) in self._tensors
 
     def changed(self) -> str | None:
-        """Where something is held now that was not then, in words, or None."""
+        """Says where something is held now that was not then; None where nothing is."""
         for where, container, before in self._containers:
             if isinstance(container, dict):
                 for name, value in _state_items(container):
@@ -107,7 +107,7 @@ def _differs(old: Any, new: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it can hold no state of a row: numbers, settings, code, and what libraries keep in modules."""
+    """Whether a value can hold no state of a row: numbers, settings, code, and what libraries keep in modules."""
     if isinstance(value, _PLAIN):
         return True
     if isinstance(value, torch.Tensor | nn.Parameter):
@@ -124,5 +124,5 @@ def _is_plain(value: Any) -> bool:
 
 
 def _version(tensor: torch.Tensor) -> Any:
-    """What tells whether it was written to: torch does not count the writes to tensors of inference mode."""
+    """A mark that changes when a tensor is written to: a copy in inference mode, where torch counts no writes."""
     return tensor.detach().clone() if tensor.is_inference() else tensor._version

@@ -32,15 +32,15 @@ def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport
     """Makes every experts module of `model` use the ``"hfkv"`` experts; its router is its own.
 
     Args:
-        model: with experts that transformers' interface runs.
+        model: a model with experts that transformers' interface runs.
         moe: how their weights are kept.
-        undo: of the patch.
+        undo: the patch's undo.
 
     Returns:
         What was changed, and what was not.
 
     Raises:
-        ValueError: there are no such experts, or their weights cannot be kept so.
+        ValueError: there are no such experts, or their weights cannot be kept in this form.
     """
     named = experts_of(model)
     if not named:
@@ -68,7 +68,7 @@ def set_experts(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> MoEReport
 
 
 def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None:
-    """So that `save_pretrained` writes the experts in the bytes that they have now."""
+    """Makes `save_pretrained` write the experts in the bytes that they have now."""
     if getattr(model, "hf_quantizer", None) is not None:
         logger.warning(
             "save_pretrained follows the quantisation that the model was loaded with, not that of its experts"
@@ -82,10 +82,10 @@ def _say_how_to_save(model: PreTrainedModel, moe: MoEConfig, undo: Undo) -> None
 
 
 class _Keeper:
-    """Writes the weights of one module's experts after the other as `moe` says.
+    """Writes the experts of one module after the other in the form that `moe` asks for.
 
     Attributes:
-        trace: who was chosen and what travelled, of offloaded experts.
+        trace: which offloaded experts were chosen, and what travelled.
     """
 
     def __init__(self, moe: MoEConfig, undo: Undo, named: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ class _Keeper:
             self._num_slots = slots_for_budget(named.values(), budget, moe.codec)
 
     def keep(self, name: str, experts: Any) -> Swap:
-        """Puts stacks in the place of the parameters, where they are to be kept in another form."""
+        """Replaces parameters by stacks, where they are to be kept in another form."""
         names = weight_names(experts)
         given = [experts._parameters[parameter] for parameter in names]
         stacks = [self._replaced.get(id(one)) for one in given]
@@ -129,7 +129,7 @@ class _Keeper:
 
 
 def _stack_of(experts: Any, given: Any, moe: MoEConfig) -> tuple[Any, str]:
-    """What is to stand in the place of a parameter, or the parameter itself, and why."""
+    """The stack that is to replace a parameter, or the parameter itself, and why."""
     if isinstance(given, ExpertStack):
         return given, "as it was loaded"
     if moe.codec == "none":

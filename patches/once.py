@@ -1,4 +1,4 @@
-"""Reading one row of a prompt for all its beams and samples, where that is known to give what reading each gives."""
+"""Reads one row of a prompt for all its beams and samples, where that is known to give the same as reading each."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _repeats(layer: Any) -> bool:
 
 
 class Trial:
-    """A reading of one row for all its copies, which shows whether the rows are all in the cache and the logits.
+    """A first reading of one row for all its copies: it shows whether cache and logits are all that rows leave.
 
     Models may keep state of the rows in their modules, in a cache of their own, or in more outputs. Then the rows are
     read one by one, this time and from now on.
@@ -70,14 +70,14 @@ class Trial:
 
     @classmethod
     def of(cls, model: Any, cache: KVCache, state: ModelState) -> Trial | None:
-        """Begins one; None where it is known that the rows have to be read one by one."""
+        """Begins a trial; None where it is known that the rows have to be read one by one."""
         patch: Patch = model.hfkv
         key = (state.model, state.adapters, frozenset(map(type, model.modules())))
         known = patch.reads_once.get(key, frozenset())
         return None if known is None else cls(model, cache, key, known if key in patch.reads_once else None)
 
     def holds(self, output: Any, rows: int) -> bool:
-        """Whether `output`, of `rows` rows, and the cache say all; else all is as it was before the reading.
+        """Whether the cache and `output`, of `rows` rows, say all; else everything is put back as it was before.
 
         Raises:
             RuntimeError: a model that has not done so before returns more, and the used cache cannot go back.
@@ -104,7 +104,7 @@ class Trial:
         return False
 
     def _reason(self, output: Any, rows: int) -> str | None:
-        """What there is besides keys, values and logits, in words."""
+        """Says what there is besides keys, values and logits."""
         where = None if self._memory is None else self._memory.changed()
         if where is not None:
             return f"the model keeps state in its modules ({where})"

@@ -1,4 +1,4 @@
-"""`Override`: a method of ours on one instance, a bound method to whoever looks."""
+"""`Override`: a method of ours on one instance, which looks like a bound method."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ INNER = "_hfkv_forward"
 
 
 class Override:
-    """Stands on an instance in the place of a method of its class, as ``types.MethodType(function, owner)`` would.
+    """Replaces a method of a class on one instance, as ``types.MethodType(function, owner)`` would.
 
     A plain bound method is pickled by its name, and comes back as the class's own; a partial has no ``__func__``, which
-    models and libraries take to bind a method to another object or to look through wrappers. This has both: it is
-    copied and pickled with its owner, and its ``__func__`` takes any other. There, and where the patch has been taken
-    off since, it does what the class's own method does.
+    models and libraries take to bind a method to another object or to look through wrappers. An override has both: it
+    is copied and pickled with its owner, and its ``__func__`` takes any other object. On another object, and once the
+    patch has been taken off, it does what the class's own method does.
 
     Args:
         function: takes the object, then `given`, then what it is called with.
         owner: the instance.
-        name: of the method.
-        given: what `function` needs besides.
+        name: the method's name.
+        given: further arguments of `function`.
         needs_patch: whether an object must be a patched model for `function`; else the class's own method is called.
     """
 
@@ -55,7 +55,7 @@ class Override:
 
     @property
     def function(self) -> Callable[..., Any]:
-        """What it does, on any object."""
+        """The function behind it, which takes any object."""
         return self._made_of[0]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,13 +89,13 @@ class Override:
 
 
 def is_override(method: Any, ours: Override) -> bool:
-    """Whether `method` is `ours`, or what another has bound anew of it."""
+    """Whether `method` is `ours`, or bound anew from it by other code."""
     inner = getattr(method, "__func__", None)
     return method is ours or inner is ours._method or inner is ours
 
 
 def does(method: Any, function: Callable[..., Any]) -> bool:
-    """Whether a method, or what it says it wraps, is an override by `function`."""
+    """Whether a method, or the one it says it wraps, is an override by `function`."""
     while method is not None:
         method = getattr(method, "__func__", method)
         if getattr(method, _MARK, None) is function:
@@ -105,7 +105,7 @@ def does(method: Any, function: Callable[..., Any]) -> bool:
 
 
 def inner_forward(module: Any) -> Callable[..., Any]:
-    """What an overridden forward has taken the place of."""
+    """The forward that an override has replaced."""
     inner = vars(module).get(INNER)
     return functools.partial(type(module).forward, module) if inner is None else inner  # which a compiler can trace
 

@@ -47,19 +47,19 @@ def patch(
             numbers they have (on a CPU the weights are packed, for inference and for adapters around them);
             ``"int8"`` and ``"int4"`` write them in fewer bytes; ``"offload"`` keeps only the last used ones on the
             device. The router is the model's own. None leaves the experts alone. See ``handle.moe``.
-        exact_rotary: compute rotary angles in float64, exact at any position. Changes the last bits of results.
+        exact_rotary: compute rotary angles in float64, exact at any position. This changes the last bits of results.
         graphs: capture the decode step in a CUDA graph and replay it. Where that cannot be, the reason is logged and
-            the step runs as ever.
+            the step runs as usual.
 
     Returns:
         The handle: ``handle.undo()``, or use it in a ``with`` statement.
 
     Raises:
-        TypeError: not such a model, or not a `kv`.
+        TypeError: the model is not such a model, or `kv` no such value.
         ValueError: the model has no layered KV cache, `kv` does not fit its layers, the model has no experts that `moe`
             could be for, or it has no rotary embedding that could be made exact.
         RuntimeError: the model is patched already.
-        NotImplementedError: a private method of transformers that this overrides has changed.
+        NotImplementedError: a private method of transformers that the patch overrides has changed.
     """
     for name, given in (("exact_rotary", exact_rotary), ("graphs", graphs)):
         if not isinstance(given, bool):

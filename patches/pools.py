@@ -1,4 +1,4 @@
-"""The pools of prompt prefixes, one a patched model."""
+"""The pools of prompt prefixes, one for each patched model."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def pool_of(patch: Any, kv: KVConfig) -> PrefixPool:
 
 
 def drop_pool(patch: Any) -> None:
-    """Lets go of the pool."""
+    """Drops the pool of a patch."""
     with _lock:
         _pools.pop(patch, None)

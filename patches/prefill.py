@@ -28,7 +28,7 @@ def prefill(
     model_kwargs: dict[str, Any],
     is_first_iteration: bool = True,
 ) -> Any:
-    """What `_prefill` returns, for a patched model.
+    """Does what `_prefill` does, for a patched model.
 
     Raises:
         ValueError: the prompt is empty, or does not continue a used cache.
@@ -129,7 +129,7 @@ def _read(
     model_kwargs: dict[str, Any],
     is_first_iteration: bool,
 ) -> Any:
-    """Reads what of the prompt the cache does not hold."""
+    """Reads the part of the prompt that the cache does not hold."""
     chunk, first, last = generation_config.prefill_chunk_size, cache.get_seq_length(), ids.shape[1]
     mask_length = text_length(generation_config, model_kwargs)
     if first and mask_length not in (None, last) and chunk is not None:
@@ -151,7 +151,7 @@ def _read(
 
 
 def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-    """Puts into an empty cache what earlier calls have read of its prompts, but for the last token."""
+    """Puts into an empty cache what earlier calls have read of its prompts, except the last token."""
     record = cache.record
     if record.root is None or cache.get_seq_length():
         return
@@ -183,7 +183,7 @@ def share(model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any,
 
 
 def _missing(model: Any, pool: PrefixPool, keys: Sequence[bytes]) -> set[bytes]:
-    """Those of `keys` that the pool of any of the model's processes lacks."""
+    """The keys among `keys` that the pool of any of the model's processes lacks."""
     missing = pool.missing(keys)
     there = agreed(model, [key not in missing for key in keys])
     return {key for key, is_there in zip(keys, there, strict=True) if not is_there}
@@ -197,7 +197,7 @@ def _take_over(
     keys: Sequence[Sequence[bytes]],
     pads: Sequence[int],
 ) -> int:
-    """Copies the pages of all rows that the pool has into an empty cache; how many columns it holds then."""
+    """Copies the pages of all rows that the pool has into an empty cache; returns how many columns it then holds."""
     pool: PrefixPool = model.hfkv.pool
     with pool.found(keys) as found:
         pages = [row[:count] for row, count in zip(found, agreed(model, [*map(len, found)]), strict=True)]
@@ -217,15 +217,15 @@ def _take_over(
 def _worth_reading_alone(
     missing: set[bytes], size: int, keys: Sequence[Sequence[bytes]], pads: Sequence[int], length: int
 ) -> list[tuple[int, int]]:
-    """Which rows of a batch to read by themselves first, and how far: (row, tokens of its text).
+    """Chooses the rows of a batch to read by themselves first, and how far: (row, tokens of its text).
 
     All rows of a batch are read from one column on. Where some begin with pages that others lack, or several begin
     alike, it is less work to read what is missing once, page by page, and find it in the pool.
 
     Args:
-        missing: those of `keys` that the pool lacks.
+        missing: the keys among `keys` that the pool lacks.
         size: tokens a page.
-        keys: of the pages of each row's text.
+        keys: the keys of the pages of each row's text.
         pads: pad tokens of each row.
         length: tokens of each row, padding included.
     """
@@ -271,10 +271,10 @@ def _read_alone(
 
     Args:
         model: the patched model.
-        record: of the batch's cache: under which key its pages are.
-        ids: of whole pages, int64 `[1, T]`, where the batch is: offloaded weights say no device.
-        keys: of the pages of the row's whole text.
-        generation_config, model_kwargs: of the batch.
+        record: the record of the batch's cache, which has the key of its pages.
+        ids: tokens of whole pages, int64 `[1, T]`, on the batch's device: offloaded weights tell none.
+        keys: the keys of the pages of the row's whole text.
+        generation_config, model_kwargs: the batch's own.
     """
     cache, pool, length = model.hfkv.new_cache(), model.hfkv.pool, ids.shape[1]
     mask = None if model_kwargs.get("attention_mask") is None else torch.ones_like(ids)

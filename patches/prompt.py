@@ -22,7 +22,7 @@ _call = threading.local()
 
 
 def expect_prefix(model: Any, cache: KVCache | None) -> int:
-    """Notes the cache a learned prefix goes into, or None where the call has none of ours.
+    """Notes the cache that a learned prefix goes into, or None where the call has none of ours.
 
     Returns:
         How many virtual tokens PEFT will add to the prompt.
@@ -45,7 +45,7 @@ def learned_prompt(model: Any) -> Any:
 
 
 def in_words(peft_model: Any) -> str:
-    """What a `PeftModel` puts before the prompts, as the state of its adapters."""
+    """Says what a `PeftModel` puts before the prompts, as the state of its adapters."""
     config = peft_model.active_peft_config
     return f"{config.num_virtual_tokens} learned tokens ({getattr(config.peft_type, 'value', config.peft_type)})"
 
@@ -75,9 +75,9 @@ def read_anew(
 
     Args:
         model: the patched model.
-        cache: a used one is reset.
+        cache: the cache; a used one is reset.
         ids: the prompt, int64 `[B, T]`.
-        generation_config, model_kwargs: of the running call; positions in `model_kwargs` become those of the prompt.
+        generation_config, model_kwargs: the running call's; positions in `model_kwargs` become the prompt's.
 
     Returns:
         The generation config to read with.

@@ -58,7 +58,7 @@ def _reason(model: Any, state: ModelState, generation_config: Any, model_kwargs:
 
 
 def is_input(value: Any) -> bool:
-    """Whether a keyword of `generate` says something of the prompt: a tensor, or what holds one."""
+    """Whether a keyword of `generate` is a part of the prompt: a tensor, or what holds one."""
     if isinstance(value, Mapping):
         return any(map(is_input, value.values()))
     if isinstance(value, list | tuple):

@@ -22,7 +22,7 @@ _REMEDY = "leave exact_rotary out"
 
 
 class _Stock(NamedTuple):
-    """What a stock forward makes of one set of frequencies.
+    """The stock forward's use of one set of frequencies.
 
     Attributes:
         buffer: the module's attribute that holds them.
@@ -41,7 +41,7 @@ def set_exact_rotary(model: PreTrainedModel, undo: Undo) -> None:
     """Overrides `forward` on every rotary module of the model's text decoder.
 
     Raises:
-        ValueError: there is none, or one does something else than cos and sin of fixed frequencies times positions.
+        ValueError: there is none, or one does anything but cos and sin of fixed frequencies times positions.
     """
     decoder = decoder_of(model)
     reason = moving_angles(decoder.config, decoder)
@@ -59,7 +59,7 @@ def set_exact_rotary(model: PreTrainedModel, undo: Undo) -> None:
 
 
 def _buffers(module: torch.nn.Module) -> dict[str | None, str]:
-    """The module's buffers of frequencies, by the layer type they are for; None for those for any layer."""
+    """The module's buffers of frequencies, by layer type; None where a buffer is for any layer."""
     names = [name for name, _ in module.named_buffers(recurse=False)]
     names = [name for name in names if name.endswith("inv_freq") and not name.endswith("original_inv_freq")]
     return {name.removesuffix("inv_freq").rstrip("_") or None: name for name in names}
@@ -74,7 +74,7 @@ def _forward(
     position_ids: torch.Tensor,
     layer_type: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin `[B, T, C]` at positions `[B, T]`, in place of the module's own forward."""
+    """Gives cos and sin `[B, T, C]` at positions `[B, T]`, in place of the module's own forward."""
     found = stock[layer_type if layer_type in stock else None]
     angles = rotary_angles(getattr(module, found.buffer), position_ids, x.device)
     dtype = torch.float32 if found.stays_float32 else x.dtype

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a model whose experts are kept in another form."""
+"""Saving, by `save_pretrained`, of a model whose experts are kept in another form."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _save(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """The file holds plain tensors, as it did; or experts in int8 or int4, where the model says so."""
+    """Saves plain tensors, as before the patch; or experts in int8 or int4, where the model says so."""
     quantizer = getattr(model, "hf_quantizer", None)
     save = functools.partial(type(model).save_pretrained, model, save_directory, is_main_process)
     if isinstance(quantizer, ExpertsQuantizer):

@@ -1,4 +1,4 @@
-"""A record of the attributes a patch set, and of what they were."""
+"""`Undo`: a record of the attributes that a patch has set, and what they were before."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ class Undo:
         self._calls: list[Callable[[], None]] = []
 
     def set(self, owner: Any, name: str, value: Any) -> None:
-        """``owner.name = value``, remembering what the instance had."""
+        """Sets ``owner.name = value``, and remembers what the instance had."""
         self._before.append((owner, name, vars(owner).get(name, _ABSENT), value))
         setattr(owner, name, value)
 
     def override(
         self, function: Callable[..., Any], owner: Any, name: str, given: tuple[Any, ...] = (), needs_patch: bool = True
     ) -> None:
-        """Puts an `Override` in the place of a method of the owner's class."""
+        """Replaces a method of the owner's class by an `Override`."""
         self.set(owner, name, Override(function, owner, name, given, needs_patch))
 
     def override_forward(
         self, function: Callable[..., Any], module: Any, given: tuple[Any, ...] = (), needs_patch: bool = True
     ) -> None:
-        """Puts `function` in the place of a module's forward, inside the hook of accelerate's where it has one.
+        """Replaces a module's forward by `function`, inside accelerate's hook where it has one.
 
-        There it stays when the model is dispatched anew, or the hook taken off. A forward of the instance's own is
+        It stays there when the model is dispatched anew, or the hook taken off. A forward of the instance's own is
         `inner_forward` from then on.
         """
         name = _WRAPPED if _WRAPPED in vars(module) else "forward"
@@ -67,7 +67,7 @@ class Undo:
         return bool(self._copies)
 
     def stand_in(self, copies: list[tuple[Any, Any]]) -> None:
-        """Notes copies that are used in place of originals: what their owner changes in them is carried back."""
+        """Notes copies that replace originals: what their owner changes in them is carried back."""
         self._copies = [(original, copied, None) for original, copied in copies]
 
     def settle(self) -> None:
@@ -75,7 +75,7 @@ class Undo:
         self._copies = [(original, copied, dict(vars(copied))) for original, copied, _ in self._copies]
 
     def set_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
-        """Puts `value` in the place of a parameter, whose own numbers are let go of."""
+        """Replaces a parameter by `value`; its own numbers are not kept."""
         original = module._parameters[name]
         assert original is not None
         self._parameters.append((module, name, original))
@@ -84,7 +84,7 @@ class Undo:
             original.data = original.new_empty(0)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Has `function` called when everything is put back, after the parameters."""
+        """Registers `function` to be called when everything is put back, after the parameters."""
         self._calls.append(function)
 
     def restore(self) -> None:
@@ -142,7 +142,7 @@ def _restore_parameter(module: nn.Module, name: str, original: nn.Parameter) -> 
 
 
 def _restore_forward(module: Any, value: Any, ours: Override) -> None:
-    """Takes our forward out from where it is now: accelerate may have wrapped or unwrapped it since."""
+    """Takes our forward out of where it is now: accelerate may have wrapped or unwrapped it since."""
     for name in ("forward", _WRAPPED):
         if not is_override(vars(module).get(name), ours):
             continue

@@ -67,8 +67,8 @@ def upcycle(
             the model does not start out equal.
         layers: which decoder layers: None for all, a slice, a sequence of indices, or ``"every:N"`` for the N-th, the
             2N-th, and so on.
-        noise: standard deviation of what is added to every copy but the first, as a share of each matrix's own. Above 0
-            the model does not start out equal.
+        noise: standard deviation of what is added to every copy except the first, as a share of each matrix's own.
+            Above 0 the model does not start out equal.
         router_std: standard deviation of the routers' weights, drawn from torch's global generator.
         to: None, or a stock architecture: ``"mixtral"`` for Llama and Mistral, ``"qwen3_moe"`` for Qwen3. Routing and
             losses are then that architecture's, with `balance_coef` as its ``router_aux_loss_coef``.
@@ -78,8 +78,8 @@ def upcycle(
         The model itself, or with `to` a new one, in the same dtype, on the same device, in the same mode.
 
     Raises:
-        TypeError: not a transformers model, or an argument of another type.
-        ValueError: an argument that is not allowed, or a layer that cannot be upcycled, with the reason.
+        TypeError: the model is no transformers model, or an argument has another type.
+        ValueError: an argument is not allowed, or a layer cannot be upcycled, with the reason.
         RuntimeError: the model is patched, or upcycled already, or a mixture did not compute what its module computed.
     """
     check_model(model)
@@ -116,7 +116,7 @@ def load_upcycled(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
 
     Args:
         folder: where it was saved.
-        dtype: of the weights; None for the one they were saved in.
+        dtype: the weights' dtype; None for the one they were saved in.
 
     Returns:
         The model, in evaluation mode, on the CPU.
@@ -149,7 +149,7 @@ def load_upcycled(folder: str | Path, dtype: torch.dtype | None = None) -> PreTr
 
 
 def check_model(model: Any) -> None:
-    """Refuses what cannot be upcycled as a whole."""
+    """Refuses a model that cannot be upcycled at all."""
     if not isinstance(model, PreTrainedModel):
         hint = "; merge its adapters first: model.merge_and_unload()" if hasattr(model, "peft_config") else ""
         raise TypeError(f"hfkv.upcycle takes a transformers model, got {type(model).__name__}{hint}")
@@ -170,7 +170,7 @@ def chosen_layers(layers: str | slice | Sequence[int] | None, num_layers: int) -
     """The indices, ascending, that `layers` names among `num_layers`.
 
     Raises:
-        TypeError, ValueError: it names none, or some that are not there.
+        TypeError, ValueError: `layers` names none, or some that are not there.
     """
     if layers is None:
         layers = slice(None)

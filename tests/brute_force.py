@@ -159,7 +159,7 @@ def _summaries(model: Any, k: torch.Tensor, v: torch.Tensor, window: Window) -> 
 
 
 def turned(model: Any, states: torch.Tensor, by: list[int]) -> torch.Tensor:
-    """`[T, D]` rotated `by` positions further, by the model's own code but for angles in float64."""
+    """`[T, D]` rotated `by` positions further, by the model's own code, with angles in float64."""
     apply = sys.modules[type(model).__module__].apply_rotary_pos_emb
     # Of latent attention only the last dims are rotated.
     nope = getattr(model.config, "qk_nope_head_dim", 0)

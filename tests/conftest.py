@@ -26,7 +26,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-docs", action="store_true", help="write docs/architectures.md from what the zoo shows")
+    parser.addoption(
+        "--write-docs", action="store_true", help="write docs/reference/architectures.md from what the zoo shows"
+    )
 
 
 _rows: list[str] = []

@@ -11,7 +11,7 @@ from hfkv.stores.offload.bus import Bus, Copies
 
 
 class LazyBus(Bus):
-    """Copies as late as whoever asked for it allows: what is read too early, or written too early, is wrong."""
+    """Copies as late as the one who asked allows: what is read too early, or written too early, is wrong."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)

@@ -1,6 +1,7 @@
 """The house: rooms, who may import whom, and the picture of it in the documentation."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,9 +60,22 @@ def test_the_longest_chain_of_rooms() -> None:
     assert len(longest_chain()) <= 9, longest_chain()
 
 
+PAGE = (ROOT / "docs" / "understand" / "architecture.md").read_text()
+
+
 def test_the_documentation_shows_the_house_as_it_is() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text()
-    assert architecture.drawing() in page, "run `python -m tests.architecture` and put what it prints into the page"
+    assert architecture.drawing() in PAGE, "run `python -m tests.architecture` and put what it prints into the page"
+
+
+@pytest.mark.parametrize("room", [room for room in MAY_IMPORT if room != "tiny_lm"])
+def test_the_documentation_names_files_that_are_there(room: str) -> None:
+    _, title, section = PAGE.partition(f"\n### {room}\n")
+    assert title, f"no section for {room}"
+    rows = [line for line in section.partition("\n#")[0].splitlines() if line.startswith("| ")][1:]
+    folder = ROOT / ("patches" if room == "patches" else f"hfkv/{room}")
+    named = {name for row in rows for name in re.findall(r"`([\w/]+(?:\.py|/))`", row.split(" | ")[1])}
+    assert named
+    assert [name for name in sorted(named) if not (folder / name).exists()] == []
 
 
 def test_a_forbidden_import_is_found(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str |
     """Why the decode step of `cache` cannot be a `DeviceStep`, in words, or None where it can.
 
     Args:
-        cache: after its prefill.
+        cache: a cache after its prefill.
         mask: the attention mask of the step, `[B, seen]`, or None.
-        config: of the model's text decoder: a layer does not know whether its keys are latents.
+        config: the config of the model's text decoder: a layer does not know whether its keys are latents.
     """
     for index, layer in enumerate(cache.layers):
         name = f"layer {index}"
@@ -73,10 +73,10 @@ class _Group:
 
 
 class DeviceStep:
-    """One decode step of layers that have been advanced, and of those that follow it.
+    """One decode step of layers that have been advanced, and the steps that follow it.
 
     Args:
-        layers: of a cache for which `step_reason` finds nothing.
+        layers: the layers of a cache for which `step_reason` finds nothing.
         befores: what `advance` returned.
         mask: the attention mask of the step, `[B, seen]`, or None.
     """
@@ -97,7 +97,7 @@ class DeviceStep:
         """Tells the device of the next step.
 
         Args:
-            befores, mask: of that step.
+            befores, mask: the same of that step.
 
         Returns:
             False where what has been captured cannot be replayed: planes have moved, or the numbers no longer fit.
@@ -118,7 +118,7 @@ class DeviceStep:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """While this lasts, the layers write and read where the device says."""
+        """Makes the layers write and read where the device says, while the context lasts."""
         for group in self.groups:
             for layer in group.layers:
                 kernel = append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims).run

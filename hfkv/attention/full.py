@@ -37,7 +37,7 @@ def fused_attention(
         query: `[B, Hq, q, D]`.
         held: the tokens, the queries' own included.
         mask: what the model says is visible, `[B, 1 or Hq, q, T]`; None for causal or full attention.
-        is_causal: which of the two.
+        is_causal: whether None is causal; else it is full.
         scoring: what becomes of scores.
     """
     kernel = kernel_for(query, held, scoring)
@@ -88,12 +88,12 @@ def attend_held(
 
 
 def as_returned(output: torch.Tensor) -> torch.Tensor:
-    """`[B, Hq, q, Dv]` as an attention function returns it: `[B, q, Hq, Dv]`, under autocast in its dtype."""
+    """Turns `[B, Hq, q, Dv]` into what an attention function returns: `[B, q, Hq, Dv]`, under autocast in its dtype."""
     return output.transpose(1, 2).contiguous().to(product_dtype(output))
 
 
 def _on_device(held: HeldTokens) -> Visibility:
-    """A stand-in: the kernel reads from the device what is visible."""
+    """A placeholder: the kernel reads from the device what is visible."""
     return Visibility(seen=held.last, pads=(0,) * held.batch)
 
 

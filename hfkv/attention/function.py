@@ -180,10 +180,10 @@ def _scoring(query: torch.Tensor, scaling: float | None, dropout: float, extra: 
 
 
 def _tokens(key: torch.Tensor, value: torch.Tensor) -> Tokens | None:
-    """What both are views of, or None.
+    """The tokens that both are views of, or None.
 
     Raises:
-        RuntimeError: one of them is a view of something windowed and the other is not of the same.
+        RuntimeError: one is a view of windowed tokens, and the other is no view of the same.
     """
     held = [states.held for states in (key, value) if isinstance(states, _VIEWS)]
     if len(held) == 2 and held[0] is held[1]:
@@ -212,7 +212,7 @@ def _windowed(
 def _split(
     query: torch.Tensor, tokens: SplitTokens, pads: tuple[int, ...], scoring: Scoring
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of each group of heads on its own."""
+    """Computes attention for each group of heads on its own."""
     group_size = query.shape[1] // tokens.parts["key"].heads
     outputs, weights, order = [], [], []
     for group in tokens.groups:

@@ -69,7 +69,7 @@ class CausalMask(StandIn):
         """Pad tokens before each row's first real one.
 
         Raises:
-            NotImplementedError: something else than left padding is hidden.
+            NotImplementedError: something besides left padding is hidden.
         """
         pads = self.left_padding()
         if pads is None:
@@ -77,7 +77,7 @@ class CausalMask(StandIn):
         return pads
 
     def left_padding(self) -> tuple[int, ...] | None:
-        """Pad tokens before each row's first real one, or None where something else than left padding is hidden."""
+        """The pad tokens before each row's first real one; None where something besides left padding is hidden."""
         if not self._looked:
             self._looked = True
             batch, kv_length = self.shape[0], self.shape[3]
@@ -103,7 +103,7 @@ class FullMask(StandIn):
 
 
 def rule_of(mask: torch.Tensor | None, is_causal: bool) -> tuple[torch.Tensor | None, bool]:
-    """A mask with what it says apart from padding, so that no module's flag is asked where there is a mask.
+    """Reads what a mask says besides padding, so that no module's flag is asked where there is a mask.
 
     Args:
         mask: `[B, 1 or Hq, q, kv]`, or None.
@@ -136,13 +136,13 @@ def hfkv_mask(
 ) -> torch.Tensor | None:
     """The bool mask of the sdpa attention; None only for single queries that see everything.
 
-    Where that one leaves the mask to a module's flag, this one says whether it is causal or full: not every module's
-    flag is right (the decoders of nllb_moe and pegasus_x call themselves not causal). A causal one is written out only
-    where it is read.
+    Where sdpa's function leaves the mask to a module's flag, this one says whether it is causal or full: not every
+    module's flag is right (the decoders of nllb_moe and pegasus_x call themselves not causal). A causal mask is written
+    out only where it is read.
 
     Args:
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
-        allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, **kwargs: as `sdpa_mask` takes them.
+        allow_is_causal_skip, allow_is_bidirectional_skip, use_vmap, device, **kwargs: the arguments of `sdpa_mask`.
     """
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     is_newest = isinstance(q_offset, int) and q_offset + q_length == kv_length
@@ -186,7 +186,7 @@ def only_picked(
         mask: bool or additive `[B, 1 or H, q, T]`; None for causal or full attention.
         indices: `[B, q, k]`, tokens among all; some of them may be hidden by the mask.
         num_tokens: T.
-        is_causal: which of the two, where there is no mask.
+        is_causal: whether None is causal; else it is full.
 
     Returns:
         As the mask, bool where there is none.
@@ -210,7 +210,7 @@ def packed_only(
 
     Args:
         mask: bool or additive `[1, 1 or H, q, T]`; None for causal or full attention.
-        is_causal: which of the two, where there is no mask.
+        is_causal: whether None is causal; else it is full.
         cu_seq_lens: where each text begins, and the last one ends, int `[texts + 1]`.
         query, key: `[1, Hq, q, D]`, `[1, H, T, D]`.
 
@@ -243,7 +243,7 @@ def left_padding(mask: torch.Tensor | None, batch: int, num_queries: int, seen: 
         mask: `[B or 1, 1 or H, q, seen]`, bool or additive; None for no padding.
         batch: number of rows.
         num_queries: q.
-        seen: tokens since the start, those of this forward included.
+        seen: tokens since the start, including this forward's.
 
     Raises:
         ValueError: the mask is made for another number of tokens.

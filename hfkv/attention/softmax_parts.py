@@ -78,7 +78,7 @@ def _joined(segments: Sequence[Segment]) -> Segment:
 
 
 def _scores(segment: Segment, scoring: Scoring, hidden: float | None = None) -> torch.Tensor:
-    """What is not seen scores `hidden`; by default the dtype's least, so that a row of nothing else has a softmax."""
+    """The scores; what is not seen scores `hidden`, the dtype's least by default: then any row has a softmax."""
     query = _fold(segment.query, segment.key.shape[1])
     scores = (query * scoring.scale) @ segment.key.transpose(2, 3)  # scaled first: in half precision it may overflow
     scores = scores if scores.dtype == torch.float64 else scores.float()
@@ -101,12 +101,12 @@ def _sdpa(segment: Segment, scoring: Scoring) -> torch.Tensor:
 
 
 def _fold(query: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`[B, Hq, q, D]` as `[B, H, Hq / H * q, D]`: the queries that share a kv head side by side, keys not repeated."""
+    """Folds `[B, Hq, q, D]` to `[B, H, Hq / H * q, D]`: queries of one kv head side by side, no key repeated."""
     return query.reshape(query.shape[0], num_heads, -1, query.shape[3])
 
 
 def _unfold(states: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """`[B, H, Hq / H * q, n]` as `[B, Hq, q, n]`."""
+    """Unfolds `[B, H, Hq / H * q, n]` to `[B, Hq, q, n]`."""
     return states.reshape(states.shape[0], num_heads, -1, states.shape[3])
 
 

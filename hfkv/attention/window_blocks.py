@@ -14,7 +14,7 @@ from hfkv.cache.snapshot import HeldTokens, Part
 from hfkv.cache.summary import page_means, sinks_in_pages, take
 
 MIN_BLOCK, MAX_BLOCK = 64, 512  # queries
-FEW_MORE = 128  # keys nobody sees, cheaper to mask than to leave out
+FEW_MORE = 128  # keys no query sees, cheaper to mask than to leave out
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Look:
     Args:
         held: the layer's tokens; without a window they are all there.
         pads: pad tokens of each row.
-        tracked: its keys and values decoded, where autograd follows them; else they are decoded as they are needed.
+        tracked: the keys and values of `held` decoded, where autograd follows them; else they are decoded when needed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Look:
 
     @property
     def has_more_than_tokens(self) -> bool:
-        """Whether sinks are looked at in another way than the newest tokens, or there are summaries."""
+        """Whether sinks are looked at differently from the newest tokens, or there are summaries."""
         return self.is_turned or (self.window is not None and self.window.summary is not None)
 
     @functools.cached_property
@@ -102,10 +102,10 @@ class Look:
         return [self._together(query, t, bounds, end)]
 
     def beside(self, query: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, list[Segment]]:
-        """What stands beside the newest tokens where a kernel takes those: sinks and summaries.
+        """What is attended to besides the newest tokens, where a kernel takes those: sinks and summaries.
 
         Returns:
-            From which of the newest tokens on each query sees them, int64 `[B or 1, q]`, and the other segments.
+            The first of the newest tokens that each query sees, int64 `[B or 1, q]`, and the other segments.
         """
         t = torch.arange(begin, end, device=self.device)
         bounds = newest = self.lower_bounds(begin, end)
@@ -129,7 +129,7 @@ class Look:
         return Placed(self.segment(query, *self.read(0, count), visible), positions)
 
     def _apart(self, query: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor, oldest: int, end: int) -> list[Placed]:
-        """Sinks, summaries and the newest tokens from `oldest` on, each on their own."""
+        """Sinks, summaries and the newest tokens from `oldest` on, each a segment of its own."""
         shift = self.num_slots - self.held.held_from
         positions = torch.arange(oldest, end, device=self.device)[None]
         visible = self._visible(positions, t, bounds)
@@ -206,7 +206,7 @@ class Look:
         return placed
 
     def _visible_pages(self, pages: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """Which summaries each query sees, `[B, q, N]`: the newest of pages wholly below its lower bound."""
+        """Marks the summaries each query sees, `[B, q, N]`: the newest of pages wholly below its lower bound."""
         assert self.window is not None
         size = self.window.summary_page_size
         gone = ((bounds - self.starts) // size)[..., None]  # [B, q, 1]
@@ -233,13 +233,13 @@ class Look:
         return self.starts + bounds
 
     def _asked(self, begin: int, end: int) -> torch.Tensor:
-        """L of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
+        """L(t) of a schedule of one's own for the queries at `begin .. end - 1`, each row counted from its start."""
         assert self.window is not None
         by_pad = {pad: [self.window.lower_bound(t - pad) for t in range(begin, end)] for pad in set(self.pads)}
         return torch.tensor([by_pad[pad] for pad in self.pads], device=self.device)
 
     def _visible(self, positions: torch.Tensor, t: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-        """The rule, bool `[B or 1, q, n]`; a pad token, which nobody listens to, sees itself."""
+        """The rule, bool `[B or 1, q, n]`; a pad token, which nothing attends to, sees itself."""
         j, t = positions[:, None], t[:, None]
         is_sink = j < (self.starts + self.sinks)[..., None]
         real = (j >= self.starts[..., None]) & (j <= t) & ((j >= bounds[..., None]) | is_sink)

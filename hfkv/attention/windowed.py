@@ -63,7 +63,7 @@ def windowed_attention(
 
 
 def visibility_of(look: Look, num_queries: int) -> Visibility:
-    """What the newest queries see, but for sinks that are turned and for summaries."""
+    """What the newest queries see, except turned sinks and summaries."""
     held = look.held
     return Visibility(
         seen=held.seen,

@@ -77,7 +77,7 @@ def bench(
             show_default="auto, int8, int4, auto+lora",
         ),
     ] = None,
-    peers: Annotated[str, typer.Option(help="all, or names with commas; see docs/bench.md.")] = "all",
+    peers: Annotated[str, typer.Option(help="all, or names with commas; see docs/reference/bench.md.")] = "all",
     steps: Annotated[
         int | None, typer.Option(help="Timed steps of each.", show_default="as many as fit in --seconds")
     ] = None,

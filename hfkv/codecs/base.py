@@ -47,8 +47,8 @@ class Codec(ABC):
             None where there is no such form: kernels then attend to what `decode` gives.
         is_rotated: whether `affine` gives rows as `hfkv.codecs.hadamard.rotate` has turned them. Queries are turned
             likewise then, and what they attend to is turned back.
-        loss_percent: what it adds to the loss of the bundled model over its whole held-out text (docs/concepts.md), or
-            None where that was not measured.
+        loss_percent: what it adds to the loss of the bundled model over its whole held-out text
+            (docs/understand/concepts.md), or None where that was not measured.
     """
 
     name: str

@@ -29,14 +29,14 @@ class CacheReport:
     Attributes:
         kv: The config as it was given; ``"none"`` is the full cache.
         nats: Mean negative log-likelihood, in nats a token.
-        perplexity: e to that.
-        perplexity_change_percent: Its change from the full cache's.
+        perplexity: e to the power of `nats`.
+        perplexity_change_percent: Change of the perplexity from the full cache's.
         kl: Mean KL(full || this) of the next-token distributions, in nats a token.
         top1_agreement: Share of tokens for which both would choose the same next token, 0 to 1.
-        attention_similarity: Mean over the layers of the next, -1 to 1.
+        attention_similarity: Mean over the layers of `attention_similarity_by_layer`, -1 to 1.
         attention_similarity_by_layer: Mean cosine of the attention modules' outputs, by layer index.
         held_bytes: Bytes of the tokens held once the first block has been read, of one row.
-        allocated_bytes: Bytes allocated for them.
+        allocated_bytes: Bytes allocated for these tokens.
         held_ratio: `held_bytes` over the full cache's.
         num_tokens: Tokens scored.
         seconds: Time spent reading and comparing.
@@ -74,14 +74,14 @@ def compare(
     """Read a text under the full cache and under others, and score and compare every token.
 
     The text is cut into blocks that each begin with an empty cache and a BOS, or is read as one stream through one
-    cache. All caches take turns chunk by chunk, so that only one chunk's logits of two runs are held at a time; every
-    config's cache is, though.
+    cache. All caches take turns chunk by chunk, so that only one chunk's logits of two runs are held at a time; the
+    caches of all configs are held throughout.
 
     Args:
         model: A causal language model, or a `PeftModel` around one, not patched; it is left as it was. Where its
             config names no `bos_token_id`, the first token of each block is read and not scored.
         ids: Token ids of the text, [T], int64, without BOS.
-        configs: What to compare with the full cache, which always comes first. One that says the same as an
+        configs: What to compare with the full cache, which always comes first. A config that says the same as an
             earlier one is left out.
         context: Tokens a block; the last may be shorter. None reads one stream.
         chunk: Tokens a forward; 1 reads as generation does. See `chunk_slices`.
@@ -125,7 +125,7 @@ def distinct(configs: Sequence[KVConfig | str]) -> dict[str, KVConfig]:
     """The configs by the name they were given under, the full cache first and each once.
 
     Raises:
-        TypeError, ValueError: One cannot be read.
+        TypeError, ValueError: A config cannot be read.
     """
     if isinstance(configs, (str, KVConfig)):
         raise TypeError(f"configs must be a list of configs, got one: write [{configs!r}]")
@@ -176,7 +176,7 @@ class _Reading:
 
 @dataclass
 class _Tally:
-    """One config's sums on their way to a `CacheReport`."""
+    """The sums of one config, on their way to a `CacheReport`."""
 
     kv: str
     num_tokens: int = 0

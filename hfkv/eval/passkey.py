@@ -49,7 +49,7 @@ def draw_key(rng: random.Random) -> str:
 
 
 def hide(key: str, excerpt: str, depth: float) -> str:
-    """The prompt: an excerpt with the key told at `depth` of it, 0 to 1, and asked for at the end."""
+    """Composes the prompt: an excerpt with the key told at `depth` of it, 0 to 1, and asked for at the end."""
     cut = round(depth * len(excerpt))
     return excerpt[:cut] + STATEMENT.format(key=key) + excerpt[cut:] + QUESTION
 

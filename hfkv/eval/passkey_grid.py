@@ -86,7 +86,7 @@ def pass_key_grid(
 
 
 def even_depths(count: int) -> list[float]:
-    """`count` depths from the start, 0, to just before the question, 1; a single one is in the middle.
+    """Spreads `count` depths from the start, 0, to just before the question, 1; a single one is in the middle.
 
     Raises:
         ValueError: `count` is below 1.
@@ -105,7 +105,7 @@ def token_prompt(
 
     Args:
         rng: Source of the key and of the excerpt.
-        tokenizer: Any; it adds what special tokens it adds.
+        tokenizer: Any tokenizer; its special tokens count.
         filler_ids: The text the key is hidden in, as at least `length` tokens without special ones.
         length: Tokens of the prompt.
         depth: Where the key lies, 0 to 1.

@@ -30,8 +30,8 @@ def write_plots(
         folder: Where the files go; made if it is not there.
         reports: What `compare` returned.
         grids: Accuracies [depths, lengths] by config; may be None.
-        lengths: Tokens of the prompts, one a column of the grids.
-        depths: Where the keys lay, 0 to 1, one a row of the grids.
+        lengths: Tokens of the prompts, one for each column of the grids.
+        depths: Where the keys lay, 0 to 1, one for each row of the grids.
 
     Returns:
         The files: ``costs.png``, ``attention_similarity.png``, ``loss_by_position.png`` and, for every grid,

@@ -50,7 +50,7 @@ class CacheReader:
             self.kv, self._rotary = handle.kv, handle.rotary
 
     def start(self, num_tokens: int | None = None) -> None:
-        """Begins a text: a fresh cache, with memory for `num_tokens` at once, as in `generate`, or as it fills."""
+        """Begins a text with a fresh cache: memory for `num_tokens` at once, as in `generate`, or as it fills."""
         self.cache = KVCache(base_model(self._model), self.kv, self._rotary)
         if num_tokens is not None:
             self.cache.reserve(num_tokens)
@@ -73,7 +73,7 @@ def check_model(model: Any) -> None:
     """Refuses models that do not read one text through one cache.
 
     Raises:
-        ValueError: An encoder-decoder, or a PEFT adapter that puts states of its own before every forward.
+        ValueError: The model is an encoder-decoder, or has a PEFT adapter that puts its own states before a forward.
     """
     config = base_model(model).config
     if getattr(config, "is_encoder_decoder", False):
@@ -90,9 +90,9 @@ def check_model(model: Any) -> None:
 
 
 def chunk_slices(num_tokens: int, chunk: int) -> list[slice]:
-    """Where a text is cut: `chunk` tokens a piece and the last token alone.
+    """Cuts a text: `chunk` tokens a piece and the last token alone.
 
-    The last token goes in as one does in generation: by then a window has let go of what left it.
+    The last token goes in alone, as in generation: by then a window has let go of what left it.
 
     Raises:
         ValueError: `chunk` is below 1.
@@ -119,7 +119,7 @@ class _Once(logging.Filter):
 
 @contextmanager
 def each_warning_once() -> Iterator[None]:
-    """While it lasts, what `hfkv.patch` says of a model is logged once, however often it is patched."""
+    """Logs what `hfkv.patch` says of a model once while the context lasts, however often it is patched."""
     logger, once = logging.getLogger("hfkv"), _Once()
     logger.addFilter(once)
     try:

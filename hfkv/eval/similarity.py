@@ -23,7 +23,7 @@ def attention_similarity(
     """Compare what the attention modules give under the full cache and under another: the cosine, by layer.
 
     Each run feeds its own states forward. So a layer's figure holds the error of its own cache and what the layers
-    below it handed on; it is not the error of that layer alone. All tokens of the text count alike.
+    below it passed on; it is not the error of that layer alone. All tokens of the text count alike.
 
     Args:
         model: A causal language model, or a `PeftModel` around one, not patched; it is left as it was.
@@ -87,9 +87,9 @@ def attention_outputs(model: Any) -> Iterator[dict[int, torch.Tensor]]:
 
 @torch.inference_mode()
 def attention_modules(model: Any) -> dict[int, torch.nn.Module]:
-    """Finds the modules that read a KV cache, by layer index: whatever runs while the cache is updated.
+    """Finds the modules that read a KV cache, by layer index: those that run while the cache is updated.
 
-    Runs one token through the model; no name of a class has to be known.
+    Runs one token through the model, so no class names have to be known.
     """
     base = base_model(model)
     running: list[torch.nn.Module] = []

@@ -1,4 +1,4 @@
-"""`Factors`: what LoRA adds to the matrices of a layer's experts, as two thin matrices for each."""
+"""`Factors`: what LoRA adds to the matrices of a layer's experts, as two thin matrices for each expert."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Factors:
     scaling: float
 
     def add_to(self, y: torch.Tensor, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """`y` `[n, N]` with what is added for `x` `[n, K]` and one expert; `y` is not kept."""
+        """Adds to `y` `[n, N]` what one expert's factors make of `x` `[n, K]`; `y` may be overwritten."""
         # In the dtype of the factors, float32 by default: converting x costs less, and products of thin bfloat16
         # matrices take a CPU five times as long (38 against 7 us for r 8 and N 4096).
         added = F.linear(x.to(self.a.dtype), self.a[expert]) @ self.b[expert].t()
@@ -37,7 +37,7 @@ class Factors:
         return y.add_(added, alpha=self.scaling)
 
     def ready(self, dtype: torch.dtype) -> Factors:
-        """The same for a forward in `dtype`: without gradients, an expert's numbers of `b` side by side."""
+        """These factors for a forward in `dtype`: without gradients, an expert's numbers of `b` side by side."""
         if torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad):
             return self
         dtype = torch.float32 if self.a.device.type == "cpu" else dtype
@@ -46,7 +46,7 @@ class Factors:
 
     @classmethod
     def of_product(cls, left: torch.Tensor, right: torch.Tensor, scaling: float, is_transposed: bool) -> Factors:
-        """From a change of the parameter itself, ``left @ right``, in the model's layout."""
+        """The factors of a change of the parameter itself, ``left @ right``, in the model's layout."""
         if is_transposed:
             return cls(left.transpose(1, 2), right.transpose(1, 2), scaling)
         return cls(right, left, scaling)
@@ -62,7 +62,7 @@ _copies = WeakTensorKeyDictionary()
 
 
 class _Copy(NamedTuple):
-    """Of a factor, and what it was made of."""
+    """A copy of a factor, and what it was made of."""
 
     made_of: tuple[int, int, torch.dtype]
     sample: torch.Tensor
@@ -70,7 +70,7 @@ class _Copy(NamedTuple):
 
 
 def _side_by_side(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A factor in `dtype`, its columns contiguous: the same copy again as long as nobody has written to it."""
+    """A factor in `dtype`, its columns contiguous: the same copy again until the factor is written to."""
     owner = factor if factor._base is None else factor._base
     version = -1 if owner.is_inference() else owner._version
     made_of = (factor.data_ptr(), version, dtype)
@@ -89,7 +89,7 @@ def _by_columns(factor: torch.Tensor) -> torch.Tensor:
 
 
 class _Applied(threading.local):
-    """What is being added in the forwards of this thread, by module and parameter."""
+    """The factors being added in this thread's forwards, by module and parameter."""
 
     def __init__(self) -> None:
         self.factors: dict[tuple[int, str], tuple[Factors, ...]] = {}
@@ -100,7 +100,7 @@ _applied = _Applied()
 
 @contextmanager
 def applied(experts: Any, name: str, factors: tuple[Factors, ...]) -> Iterator[None]:
-    """While it lasts, the ``hfkv`` experts add `factors` to the parameter `name` of the module `experts`."""
+    """Makes the ``hfkv`` experts add `factors` to the parameter `name` of `experts`, while the context lasts."""
     key = (id(experts), name)
     before = _applied.factors.get(key, ())
     _applied.factors[key] = before + factors
@@ -114,5 +114,5 @@ def applied(experts: Any, name: str, factors: tuple[Factors, ...]) -> Iterator[N
 
 
 def factors_of(experts: Any, name: str) -> tuple[Factors, ...]:
-    """What is being added to a parameter in this thread."""
+    """The factors being added to a parameter in this thread."""
     return _applied.factors.get((id(experts), name), ())

@@ -17,13 +17,13 @@ def run_by_expert(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The experts of a layer.
+    """Runs the experts of a layer one after the other.
 
     Args:
         experts: the module, for its gate, activation and norm.
-        projections: into the experts and out of them.
+        projections: the projections into the experts and out of them.
         hidden_states: `[T, H]`.
-        top_k_index: integers `[T, K]`; those of no expert here (expert parallelism's skip index) count nothing.
+        top_k_index: integers `[T, K]`; an index of no expert here (expert parallelism's skip index) counts nothing.
         top_k_weights: `[T, K]`.
 
     Returns:
@@ -70,7 +70,7 @@ def _run_one(
     activate: Callable[[torch.Tensor], torch.Tensor],
     norm: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> torch.Tensor:
-    """A single token: nothing to sort."""
+    """Runs a single token, for which nothing has to be sorted."""
     total = None
     ids = top_k_index[0].tolist()
     up.weights.expect([expert for expert in ids if 0 <= expert < num_experts])

@@ -24,7 +24,7 @@ _PLANES = "hfkv_{}"
 
 
 class ExpertsConfig(QuantizationConfigMixin):
-    """What ``config.json`` says of a saved model: that its experts are hfkv's, and how they are written.
+    """The entry in ``config.json`` of a saved model: that its experts are hfkv's, and how they are written.
 
     Args:
         codec: ``"int8"`` or ``"int4"``.
@@ -44,20 +44,20 @@ class ExpertsQuantizer(HfQuantizer):
 
     @property
     def codec(self) -> str:
-        """Of the experts."""
+        """The codec of the expert weights."""
         return self.quantization_config.codec
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters around the experts can be trained, the experts cannot."""
+        """Whether the model can be trained: adapters around the experts can, the experts cannot."""
         return True
 
     def is_serializable(self) -> bool:
-        """Whether it can be saved: yes."""
+        """Whether the model can be saved: always."""
         return True
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        """Every tensor of `model` by name, the bytes of its experts in an order that no processor decides."""
+        """Gives every tensor of `model` by name, with its experts' bytes in an order that no processor decides."""
         state = dict(model.state_dict() if self._given is None else self._given)
         for name, experts in experts_of(model).items():
             for parameter in weight_names(experts):
@@ -79,7 +79,7 @@ class ExpertsQuantizer(HfQuantizer):
 
     @contextmanager
     def given(self, state: dict[str, Any] | None) -> Iterator[None]:
-        """While it lasts, `state` is saved in the place of the model's own."""
+        """Saves `state` in place of the model's own, while the context lasts."""
         self._given = state
         try:
             yield
@@ -110,7 +110,7 @@ class ExpertsQuantizer(HfQuantizer):
                 if meta:
                     raise ValueError(
                         f"{name}.{parameter} of this checkpoint is put away by a device_map ({', '.join(meta)}); load "
-                        "all experts on a device, or keep them in a file: docs/expert-offload.md"
+                        "all experts on a device, or keep them in a file: docs/use/expert-offload.md"
                     )
                 missing = [plane for plane, tensor in planes.items() if not _is_read(tensor)]
                 if missing:
@@ -132,7 +132,7 @@ class _Planes(nn.Module):
 
 
 def _is_read(plane: torch.Tensor) -> bool:
-    """Whether transformers has read a plane from the checkpoint: it marks what it has."""
+    """Whether transformers has read a plane from the checkpoint: it marks the tensors that it has read."""
     return getattr(plane, "_is_hf_initialized", False)
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are experts that transformers' experts interface runs, and which are not."""
+"""Families: which modules of a model are experts that transformers' experts interface runs, and which are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _LOOKS_LIKE_EXPERTS = re.compile(r"(Experts|MoE|Moe|SparseMLP|SparseMoeBlock)$")
 
 
 def experts_of(model: nn.Module) -> dict[str, Any]:
-    """The experts modules of a model that go through the interface, by name; one that is used twice, once."""
+    """The experts modules of a model that go through the interface, by name; each once, however often it is used."""
     return {name: module for name, module in model.named_modules() if is_experts(module)}
 
 
@@ -23,14 +23,14 @@ def is_experts(module: Any) -> bool:
 
 
 def weight_names(experts: Any) -> tuple[str, str]:
-    """The parameters into an expert and out of it."""
+    """The names of the parameters into an expert and out of it."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
 def others_of(model: nn.Module) -> dict[str, str]:
-    """Modules that look like experts and run their own code, by name, with the reason.
+    """The modules that look like experts and run their own code, by name, with the reason.
 
-    In transformers 5.23 those of llama4, dbrx, jetmoe, longcat_flash, nllb_moe, switch_transformers, step3p7 and doge.
+    In transformers 5.23 llama4, dbrx, jetmoe, longcat_flash, nllb_moe, switch_transformers, step3p7 and doge have such.
     """
     covered = experts_of(model)
     found: dict[str, str] = {}

@@ -13,7 +13,7 @@ from hfkv.kernels.triton.support import unsupported
 
 
 def can_group(projections: tuple[Projection, ...], hidden_states: torch.Tensor) -> bool:
-    """Whether the kernels can: on a GPU, with Triton, where no gradients are asked for."""
+    """Whether the kernels can run: on a GPU, with Triton, where no gradients are asked for."""
     device = hidden_states.device
     if device.type == "cpu" or unsupported(device, projections[0].weights.dtype) is not None:
         return False
@@ -29,7 +29,7 @@ def run_grouped(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """As `run_by_expert`, without waiting for the device: it can be captured in a CUDA graph."""
+    """Runs all experts of a layer at once, without waiting for the device, so that a CUDA graph can hold it."""
     from hfkv.kernels.experts.triton_combine import combine
 
     up, down = projections
@@ -39,7 +39,7 @@ def run_grouped(
     out = _linear(down, hidden, slots, rows_are_slots=True)
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
-    # Slots of no expert here hold zeros, but for what a gate or a norm makes of them; their weights are zero too.
+    # Slots of no expert here hold zeros, except what a gate or a norm makes of them; their weights are zero too.
     return combine(out, top_k_weights, hidden_states.dtype)
 
 

@@ -27,11 +27,11 @@ def register() -> None:
 def experts_forward(
     self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts of a layer, weighted and summed; the router is the model's own.
+    """Runs the experts of a layer, and weights and sums their outputs; the router is the model's own.
 
     On a CPU each expert runs with the tokens that chose it, in oneDNN's order where a patch packed it. On a GPU a
     gather-GEMV (few slots) or a grouped GEMM (many) reads the weights as they are kept, without a copy and without
-    waiting for the device. Training of the experts themselves there is transformers' own ``grouped_mm``.
+    waiting for the device. There the experts themselves are trained by transformers' own ``grouped_mm``.
 
     Args:
         self: a module with transformers' attributes of experts (`has_gate`, `is_transposed`, ...).
@@ -64,7 +64,7 @@ def _is_accelerator(projection: Projection) -> bool:
 
 
 def _unbound(projection: Projection) -> Projection:
-    """With matrices of their own, so that the gradient of each is not a tensor of the size of all."""
+    """The projection with a tensor for each matrix, so that its gradient is not as large as all of them."""
     assert isinstance(projection.weights, PlainWeights)
     return Projection(projection.weights.unbound(), projection.bias, projection.factors, True)
 

@@ -1,4 +1,4 @@
-"""`Int4Weights`: experts in four bits, those outputs that would lose most in eight."""
+"""`Int4Weights`: experts in four bits, except the outputs that would lose most, which have eight."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Int4Weights(ExpertWeights):
 
     Attributes:
         nibbles: uint8 `[E, N4, Kp / 2]`; in group g, byte j holds inputs 32 g + j (low) and 32 g + 16 + j (high). On a
-            CPU in the order of torch's own product instead.
-        groups: int8 `[E, Kp / 32, N4, 2]`: step and centre, in units.
-        units: bfloat16 `[E, N4, 2]`.
+            CPU they are in the order of torch's own product instead.
+        groups: int8 `[E, Kp / 32, N4, 2]`, step and centre, in units.
+        units: bfloat16 `[E, N4, 2]`, the units of both for each output.
         rest: the other outputs, in eight bits.
         columns: which output each row is, int16 or int32 `[E, N4]`; `last_columns` the same of `rest`, `[E, N - N4]`.
     """
@@ -110,7 +110,7 @@ class Int4Weights(ExpertWeights):
 
     @classmethod
     def of_planes(cls, planes: dict[str, torch.Tensor], dtype: torch.dtype) -> Int4Weights:
-        """From `portable_planes`."""
+        """The weights written from `portable_planes`."""
         weights = object.__new__(cls)
         rest = {name.removeprefix(_REST): plane for name, plane in planes.items() if name.startswith(_REST)}
         weights.rest = Int8Weights.of_planes(rest, dtype)
@@ -123,7 +123,7 @@ class Int4Weights(ExpertWeights):
         return weights
 
     def portable_planes(self) -> dict[str, torch.Tensor]:
-        """`planes`, in an order that no processor decides."""
+        """The `planes` in an order that no processor decides."""
         return {**self.planes(), "nibbles": self._portable_nibbles()}
 
     def _portable_nibbles(self) -> torch.Tensor:
@@ -132,13 +132,13 @@ class Int4Weights(ExpertWeights):
         return torch.stack([_to_bytes(_from_cpu_order(packed)) for packed in self.nibbles])
 
     def _order_nibbles(self) -> None:
-        """From the portable order to that of this device."""
+        """Turns nibbles from the portable order into this device's."""
         if self.device.type == "cpu" and self.nibbles.numel():
             for expert, packed in enumerate(self.nibbles):
                 self.nibbles[expert] = _to_cpu_order(_from_bytes(packed))
 
     def _products(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """On a CPU: the outputs in the order of their rows here."""
+        """Computes the outputs on a CPU, in the order of their rows here."""
         rest = self.rest.linear(x, expert)
         if not self.nibbles.shape[1]:
             return rest
@@ -149,12 +149,12 @@ class Int4Weights(ExpertWeights):
         return torch.cat([int4, rest], dim=1)
 
     def _outputs(self, expert: int) -> torch.Tensor:
-        """Which output each row is, those in eight bits last."""
+        """The output that each row is, the ones in eight bits last."""
         return torch.cat([self.columns[expert], self.last_columns[expert]]).long()
 
 
 def _to_bytes(nibbles: torch.Tensor) -> torch.Tensor:
-    """uint8 `[N, K]`, 0 to 15, as `[N, K / 2]` bytes."""
+    """Packs uint8 `[N, K]`, 0 to 15, into `[N, K / 2]` bytes."""
     low, high = nibbles.view(nibbles.shape[0], -1, 2, GROUP // 2).unbind(2)
     return (low | (high << 4)).flatten(1)
 
@@ -182,7 +182,7 @@ def _from_cpu_order(packed: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _cpu_places(rows: int, inputs: int) -> torch.Tensor:
-    """Where each nibble of a few rows comes from: the order is the processor's, so indices are sent through it."""
+    """Finds where each nibble of a few rows comes from: indices are sent through the processor's order."""
     with torch.inference_mode(False):
         index = torch.arange(rows * inputs).view(rows, inputs)
         places = torch.zeros(rows * inputs, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""How groups of numbers are written in four bits: the step and the centre that fit them best."""
+"""The fit of groups of numbers in four bits: the step and the centre that fit them best."""
 
 from __future__ import annotations
 

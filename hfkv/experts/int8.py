@@ -62,14 +62,14 @@ class Int8Weights(ExpertWeights):
 
     @classmethod
     def of_planes(cls, planes: dict[str, torch.Tensor], dtype: torch.dtype) -> Int8Weights:
-        """From `portable_planes`."""
+        """The weights written from `portable_planes`."""
         weights = object.__new__(cls)
         weights.int8, weights.scales = aligned(planes["int8"]), planes["scales"].float()
         weights.shape, weights.dtype = tuple(weights.int8.shape), dtype  # type: ignore[assignment]
         return weights
 
     def portable_planes(self) -> dict[str, torch.Tensor]:
-        """`planes`, in an order that no processor decides."""
+        """The `planes` in an order that no processor decides."""
         return self.planes()
 
     def planes(self) -> dict[str, torch.Tensor]:

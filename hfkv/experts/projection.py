@@ -19,9 +19,9 @@ class Projection:
     Attributes:
         weights: the matrices.
         bias: `[E, N]`, or None.
-        factors: of the adapters in use.
+        factors: the factors of the adapters in use.
         is_trained: whether the matrices themselves are to get gradients.
-        is_stack: whether they stand for a parameter, and are none.
+        is_stack: whether the matrices stand for a parameter, and are none.
     """
 
     weights: ExpertWeights
@@ -31,7 +31,7 @@ class Projection:
     is_stack: bool = False
 
     def __call__(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """For `x` `[n, K]`, contiguous: `[n, N]`."""
+        """Computes `[n, N]` for `x` `[n, K]`, contiguous."""
         weights = self.weights
         if not self.is_stack or not torch.is_grad_enabled():
             y = weights.linear(x, expert)
@@ -43,7 +43,7 @@ class Projection:
 
 
 def projection_of(experts: Any, name: str) -> Projection:
-    """Of a module that transformers' experts interface knows.
+    """Makes the projection of a module that transformers' experts interface knows.
 
     Args:
         experts: the module.
@@ -60,7 +60,7 @@ def projection_of(experts: Any, name: str) -> Projection:
 
 
 def _parameter(experts: Any, name: str) -> tuple[torch.Tensor, tuple[Factors, ...]]:
-    """A parameter without the adapters that are known by their factors, and these."""
+    """A parameter without the adapters whose factors are known, and these factors."""
     factors = factors_of(experts, name)
     # Reading a parametrised parameter multiplies the adapter of every expert out.
     parametrised = experts.parametrizations[name] if name in experts._modules.get("parametrizations", ()) else None
@@ -79,7 +79,7 @@ def _tracked() -> torch.Tensor:
 
 
 class _Frozen(torch.autograd.Function):
-    """Lets gradients through to the inputs; the matrices get none, and say so where they should."""
+    """Lets gradients through to the inputs; the matrices get none, and where they should, it raises."""
 
     @staticmethod
     def forward(

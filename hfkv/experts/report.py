@@ -17,15 +17,15 @@ WIDTH = 160  # columns of text
 
 @dataclass(frozen=True)
 class Swap:
-    """What became of the experts of one layer.
+    """The change to the experts of one layer.
 
     Attributes:
-        name: of the module.
-        kind: its class.
-        num_experts: E, those of this process.
-        form: of the weights now: ``"plain"``, ``"packed"``, ``"int8"``, ``"int4"``, or one of these offloaded.
+        name: the module's name.
+        kind: the module's class.
+        num_experts: E, the experts of this process.
+        form: the weights' form now: ``"plain"``, ``"packed"``, ``"int8"``, ``"int4"``, or one of these offloaded.
         why: the reason for that form.
-        bytes_before, bytes_after: of the weights, on their device.
+        bytes_before, bytes_after: bytes of the weights, on their device.
     """
 
     name: str
@@ -44,8 +44,8 @@ class MoEReport:
     Attributes:
         swapped: layers whose experts are ours now.
         kept: other modules that look like experts, by name, with the reason why they run as before.
-        trace: of offloaded experts: hits, misses, bytes that travelled, and, once ``trace.record()`` is called, who was
-            chosen; else None.
+        trace: for offloaded experts their hits, misses, bytes that travelled, and, once ``trace.record()`` is called,
+            which were chosen; else None.
     """
 
     swapped: tuple[Swap, ...]
@@ -54,16 +54,16 @@ class MoEReport:
 
     @property
     def bytes_before(self) -> int:
-        """Of all experts' weights."""
+        """The bytes of all experts' weights before the patch."""
         return sum(swap.bytes_before for swap in self.swapped)
 
     @property
     def bytes_after(self) -> int:
-        """Of all experts' weights, as they are now."""
+        """The bytes of all experts' weights, as they are now."""
         return sum(swap.bytes_after for swap in self.swapped)
 
     def summary(self) -> str:
-        """In a few words."""
+        """The report in a few words."""
         forms = ", ".join(sorted({swap.form for swap in self.swapped}))
         sizes = f"{about_bytes(self.bytes_before)} -> {about_bytes(self.bytes_after)}"
         return f"experts of {len(self.swapped)} layers {forms} ({sizes})"

@@ -58,7 +58,7 @@ class ExpertStack(StandIn):
         return self._turned(self.weights.read_all()).contiguous()
 
     def _turned(self, matrices: torch.Tensor) -> torch.Tensor:
-        """Between the model's layout and that of `weights`."""
+        """Turns matrices between the model's layout and that of `weights`."""
         return matrices.transpose(-2, -1) if self.is_transposed else matrices
 
     @classmethod
@@ -152,7 +152,7 @@ def _is_alike(one: ExpertStack, other: Any) -> bool:
 
 
 def as_parameter(stack: ExpertStack, requires_grad: bool) -> nn.Parameter:
-    """`stack` as a module's parameter."""
+    """Makes `stack` a module's parameter."""
     return nn.Parameter(stack, requires_grad=requires_grad)
 
 
@@ -172,5 +172,5 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[ExpertStack]:
 
 
 def _with(plains: dict[int, torch.Tensor], given: Any) -> Any:
-    """`given` with plain tensors in the place of stacks, those of `plains` where they are there."""
+    """Copies `given` with plain tensors instead of stacks, taken from `plains` where they are there."""
     return tree_map_only(StandIn, lambda stack: plains[id(stack)] if id(stack) in plains else stack.plain(), given)

@@ -19,7 +19,7 @@ class ExpertWeights(ABC):
     Attributes:
         form: ``"plain"``, ``"packed"``, ``"int8"`` or ``"int4"``.
         shape: (E, N, K).
-        dtype: of the numbers they stand for.
+        dtype: the dtype of the numbers they stand for.
         is_lossy: whether writing rounds.
     """
 
@@ -31,46 +31,46 @@ class ExpertWeights(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where they are read."""
+        """The device on which they are read."""
 
     @abstractmethod
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        """``x @ W.T`` of one expert.
+        """Computes ``x @ W.T`` for one expert.
 
         Args:
             x: `[n, K]` of `dtype`, n at least 1, contiguous.
-            expert: its index.
+            expert: the expert's index.
 
         Returns:
             `[n, N]`, of `dtype`.
         """
 
     def expect(self, experts: list[int]) -> list[int]:
-        """A forward is going to use `experts`; returns them in the order that is best."""
+        """Announces a forward that uses `experts`; returns them in the order that is best."""
         return experts
 
     @abstractmethod
     def decode(self, expert: int) -> torch.Tensor:
-        """One expert's matrix `[N, K]` in `dtype`; may share memory with the weights: not to be written to."""
+        """Decodes one expert's matrix `[N, K]` in `dtype`; it may share the weights' memory: not to be written to."""
 
     @abstractmethod
     def write(self, expert: int, matrix: torch.Tensor) -> None:
-        """Puts `matrix` `[N, K]` in the place of one expert's."""
+        """Replaces one expert's matrix by `matrix` `[N, K]`."""
 
     @abstractmethod
     def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
-        """The same numbers elsewhere, or in another dtype; a copy always."""
+        """Copies the numbers to another device or dtype; always a copy."""
 
     @abstractmethod
     def codes(self) -> tuple[Codes, ...]:
-        """What a kernel on an accelerator reads."""
+        """The codes that a kernel on an accelerator reads."""
 
     @abstractmethod
     def planes(self) -> dict[str, torch.Tensor]:
         """The bytes that matter, by name: what is saved, and what says whether they changed."""
 
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The bytes held."""
         return sum(plane.nbytes for plane in self.planes().values())
 
     def can_take(self, other: ExpertWeights) -> bool:
@@ -78,18 +78,18 @@ class ExpertWeights(ABC):
         return self.is_lossy and self.shape == other.shape
 
     def take(self, other: ExpertWeights) -> None:
-        """Becomes a copy of `other`, as it is kept."""
+        """Makes these weights a copy of `other`, as it is kept."""
         vars(self).update(vars(other.to(self.device, self.dtype)))
 
     def read_all(self) -> torch.Tensor:
-        """All matrices `[E, N, K]` in `dtype`, a fresh tensor."""
+        """Reads all matrices `[E, N, K]` in `dtype`, a fresh tensor."""
         whole = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         for expert in range(self.shape[0]):
             whole[expert] = self.decode(expert)
         return whole
 
     def write_all(self, matrices: torch.Tensor) -> None:
-        """Puts `matrices` `[E, N, K]` in the place of all."""
+        """Replaces all matrices by `matrices` `[E, N, K]`."""
         for expert, matrix in enumerate(matrices):
             self.write(expert, matrix)
 
@@ -109,7 +109,7 @@ class PlainWeights(ExpertWeights):
         self._each: Sequence[torch.Tensor] = matrices  # type: ignore[assignment]
 
     def unbound(self) -> PlainWeights:
-        """The same, each matrix cut out of the tensor once: its gradient then is not as large as that of all."""
+        """The same weights, each matrix cut out of the tensor once: its gradient is then smaller than all of them."""
         weights = PlainWeights(self.matrices)
         weights._each = self.matrices.unbind(0)
         return weights

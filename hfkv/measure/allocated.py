@@ -31,19 +31,19 @@ def own_tensors(layer: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def count_as_live(cache: Any) -> None:
-    """Adds a cache to those in use, as long as anybody holds it."""
+    """Adds a cache to those in use, for as long as something holds it."""
     with _live_lock:
         _live.add(cache)
 
 
 def live_caches() -> list[Any]:
-    """The caches of hfkv's that are in use in this process; some may not be whole yet."""
+    """The hfkv caches that are in use in this process; some may not be complete yet."""
     with _live_lock:
         return list(_live)
 
 
 def cache_bytes(cache: Any) -> int:
-    """The bytes allocated by a cache of hfkv's or of transformers'.
+    """The bytes allocated by a cache, hfkv's or transformers'.
 
     Raises:
         TypeError: it is neither.

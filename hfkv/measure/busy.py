@@ -23,7 +23,7 @@ _SETTLING = 0.2  # seconds
 
 @contextlib.contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """So many other processes are busy meanwhile; they go where the system puts them."""
+    """Keeps that many other processes busy meanwhile, on the cores that the system gives them."""
     with contextlib.ExitStack() as ends:
         processes = []
         for _ in range(count):

@@ -1,4 +1,4 @@
-"""The machine and the versions: what a number means nothing without."""
+"""The machine and the versions, without which a measured number means nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads, accelerator and its driver, versions, and the commit where hfkv runs from a clone.
 
     Args:
-        device: where the caches are.
+        device: the device that holds the caches.
     """
     described: dict[str, Any] = {
         "processor": _processor(),

@@ -22,7 +22,7 @@ class Meter(ABC):
     """Reads one number of bytes, from any thread.
 
     Attributes:
-        name: of what it measures.
+        name: the name of what it measures.
         peak: the most that `read` has returned or the system has counted since the first `read`.
         is_exact: whether `peak` is the system's own count, and not only the largest of the samples.
     """
@@ -42,7 +42,7 @@ class Meter(ABC):
         self.peak = max(self.peak, now)
         if mark is not None and self._mark_before is not None:
             if mark < self._mark_before:
-                # Somebody has set it back since: it says nothing of what was before.
+                # It has been reset since: it says nothing of what was before.
                 self._mark_before, self.is_exact = None, False
             elif mark > self._mark_before:
                 # The system's mark has risen since the beginning: that was the most there has been since.
@@ -76,7 +76,7 @@ class ProcessMeter(Meter):
 
 
 class DeviceMeter(Meter):
-    """What torch's allocator has handed out on one accelerator: ``"cuda:0"``."""
+    """The bytes that torch's allocator has handed out on one accelerator: ``"cuda:0"``."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(str(device))
@@ -94,8 +94,8 @@ class CacheMeter(Meter):
     """The bytes allocated by some caches.
 
     Args:
-        name: for them.
-        caches: kept weakly: one that is gone takes no bytes.
+        name: a name for the caches.
+        caches: the caches, held weakly: one that is gone takes no bytes.
     """
 
     def __init__(self, name: str, caches: Iterable[Any]) -> None:
@@ -125,7 +125,7 @@ class LiveCachesMeter(CacheMeter):
 
 
 def meters_of(devices: Iterable[torch.device | str] | None) -> list[Meter]:
-    """A meter a device.
+    """One meter for each device.
 
     Args:
         devices: None for the CPU and every accelerator that torch counts bytes of.

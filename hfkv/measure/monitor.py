@@ -33,8 +33,8 @@ class Sample:
     """What was read at one moment.
 
     Attributes:
-        seconds: since the start.
-        num_bytes: by the name of the line; one that could not be read is not there.
+        seconds: the time since the start.
+        num_bytes: bytes by the name of the line; a line that could not be read is missing.
     """
 
     seconds: float
@@ -62,11 +62,11 @@ class MemoryMonitor:
     Args:
         interval: seconds between two samples.
         live: show one line on stderr that is kept up to date; nothing where stderr is not a terminal.
-        devices: those to watch, ``["cpu", "cuda:0"]`` or ``["cuda"]``; None for the CPU and all accelerators.
+        devices: the devices to watch, ``["cpu", "cuda:0"]`` or ``["cuda"]``; None for the CPU and all accelerators.
         cache: see `watch`.
 
     Attributes:
-        errors: what could not be read, with its number of times.
+        errors: what could not be read, and how often.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or torch does not count a device's bytes.
@@ -105,7 +105,7 @@ class MemoryMonitor:
 
         Args:
             cache: an hfkv cache or one of transformers'; kept weakly, 0 bytes once it is gone.
-            name: of the line.
+            name: the line's name.
 
         Raises:
             TypeError: it is no cache.
@@ -188,7 +188,7 @@ class MemoryMonitor:
 
     @property
     def exact(self) -> frozenset[str]:
-        """The lines whose peak the system has counted; the others' is the largest sample."""
+        """The lines whose peak the system has counted; for the others it is the largest sample."""
         return frozenset(meter.name for meter in self._meters if meter.is_exact)
 
     @property

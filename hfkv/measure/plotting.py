@@ -1,4 +1,4 @@
-"""A matplotlib figure, for those who draw."""
+"""A matplotlib figure that pictures are drawn on."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def bus_bandwidth(device: torch.device) -> float | None:
-    """Bytes a second of the fastest of several large copies from pinned host memory; None but on GPUs."""
+    """Bytes a second of the fastest of several large copies from pinned host memory; None without a GPU."""
     if device.type != "cuda":
         return None
     num_bytes = COPY_BYTES["cpu"]
@@ -107,8 +107,8 @@ class Turns:
 
     Attributes:
         count: how often; None for as often as fit in `seconds`.
-        seconds: see there.
-        busy: other processes that keep cores busy meanwhile.
+        seconds: how long they take turns, where `count` is None.
+        busy: how many other processes keep cores busy meanwhile.
         least, most: turns where `seconds` decide. A static cache has room for the most, and attends over all of it.
     """
 
@@ -120,7 +120,7 @@ class Turns:
 
     @property
     def room(self) -> int:
-        """Turns a cache needs room for."""
+        """The turns that a cache needs room for."""
         return self.most if self.count is None else self.count
 
     def share(self, turns: int, seconds: float) -> float:

@@ -39,8 +39,8 @@ class AttentionCode:
     Attributes:
         eager: the eager attention function of its modelling file, or None.
         has_sdpa: whether its model may use scaled_dot_product_attention; gpt_oss, for one, may not.
-        keywords: those that change a result: read by an attention function of transformers or of the modelling file,
-            or named where the modelling file calls one.
+        keywords: the keywords that change a result: an attention function of transformers or of the modelling file
+            reads them, or the modelling file names them where it calls one.
     """
 
     eager: Callable[..., Any] | None
@@ -155,7 +155,7 @@ def _names_in(definition: ast.FunctionDef) -> set[str]:
 
 
 def _others(definition: ast.FunctionDef) -> str | None:
-    """What a function calls the keywords that it does not name."""
+    """The name that a function gives the keywords it does not name."""
     return None if definition.args.kwarg is None else definition.args.kwarg.arg
 
 

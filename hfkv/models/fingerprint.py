@@ -46,10 +46,10 @@ class ModelState:
     """What is known of a model at one moment.
 
     Attributes:
-        model: its class and the parts of its config that shape keys and values, as a digest behind the class's name.
+        model: the name of its class, and a digest of the parts of its config that shape keys and values.
         adapters: PEFT's active, merged and disabled adapters and their scalings, in words.
-        weights: a digest of 64 numbers of every weight, those of adapters that are not in use left out.
-        versions: a digest of where the weights lie and how often torch has written to them; of one process.
+        weights: a digest of 64 numbers of every weight, except those of adapters that are not in use.
+        versions: a digest of where the weights lie and how often torch has written to them; it holds in one process.
         buffers: a digest of numbers of every buffer (rotary frequencies, say) and of the classes of all modules.
         precision: the dtype of the first weights, autocast's, and whether rotary angles are exact.
         has_hooks: whether forward hooks may change what the model computes unseen (PEFT sets some for mixed batches).
@@ -75,12 +75,12 @@ class ModelState:
         return fingerprint_difference(self.fingerprint(), other.fingerprint(), is_rewritten)
 
     def key(self, salt: str) -> bytes:
-        """Under which pages may be shared."""
+        """The key under which pages may be shared."""
         parts = (self.model, self.adapters, self.weights, self.versions, self.buffers, self.precision, salt)
         return hashlib.blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
     def fingerprint(self) -> dict[str, str]:
-        """What still holds in another process."""
+        """The parts that still hold in another process."""
         return {
             "model": self.model,
             "adapters": self.adapters,
@@ -93,7 +93,7 @@ def fingerprint_difference(one: Mapping[str, str], other: Mapping[str, str], is_
     """What the fingerprint `other` has that `one` has not, in words, or None where they are the same.
 
     Args:
-        one, other: of `ModelState.fingerprint`.
+        one, other: two values of `ModelState.fingerprint`.
         is_rewritten: whether the weights are known to have been written to between them.
     """
     if one["model"] != other["model"]:
@@ -161,7 +161,7 @@ def _version(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _is_hooked(module: Any) -> bool:
-    """Whether code of its user's runs in the forward of one module."""
+    """Whether code of the model's user runs in the forward of one module."""
     hooks = [*(module._forward_hooks or {}).values(), *(module._forward_pre_hooks or {}).values()]
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         hooks.append(vars(module)["forward"])
@@ -169,7 +169,7 @@ def _is_hooked(module: Any) -> bool:
 
 
 def _is_known(hook: Any) -> bool:
-    """Whether it is of a library that changes nothing: transformers captures hidden states by hooks that stay."""
+    """Whether a hook is a library's that changes nothing: transformers captures hidden states by hooks that stay."""
     while hasattr(hook, "func"):
         hook = hook.func
     return (getattr(hook, "__module__", None) or "").split(".")[0] in _LIBRARIES
@@ -181,7 +181,7 @@ def _is_adapted(module: Any) -> bool:
 
 
 def _in_use(module: Any) -> set[str]:
-    """The adapters of a layer of PEFT's that take part in what it computes."""
+    """The adapters of a PEFT layer that take part in what it computes."""
     merged = set(getattr(module, "merged_adapters", ()))
     return merged if module.disable_adapters else merged | set(module.active_adapters)
 
@@ -198,7 +198,7 @@ def _adapters_of(module: Any) -> str:
 
 
 def _modules_in_use(model: nn.Module) -> list[Any]:
-    """Every module, those of adapters that are not in use left out."""
+    """Every module, except those of adapters that are not in use."""
     found: list[Any] = []
     waiting: list[Any] = [model]
     while waiting:
@@ -218,7 +218,7 @@ def _modules_in_use(model: nn.Module) -> list[Any]:
 
 
 class _Chosen:
-    """Some weights of a `ParameterDict`, where a module is asked for."""
+    """Some weights of a `ParameterDict`, as a module."""
 
     def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
         self._parameters = parameters
@@ -227,7 +227,7 @@ class _Chosen:
 
 
 def _digest(tensors: list[torch.Tensor]) -> str:
-    """Of the shapes and some numbers of `tensors`, wherever they lie."""
+    """A digest of the shapes and some numbers of `tensors`, wherever they lie."""
     digest = hashlib.blake2b(digest_size=16)
     by_kind: dict[tuple[torch.device, torch.dtype], list[tuple[int, torch.Tensor]]] = {}
     for index, tensor in enumerate(tensors):
@@ -247,7 +247,7 @@ def _digest(tensors: list[torch.Tensor]) -> str:
 
 
 def _at_rest(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
-    """What accelerate will bring back of a weight that it has put away; the empty weight where nobody knows."""
+    """The weight that accelerate will bring back for one it has put away; the empty one where that is not known."""
     hook = getattr(module, "_hf_hook", None)
     for part in getattr(hook, "hooks", (hook,)):
         weights = getattr(part, "weights_map", None)
@@ -257,12 +257,12 @@ def _at_rest(module: Any, name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _is_packed_later(weight: torch.Tensor) -> bool:
-    """Whether its numbers change at the first forward: bitsandbytes packs 4-bit weights anew there, on a CPU."""
+    """Whether a weight's numbers change at the first forward: on a CPU bitsandbytes packs 4-bit ones anew there."""
     return type(weight).__name__ == "Params4bit" and weight.device.type == "cpu"
 
 
 def _plain(tensor: Any) -> list[torch.Tensor]:
-    """The tensors that one which stands for others (shards, quantised weights) consists of, or the tensor itself."""
+    """The tensors behind one that stands for others (shards, quantised weights), or the tensor itself."""
     if not hasattr(type(tensor), "__tensor_flatten__"):
         return [tensor]
     parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])

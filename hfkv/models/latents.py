@@ -1,4 +1,4 @@
-"""Which configs have layers that cache latents, and of what widths."""
+"""Latents: the configs whose layers cache them, and their widths."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Widths(NamedTuple):
     """The widths of a layer with latent attention.
 
     Attributes:
-        latent: r, of what is cached for keys and values together.
-        nope: dn, of the part of a head's key that comes from the latent.
-        rotary: dr, of the part that carries the position, the same for all heads.
-        value: dv.
+        latent: r, the width of what is cached for keys and values together.
+        nope: dn, the width of the part of a head's key that comes from the latent.
+        rotary: dr, the width of the part that carries the position, the same for all heads.
+        value: dv, the width of a head's value.
     """
 
     latent: int
@@ -29,7 +29,7 @@ class Widths(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> Widths:
-        """Those of an attention module of transformers."""
+        """The widths of an attention module of transformers."""
         return cls(module.kv_lora_rank, module.qk_nope_head_dim, module.qk_rope_head_dim, module.v_head_dim)
 
 
@@ -46,8 +46,8 @@ def widths_of(config: Any, index: int) -> Widths | None:
     and values a head, expanded already.
 
     Args:
-        config: of the text decoder.
-        index: of the layer.
+        config: the text decoder's config.
+        index: the layer's index.
     """
     config_class: Any = type(config)
     own = config_of_layer(config, index)
@@ -71,7 +71,7 @@ def _attention_classes(config_class: Any) -> tuple[Any, ...]:
 
 @functools.cache
 def expands_what_was_cached(attention_class: Any) -> bool:
-    """Whether it expands what the cache returned, and not what it then caches (indexed layers in transformers 5.17)."""
+    """Whether a class expands what the cache returned, not what it then caches (5.17's indexed layers)."""
     for base in attention_class.__mro__:
         try:
             source = inspect.getsource(inspect.unwrap(vars(base)["forward"]))

@@ -1,4 +1,4 @@
-"""`MappedFile`: a safetensors file mapped into memory, to be read only; nothing is read before somebody asks for it."""
+"""`MappedFile`: a safetensors file mapped into memory, to be read only; nothing is read before it is asked for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONGEST_HEADER = 1 << 28
 
 
 def map_bytes(path: str) -> torch.Tensor:
-    """A file as uint8 `[bytes]`. It must not be written to, nor the file cut while it is mapped.
+    """Maps a file as uint8 `[bytes]`. It must not be written to, nor the file cut while it is mapped.
 
     The pages are the file's own: a machine that needs memory takes them back, and they are no memory of the process.
     """
@@ -48,12 +48,12 @@ class MappedFile:
         path: the file.
 
     Attributes:
-        header: as bytes.
-        metadata: of the header.
+        header: the header, as bytes.
+        metadata: the header's metadata.
         data: all bytes behind the header.
 
     Raises:
-        ValueError: it is not whole, or no safetensors file; without naming it.
+        ValueError: the file is not whole, or no safetensors file; the message does not name it.
         OSError: it cannot be opened.
     """
 
@@ -77,7 +77,7 @@ class MappedFile:
             raise ValueError(f"it holds {len(self.data):,} bytes of tensors, and its header tells of {end:,}")
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One of its tensors, mapped.
+        """Maps one of the file's tensors.
 
         Raises:
             KeyError: there is none of that name.

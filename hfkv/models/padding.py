@@ -17,11 +17,11 @@ class LeftPadding:
         self._pads: tuple[int, ...] | None = None
 
     def forget(self) -> None:
-        """Nothing is known."""
+        """Forgets all padding."""
         self._pads = None
 
     def of(self, batch: int) -> tuple[int, ...]:
-        """Pad tokens of each of `batch` rows; none before a mask has told otherwise."""
+        """The pad tokens of each of `batch` rows; none until a mask has said otherwise."""
         return self._pads or (0,) * batch
 
     def learn(self, pads: tuple[int, ...], before: int) -> None:
@@ -46,18 +46,18 @@ class LeftPadding:
         self._pads = pads
 
     def crop(self, left: int) -> None:
-        """Only the first `left` tokens of each row are left."""
+        """Keeps only the first `left` tokens of each row."""
         if self._pads is not None:
             self._pads = tuple(min(pad, left) for pad in self._pads)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Row i becomes the present row `rows[i]`."""
+        """Makes row i what row `rows[i]` is now."""
         if self._pads is not None:
             self._pads = tuple(self._pads[row] for row in rows)
 
 
 def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:
-    """Pad tokens of each row of a bool `[B or 1, kv]`, None if not all stand in front.
+    """The pad tokens of each row of a bool `[B or 1, kv]`; None if not all stand in front.
 
     A row of nothing but padding has as many as it is long.
     """

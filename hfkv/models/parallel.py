@@ -33,7 +33,7 @@ class Spread:
 
 
 def spread_of(config_or_model: Any) -> Spread:
-    """As the model's config tells it; a single process where it says nothing."""
+    """The `Spread` that a model's config tells; a single process where it says nothing."""
     config = getattr(config_or_model, "config", config_or_model)
     asked = getattr(config, "distributed_config", None)
     if asked is None:
@@ -48,7 +48,7 @@ def spread_of(config_or_model: Any) -> Spread:
 
 
 def own_layers(model: Any, num_layers: int) -> range:
-    """The layers that this process computes: all of them, but for a stage of a pipeline."""
+    """The layers that this process computes: all of them, except in a stage of a pipeline."""
     stage = getattr(model, "_pp_stage", None)
     return range(num_layers) if stage is None else range(*stage.layer_range_for_rank(stage.pp_rank, num_layers))
 
@@ -61,7 +61,7 @@ def agreed(model: Any, values: Sequence[int]) -> list[int]:
 
     Args:
         model: a transformers model.
-        values: as many in each process.
+        values: whole numbers, as many in each process.
     """
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None or not values:

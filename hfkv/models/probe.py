@@ -43,7 +43,7 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
         raise ValueError(f"{config.model_type!r}: {reason}; {_REMEDY}")
     limit = getattr(config, "max_position_embeddings", None) or max(_POSITIONS) + 1
     positions = torch.tensor([position for position in _POSITIONS if position < limit])
-    # What is found must be ordinary tensors, whoever asks.
+    # What is found must be ordinary tensors, in every mode of the caller's.
     with torch.inference_mode(False), torch.no_grad():
         layers = _layers_at(positions, decoder, config)
         frequencies = list(_frequencies(decoder))
@@ -139,8 +139,8 @@ def _layers_at(positions: torch.Tensor, decoder: Any, config: PreTrainedConfig) 
 class _Recorder(DynamicCache):
     """Keeps the keys and hands out zeros, so that the rows' queries score alike and later layers see equal rows.
 
-    With true keys, what rounding makes of them reaches later layers where attention has sinks (gpt_oss), and may flip
-    the choice of an expert.
+    With true keys, rounding errors reach later layers where attention has sinks (gpt_oss), and may flip the choice
+    of an expert.
     """
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -149,7 +149,7 @@ class _Recorder(DynamicCache):
 
 
 def _input_device(decoder: Any) -> torch.device:
-    """Where the decoder wants its token ids; its weights may be offloaded by accelerate."""
+    """The device on which the decoder wants its token ids; accelerate may have offloaded its weights."""
     embeddings = decoder.get_input_embeddings()
     device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
     return torch.device(embeddings.weight.device if device is None else device)

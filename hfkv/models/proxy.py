@@ -8,7 +8,7 @@ import torch
 
 
 class StandIn(torch.Tensor):
-    """Every torch operation, copy and pickle of it sees `plain()` instead."""
+    """A tensor that stands for `plain()`, which every torch operation, copy and pickle sees instead."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ MODELS = "transformers.modeling_utils"
 
 
 def register(registrars: Sequence[str]) -> None:
-    """Imports modules now where transformers' models are loaded, else right after they will be."""
+    """Imports modules: now if transformers' models are loaded, else right after they are."""
     if MODELS in sys.modules:
         _import_all(registrars)
     elif not any(isinstance(finder, _AfterModels) for finder in sys.meta_path):
@@ -26,7 +26,7 @@ def _import_all(names: Sequence[str]) -> None:
 
 
 class _AfterModels(MetaPathFinder):
-    """Leaves every import to the other finders, and imports the registrars when MODELS has been."""
+    """Leaves every import to the other finders, and imports the registrars once MODELS is loaded."""
 
     def __init__(self, registrars: Sequence[str]) -> None:
         self._registrars = registrars

@@ -10,13 +10,13 @@ import torch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rotary:
-    """How what a layer caches is rotated by positions.
+    """The rotation by position of what a layer caches.
 
     Attributes:
         inv_freq: float64 `[r / 2]`, the angle by which one position turns each pair of dims; negative where the model
             turns the other way. The first r dims of a head are rotated, the others are not.
         interleaved: whether the pairs are the dims (2i, 2i + 1), or else (i, i + r / 2).
-        part: of what is cached, the one that is rotated: ``"key"``, or ``"value"`` where latents are cached as keys and
+        part: which of the cached pair is rotated: ``"key"``, or ``"value"`` where latents are cached as keys and
             the rotary keys as values (MLA).
     """
 

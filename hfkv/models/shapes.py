@@ -78,7 +78,7 @@ _CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
 
 
 def shape_config(shape: str | None, model: str | None) -> PreTrainedConfig:
-    """The config of a shape by name, or of a model, of which nothing else is read.
+    """The config of a shape by name, or of a model; nothing else of the model is read.
 
     Raises:
         RequestError: there is no such shape or model, or its attention is not of keys and values a head.
@@ -98,7 +98,7 @@ def shape_config(shape: str | None, model: str | None) -> PreTrainedConfig:
 
 
 def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """A copy of `config` for a model of the first layers only, or of more, which repeat those there are."""
+    """A copy of `config` with another number of layers: the first ones, or all of them repeated."""
     config = copy.deepcopy(config)
     before = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
@@ -110,7 +110,7 @@ def with_layers(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
 
 @dataclass(frozen=True)
 class Heads:
-    """What one attention layer of a shape holds and is asked.
+    """The heads of one attention layer, and their width.
 
     Attributes:
         query_heads: Hq.

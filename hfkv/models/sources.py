@@ -21,7 +21,7 @@ def modelling_files(config_class: Any) -> list[ModuleType]:
 
 
 def config_of_layer(config: Any, index: int) -> Any:
-    """The config of one layer, which may differ from that of the others: that one then refuses to answer for all."""
+    """The config of one layer; where layers differ, the model's own config refuses to answer for all of them."""
     if not getattr(config, "is_heterogeneous", False):
         return config
     layers = config.per_layer_config

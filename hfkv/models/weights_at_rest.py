@@ -13,11 +13,11 @@ from hfkv.models.mapped_file import DTYPES, MappedFile, map_bytes
 
 
 class AtRest(NamedTuple):
-    """A weight that is on meta.
+    """A weight whose parameter is on meta.
 
     Attributes:
         tensor: its numbers, in host memory or mapped from a file to be read only.
-        dtype: that they are brought back in.
+        dtype: the dtype in which they are brought back.
         path: the file; None for host memory.
     """
 
@@ -27,10 +27,10 @@ class AtRest(NamedTuple):
 
 
 def at_rest(module: nn.Module, name: str) -> AtRest:
-    """What accelerate would bring back of a parameter on meta.
+    """The weight that accelerate would bring back for a parameter on meta.
 
     Raises:
-        ValueError: nobody knows its numbers.
+        ValueError: its numbers are not known.
     """
     for hook in hooks_of(module):
         weights = getattr(hook, "weights_map", None)
@@ -62,7 +62,7 @@ def _on_disk(loader: Any, key: str) -> AtRest:
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Where accelerate computes with a module whose weights it has put away."""
+    """The device on which accelerate computes with a module whose weights it has put away."""
     for hook in hooks_of(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
@@ -80,11 +80,11 @@ def bring_no_more(module: nn.Module, *names: str) -> Callable[[], None]:
     """Keeps accelerate from bringing the weights of a module back: its other parameters stay on the device from now on.
 
     Args:
-        module: with an `AlignDevicesHook`, or without.
-        names: of the parameters that are provided otherwise.
+        module: the module, with an `AlignDevicesHook` or without.
+        names: the names of the parameters that are provided otherwise.
 
     Returns:
-        What puts everything but `names` back as it was.
+        A function that puts everything except `names` back as it was.
     """
     changed = [hook for hook in hooks_of(module) if getattr(hook, "offload", False)]
     before = {}

@@ -14,7 +14,7 @@ DEFAULT_KV = ("none", "int8", "fp8", "int4", "int8+window:4096", "none+offload")
 def asked_footprints(
     planner: Planner, kv: KVConfig | str | Iterable[KVConfig | str] | None, notes: list[str]
 ) -> dict[str, Footprint]:
-    """The caches by name. Those that the model cannot have are left out, with a note, unless none were left."""
+    """The caches by name. A cache that the model cannot have is left out, with a note, unless none is left."""
     footprints: dict[str, Footprint] = {}
     refused: list[ValueError] = []
     configs = [

@@ -1,4 +1,4 @@
-"""`Planner` and `Fit`: a model as it is planned with, and how much of it a memory holds."""
+"""`Planner` and `Fit`: a model to plan for, and what of it fits in a memory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 @dataclass(frozen=True)
 class Planner:
-    """A model as it is planned with.
+    """A model to plan for.
 
     Attributes:
-        geometry: what it keeps.
-        dtype: of keys, values and unquantised weights.
-        device: of the type that is planned for.
-        weights: in every precision.
+        geometry: what the model keeps.
+        dtype: the dtype of keys, values and unquantised weights.
+        device: a device of the type that is planned for.
+        weights: the weights in every precision.
         reply: tokens of each row that come one by one; None for any number.
     """
 
@@ -45,7 +45,7 @@ class Planner:
 
     @classmethod
     def of(cls, source: Any, dtype: torch.dtype | None, device: torch.device, reply: int | None = None) -> Planner:
-        """See `memory_plan`."""
+        """Builds the planner; see `memory_plan` for the arguments."""
         dtype = dtype or getattr(source, "dtype", None)
         if dtype not in _SHORT:
             dtype = torch.bfloat16
@@ -53,11 +53,11 @@ class Planner:
         return cls(geometry, dtype, device, planned_weights(geometry.skeleton, _SHORT[dtype]), reply)
 
     def footprint(self, kv: KVConfig) -> Footprint:
-        """What a cache takes."""
+        """The bytes that a cache takes."""
         return Footprint(self.geometry, kv, self.device, self.reply)
 
     def activation_bytes(self, context: int, batch: int) -> int:
-        """What a forward needs besides, while a prompt is read `PREFILL_CHUNK` tokens at a time.
+        """The bytes a forward needs besides, while a prompt is read `PREFILL_CHUNK` tokens at a time.
 
         For each token of a chunk four vectors of the hidden size (the residual, its norm, queries, the output) and
         three of the widest MLP (gate, up, their product); for each row the logits of one position in fp32, and a copy.
@@ -75,9 +75,9 @@ class Fit:
     """What fits in a limit.
 
     Attributes:
-        planner: the model.
-        limit: bytes.
-        most_context: of the model; None without a limit.
+        planner: the model to plan for.
+        limit: the most bytes.
+        most_context: the longest context of the model; None without a limit.
     """
 
     planner: Planner
@@ -85,11 +85,11 @@ class Fit:
     most_context: int | None
 
     def total(self, weights: Weights, footprint: Footprint, context: int, batch: int) -> int:
-        """Bytes on the device."""
+        """The bytes on the device."""
         return weights.nbytes + footprint.on_device(context, batch) + self.planner.activation_bytes(context, batch)
 
     def holds(self, weights: Weights, footprint: Footprint, context: int, batch: int) -> bool:
-        """Whether that is within the limit."""
+        """Whether the total is within the limit."""
         return self.total(weights, footprint, context, batch) <= self.limit
 
     def largest_context(self, weights: Weights, footprint: Footprint, batch: int) -> int:
@@ -148,7 +148,7 @@ def most_context(config: PreTrainedConfig) -> int | None:
 
 
 def number(config: PreTrainedConfig, *names: str) -> int:
-    """The first of these fields that is a number, or 0; where layers differ, the largest."""
+    """The first of several fields that is a number, or 0; where layers differ, the largest."""
     for name in names:
         try:
             value = getattr(config, name, None)

@@ -34,12 +34,12 @@ ROWS_TOGETHER = 8
 
 
 class Bytes(NamedTuple):
-    """What rows take.
+    """The bytes that rows take.
 
     Attributes:
-        allocated: while it decodes.
-        peak: the most while its prompt is read, `PREFILL_CHUNK` tokens at a time.
-        held: what the tokens are in, without spare room: what a step reads.
+        allocated: bytes allocated while the cache decodes.
+        peak: the most bytes while the prompt is read, `PREFILL_CHUNK` tokens at a time.
+        held: the bytes of the tokens, without spare room: what a step reads.
     """
 
     allocated: int
@@ -47,7 +47,7 @@ class Bytes(NamedTuple):
     held: int
 
     def times(self, factor: int, divisor: int = 1) -> Bytes:
-        """Field by field, rounded down."""
+        """The product, field by field, rounded down."""
         return Bytes(*(count * factor // divisor for count in self))
 
     def plus(self, other: Bytes) -> Bytes:
@@ -57,7 +57,7 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class _Kind:
-    """Layers that take the same: a `KVLayer`'s policies and what it is given."""
+    """A kind of layers that take the same bytes: a `KVLayer`'s policies and what it is given."""
 
     kv: KVConfig
     sliding: int | None
@@ -70,9 +70,9 @@ class Footprint:
     A batch is its rows' sum. Beams count as rows; the pages they share do not show.
 
     Args:
-        geometry: of the model.
-        kv: the cache.
-        device: where attention computes: pages differ by its type. It need not be there.
+        geometry: the model's geometry.
+        kv: the cache's config.
+        device: the device where attention computes: pages differ by its type. It need not exist here.
         reply: how many of the tokens come one by one; the others are prompt. Spare room behind a window depends on it:
             None is the most there can be, whatever the reply.
 
@@ -97,21 +97,21 @@ class Footprint:
         self._check_budget()
 
     def of(self, tokens: int, batch: int = 1) -> Bytes:
-        """What `batch` rows of `tokens` take, on all devices together.
+        """The bytes that `batch` rows of `tokens` take, on all devices together.
 
         Args:
-            tokens: held in all, at least 1; known beforehand, as a patched `generate` knows them.
+            tokens: tokens held in all, at least 1; known beforehand, as a patched `generate` knows them.
             batch: rows.
         """
         resident, offloaded = self._parts(tokens, batch)
         return resident.plus(offloaded)
 
     def offloaded(self, tokens: int, batch: int = 1) -> Bytes:
-        """The part of it that is kept in host memory; on a CPU nothing is."""
+        """The bytes kept in host memory; on a CPU none."""
         return self._parts(tokens, batch)[1]
 
     def on_device(self, tokens: int, batch: int = 1) -> int:
-        """The most bytes of it where attention computes.
+        """The most bytes on the device where attention computes.
 
         Offloaded tokens leave there what `device_budget` says, or the newest page of each row, and the staging buffers.
         """
@@ -126,7 +126,7 @@ class Footprint:
         return resident.peak + min(offloaded.peak, kept + STAGING)
 
     def _parts(self, tokens: int, batch: int) -> tuple[Bytes, Bytes]:
-        """What stays on the device by itself, and what is offloaded."""
+        """The bytes that stay on the device by themselves, and those that are offloaded."""
         stores = [self._store_of(kind) for kind in self._kinds]
         rounds = any(store.is_paged and store.bound is not None for store in stores)
         rows = min(batch, ROWS_TOGETHER) if rounds else 1
@@ -146,7 +146,7 @@ class Footprint:
 
     @property
     def is_offloaded(self) -> bool:
-        """Whether some of it is kept in a memory that is not the device's."""
+        """Whether some bytes are kept in a memory that is not the device's."""
         return any(self._is_away(kind) for kind in self._kinds)
 
     @property
@@ -168,17 +168,17 @@ class Footprint:
         return kind.kv.offload and self.device.type in BUSES
 
     def _store_of(self, kind: _Kind) -> Store:
-        """A store like that of such layers; what is offloaded lies in pages, which take the same wherever they are."""
+        """A store as such layers have; offloaded tokens lie in pages, which take the same wherever they are."""
         kind_of_store = "paged" if self._is_away(kind) else kind.kv.store
         return make_store(kind_of_store, self.device, kind.kv.page_size, bound=KVLayer(kind.kv, kind.sliding).bound)
 
     def _page_bytes(self, kind: _Kind) -> int:
-        """Bytes of a row's page, which is on the device while it is filled."""
+        """The bytes of a row's page, which is on the device while it is filled."""
         store = self._store_of(kind)
         return cast("PagedStore", store).page_size * sum(token_bytes(plane) for plane in _planes(kind, 1, 1))
 
     def _fill(self, kind: _Kind, tokens: int, rows: int) -> Bytes:
-        """What one layer's store takes, step by step as `KVLayer` fills it."""
+        """The bytes that one layer's store takes, filled step by step as `KVLayer` does."""
         window = KVLayer(kind.kv, kind.sliding).window
         if not window:
             return self._follow(kind, tokens, rows, (tokens,))
@@ -217,7 +217,7 @@ class Footprint:
         return self._spare[kind, tokens, rows]
 
     def _follow(self, kind: _Kind, tokens: int, rows: int, chunks: Sequence[int]) -> Bytes:
-        """What one layer's store takes that is to hold `tokens`, after some forwards."""
+        """The bytes that one layer's store for `tokens` takes after some forwards."""
         window, store = KVLayer(kind.kv, kind.sliding).window, self._store_of(kind)
         slots = window.num_slots if window else 0
         span = Span(window)
@@ -244,7 +244,7 @@ def _kinds(layer: CacheLayer, states: States) -> list[_Kind]:
 
 
 def _index(states: States, tokens: int, rows: int) -> Bytes:
-    """What the keys of a layer's indexer take, which stay on the device as they are; see `IndexedLayer`."""
+    """The bytes of the keys of a layer's indexer, which stay on the device as they are; see `IndexedLayer`."""
     if not states.index_dim:
         return Bytes(0, 0, 0)
     store = ContiguousStore()
@@ -254,7 +254,7 @@ def _index(states: States, tokens: int, rows: int) -> Bytes:
 
 
 def _chunks(tokens: int, reply: int) -> list[int]:
-    """A prompt in chunks, and behind it tokens one by one."""
+    """The lengths of forwards: a prompt in chunks, and behind it tokens one by one."""
     steps = min(reply, MOST_STEPS, tokens - 1)
     full, rest = divmod(tokens - steps, PREFILL_CHUNK)
     return [*[PREFILL_CHUNK] * full, *([rest] if rest else []), *[1] * steps]

@@ -32,14 +32,14 @@ _LENGTHS = (4, 8)
 
 
 class States(NamedTuple):
-    """What one layer's keys and values are like.
+    """The shapes and dtypes of one layer's keys and values.
 
     Attributes:
         key_heads, key_dim: H and Dk.
         value_heads, value_dim: H and Dv.
-        dtype: of both.
-        index_dim: of the keys by which an indexer picks among the tokens, one a token; 0 without one.
-        index_dtype: of these.
+        dtype: the dtype of both.
+        index_dim: the width of the keys by which an indexer picks tokens, one a token; 0 without one.
+        index_dtype: the dtype of these keys.
     """
 
     key_heads: int
@@ -52,7 +52,7 @@ class States(NamedTuple):
 
     @classmethod
     def of(cls, layer: Any) -> States:
-        """Those of a layer of transformers' cache that holds some."""
+        """The states of a layer of transformers' cache that holds some tokens."""
         keys, values, index = layer.keys, layer.values, getattr(layer, "indexer_keys", None)
         states = cls(keys.shape[1], keys.shape[3], values.shape[1], values.shape[3], keys.dtype)
         return states if index is None else states._replace(index_dim=index.shape[-1], index_dtype=index.dtype)
@@ -64,10 +64,10 @@ class Geometry:
 
     Attributes:
         skeleton: the model, its weights on the meta device.
-        config: of its text decoder.
-        states: of the layers in whose place hfkv's hold keys and values, by index.
-        own_row_bytes: of the layers that stay transformers' own (the states of linear attention), for each row.
-        own_token_bytes: of the same, for each token of a row.
+        config: the config of its text decoder.
+        states: the states of the layers that hfkv's replace, by index.
+        own_row_bytes: bytes a row of the layers that stay transformers' own (the states of linear attention).
+        own_token_bytes: bytes of the same layers for each token of a row.
         notes: what could not be learnt.
     """
 
@@ -83,8 +83,8 @@ class Geometry:
         """Builds the model on the meta device and runs a few tokens through it: nothing is computed or loaded.
 
         Args:
-            config_or_model: a config, or a model, whose config and class are all that is looked at.
-            dtype: of the weights, and so of the keys and values.
+            config_or_model: a config, or a model, of which only config and class are looked at.
+            dtype: the dtype of the weights, and so of the keys and values.
 
         Raises:
             TypeError: it is neither.
@@ -142,7 +142,7 @@ def _skeleton(config_or_model: Any, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _runnable(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with nothing in it that asks the meta device for numbers, where transformers lets one choose."""
+    """The model without anything that asks the meta device for numbers, where transformers lets one choose."""
     for config in (model.config, model.config.get_text_config(decoder=True)):
         # Some look for padding among the tokens, to warn. A strict config would refuse None.
         vars(config)["pad_token_id"] = None
@@ -152,7 +152,7 @@ def _runnable(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _fill(model: PreTrainedModel, config: PreTrainedConfig, length: int) -> DynamicCache:
-    """Transformers' cache after a few tokens of one row."""
+    """Fills transformers' cache with a few tokens of one row."""
     decoder = decoder_of(model)
     cache = DynamicCache(config=config)
     inputs: dict[str, Any] = {
@@ -172,7 +172,7 @@ def _fill(model: PreTrainedModel, config: PreTrainedConfig, length: int) -> Dyna
 
 
 def _layer_bytes(layer: Any) -> int:
-    """Bytes of a layer of transformers' own. Storages on the meta device have no addresses to tell them apart by."""
+    """The bytes of a layer of transformers' own. Storages on the meta device have no addresses to tell them apart."""
     found: dict[int, torch.Tensor] = {}
     for value in vars(layer).values():
         values = value.values() if isinstance(value, dict) else (value,)

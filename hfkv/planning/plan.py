@@ -31,18 +31,18 @@ DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class PlannedCache:
-    """A cache of the planned context and batch.
+    """A cache for the planned context and batch.
 
     Attributes:
-        kv: its config, in words.
-        kv_bytes: allocated while it decodes, on all devices: what `cache.nbytes()` will say.
-        device_bytes: the most of it on the device, while the prompt is read or after.
-        host_bytes: of it in host memory.
-        read_bytes: of it read by a step.
+        kv: the cache's config, in words.
+        kv_bytes: bytes allocated while it decodes, on all devices: what `cache.nbytes()` will say.
+        device_bytes: the most bytes on the device, while the prompt is read or after.
+        host_bytes: bytes in host memory.
+        read_bytes: bytes that a step reads.
         fits: whether it fits beside each of the weights.
-        total_bytes: on the device, with the chosen weights, activations and overhead.
-        largest_context: tokens of each row that fit with the chosen weights and the planned batch; 0 where none do.
-        largest_batch: rows that fit with the chosen weights and the planned context; 0 where none do.
+        total_bytes: bytes on the device, with the chosen weights, activations and overhead.
+        largest_context: the most tokens a row that fit with the chosen weights and planned batch; 0 where none do.
+        largest_batch: the most rows that fit with the chosen weights and planned context; 0 where none do.
         floor_ms: the least time of a decode step with the chosen weights; None where the bandwidth is not known.
     """
 
@@ -63,18 +63,18 @@ class MemoryPlan:
     """What fits where; see `memory_plan`.
 
     Attributes:
-        model: its name.
-        dtype: of keys, values and unquantised weights.
+        model: the model's name.
+        dtype: the dtype of keys, values and unquantised weights.
         device: the type of device that is planned for.
-        memory_bytes, memory_source: the limit, and who says so.
+        memory_bytes, memory_source: the limit, and where it is from.
         context, most_context, batch: tokens of a row; the most the model was made for, None without a limit; rows.
-        weights: in every precision.
-        chosen: the name of those that totals, largest contexts and times are for.
-        activation_bytes: beside weights and cache.
-        overhead_bytes: of the device's own.
-        speeds: of the floor.
-        caches: as asked for.
-        recommended: None where nothing fits.
+        weights: the weights in every precision.
+        chosen: the name of the weights that totals, largest contexts and times are for.
+        activation_bytes: bytes of activations, beside weights and cache.
+        overhead_bytes: bytes of the device's own.
+        speeds: the speeds that floors are worked out from.
+        caches: the caches that were asked for.
+        recommended: what to choose; None where nothing fits.
         notes: what else there is to know.
     """
 
@@ -96,7 +96,7 @@ class MemoryPlan:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+        """Everything, as JSON values."""
         weights = [{**asdict(each), "read_bytes": each.read(self.batch)} for each in self.weights]
         return {**asdict(self), "weights": weights}
 
@@ -134,7 +134,7 @@ def memory_plan(
         kv: the cache to plan, or several; None for a list of usual ones. Of several, those that the model cannot have
             are left out, with a note.
         weights: ``"auto"`` (those as loaded, or the least lossy that fit), or the name of a precision.
-        dtype: of keys, values and unquantised weights; None for the model's, or bfloat16.
+        dtype: the dtype of keys, values and unquantised weights; None for the model's, or bfloat16.
         device: ``"cuda"`` or ``"cpu"``: page sizes and offloading differ. None is an accelerator where `memory` is
             given, else this machine's.
         bandwidth: bytes a second that the device reads, a number or ``"4.3TB/s"``; None is measured by a copy where
@@ -212,7 +212,7 @@ def memory_plan(
 def least_lossy(
     model: Any, budget: int | str, context: int | str, batch: int = 1, *, offload: bool = False
 ) -> KVConfig:
-    """See `KVConfig.for_budget`; it is planned for the device of a loaded model, or else for an accelerator.
+    """Finds the config that `KVConfig.for_budget` describes, for a loaded model's device or an accelerator.
 
     With `offload` the buffers through which tokens come back, 96 MiB at most, are on the device besides the budget.
     """
@@ -242,7 +242,7 @@ def least_lossy(
 
 
 def _offloaded(planner: Planner, device: torch.device, budget: int) -> KVConfig:
-    """What keeps so many bytes on the device, and the rest in host memory."""
+    """The config that keeps that many bytes on the device, and the rest in host memory."""
     least = Footprint(planner.geometry, KVConfig(offload=True), device)
     if not least.is_offloaded:
         raise ValueError(

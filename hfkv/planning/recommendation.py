@@ -13,7 +13,7 @@ from hfkv.policy.window import Window
 
 
 def least_lossy_codecs() -> list[str]:
-    """The codecs by what they add to a model's loss; last those of which nobody knows."""
+    """The codecs by what they add to a model's loss; last those not measured."""
     return sorted(CODECS, key=_loss)
 
 
@@ -24,12 +24,12 @@ def _loss(codec: str) -> float:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to choose.
+    """The weights and the cache to choose.
 
     Attributes:
-        weights: the name of a precision.
+        weights: the name of the weights' precision.
         kv: a cache, in words.
-        costs: what it costs.
+        costs: what this costs, in words.
     """
 
     weights: str
@@ -40,13 +40,13 @@ class Recommendation:
 def recommend(
     footprints: Mapping[str, Footprint], weights: Sequence[str], holds: Callable[[str, Footprint], bool]
 ) -> Recommendation | None:
-    """The first that fits: caches that keep every token on the device, then offloaded ones, then windows.
+    """Picks the first that fits: caches with every token on the device, then offloaded ones, then windows.
 
     In each of these, weights of higher precision come first, and with the same weights the codec that loses least.
 
     Args:
         footprints: caches by name.
-        weights: names, the least lossy first.
+        weights: names of precisions, the least lossy first.
         holds: whether weights of a name and a cache fit together.
     """
     for kind in range(3):
@@ -60,7 +60,7 @@ def recommend(
 
 
 def _kind(footprint: Footprint) -> int:
-    """0 for every token on the device, 1 for some elsewhere, 2 for some gone."""
+    """The kind of a cache: 0 has every token on the device, 1 some elsewhere, 2 has let some go."""
     if _windows(footprint.kv):
         return 2
     return 1 if footprint.is_offloaded else 0
@@ -89,7 +89,7 @@ def _costs(precision: str, footprint: Footprint) -> str:
     if percent is None:
         found.append(f"what {codec} adds to the loss was not measured")
     elif percent:
-        found.append(f"{percent:g} % more loss on the bundled model (docs/concepts.md)")
+        found.append(f"{percent:g} % more loss on the bundled model (docs/understand/concepts.md)")
     if footprint.is_offloaded:
         found.append("every step waits for keys and values to come over the bus")
     if _windows(footprint.kv):

@@ -1,4 +1,4 @@
-"""`Speeds`: how fast a device reads its memory, how fast what is offloaded comes, and who says so."""
+"""`Speeds`: how fast a device reads its memory and fetches what is offloaded, and where this is known from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _RATE = re.compile(r"^(\d+(?:\.\d+)?)\s*tb$")
 
 @dataclass(frozen=True)
 class Speeds:
-    """Bytes a second.
+    """Speeds in bytes a second, and their sources.
 
     Attributes:
-        bandwidth: of the device's memory; None where that is not on this machine and nobody said.
-        bandwidth_source: who says so.
-        bus: between host memory and the device.
-        bus_source: who says so.
+        bandwidth: the device's memory; None where it is not on this machine and was not given.
+        bandwidth_source: where that number is from.
+        bus: the way between host memory and the device.
+        bus_source: where that number is from.
     """
 
     bandwidth: int | None
@@ -34,11 +34,11 @@ class Speeds:
 
     @classmethod
     def of(cls, bandwidth: float | str | None, bus: float | str | None, device: torch.device) -> Speeds:
-        """What is given, or else what copies on this machine's device show.
+        """Takes the speeds given, or else measures copies on this machine's device.
 
         Args:
             bandwidth, bus: bytes a second, a number or such as ``"4.3TB/s"``; None is measured, which takes a second.
-            device: of the type that is planned for.
+            device: a device of the type that is planned for.
 
         Raises:
             TypeError, ValueError: one is no speed.
@@ -65,10 +65,10 @@ class Speeds:
 
 
 def read_speed(name: str, given: float | str) -> int:
-    """Bytes a second, at least 1.
+    """Reads a speed in bytes a second, at least 1.
 
     Args:
-        name: of the field, for the error.
+        name: the field's name, for the error.
         given: a number, or one with a unit: ``"4.3TB/s"``, ``"50GB/s"``.
 
     Raises:

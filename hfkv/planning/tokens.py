@@ -9,11 +9,11 @@ _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def read_tokens(name: str, given: int | str) -> int:
-    """A number of tokens, at least 1.
+    """Reads a number of tokens, at least 1.
 
     Args:
-        name: of the field, for the error.
-        given: a number, or such as ``"128k"`` (k is 1,024).
+        name: the field's name, for the error.
+        given: a number, or words such as ``"128k"`` (k is 1,024).
 
     Raises:
         ValueError: it is neither.
@@ -28,7 +28,7 @@ def read_tokens(name: str, given: int | str) -> int:
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuses what is no whole number of at least 1.
+    """Refuses anything but a whole number of at least 1.
 
     Raises:
         ValueError: naming the field.

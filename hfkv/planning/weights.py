@@ -1,4 +1,4 @@
-"""`Weights`: what a model's weights take in some precision, and what of them a decode step reads."""
+"""`Weights`: the bytes of a model's weights in some precision, and how many a decode step reads."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a model's weights in one precision.
+    """The bytes of a model's weights in one precision.
 
     Attributes:
         name: ``"bf16"`` (or the dtype that was asked for), ``"int8"``, ``"int4"``, or ``"loaded"``.
-        nbytes: of parameters and buffers, tied ones once.
-        dense_bytes: of those a decode step reads whatever the token.
-        expert_bytes: of the experts, all of them.
-        num_experts: E; 0 without.
+        nbytes: bytes of parameters and buffers, tied ones once.
+        dense_bytes: bytes of the weights that a decode step reads for any token.
+        expert_bytes: bytes of all experts.
+        num_experts: E; 0 without experts.
         top_k: experts that one token is sent to.
     """
 
@@ -43,7 +43,7 @@ class Weights:
     top_k: int
 
     def read(self, batch: int) -> int:
-        """Bytes that a decode step of `batch` rows reads: of the experts at most those its tokens are sent to."""
+        """The bytes that a decode step of `batch` rows reads: at most the experts its tokens are sent to."""
         if not self.num_experts:
             return self.dense_bytes
         return self.dense_bytes + self.expert_bytes * min(self.num_experts, batch * self.top_k) // self.num_experts
@@ -74,7 +74,7 @@ def loaded_weights(model: Any) -> Weights:
 
 
 def stacked_experts(skeleton: PreTrainedModel) -> int:
-    """Bytes of the experts that are one parameter a layer, which bitsandbytes leaves alone."""
+    """The bytes of the experts that are one parameter a layer, which bitsandbytes leaves alone."""
     return sum(weight.nbytes for name, weight in skeleton.named_parameters() if _is_expert(name) and weight.ndim == 3)
 
 
@@ -137,7 +137,7 @@ def _quantised_weights(model: PreTrainedModel) -> set[int]:
 
 
 def _int8_bytes(weight: torch.Tensor) -> int:
-    """A byte a number and an fp32 scale a row (the rows of gpt2's transposed layers are its columns)."""
+    """Int8 bytes: one a number and an fp32 scale a row (the rows of gpt2's transposed layers are its columns)."""
     return weight.numel() + 4 * weight.shape[0]
 
 
@@ -146,7 +146,7 @@ def _int4_bytes(weight: torch.Tensor) -> int:
 
 
 def _present_bytes(weight: torch.Tensor) -> int:
-    """A parameter's bytes, and those of the scales that bitsandbytes keeps beside it."""
+    """The bytes of a parameter, and of the scales that bitsandbytes keeps beside it."""
     scales = getattr(weight, "SCB", None)
     state = getattr(weight, "quant_state", None)
     beside = [scales] if isinstance(scales, torch.Tensor) else []

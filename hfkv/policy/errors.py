@@ -19,7 +19,7 @@ class CacheMemoryError(MemoryError):
 
     @classmethod
     def of(cls, error: Exception, cache: Any) -> CacheMemoryError:
-        """What to raise where a forward found no memory and `cache` has been taken back."""
+        """The error to raise where a forward found no memory and `cache` has been taken back."""
         return cls(
             f"{error}. The {cache.get_seq_length():,} tokens read before are still held: the `cache` of this error "
             "goes on with them (past_key_values=error.cache) once there is memory",

@@ -9,7 +9,7 @@ from hfkv.policy.units import read_bytes, say_bytes
 
 @dataclass(frozen=True)
 class Reuse:
-    """Keep the pages of prompts and replies, and give them to later calls of the patched model that begin alike.
+    """Keeps the pages of prompts and replies for later calls of the patched model that begin alike.
 
     Args:
         budget: the most bytes to keep besides the caches of running calls: a number, or ``"512MiB"``, ``"2GiB"``. The

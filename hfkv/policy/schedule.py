@@ -1,4 +1,4 @@
-"""Which keys a query can no longer see, however the size of its window changes: integers only."""
+"""`Schedule`: the keys that a query can no longer see, however the size of its window changes; integers only."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def read_bytes(name: str, given: int | str) -> int:
     """A number of bytes, at least 1.
 
     Args:
-        name: of the field, for the error.
+        name: the field's name, for the error.
         given: a number, or one with a unit: ``"512MiB"``, ``"2GB"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which tokens stay: a sliding window with attention sinks, in integers only."""
+"""`Window`: the tokens that stay under a sliding window with attention sinks; integers only."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class Window:
         return self.summary_page_size if self.summary else 0
 
     def held_from(self, gone_below: int) -> int:
-        """The oldest position held, slots apart, where below `gone_below` no query to come sees a token."""
+        """The oldest position held, apart from the slots, when no later query sees a token below `gone_below`."""
         return max(gone_below - self.reach, 0)
 
     def lower_bound(self, t: int) -> int:

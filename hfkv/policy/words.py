@@ -45,7 +45,7 @@ def read_words(text: str) -> dict[str, Any]:
 
 
 def words_of(kv: Any) -> list[str]:
-    """The words that say what `kv` says, but for `layers`, a salt and one's own schedule, which no word says."""
+    """The words for `kv`, except `layers`, a salt and a schedule of one's own, which have no word."""
     words = [kv.codec]
     if isinstance(kv.window, Window):
         words += _window_words(kv.window)

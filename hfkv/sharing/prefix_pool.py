@@ -31,9 +31,9 @@ class ReuseStats:
 
     Attributes:
         lookups: prompts (rows) that were looked up.
-        hits: those of which some page was there.
-        tokens: of all prompts looked up, padding apart.
-        tokens_reused: those that were not computed again.
+        hits: prompts of which some page was there.
+        tokens: tokens of all prompts looked up, without padding.
+        tokens_reused: tokens that were not computed again.
         pages, page_size: pages kept, and tokens a page.
         nbytes, budget: bytes of the pages kept, and the most that may be.
         evictions: pages that had to go.
@@ -61,7 +61,7 @@ def page_keys(root: bytes, ids: torch.Tensor, page_size: int) -> list[bytes]:
     """The key of every whole page of a text: a hash of its tokens and of all that is before them.
 
     Args:
-        root: of the text: what else keys and values depend on.
+        root: a hash of what keys and values depend on besides tokens.
         ids: int64 `[T]`, on the CPU.
         page_size: tokens a page.
     """
@@ -146,14 +146,14 @@ class PrefixPool:
                     self.blocks.release(pages)
 
     def _touched(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Those of a text's keys that are here, from the first on; the most recently used now, the first of all."""
+        """The keys of a text that are here, from the first on; the most recently used now, the first of all."""
         known = list(itertools.takewhile(self._index.__contains__, keys))
         for key in reversed(known):
             self._index.move_to_end(key)
         return known
 
     def missing(self, keys: Sequence[bytes]) -> set[bytes]:
-        """Those of `keys` that are not here."""
+        """The keys among `keys` that are not here."""
         with self._lock:
             return {key for key in keys if key not in self._index}
 
@@ -161,7 +161,7 @@ class PrefixPool:
         """Puts pages into the empty layers of a cache, as its first `columns` tokens.
 
         Args:
-            layers: all of the cache.
+            layers: all layers of the cache.
             rows: the pages of each row's text, from `found`.
             pads: pad tokens of each row; behind them come its pages, as far as there are columns.
             columns: tokens to hold, pad tokens included.
@@ -187,8 +187,8 @@ class PrefixPool:
         """Keeps the pages of a cache's texts that are not here yet.
 
         Args:
-            layers: all of the cache; a stage of a pipeline fills its own only.
-            keys: of the whole pages of each row's text.
+            layers: all layers of the cache; a stage of a pipeline fills its own only.
+            keys: the keys of the whole pages of each row's text.
             pads: pad tokens of each row.
         """
         # What a window has dropped is no longer there to be kept.
@@ -239,7 +239,7 @@ class PrefixPool:
         return True
 
     def _room(self, keys: Sequence[bytes], count: int) -> list[int]:
-        """Up to `count` free pages, for pages that continue the known ones among `keys`: those stay."""
+        """Frees up to `count` pages, for pages that continue the known ones among `keys`: those stay."""
         most = self.budget // self._page_bytes
         if self._capacity is not None:
             most = min(most, self._capacity)
@@ -282,7 +282,7 @@ class PrefixPool:
 def _stacked(
     texts: Sequence[tuple[torch.Tensor, ...]], planes: Sequence[torch.Tensor], columns: int
 ) -> tuple[torch.Tensor, ...]:
-    """Rows of different lengths, `[1, H_i, T_b, d_i]` each, one below the other with padding on the left."""
+    """Stacks rows of different lengths, `[1, H_i, T_b, d_i]` each, with padding on the left."""
     stacked = []
     for index, plane in enumerate(planes):
         rows = plane.new_zeros(len(texts), plane.shape[1], columns, plane.shape[3])

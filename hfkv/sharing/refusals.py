@@ -1,4 +1,4 @@
-"""Which models can share prompt prefixes at all."""
+"""Refusals: why the prompts of a model cannot share prefixes at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts that take so many tokens and no more."""
+"""The capacity of experts: how many tokens each takes, and which find room."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_fact
 def kept_slots(
     index: torch.Tensor, num_experts: int, capacity: int, token_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which (token, slot) pairs find room.
+    """Marks the (token, slot) pairs that find room.
 
     Tokens come first that are first in the batch, so that no token loses its place to a later one. Tokens that are
     masked out take no room, and keep their experts.

@@ -1,4 +1,4 @@
-"""Dense feed-forward modules of transformers' decoders: which there are, and their weights as experts have them."""
+"""Dense feed-forward modules of transformers' decoders: how they are found, and their weights as experts'."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a model's decoder.
 
     Raises:
-        ValueError: it has none that could be found.
+        ValueError: no layers could be found.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)

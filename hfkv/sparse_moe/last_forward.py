@@ -18,12 +18,12 @@ class LastForward:
     """What a `SparseMoE` remembers of its last forward, until the next.
 
     Attributes:
-        routed: logits, probabilities and choice; None where they were let go.
-        scalars: balance and z-loss, where `routed` was let go; else None.
+        routed: logits, probabilities and choice; None where they were not kept.
+        scalars: balance and z-loss, where `routed` was not kept; else None.
         token_mask: [T] bool as given to the forward, or None.
         kept: (token, slot) pairs within the capacity, [T, K] bool; None without a capacity.
         lacks_gradients: whether the layer was training, and gradients were off.
-        is_soft, num_experts, top_k: of the layer.
+        is_soft, num_experts, top_k: the layer's own.
     """
 
     routed: Routed | None
@@ -36,11 +36,11 @@ class LastForward:
     top_k: int
 
     def losses(self, attention_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Balance and z-loss, scalars.
+        """Computes balance and z-loss, scalars.
 
         Raises:
-            ValueError: a mask of another size than the forward.
-            RuntimeError: a mask, where the logits were let go.
+            ValueError: the mask has another size than the forward.
+            RuntimeError: a mask was given, and the logits were not kept.
         """
         mask = self.token_mask
         if self.routed is None:
@@ -66,7 +66,7 @@ class LastForward:
         return balance, router_z_loss(routed.logits, mask)
 
     def slimmed(self) -> LastForward:
-        """For a forward that trains nothing: the same, with its losses instead of its logits where these are many."""
+        """This record for a forward that trains nothing: many logits are replaced by their losses."""
         if self.routed is None or self.routed.logits.numel() <= KEPT_LOGITS:
             return self
         return replace(self, routed=None, scalars=self.losses())

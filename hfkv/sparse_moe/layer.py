@@ -41,7 +41,7 @@ class SparseMoE(nn.Module):
 
     Args:
         hidden_size: H.
-        intermediate_size: I, of each expert.
+        intermediate_size: I, each expert's own.
         num_experts: E, at least 2.
         top_k: K, experts a token; ignored by soft routing.
         routing: ``"hard"``, the K highest scores, or ``"soft"``, all experts weighted by their probabilities, at E / K
@@ -52,17 +52,17 @@ class SparseMoE(nn.Module):
         activation: a name of transformers' activations, or a module.
         bias: whether the experts' matrices have biases.
         balance: ``"loss"``: `load_balancing_loss`; ``"bias"``: a bias on the choice (DeepSeek-V3); or None.
-        balance_coef: of the balance loss in `hfkv.moe_losses`; None for 0.01. Only with ``balance="loss"``.
-        z_coef: of the router z-loss there.
-        bias_update_rate: None for 0.001. Only with ``balance="bias"``.
+        balance_coef: factor on the balance loss in `hfkv.moe_losses`; None for 0.01. Only with ``balance="loss"``.
+        z_coef: factor on the router z-loss there.
+        bias_update_rate: how far a bias moves in a forward; None for 0.001. Only with ``balance="bias"``.
         capacity_factor: an expert takes at most ``ceil(factor * T * K / E)`` (token, slot) pairs of a forward, tokens
             first in the batch first; the others lose that slot, and its weight with it. Then a row's output depends on
             what else is in the batch and on its length, in evaluation too; the attribute can be set. None: dropless.
-        device, dtype: of the parameters.
+        device, dtype: the parameters' device and dtype.
 
     Raises:
-        NotImplementedError: a routing that is not causal.
-        TypeError, ValueError: an argument that is not allowed, or two that exclude each other.
+        NotImplementedError: the routing is not causal.
+        TypeError, ValueError: an argument is not allowed, or two exclude each other.
     """
 
     balance_bias: torch.Tensor
@@ -148,7 +148,7 @@ class SparseMoE(nn.Module):
             The shape and dtype of the hidden states.
 
         Raises:
-            ValueError: other shapes.
+            ValueError: the shapes are others.
         """
         if hidden_states.ndim not in (2, 3) or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(

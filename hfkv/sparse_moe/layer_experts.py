@@ -78,7 +78,7 @@ class _Stacks(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Every expert on its tokens, one after the other (``"eager"``).
+        """Runs every expert on its tokens, one after the other (``"eager"``).
 
         Args:
             hidden_states: [T, H].
@@ -158,12 +158,12 @@ _FORMS: dict[type, tuple[bool, bool]] = {
 
 
 def experts_class(gated: bool, bias: bool) -> Callable[..., _Stacks]:
-    """The class of experts of that form."""
+    """The class of experts with or without a gate and biases."""
     return next(kind for kind, form in _FORMS.items() if form == (gated, bias))
 
 
 def activation_module(activation: str | nn.Module) -> nn.Module:
-    """The activation of that name.
+    """The activation of a name, as a module.
 
     Raises:
         ValueError: transformers has none of that name.

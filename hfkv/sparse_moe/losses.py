@@ -17,14 +17,14 @@ def load_balancing_loss(
     P_e is the mean probability of expert e over the tokens, and f_e the mean number of times a token chose it, so that
     Σ P_e = 1 and Σ f_e = K. Perfect balance gives K; a router sure of the same K experts for all tokens gives E. This
     is the form of Switch Transformers (there K = 1) and, for one layer, of transformers' ``load_balancing_loss_func``.
-    That one takes the means over all layers together first, so that two layers with different dead experts can look
+    The latter takes the means over all layers together first, so that two layers with different dead experts can look
     balanced; this one is a layer's own.
 
     Soft routing chooses nothing: there f_e = P_e, which gives 1 at perfect balance, and otherwise 1 plus the squared
     coefficient of variation of the experts' importance (Shazeer et al. 2017).
 
     Args:
-        probabilities: of the router, [T, E], each row summing to 1.
+        probabilities: the router's, [T, E], each row summing to 1.
         chosen: experts of every token, [T, K] int64; None for soft routing.
         num_experts: E.
         top_k: K; not used for soft routing.
@@ -34,7 +34,7 @@ def load_balancing_loss(
         A scalar; 0 where there are no tokens. Gradients flow through P alone, since a choice has none.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit each other.
     """
     if probabilities.ndim != 2 or probabilities.shape[1] != num_experts:
         raise ValueError(f"probabilities must be [T, E] with E = {num_experts}, got {tuple(probabilities.shape)}")

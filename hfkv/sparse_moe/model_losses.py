@@ -41,7 +41,7 @@ def moe_losses(model: nn.Module, attention_mask: torch.Tensor | None = None) -> 
         The losses, on the device of the first layer.
 
     Raises:
-        ValueError: no such layers, or a mask of another size than the last forward.
+        ValueError: there are no such layers, or the mask has another size than the last forward.
         RuntimeError: a layer has not run yet, or ran without gradients where they are expected.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseMoE)}

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight."""
+"""Routing: which experts a token goes to, and with what weight."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Routed:
     """The choice of experts for T tokens.
 
     Attributes:
-        logits: what the router said, [T, E] float32.
+        logits: the router's output, [T, E] float32.
         probabilities: the scores of all experts as shares that sum to 1, [T, E] float32; carries gradients.
         index: the experts of every token, [T, K] int64. Soft routing has K = E.
         weights: what their outputs are multiplied with, [T, K] float32; carries gradients.
@@ -69,9 +69,9 @@ def check_routing(routing: str, gate: str, num_experts: int, top_k: int, renorma
     """Refuses what cannot be routed.
 
     Raises:
-        NotImplementedError: a routing that mixes tokens.
-        TypeError: a number of experts that is not an int.
-        ValueError: a name, or a number of experts, that is not allowed.
+        NotImplementedError: the routing mixes tokens.
+        TypeError: a number of experts is not an int.
+        ValueError: a name, or a number of experts, is not allowed.
     """
     if routing in NOT_CAUSAL:
         raise NotImplementedError(

@@ -37,8 +37,8 @@ class LayerRouting:
     """What one layer's router did.
 
     Attributes:
-        name: of the module that holds the experts.
-        load: share of the choices of each expert, E numbers that sum to 1; of soft routing, its mean weight.
+        name: the name of the module that holds the experts.
+        load: each expert's share of the choices, E numbers that sum to 1; under soft routing its mean weight.
         num_tokens: tokens routed, without padding.
         top_k: experts a token, K; 1 for soft routing, where one expert may get all the weight.
         num_dropped: (token, slot) pairs beyond a capacity.
@@ -56,7 +56,7 @@ class LayerRouting:
 
     @property
     def entropy(self) -> float:
-        """Entropy of the load, of that of perfect balance: 0 is a single expert, 1 is balance."""
+        """The entropy of the load, as a share of perfect balance's: 0 is a single expert, 1 is balance."""
         return self._nats / math.log(self.num_experts)
 
     @property
@@ -66,12 +66,12 @@ class LayerRouting:
 
     @property
     def imbalance(self) -> float:
-        """The largest load, of the mean: 1 is balance, E / K is the most."""
+        """The largest load, in multiples of the mean: 1 is balance, E / K is the most."""
         return max(self.load) * self.num_experts
 
     @property
     def spread(self) -> float:
-        """0 where all tokens choose the same K experts, 1 at balance, on the scale of entropies."""
+        """How far the load is spread, by entropy: 0 where all tokens choose the same K experts, 1 at balance."""
         least, most = math.log(self.top_k), math.log(self.num_experts)
         return 1.0 if least == most else max(0.0, (self._nats - least) / (most - least))
 
@@ -126,12 +126,12 @@ class RoutingStats:
             logger.warning("%s", self.verdict)
 
     def reset(self) -> None:
-        """Forgets what was counted."""
+        """Forgets what has been counted."""
         self._counts = {}
 
     @property
     def layers(self) -> list[LayerRouting]:
-        """One entry a layer that has run, in the order of the model."""
+        """One entry for each layer that has run, in the order of the model."""
         return [self._counts[name].report(name) for name in self._experts if name in self._counts]
 
     @property
@@ -199,7 +199,7 @@ class RoutingStats:
         self._counts[name].add(index, kept * weights.float() if is_soft else kept, kept[:, 0].sum(), dropped)
 
     def _token_mask(self, num_tokens: int) -> torch.Tensor | None:
-        """[T] bool for the tokens of this forward: with a cache, those of the last columns."""
+        """The mask [T], bool, of this forward's tokens: with a cache, the last columns."""
         mask = self._attention_mask
         if mask is None or mask.shape[0] == 0 or num_tokens % mask.shape[0]:
             return None
@@ -208,7 +208,7 @@ class RoutingStats:
 
 
 class _Counts:
-    """Sums of one layer, kept on its device: reading them is what waits for it."""
+    """The sums of one layer, kept on its device: only reading them waits for it."""
 
     def __init__(self, num_experts: int, top_k: int, device: torch.device) -> None:
         self.num_experts = num_experts

@@ -14,11 +14,11 @@ MOST_NUMBERS = 16
 
 
 def draw_loads(layers: Sequence[Any], path: Path) -> Path:
-    """Draws the load of every expert of every layer, of the mean: 1 is balance.
+    """Draws the load of every expert of every layer, in multiples of the mean: 1 is balance.
 
     Args:
-        layers: the `LayerRouting` of each, one a row.
-        path: of the PNG file.
+        layers: a `LayerRouting` for each row.
+        path: the PNG file.
 
     Returns:
         The path.

@@ -1,4 +1,4 @@
-"""A dense model as a stock mixture-of-experts architecture of transformers, every expert a copy."""
+"""Makes a dense model a stock mixture-of-experts architecture of transformers, every expert a copy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hfkv.sparse_moe.ffn import DenseFFN, add_noise, decoder_layers
 
 @dataclass(frozen=True)
 class Target:
-    """A stock architecture, and what becomes one.
+    """A stock architecture, and the dense models that can become one.
 
     Attributes:
-        config_class: of the architecture.
+        config_class: the architecture's config class.
         sources: class names of the dense models that have the same attention, norms and embeddings.
         fields: the fields of its config for a dense config, a number of experts and the layers to upcycle.
         refusal: why a dense model of a source class cannot become one all the same; None where it can.
@@ -88,7 +88,7 @@ def convert(
         aux_loss_coef: ``router_aux_loss_coef`` of the new config; None for that architecture's default.
 
     Raises:
-        ValueError: no such architecture, or one this model cannot become.
+        ValueError: there is no such architecture, or this model cannot become one.
     """
     if to not in TARGETS:
         raise ValueError(f"to takes None, {', '.join(map(repr, TARGETS))}; got {to!r}")

@@ -285,7 +285,7 @@ def test_defaults_follow_the_suite_and_the_device() -> None:
 
 
 def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "bench.md").read_text(encoding="utf-8")
     exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(PEERS) + 2
@@ -293,7 +293,7 @@ def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_pages_target_can_be_read(tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "bench.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "bench.md").read_text(encoding="utf-8")
     path = tmp_path / "targets.toml"
     path.write_text(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
     (target,) = read_targets(path)

@@ -117,7 +117,7 @@ def test_the_pictures_are_written(measured: tuple[Any, dict[str, Any], Path]) ->
 
 
 def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "eval.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "eval.md").read_text(encoding="utf-8")
     example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     names: dict[str, Any] = {}
     exec(example, names)

@@ -1,4 +1,4 @@
-"""The blocks of docs/clients.md run as they stand, each where its library is installed."""
+"""The blocks of docs/use/clients.md run as they stand, each where its library is installed."""
 
 import ast
 import importlib.util
@@ -18,7 +18,7 @@ import pytest
 
 import hfkv
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "clients.md").read_text()
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "use" / "clients.md").read_text()
 SETUP, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 BLOCKS = {section.splitlines()[0]: re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0] for section in SECTIONS}
 SERVE = BLOCKS.pop("transformers serve")
@@ -53,7 +53,7 @@ def test_a_block_runs_and_generates_from_hfkv(library: str, tmp_path: Path, monk
 
     monkeypatch.setattr(hfkv.KVCache, "update", counted)
     code = re.findall(r"```python\n(.*?)```", SETUP, re.DOTALL)[0] + BLOCKS[library]
-    exec(compile(code, f"docs/clients.md: {library}", "exec"), {"__name__": "clients"})
+    exec(compile(code, f"docs/use/clients.md: {library}", "exec"), {"__name__": "clients"})
     assert updates > 0
 
 

@@ -17,7 +17,7 @@ from hfkv.experts.grouped import run_grouped
 from hfkv.experts.projection import Projection
 from hfkv.experts.weights import ExpertWeights, PlainWeights
 
-E, K, H, I = 3, 2, 40, 48  # noqa: E741 - the letters of docs/shapes.md
+E, K, H, I = 3, 2, 40, 48  # noqa: E741 - the letters of docs/reference/shapes.md
 FORMS = ("plain", "transposed", "int8", "int4")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,6 +1,6 @@
 """What the codecs cost the bundled model: recorded numbers with a margin. Random weights cannot be wrong; these can.
 
-docs/tiny-lm.md has the numbers over the whole held-out text.
+docs/understand/tiny-lm.md has the numbers over the whole held-out text.
 """
 
 from collections.abc import Iterator

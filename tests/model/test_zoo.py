@@ -1,6 +1,6 @@
 """Every architecture of transformers that can be built tiny: the same tokens under `patch`, or a refusal; never wrong.
 
-`pytest -m slow tests/model/test_zoo.py --write-docs` writes what was seen to docs/architectures.md.
+`pytest -m slow tests/model/test_zoo.py --write-docs` writes what was seen to docs/reference/architectures.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _KINDS = {
     "input_values": "sound",
     "inputs": "sound",
 }
-DOCS = Path(__file__).parent.parent.parent / "docs" / "architectures.md"
+DOCS = Path(__file__).parent.parent.parent / "docs" / "reference" / "architectures.md"
 HEADER = """# Architectures
 
 What `hfkv.patch(model)` does to every architecture of transformers {version} that generates text. Each was built tiny,
@@ -158,4 +158,4 @@ def test_patching_changes_no_token(
         return
     docs = DOCS.read_text()
     if f"transformers {transformers.__version__} " in docs:
-        assert written in docs, "docs/architectures.md says otherwise; see the first lines of this file"
+        assert written in docs, "docs/reference/architectures.md says otherwise; see the first lines of this file"

@@ -1,4 +1,4 @@
-"""From how many queries on latents are expanded: the operations of both forms, counted."""
+"""The number of queries from which latents are expanded: the operations of both forms, counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _forced: ContextVar[Form | None] = ContextVar("forced", default=None)
 
 @contextlib.contextmanager
 def forced(form: Form) -> Iterator[None]:
-    """Every attention to latents in one form, to measure it."""
+    """Computes every attention to latents in one form, to measure it."""
     if form not in ("absorbed", "expanded"):
         raise ValueError(f'a form is "absorbed" or "expanded", got {form!r}')
     token = _forced.set(form)
@@ -36,19 +36,19 @@ def form_for(
     device: torch.device,
     is_decoded: bool = False,
 ) -> Form:
-    """The form of fewer operations, of each head.
+    """The form that takes fewer operations, counted for one head.
 
     Absorbed, a query and a token that it sees meet in ``r + dr`` products for the score and r for the output; the
     query itself is folded, and the output unfolded, in ``r (dn + dv)``. Expanded, they meet in ``dn + dr + dv``, and
-    every token is expanded in ``r (dn + dv)``. Of many tokens both are equal at ``r (dn + dv) / (2 r - dn - dv)``
+    every token is expanded in ``r (dn + dv)``. Over many tokens both are equal at ``r (dn + dv) / (2 r - dn - dv)``
     queries: 170 for DeepSeek's widths. A CPU takes two products for a score in bfloat16, which makes it 97.
 
     Args:
         num_queries: q, the newest of the tokens.
-        num_tokens: those held.
-        widths: of the layer.
-        dtype, device: of the queries.
-        is_decoded: whether to have the matrix takes as much as expanding r tokens.
+        num_tokens: the tokens held.
+        widths: the layer's widths.
+        dtype, device: the queries' dtype and device.
+        is_decoded: whether getting the matrix takes as much as expanding r tokens.
     """
     named = _forced.get()
     if named is not None:

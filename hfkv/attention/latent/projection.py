@@ -42,10 +42,10 @@ class Projection:
 
     Args:
         linear: the layer itself.
-        widths: of what it maps.
+        widths: the widths of what it maps.
         base: the layer inside, where adapters are around it.
         weight: `[H · (dn + dv), r]`, or None where the base layer has to be asked for it.
-        factors: of the adapters that are active.
+        factors: the factors of the active adapters.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Projection:
 
     @property
     def is_decoded(self) -> bool:
-        """Whether the weight is decoded, or brought, when it is asked for: that takes what expanding r tokens takes."""
+        """Whether the weight is decoded or brought when it is asked for, which costs as much as expanding r tokens."""
         return self._weight is None
 
     def weight(self, like: torch.Tensor) -> torch.Tensor:
-        """`[H, dn + dv, r]` in the dtype and on the device of `like`."""
+        """The weight `[H, dn + dv, r]`, in the dtype and on the device of `like`."""
         weight = self._weight
         if weight is None:
             weight = self._base(torch.eye(self.widths.latent, dtype=like.dtype, device=like.device)).t()
@@ -68,7 +68,7 @@ class Projection:
         return of_heads(weight, self.widths)
 
     def absorb(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries `[B, H, q, dn + dr]` as queries of latents, `[B, H, q, r + dr]`: the keys' half is folded in."""
+        """Turns queries `[B, H, q, dn + dr]` into queries of latents `[B, H, q, r + dr]`: folds the keys' half in."""
         nope, rotary = query.split((self.widths.nope, self.widths.rotary), dim=-1)
         absorbed = by_head(nope, self.weight(query)[:, : self.widths.nope])
         for a, b, scaling in self.factors:
@@ -77,7 +77,7 @@ class Projection:
         return torch.cat((absorbed, rotary), dim=-1)
 
     def release(self, attended: torch.Tensor) -> torch.Tensor:
-        """Sums of latents `[B, H, q, r]` as sums of values `[B, H, q, dv]`: the values' half is folded in."""
+        """Turns sums of latents `[B, H, q, r]` into sums of values `[B, H, q, dv]`: folds the values' half in."""
         released = by_head(attended, self.weight(attended)[:, self.widths.nope :], is_turned=True)
         for a, b, scaling in self.factors:
             thin = attended.to(a.dtype) @ a.t()
@@ -86,7 +86,7 @@ class Projection:
         return released
 
     def expand(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[B, 1, n, r]` as the keys' part without positions `[B, H, n, dn]` and values `[B, H, n, dv]`."""
+        """Expands latents `[B, 1, n, r]`: keys without rotary part `[B, H, n, dn]`, values `[B, H, n, dv]`."""
         nope, value = self.widths.nope, self.widths.value
         # Of three dimensions: bitsandbytes' 8-bit product takes no more.
         expanded = self.linear(latents[:, 0]).unflatten(2, (-1, nope + value)).transpose(1, 2)
@@ -94,7 +94,7 @@ class Projection:
 
 
 def by_head(states: torch.Tensor, matrices: torch.Tensor, is_turned: bool = False) -> torch.Tensor:
-    """States times a matrix a head; no matrix is copied for the rows of a batch.
+    """Multiplies states by one matrix for each head; no matrix is copied for the rows of a batch.
 
     Args:
         states: `[B, H, q, i]`.
@@ -122,8 +122,8 @@ def projection_of(module: Any, query: torch.Tensor) -> Projection | str:
     """The projection of an attention module of transformers, or why it cannot be absorbed.
 
     Args:
-        module: with ``kv_b_proj`` and the widths.
-        query: of the dtype and on the device of the queries.
+        module: an attention module with ``kv_b_proj`` and the widths.
+        query: a tensor in the dtype and on the device of the queries.
     """
     if torch.is_autocast_enabled(query.device.type):
         return "autocast computes its kv_b_proj in another dtype"
@@ -141,7 +141,7 @@ def projection_of(module: Any, query: torch.Tensor) -> Projection | str:
 
 
 def of_heads(weight: torch.Tensor, widths: Widths) -> torch.Tensor:
-    """`[H · (dn + dv), ...]` as `[H, dn + dv, ...]`."""
+    """Splits `[H · (dn + dv), ...]` by heads: `[H, dn + dv, ...]`."""
     return weight.unflatten(0, (-1, widths.nope + widths.value))
 
 
@@ -191,7 +191,7 @@ def _is_lora(linear: Any) -> bool:
 
 
 def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
-    """What the active adapters of a LoRA layer of PEFT's add to its base layer, or why that is no pair of factors."""
+    """What the active adapters of a PEFT LoRA layer add to its base layer, or why that is no pair of factors."""
     if _is_watched(linear) or "forward" in vars(linear):
         return "the rows of this batch have adapters of their own on kv_b_proj, or hooks on it would not be called"
     if linear.disable_adapters:

@@ -17,24 +17,24 @@ class HeldLatents(HeldTokens):
     """Latents as keys and values both: attention to them is attention to one kv head, in one of two forms.
 
     Attributes:
-        projection: expands a stretch of latents, where queries are those of the model; None where it is absorbed.
+        projection: what expands a stretch of latents for the model's own queries; None where queries are absorbed.
     """
 
     projection: Projection | None = None
 
     @classmethod
     def of(cls, held: HeldTokens, projection: Projection | None = None) -> HeldLatents:
-        """The same tokens, looked at so."""
+        """The tokens of `held`, as latents."""
         return cls(**vars(held), projection=projection)
 
     @property
     def is_latent(self) -> bool:
-        """True."""
+        """Whether the keys are latents: always."""
         return True
 
     @property
     def out_dim(self) -> int:
-        """Width of what attention gives: r, or dv where latents are expanded."""
+        """The width of what attention gives: r, or dv where latents are expanded."""
         return self.parts["key"].head_dim if self.projection is None else self.projection.widths.value
 
     def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`LatentView`: keys or values that stand for latents nobody has expanded yet."""
+"""`LatentView`: keys or values that stand for latents not expanded yet."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Latents:
         return self.latents.requires_grad or self.rotary.requires_grad
 
     def decoded(self) -> dict[Part, torch.Tensor]:
-        """Plain latents and rotary keys, the first as keys, the others as values."""
+        """The latents as plain keys, and the rotary keys as plain values."""
         return {"key": self.latents.decoded(), "value": self.rotary.decoded()}
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class LatentView(ReadOnly):
 def latent_views(
     module: Any, latents: torch.Tensor, rotary: torch.Tensor, say: Callable[[str], None]
 ) -> tuple[LatentView, LatentView] | None:
-    """Keys and values that stand for what a cache returned, or None where that is not the latents of one layer."""
+    """The keys and values that stand for what a cache returned; None where that is not the latents of one layer."""
     if not isinstance(latents, KVView) or not isinstance(rotary, KVView) or latents.held is not rotary.held:
         return None
     if (latents.part, rotary.part) != ("key", "value") or not isinstance(latents.held, HeldTokens):
@@ -101,7 +101,7 @@ def latent_views(
 
 
 def _num_heads(module: Any, source: Latents) -> int:
-    """Heads that are here: of a shard, some of those in the config."""
+    """The number of heads in this process: in a shard, fewer than in the config."""
     linear, widths = module.kv_b_proj, source.widths
     linear = linear.get_base_layer() if hasattr(linear, "get_base_layer") else linear
     weight, count = linear._parameters.get("weight"), getattr(linear, "out_features", None)

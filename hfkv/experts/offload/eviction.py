@@ -10,18 +10,18 @@ class Eviction(ABC):
     """A policy for one layer, told of every use: a forward uses each expert once, however many tokens choose it."""
 
     def touch(self, expert: int) -> None:  # noqa: B027  (a policy may not care)
-        """A forward uses `expert`, which is in a slot."""
+        """Notes that a forward uses `expert`, which is in a slot."""
 
     def admit(self, expert: int) -> None:  # noqa: B027  (a policy may not care)
-        """A forward uses `expert`, which has just come into a slot."""
+        """Notes that a forward uses `expert`, which has just come into a slot."""
 
     @abstractmethod
     def victim(self, resident: Collection[int], needed: Collection[int]) -> int:
-        """The expert that leaves.
+        """Chooses the expert that leaves.
 
         Args:
-            resident: those in slots.
-            needed: those that may not leave now; some of `resident` are not among them.
+            resident: the experts in slots.
+            needed: the experts that may not leave now; some of `resident` are not among them.
 
         Returns:
             One of `resident` that is not among `needed`.
@@ -29,7 +29,7 @@ class Eviction(ABC):
 
 
 class LRU(Eviction):
-    """The one that was last used longest ago."""
+    """Evicts the expert that was last used longest ago."""
 
     def __init__(self) -> None:
         self._time = 0
@@ -46,9 +46,10 @@ class LRU(Eviction):
 
 
 class LFU(Eviction):
-    """The one that was used least often, of equal ones the one that was last used longest ago.
+    """Evicts the expert that was used least often; among equals the one that was last used longest ago.
 
-    Uses count from the beginning and not from when an expert last came in: a router prefers the same experts all along.
+    Uses are counted from the beginning, not from when an expert last came in: a router prefers the same experts all
+        along.
     """
 
     def __init__(self) -> None:
@@ -66,7 +67,7 @@ class LFU(Eviction):
 
 
 class FIFO(Eviction):
-    """The one that came in first."""
+    """Evicts the expert that came in first."""
 
     def __init__(self) -> None:
         self._time = 0
@@ -87,8 +88,8 @@ def check_eviction(name: str, given: str | Callable[[], Eviction]) -> None:
     """Raises where `given` names no policy and makes none.
 
     Args:
-        name: of the field, for the error.
-        given: a name, or what is called without arguments for each layer's own policy: a class, say.
+        name: the field's name, for the error.
+        given: a name, or a callable without arguments that makes each layer's own policy: a class, say.
 
     Raises:
         TypeError, ValueError: saying what was given and what is allowed.
@@ -109,7 +110,7 @@ def check_eviction(name: str, given: str | Callable[[], Eviction]) -> None:
 
 
 def make_eviction(given: str | Callable[[], Eviction]) -> Eviction:
-    """A policy for one layer, by its name or from what makes one; see `check_eviction`."""
+    """Makes a policy for one layer, by name or by calling what makes one; see `check_eviction`."""
     check_eviction("eviction", given)
     policy = EVICTIONS[given]() if isinstance(given, str) else given()
     if not isinstance(policy, Eviction):
@@ -118,5 +119,5 @@ def make_eviction(given: str | Callable[[], Eviction]) -> Eviction:
 
 
 def eviction_name(given: str | Callable[[], Eviction]) -> str:
-    """What to call it."""
+    """The name of a policy."""
     return given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)

@@ -43,18 +43,18 @@ Pair = tuple[ExpertWeights, ExpertWeights]
 
 
 class ExpertFile:
-    """The experts of one module, mapped.
+    """The experts of one module, mapped into memory.
 
     Args:
         path: the file.
 
     Attributes:
-        header: what it says.
-        digest: of the header, which holds a check of every expert: of all that the file says and holds.
+        header: the file's header.
+        digest: a digest of the header, which holds a check of every expert: so of all that the file says and holds.
 
     Raises:
-        ValueError: it is damaged, cut short, or something else.
-        FileNotFoundError: it is not there.
+        ValueError: the file is damaged, cut short, or something else.
+        FileNotFoundError: the file is not there.
     """
 
     def __init__(self, path: str) -> None:
@@ -77,10 +77,10 @@ class ExpertFile:
         self._checked: set[tuple[str, int]] = set()
 
     def source(self, half: str) -> ExpertSource:
-        """One of its projections, ``"up"`` or ``"down"``.
+        """The source of one projection, ``"up"`` or ``"down"``.
 
         Raises:
-            ValueError: its nibbles are in the order of another kind of processor.
+            ValueError: the file's nibbles are in the order of another kind of processor.
         """
         header = self.header
         if header.order not in (PORTABLE, cpu_order_name()):
@@ -104,7 +104,7 @@ class ExpertFile:
         )
 
     def verify_all(self) -> None:
-        """Reads all of it, and raises ValueError where an expert is damaged."""
+        """Reads the whole file, and raises ValueError where an expert is damaged."""
         for half in HALVES:
             verify = self.source(half).verify
             assert verify is not None
@@ -141,11 +141,11 @@ def write_experts(
     """Writes a file one expert at a time, beside `path`, and puts it in its place: whole, or not at all.
 
     Args:
-        path: the file; its folder is there.
-        module: its name in the model.
-        codec, dtype: of the weights.
-        up, down: (E, N, K).
-        produce: the planes of each expert.
+        path: the file; its folder exists.
+        module: the module's name in the model.
+        codec, dtype: the weights' codec and dtype.
+        up, down: the shapes (E, N, K).
+        produce: gives the planes of each expert.
         origin: see `ExpertHeader`.
         has_cpu_order: whether nibbles come in the order of this processor's products.
 
@@ -202,11 +202,11 @@ def save_experts(model: nn.Module, folder: str | os.PathLike[str], codec: str | 
     Args:
         model: its experts may be plain, compressed or offloaded; compressed ones are written as they are.
         folder: made where it is missing.
-        codec: for experts that are not compressed; None: none.
+        codec: the codec for experts that are not compressed; None for none.
 
     Raises:
         ValueError: there are no experts, or they are compressed in another codec.
-        OSError: a file cannot be written; those before are whole.
+        OSError: a file cannot be written; the files before it are whole.
     """
     modules = experts_of(model)
     if not modules:
@@ -225,16 +225,16 @@ def load_experts(
     eviction: str | Callable[[], Eviction] = "lru",
     trace: ExpertTrace | None = None,
 ) -> dict[str, Pair]:
-    """The experts of files that `save_experts` or a patch wrote, for the modules of a model.
+    """Loads experts from files that `save_experts` or a patch wrote, for the modules of a model.
 
     Args:
-        model: left as it is; of the same architecture; its own experts may be on meta.
-        folder: of the files.
-        num_slots: offloaded, with so many slots a layer; None: all of them on the module's device.
-        eviction, trace: of offloaded ones.
+        model: a model of the same architecture, left as it is; its own experts may be on meta.
+        folder: the folder of the files.
+        num_slots: slots a layer, which makes the experts offloaded; None puts all on the module's device.
+        eviction, trace: the policy and the trace of offloaded experts.
 
     Returns:
-        For each experts module, by name, what leads into an expert and out of it.
+        The weights into an expert and out of it, by the name of the experts module.
 
     Raises:
         FileNotFoundError: a module has no file.
@@ -263,7 +263,7 @@ def _path(folder: str, name: str) -> str:
 
 
 def file_of(folder: str, name: str, given: list[PresentWeights], codec: str, *, has_cpu_order: bool) -> ExpertFile:
-    """The file of a module; written where it is not there."""
+    """The file of a module; it is written where it is not there."""
     path = _path(folder, name)
     if not os.path.exists(path):
         _write_module(folder, name, given, codec, has_cpu_order=has_cpu_order)

@@ -27,16 +27,16 @@ Shape = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ExpertHeader:
-    """What a file says of its experts.
+    """The header of a file of experts.
 
     Attributes:
         module: the name of the experts module.
         codec: ``"none"``, ``"int8"`` or ``"int4"``.
-        dtype: of the numbers they stand for, as safetensors names it.
-        up, down: (E, N, K).
-        order: of int4's nibbles: ``"portable"``, or that of one kind of processor; see `cpu_order_name`.
-        origin: tells the weights they were written from; see `contents_digest`.
-        checks: of each half, of each expert.
+        dtype: the dtype of the numbers they stand for, as safetensors names it.
+        up, down: the shapes (E, N, K).
+        order: the order of int4's nibbles: ``"portable"``, or one kind of processor's; see `cpu_order_name`.
+        origin: a mark of the weights they were written from; see `contents_digest`.
+        checks: a checksum for each half of each expert.
     """
 
     module: str
@@ -65,7 +65,7 @@ class ExpertHeader:
 
     @classmethod
     def from_text(cls, text: str) -> ExpertHeader:
-        """Raises ValueError where it is none."""
+        """Reads a header. Raises ValueError where the text is none."""
         try:
             given = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -92,7 +92,7 @@ class ExpertHeader:
 
 
 def checksum(planes: dict[str, torch.Tensor]) -> str:
-    """Of the bytes of one expert, at the speed of memory: sums of every page, and of every place of a page."""
+    """The checksum of one expert's bytes, at the speed of memory: sums over every page, and every place of a page."""
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(planes):
         content = bytes_of(planes[name])
@@ -109,7 +109,7 @@ def checksum(planes: dict[str, torch.Tensor]) -> str:
 
 @cache
 def cpu_order_name() -> str:
-    """Names the order in which this processor's products read nibbles, by what it makes of a pattern."""
+    """Names the order in which this processor's products read nibbles, by their result for a pattern."""
     nibbles = torch.arange(64 * 16, dtype=torch.int32).mul_(2654435761 % 8191).remainder_(251).to(torch.uint8)
     weights = Int4Weights((1, 128, 32), torch.bfloat16, torch.device("cpu"))
     planes = {name: plane.clone() for name, plane in weights.planes().items()}
@@ -119,7 +119,7 @@ def cpu_order_name() -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Its bytes in order, uint8 `[bytes]`; shares memory with a contiguous one."""
+    """The bytes of a tensor in order, uint8 `[bytes]`; a contiguous one shares its memory."""
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 

@@ -26,15 +26,15 @@ class ExpertSource:
     Attributes:
         codec: ``"none"``, ``"int8"`` or ``"int4"``.
         shape: (E, N, K).
-        dtype: of the numbers they stand for, where they are read.
-        planes: on the CPU, each `[E, ...]`: those of `PlainWeights`, `Int8Weights` or `Int4Weights`.
-        is_transposed: of codec none: whether the matrices lie as `[E, K, N]`.
-        has_cpu_order: of int4: whether nibbles are in the order of this processor's products.
-        path: the file they are mapped from; None: host memory of their own.
+        dtype: the dtype of the numbers they stand for, where they are read.
+        planes: the planes of `PlainWeights`, `Int8Weights` or `Int4Weights`, on the CPU, each `[E, ...]`.
+        is_transposed: for codec none, whether the matrices lie as `[E, K, N]`.
+        has_cpu_order: for int4, whether nibbles are in the order of this processor's products.
+        path: the file they are mapped from; None for host memory of their own.
         is_pinned: whether a device can read them by itself.
-        digest: uint8, of mapped ones: tells them from others without reading them.
+        digest: uint8, for mapped experts: tells them from others without reading them.
         verify: called before an expert is read; raises ValueError where the file is damaged.
-        reopen: of mapped ones: gives the same in another process.
+        reopen: for mapped experts, gives the same in another process.
     """
 
     codec: str
@@ -51,7 +51,7 @@ class ExpertSource:
 
     @property
     def expert_bytes(self) -> int:
-        """Of one expert, as it travels."""
+        """The bytes of one expert, as it travels."""
         return sum(plane[0].nbytes for plane in self.planes.values())
 
     def __reduce__(self) -> Any:
@@ -86,7 +86,7 @@ class ExpertSource:
         return weights
 
     def resident(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
-        """All of them on `device`, in the form that is read fastest there."""
+        """All experts on `device`, in the form that is read fastest there."""
         weights = blank(self.codec, self.shape, dtype, device)
         for expert in range(self.shape[0]):
             fill(weights, expert, self, expert)
@@ -105,9 +105,9 @@ def blank(
     """Weights of zeros, to be written to.
 
     Args:
-        codec, shape, dtype, device: of the weights.
-        is_packed: whether a CPU may have plain ones in oneDNN's order.
-        is_transposed: whether plain ones are to lie as `[E, K, N]`.
+        codec, shape, dtype, device: the weights' own.
+        is_packed: whether a CPU may have plain weights in oneDNN's order.
+        is_transposed: whether plain weights are to lie as `[E, K, N]`.
 
     Raises:
         MemoryError: there is no memory for them.
@@ -133,7 +133,7 @@ def blank(
 
 
 def fill(weights: ExpertWeights, slot: int, source: ExpertSource, expert: int) -> None:
-    """Puts an expert of a source in the place of one of `weights`, on any device, and waits for it."""
+    """Replaces an expert of `weights`, on any device, by an expert of a source, and waits for it."""
     planes = source.expert(expert)
     if source.codec == "none":
         matrix = planes["matrices"]
@@ -148,7 +148,7 @@ def fill(weights: ExpertWeights, slot: int, source: ExpertSource, expert: int) -
 def plane_shapes(
     codec: str, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each plane of a source."""
+    """The shape and dtype of each plane of a source."""
     if codec == "none":
         return {"matrices": (shape, dtype)}
     planes = blank(codec, shape, dtype, torch.device("meta")).planes()
@@ -156,7 +156,7 @@ def plane_shapes(
 
 
 def expert_bytes(codec: str, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Bytes of one expert of such a source."""
+    """The bytes of one expert of such a source."""
     shapes = plane_shapes(codec, (1, *shape[1:]), dtype).values()
     return sum(torch.Size(plane).numel() * dtype.itemsize for plane, dtype in shapes)
 
@@ -165,8 +165,8 @@ class Encoder:
     """Writes one matrix after the other in a codec.
 
     Args:
-        codec, shape, dtype: of the source they are for.
-        device: where it is computed.
+        codec, shape, dtype: the source's own, for which the planes are.
+        device: the device that computes the planes.
         has_cpu_order: see `ExpertSource`.
     """
 
@@ -205,7 +205,7 @@ def _in_cpu_order(planes: Planes, dtype: torch.dtype) -> dict[str, torch.Tensor]
 
 
 def contents_digest(matrices: Iterable[torch.Tensor]) -> str:
-    """Of every number of every matrix `[N, K]`, of any strides, on any device: a gigabyte takes about a second."""
+    """A digest of every number of all matrices `[N, K]`, on any device: a gigabyte takes about a second."""
     digest = hashlib.blake2b(digest_size=16)
     for matrix in matrices:
         digest.update(repr((tuple(matrix.shape), matrix.dtype)).encode())

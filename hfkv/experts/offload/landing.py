@@ -1,4 +1,4 @@
-"""`Landing`: where experts of a file rest in host memory that a device can read by itself, on their way to it."""
+"""`Landing`: host memory that a device can read by itself, where experts of a file rest on their way to it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Landing:
     """Room for two experts, of one bus, for all layers of one shape.
 
     Args:
-        bus: what they travel on.
+        bus: the bus they travel on.
         like: the planes of one expert.
 
     Attributes:
-        lock: held from `take` until what was taken has been sent.
+        lock: is held from `take` until what was taken has been sent.
 
     Raises:
         MemoryError: there is no memory for them, or it cannot be pinned.
@@ -37,7 +37,7 @@ class Landing:
         self._next = 0
 
     def take(self, planes: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of `planes`, good until as many more have been taken as there are places."""
+        """Copies `planes`; a copy is good until as many more have been taken as there are places."""
         if self._next == 0:
             self.bus.settle()  # what lies here may be on its way still
         place = self._places[self._next]
@@ -51,7 +51,7 @@ _landings: weakref.WeakValueDictionary[tuple[object, ...], Landing] = weakref.We
 
 
 def landing_for(bus: Bus, like: Mapping[str, torch.Tensor]) -> Landing:
-    """The one for experts of that shape."""
+    """The landing of a bus for experts of that shape."""
     shapes = ((name, tuple(plane.shape), plane.dtype) for name, plane in like.items())
     key = (id(bus), *shapes)
     landing = _landings.get(key)

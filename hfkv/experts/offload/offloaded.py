@@ -24,8 +24,8 @@ class OffloadedWeights(ExpertWeights):
     """One projection of a layer's experts; the other shares its slots.
 
     Args:
-        slots: of the layer.
-        half: 0 into an expert, 1 out of it.
+        slots: the layer's slots.
+        half: 0 for the projection into an expert, 1 for the one out of it.
     """
 
     def __init__(self, slots: ExpertSlots, half: int) -> None:
@@ -37,12 +37,12 @@ class OffloadedWeights(ExpertWeights):
 
     @property
     def source(self) -> ExpertSource:
-        """All of them."""
+        """The source of all experts."""
         return self.slots.sources[self.half]
 
     @property
     def device(self) -> torch.device:
-        """Of the slots."""
+        """The device of the slots."""
         return self.slots.device
 
     def expect(self, experts: list[int]) -> list[int]:
@@ -53,7 +53,7 @@ class OffloadedWeights(ExpertWeights):
             return self.slots.weights[self.half].linear(x, slot)
 
     def decode(self, expert: int) -> torch.Tensor:
-        """A fresh matrix `[N, K]`, from its slot or else from the source, past the slots."""
+        """Decodes a fresh matrix `[N, K]`, from its slot or else from the source, past the slots."""
         with self.slots.lock:
             if expert not in self.slots.table.slot_of:
                 return self.source.one(expert, self.device).decode(0)
@@ -65,7 +65,7 @@ class OffloadedWeights(ExpertWeights):
         return False
 
     def write(self, expert: int, matrix: torch.Tensor) -> None:
-        """As of any weights.
+        """Replaces one expert's matrix by `matrix` `[N, K]`, in the source and in its slot.
 
         Raises:
             RuntimeError: the experts are in a file.
@@ -87,7 +87,7 @@ class OffloadedWeights(ExpertWeights):
             self.slots.refresh(self.half, expert)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
-        """The same numbers elsewhere: offloaded again, but for those in host memory that go to a CPU."""
+        """The same numbers elsewhere: offloaded again, except where experts in host memory go to a CPU."""
         device = torch.device(device)
         if device.type == "cpu" and self.source.path is None:
             return self.source.resident(device, dtype)
@@ -95,20 +95,20 @@ class OffloadedWeights(ExpertWeights):
         return OffloadedWeights(slots, self.half)
 
     def codes(self) -> tuple[Codes, ...]:
-        """Of the slots: S experts, and not E."""
+        """What a kernel reads of the slots: S experts, and not E."""
         return self.slots.weights[self.half].codes()
 
     def planes(self) -> dict[str, torch.Tensor]:
-        """The source's, which nobody reads as a whole; of a file its digest."""
+        """The source's planes, which are not read as a whole; for a file its digest."""
         digest = self.source.digest
         return dict(self.source.planes) if digest is None else {"digest": digest}
 
     def nbytes(self) -> int:
-        """Bytes of the slots, where they are computed with."""
+        """The bytes of the slots, where experts are computed."""
         return self.slots.nbytes(self.half)
 
     def held_bytes(self) -> int:
-        """Bytes of the slots that hold an expert."""
+        """The bytes of the slots that hold an expert."""
         return self.slots.held_bytes(self.half)
 
     def __repr__(self) -> str:
@@ -148,7 +148,7 @@ def run_offloaded(
     top_k_weights: torch.Tensor,
     run: Run = run_grouped,
 ) -> torch.Tensor:
-    """As `run_grouped`, of experts that are brought to slots first.
+    """Runs the experts of a layer like `run_grouped`, bringing them to slots first.
 
     Which experts were chosen must be known to the host: it waits for the device once a layer, and no CUDA graph can
     hold it. Where a forward chooses more experts than there are slots it goes in rounds, each with the rows that chose
@@ -157,7 +157,7 @@ def run_offloaded(
 
     Args:
         experts, projections, hidden_states, top_k_index, top_k_weights: see `run_by_expert`.
-        run: what computes with the slots.
+        run: the function that computes with the slots.
 
     Returns:
         `[T, H]`, in the dtype of `hidden_states`.
@@ -214,7 +214,7 @@ def _run_rounds(
 
 
 def _slots_of(ids: torch.Tensor, chosen: list[int], places: list[int], slots: ExpertSlots) -> torch.Tensor:
-    """The ids of slots in the place of those of experts, on the CPU; that of no expert here is S."""
+    """The ids of slots instead of experts, on the CPU; an id of no expert here becomes S."""
     table = torch.full((slots.num_experts + 1,), slots.num_slots)
     table[chosen] = torch.tensor(places, dtype=torch.int64)
     return table[ids]
@@ -223,7 +223,7 @@ def _slots_of(ids: torch.Tensor, chosen: list[int], places: list[int], slots: Ex
 def _in_slots(
     projections: tuple[Projection, Projection], slots: ExpertSlots, expert_of: dict[int, int] | None = None
 ) -> tuple[Projection, Projection]:
-    """The projections of S slots, biases and adapters those of the experts in them."""
+    """The projections of S slots, with biases and adapters of the experts in them."""
     resident = slots.resident()
     for slot, expert in (expert_of or {}).items():
         resident[slot] = expert  # what is sent ahead is in the table already

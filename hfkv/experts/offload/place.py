@@ -1,4 +1,4 @@
-"""Takes the experts of a module where they are, and makes offloaded ones of them."""
+"""Takes the experts of a module from where they are, and makes offloaded ones of them."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts", "moe_k", "top_k")
 def offload_experts(
     module: Any, config: MoEConfig, num_slots: int, trace: ExpertTrace | None = None, *, name: str = "experts"
 ) -> tuple[OffloadedWeights, OffloadedWeights]:
-    """The experts of one module, offloaded: into an expert, and out of it. The module is left as it is.
+    """Offloads the experts of one module: weights into an expert, and out of it. The module is left as it is.
 
     They are read from plain parameters, from `ExpertStack`s, or from where accelerate has put them. With a ``path``
     they come from a file of ours there, written first where it is missing, one expert at a time. Without one, weights
     of codec none that accelerate keeps on disk are read from its own file.
 
     Args:
-        module: experts that transformers' interface runs.
-        config: with ``offload``.
+        module: an experts module that transformers' interface runs.
+        config: a config with ``offload``.
         num_slots: S; see `slots_for_budget`.
-        trace: counts and records it too; None: only the layer counts.
-        name: of the module in its model, after which its file is called.
+        trace: a trace that counts and records the layer too; None for the layer's own counts alone.
+        name: the module's name in its model, after which its file is called.
 
     Raises:
-        ValueError: a CPU without a path, weights that are not to be had, or a file of other weights.
+        ValueError: a CPU has no path, the weights are not to be had, or a file holds other weights.
         MemoryError: there is no memory for slots or host memory, or it cannot be pinned.
         OSError: the file cannot be written.
     """
@@ -62,13 +62,13 @@ def offload_experts(
 
 
 def slots_for_budget(modules: Iterable[Any], budget: int | None, codec: str, top_k: int | None = None) -> int:
-    """Slots of every layer that together take `budget` bytes at most.
+    """The number of slots of every layer that together take `budget` bytes at most.
 
     Args:
         modules: the experts modules of a model.
-        budget: bytes of all layers; None for as many slots as one token chooses experts.
-        codec: of the experts.
-        top_k: experts of a token; None: what the modules' config says.
+        budget: bytes for all layers; None for as many slots as one token chooses experts.
+        codec: the experts' codec.
+        top_k: experts of a token; None for what the modules' config says.
 
     Raises:
         ValueError: the budget holds fewer than `top_k` experts a layer, naming the smallest that does.
@@ -89,10 +89,10 @@ def slots_for_budget(modules: Iterable[Any], budget: int | None, codec: str, top
 
 
 def top_k_of(module: Any) -> int:
-    """Experts that one token chooses.
+    """The number of experts that one token chooses.
 
     Raises:
-        ValueError: its config does not say.
+        ValueError: the module's config does not say.
     """
     for name in _TOP_K:
         value = getattr(module.config, name, None)

@@ -23,10 +23,10 @@ class PresentWeights:
 
     Attributes:
         shape: (E, N, K).
-        dtype: that they are computed with in.
-        device: where they are computed with.
-        weights: their numbers; None where they are not to be had.
-        at_rest: where accelerate has put them, or None.
+        dtype: the dtype they are computed with.
+        device: the device they are computed on.
+        weights: their numbers; None where these are not to be had.
+        at_rest: the place where accelerate has put them, or None.
         is_transposed: whether they lie as `[E, K, N]` there.
     """
 
@@ -39,15 +39,15 @@ class PresentWeights:
 
     @classmethod
     def of(cls, module: Any, parameter: str, *, needs_numbers: bool = True) -> PresentWeights:
-        """The parameter of that name.
+        """The weights of one parameter.
 
         Args:
-            module: the experts.
-            parameter: its name.
-            needs_numbers: whether its shape alone is not enough.
+            module: the experts module.
+            parameter: the parameter's name.
+            needs_numbers: whether the shape alone is not enough.
 
         Raises:
-            ValueError: it is on meta, and nobody has its numbers.
+            ValueError: the parameter is on meta, and its numbers are not known.
         """
         tensor = module._parameters[parameter]
         if isinstance(tensor, ExpertStack):
@@ -66,12 +66,12 @@ class PresentWeights:
 
     @property
     def codec(self) -> str | None:
-        """That it is compressed in, or None."""
+        """The codec that the weights are compressed in, or None."""
         form = self.weights.form.removeprefix("offloaded ") if self.weights is not None else ""
         return form if form in ("int8", "int4") else None
 
     def origin(self) -> str:
-        """Tells these weights from others."""
+        """A mark that tells these weights from others."""
         weights = self.weights
         if isinstance(weights, PlainWeights):
             return contents_digest(weights.matrices)
@@ -81,7 +81,7 @@ class PresentWeights:
     def planes(
         self, codec: str, device: torch.device, *, has_cpu_order: bool
     ) -> Callable[[int], dict[str, torch.Tensor]]:
-        """What makes the planes of one expert."""
+        """The function that makes the planes of one expert."""
         weights = self.weights
         assert weights is not None
         if isinstance(weights, OffloadedWeights) and self.codec is not None:
@@ -94,7 +94,7 @@ class PresentWeights:
         return lambda expert: encode(weights.decode(expert))
 
     def own_source(self) -> ExpertSource:
-        """Accelerate's own file."""
+        """The source in accelerate's own file."""
         assert self.at_rest is not None
         digest = torch.tensor(list(bytes.fromhex(self.origin())), dtype=torch.uint8)
         return ExpertSource(
@@ -108,7 +108,7 @@ class PresentWeights:
         )
 
     def host_source(self, codec: str, bus: Bus) -> ExpertSource:
-        """In host memory that a device reaches at its full speed."""
+        """The source in host memory that a device reaches at its full speed."""
         shapes = plane_shapes(codec, self.shape, self.dtype)
         planes = {name: bus.allocate(shape, dtype) for name, (shape, dtype) in shapes.items()}
         produce = self.planes(codec, self.device, has_cpu_order=False)
@@ -127,7 +127,7 @@ def codec_of(config: MoEConfig, given: list[PresentWeights], name: str) -> str:
     """The codec to write weights in.
 
     Raises:
-        ValueError: they are compressed in another.
+        ValueError: the weights are compressed in another codec.
     """
     for each in given:
         if each.codec not in (None, config.codec):

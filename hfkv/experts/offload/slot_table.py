@@ -10,11 +10,11 @@ from hfkv.experts.offload.eviction import Eviction, make_eviction
 
 @dataclass
 class Counts:
-    """Of the experts that forwards chose, each counted once a forward.
+    """Counts of the experts that forwards chose, each counted once a forward.
 
     Attributes:
-        hits: found in slots.
-        misses: brought.
+        hits: experts that were found in slots.
+        misses: experts that were brought.
     """
 
     hits: int = 0
@@ -30,11 +30,11 @@ class SlotTable:
 
     Args:
         num_slots: S.
-        eviction: a name, or what makes a policy.
+        eviction: a policy's name, or what makes one.
 
     Attributes:
-        slot_of: of each expert that is in one.
-        counts: since the beginning.
+        slot_of: the slot of each expert that is in one.
+        counts: the counts since the beginning.
     """
 
     def __init__(self, num_slots: int, eviction: str | Callable[[], Eviction]) -> None:
@@ -49,14 +49,14 @@ class SlotTable:
 
     @property
     def round_size(self) -> int:
-        """Experts of a round, where there are more than slots."""
+        """The number of experts of a round, where there are more than slots."""
         return max(self.num_slots // 2, 1)
 
     def begin(self, experts: Iterable[int]) -> list[int]:
-        """A forward chooses `experts`, each named once or more.
+        """Begins a forward that chooses `experts`, each named once or more.
 
         Returns:
-            Them, each once, in the order they are to be used in.
+            The experts, each once, in the order in which they are to be used.
         """
         distinct = list(dict.fromkeys(experts))
         here = [expert for expert in distinct if expert in self.slot_of]
@@ -68,7 +68,7 @@ class SlotTable:
         return order
 
     def rounds(self, order: list[int]) -> list[list[int]]:
-        """What `begin` returned, cut into what is in slots together."""
+        """Cuts what `begin` returned into rounds that are in slots together."""
         size = max(self.num_slots if len(order) <= self.num_slots else self.round_size, 1)
         return [order[start : start + size] for start in range(0, len(order), size)]
 
@@ -83,12 +83,12 @@ class SlotTable:
         return slot, True
 
     def forget(self, expert: int) -> None:
-        """It could not be brought: its slot is free, and it was no miss."""
+        """Takes back that an expert was brought: its slot is free, and it counts as no miss."""
         self._free.append(self.slot_of.pop(expert))
         self.counts.misses -= 1
 
     def empty(self) -> None:
-        """No expert is in a slot any more."""
+        """Empties all slots."""
         self._free = list(reversed(range(self.num_slots)))
         self.slot_of.clear()
 
@@ -103,7 +103,7 @@ class SlotTable:
         return victim
 
     def _needed(self, expert: int) -> frozenset[int]:
-        """Those that may not leave when `expert` comes."""
+        """The experts that may not leave when `expert` comes."""
         place = self._place.get(expert)
         if place is None:
             return frozenset()

@@ -1,4 +1,4 @@
-"""`ExpertSlots`: the experts of one layer that are where they are computed, and the way they come there."""
+"""`ExpertSlots`: the experts of one layer that are where they are computed, and how they get there."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _AHEAD = 2
 
 
 class ExpertSlots:
-    """S experts of a layer, both projections of each together, out of the E of two sources.
+    """S of the E experts of a layer, both projections of each together, out of two sources.
 
     Without a bus, slots are written by the host when an expert is needed. With one, they are copied to by the device,
     beside what it computes: behind the kernels that read what was in a slot before, and ahead of those that read what
     comes.
 
     Args:
-        up, down: the sources.
-        num_slots: S; E at most are made.
-        eviction: a name, or what makes a policy.
-        device: of the slots.
+        up, down: the sources of the two projections.
+        num_slots: S; at most E are made.
+        eviction: a policy's name, or what makes one.
+        device: the slots' device.
         bus: the way to the device; None where the host writes them itself.
 
     Attributes:
-        weights: of the slots, into an expert and out of it.
+        weights: the slots' weights, into an expert and out of it.
         table: which expert is where.
         layer: what is counted and recorded.
-        lock: held while an expert is brought and computed with.
+        lock: is held while an expert is brought and computed with.
 
     Raises:
-        ValueError: there is not a slot, or the sources are not of the same experts.
+        ValueError: there is no slot, or the sources hold different experts.
         MemoryError: there is no memory for the slots.
     """
 
@@ -75,19 +75,19 @@ class ExpertSlots:
 
     @property
     def num_slots(self) -> int:
-        """S."""
+        """The number of slots, S."""
         return self.table.num_slots
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """The number of experts, E."""
         return self.sources[0].shape[0]
 
     def expect(self, experts: Iterable[int]) -> list[int]:
-        """A forward is going to use `experts`.
+        """Begins a forward that uses `experts`.
 
         Returns:
-            Them, each once, in the order in which the fewest have to be brought.
+            The experts, each once, in the order in which the fewest have to be brought.
         """
         with self.lock:
             order = self.table.begin(experts)
@@ -99,20 +99,20 @@ class ExpertSlots:
 
     @contextmanager
     def holding(self, expert: int) -> Iterator[int]:
-        """While it lasts, `expert` is in the slot given, for computations that are asked for meanwhile."""
+        """Keeps `expert` in the slot it gives while the context lasts, for computations asked for meanwhile."""
         with self.lock:
             (slot,) = self.bring([expert])
             yield slot
             self.release([slot])
 
     def bring(self, experts: Sequence[int]) -> list[int]:
-        """Sees to `experts`, S at most, being in slots for what the device is asked to compute from here on.
+        """Brings `experts`, at most S, into slots for what the device is asked to compute from here on.
 
         Returns:
-            Their slots. `release` them once what reads them has been asked for.
+            The experts' slots. `release` them once what reads them has been asked for.
 
         Raises:
-            ValueError: more than S, or a source is damaged; what could not be brought is in no slot.
+            ValueError: there are more than S, or a source is damaged; what could not be brought is in no slot.
             MemoryError: there is no memory to bring them through.
         """
         slots, copied = self.send(experts)
@@ -120,7 +120,7 @@ class ExpertSlots:
         return slots
 
     def send(self, experts: Sequence[int]) -> tuple[list[int], list[Any]]:
-        """As `bring`, without waiting: what comes is read only after `wait`."""
+        """Does what `bring` does, without waiting: what comes is read only after `wait`."""
         if len(set(experts)) > self.num_slots:
             raise ValueError(f"{len(set(experts))} experts for {self.num_slots} slots; bring them in rounds")
         with self.lock:
@@ -137,39 +137,39 @@ class ExpertSlots:
             return slots, copied
 
     def wait(self, copied: Sequence[Any]) -> None:
-        """What the device is asked to compute from here on comes after what was sent."""
+        """Makes what the device is asked to compute from here on come after what was sent."""
         if self.bus is not None and copied:
             self.bus.wait(copied[-1])  # copies are made one after the other
 
     def release(self, slots: Sequence[int]) -> None:
-        """What reads `slots` has been asked for: they may be written to once it is done."""
+        """Notes that what reads `slots` has been asked for: they may be written to once it is done."""
         if self.bus is not None:
             self._mark(slots)
 
     def refresh(self, half: int, expert: int) -> None:
-        """A source has changed: what a slot holds of it is brought anew, uncounted."""
+        """Brings anew, uncounted, what slots hold of a source that has changed."""
         with self.lock:
             if expert in self.table.slot_of:
                 slot = self.table.slot_of[expert]
                 self.wait([self._fetch(expert, slot)])
 
     def resident(self) -> list[int]:
-        """Of each slot its expert; 0 where it has none."""
+        """The expert of each slot; 0 where it has none."""
         experts = [0] * self.num_slots
         for expert, slot in self.table.slot_of.items():
             experts[slot] = expert
         return experts
 
     def nbytes(self, half: int) -> int:
-        """Bytes of the slots of one projection."""
+        """The bytes of the slots of one projection."""
         return self.weights[half].nbytes()
 
     def held_bytes(self, half: int) -> int:
-        """Bytes of the slots that hold an expert."""
+        """The bytes of the slots that hold an expert."""
         return self.nbytes(half) // self.num_slots * len(self.table.slot_of)
 
     def copy_for(self, half: int, key: Any, make: Callable[[], ExpertSlots]) -> ExpertSlots:
-        """What stands for these in a copy of the model, the same for both projections though each asks by itself."""
+        """The slots for a copy of the model, the same for both projections though each asks by itself."""
         with self.lock:
             if self._copied is not None and self._copied[0] == key and self._copied[2] != half:
                 copied = self._copied[1]

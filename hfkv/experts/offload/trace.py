@@ -1,4 +1,4 @@
-"""`ExpertTrace`: which experts were chosen and which were there, and what other slots and policies make of it."""
+"""`ExpertTrace`: which experts were chosen and which were there, and what other policies would have done."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ BELADY = "belady"
 
 @dataclass(eq=False)
 class LayerTrace:
-    """What is known of one layer.
+    """The trace of one layer.
 
     Attributes:
         num_experts: E.
         num_slots: S.
-        expert_bytes: of one expert, both projections, as it travels.
-        counts: hits and misses, always counted.
-        forwards: of each recorded one the experts it chose, the oldest first.
+        expert_bytes: bytes of one expert, both projections, as it travels.
+        counts: hits and misses, which are always counted.
+        forwards: the experts that each recorded forward chose, the oldest first.
     """
 
     num_experts: int
@@ -44,17 +44,17 @@ class LayerTrace:
 
     @property
     def bytes_moved(self) -> int:
-        """Brought to slots so far."""
+        """The bytes brought to slots so far."""
         return self.counts.misses * self.expert_bytes
 
 
 class ExpertTrace:
-    """The layers of a model whose experts are offloaded.
+    """Traces the layers of a model whose experts are offloaded.
 
     Hits, misses and bytes are always counted. Which experts were chosen is recorded between `record` and `stop`.
 
     Attributes:
-        layers: by the name of the experts module.
+        layers: the layers' traces, by the name of the experts module.
     """
 
     def __init__(self) -> None:
@@ -88,11 +88,11 @@ class ExpertTrace:
             layer.forwards.clear()
 
     def hit_rate(self, layer: str | None = None) -> float:
-        """The part of chosen experts that were in slots, of one layer or of all; 0 where none was chosen."""
+        """The share of chosen experts that were in slots, in one layer or in all; 0 where none was chosen."""
         return _rate(each.counts for each in self._of(layer))
 
     def bytes_moved(self, layer: str | None = None) -> int:
-        """Bytes brought to slots, of one layer or of all."""
+        """The bytes brought to slots, in one layer or in all."""
         return sum(each.bytes_moved for each in self._of(layer))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -120,7 +120,7 @@ class ExpertTrace:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExpertTrace:
-        """A trace that `save` wrote.
+        """Loads a trace that `save` wrote.
 
         Raises:
             ValueError: the file is damaged, or holds something else.
@@ -139,7 +139,7 @@ class ExpertTrace:
         return port("trace_table")(self)
 
     def counts(self, layer: str | None = None) -> Counts:
-        """Hits and misses of a layer, or of all."""
+        """The hits and misses of a layer, or of all."""
         counts = [each.counts for each in self._of(layer)]
         return Counts(sum(each.hits for each in counts), sum(each.misses for each in counts))
 
@@ -157,10 +157,10 @@ class ExpertTrace:
 
 
 class _Stopped(deque[tuple[int, ...]]):
-    """Takes no more."""
+    """A list of forwards that takes no more."""
 
     def append(self, forward: tuple[int, ...]) -> None:
-        """Nothing."""
+        """Ignores a forward."""
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,10 @@ class Replay:
     """What a policy would have made of a trace.
 
     Attributes:
-        eviction: its name.
+        eviction: the policy's name.
         num_slots: S.
         counts: hits and misses by layer.
-        bytes_moved: in all layers.
+        bytes_moved: the bytes brought in all layers.
     """
 
     eviction: str
@@ -180,7 +180,7 @@ class Replay:
     bytes_moved: int
 
     def hit_rate(self, layer: str | None = None) -> float:
-        """As `ExpertTrace.hit_rate`."""
+        """The share of chosen experts that were in slots; see `ExpertTrace.hit_rate`."""
         return _rate(self.counts.values() if layer is None else [self.counts[layer]])
 
 
@@ -188,9 +188,10 @@ def replay(trace: ExpertTrace, eviction: str | Callable[[], Eviction], num_slots
     """Simulates a policy on the forwards that a trace recorded, from empty slots.
 
     Args:
-        trace: with recorded forwards.
-        eviction: a name, what makes a policy of one's own, or ``"belady"``: what no policy can beat, since it knows the
-            future. Where each forward fits into the slots it is Belady's optimum; else a bound that may lie above it.
+        trace: a trace with recorded forwards.
+        eviction: a policy's name, what makes one of one's own, or ``"belady"``, which no policy can beat, since it
+            knows the future. Where each forward fits into the slots it is Belady's optimum; else a bound that may lie
+            above it.
         num_slots: S; a layer with fewer experts has as many slots as experts.
 
     Raises:
@@ -216,7 +217,7 @@ def compare(
     num_slots: Sequence[int],
     evictions: Sequence[str | Callable[[], Eviction]] = ("lru", "lfu", "fifo", BELADY),
 ) -> Table:
-    """Hit rates and bytes a forward for each number of slots and each policy, as a rich table."""
+    """Compares hit rates and bytes a forward for each number of slots and each policy, as a rich table."""
     return port("replay_table")(trace, num_slots, evictions)
 
 
@@ -234,7 +235,7 @@ def _simulated(forwards: Iterable[tuple[int, ...]], table: SlotTable) -> Counts:
 
 
 def _optimum(forwards: list[tuple[int, ...]], num_slots: int) -> Counts:
-    """Keeps what is used again soonest, wherever something must go."""
+    """Replays with foresight: keeps what is used again soonest, wherever something must go."""
     uses: list[dict[int, int]] = []  # of each forward's experts: the forward that uses it next
     seen: dict[int, int] = {}
     for time in reversed(range(len(forwards))):

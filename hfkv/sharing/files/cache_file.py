@@ -30,9 +30,9 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], model: Any = None) 
     The file is written beside `path` and takes its place when it is complete.
 
     Args:
-        cache: a used one.
+        cache: a used cache.
         path: a safetensors file.
-        model: the one that filled the cache. Needed where it was not patched then; checked where it was.
+        model: the model that filled the cache. Needed where it was not patched then; checked where it was.
 
     Raises:
         TypeError: `path` is no path, or `model` no transformers model.
@@ -127,7 +127,7 @@ def _check_complete(cache: KVCache, model: Any) -> None:
 
 
 def _fingerprint(cache: KVCache, model: Any) -> Mapping[str, str]:
-    """Of the model that filled the cache."""
+    """The fingerprint of the model that filled the cache."""
     filled_by = cache.record.state
     if model is None:
         if filled_by is None:
@@ -231,7 +231,7 @@ def _leaves(cache: KVCache) -> list[tuple[int, KVLayer]]:
 
 
 def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:
-    """Dtype and shape of every plane that a leaf is to hold."""
+    """The dtype and shape of every plane that a leaf is to hold."""
     window = leaf.window
     if window is None and header.gone_below:
         raise ValueError("tokens are gone from a layer that has no window")
@@ -254,7 +254,7 @@ def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:
 
 
 def _devices(model: PreTrainedModel, num_layers: int) -> dict[int, torch.device]:
-    """Where each layer of the decoder computes: on the device of its weights, or where accelerate brings them."""
+    """The device on which each layer of the decoder computes: its weights', or where accelerate brings them."""
     found: dict[int, torch.device] = {}
     for module in decoder_of(model).modules():
         index = getattr(module, "layer_idx", None)
@@ -275,7 +275,7 @@ def _device_of(module: torch.nn.Module) -> torch.device | None:
 
 
 def _write_down(cache: KVCache, tensors: Mapping[str, torch.Tensor], state: ModelState, model: PreTrainedModel) -> None:
-    """The tokens, and what computed them."""
+    """Writes down the tokens, and what computed them."""
     record, ids, hidden = cache.record, tensors.get("ids"), tensors.get("padding")
     record.state = state
     if ids is None:

@@ -23,7 +23,7 @@ _FINGERPRINT = {"model", "adapters", "weights", "precision"}
 
 @dataclass(frozen=True)
 class LeafHeader:
-    """What is said of one `KVLayer`; see `Contents`."""
+    """The header of one `KVLayer`; see `Contents`."""
 
     key: PartShape
     value: PartShape
@@ -42,7 +42,7 @@ class LeafHeader:
 
     @classmethod
     def from_json(cls, value: Any) -> LeafHeader:
-        """Raises ValueError where it is none."""
+        """Reads a header from JSON values. Raises ValueError where they are none."""
         given = _object(value, "a layer", {"key", "value", "seen", "gone_below", "pads"})
         seen = _count(given["seen"], "the tokens seen", 1)
         gone_below = _count(given["gone_below"], "gone_below", most=seen)
@@ -54,13 +54,13 @@ class LeafHeader:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What is said of a cache.
+    """The header of a cache.
 
     Attributes:
-        kv: its policies.
-        model_type, num_layers: of the model it was built for.
-        leaves: its `KVLayer`s, those of split layers included; None for those of a pipeline's other stages.
-        fingerprint: of the model that filled it; see `ModelState.fingerprint`.
+        kv: the cache's policies.
+        model_type, num_layers: type and layers of the model it was built for.
+        leaves: the headers of its `KVLayer`s, also inside split layers; None for a pipeline's other stages.
+        fingerprint: the fingerprint of the model that filled it; see `ModelState.fingerprint`.
     """
 
     kv: KVConfig
@@ -70,7 +70,7 @@ class FileHeader:
     fingerprint: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON knows it.
+        """The header as JSON values.
 
         Raises:
             ValueError: a window has a schedule of one's own, or keys or values are of a dtype no file holds.
@@ -87,7 +87,7 @@ class FileHeader:
 
     @classmethod
     def from_json(cls, value: Any) -> FileHeader:
-        """Raises ValueError where it is none; see `read_json` for format and version."""
+        """Reads a header from JSON values. Raises ValueError where they are none; see `read_json` for the version."""
         names = {"format", "version", "kv", "model_type", "num_layers", "leaves", "fingerprint"}
         given = _object(value, "the header", names)
         fingerprint = _object(given["fingerprint"], "the fingerprint", _FINGERPRINT)
@@ -101,15 +101,15 @@ class FileHeader:
 
 
 def canonical(value: Any) -> str:
-    """The one way of writing a JSON value that digests are made of: ASCII, sorted, without spaces."""
+    """Writes a JSON value in the one way that digests are made of: ASCII, sorted, without spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def read_json(text: str) -> dict[str, Any]:
-    """What the text of a file says: of this format and of some version, otherwise unchecked.
+    """Reads the text of a file: of this format and of some version, otherwise unchecked.
 
     Raises:
-        ValueError: it is not of this format, or of none that ever was.
+        ValueError: it is not of this format, or its version is no version.
     """
     try:
         given = json.loads(text)
@@ -123,7 +123,7 @@ def read_json(text: str) -> dict[str, Any]:
 
 
 def kv_to_json(kv: KVConfig) -> dict[str, Any]:
-    """All of a config but reuse, which no cache has.
+    """Writes a config as JSON values, except reuse, which no cache has.
 
     Raises:
         ValueError: a window has a schedule of one's own.
@@ -141,7 +141,7 @@ def kv_to_json(kv: KVConfig) -> dict[str, Any]:
 
 
 def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
-    """What `kv_to_json` wrote.
+    """Reads what `kv_to_json` wrote.
 
     Raises:
         ValueError: it is no config.

@@ -38,7 +38,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def digest_of(text: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Over all that a file says and holds."""
+    """The digest of all that a file says and holds."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, _NAMES[tensor.dtype], list(tensor.shape)]).encode())
@@ -50,8 +50,8 @@ def write_file(name: str, tensors: Mapping[str, torch.Tensor], text: str) -> Non
     """Writes a file beside `name` and puts it in its place: a crash leaves what was there whole.
 
     Args:
-        name: its path. What is there already keeps its permissions.
-        tensors: contiguous, on the CPU.
+        name: the file's path. A file that is there already keeps its permissions.
+        tensors: contiguous tensors, on the CPU.
         text: kept as the metadata ``"hfkv"``.
 
     Raises:
@@ -86,7 +86,7 @@ def write_file(name: str, tensors: Mapping[str, torch.Tensor], text: str) -> Non
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: str) -> None:
-    """The safetensors format. Its own writer puts files of its own beside the target, and keeps no permissions."""
+    """Writes the safetensors format, whose own writer puts files beside the target and keeps no permissions."""
     # The widest first: then each begins at a multiple of its width.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {"__metadata__": {KEY: metadata}}
@@ -102,10 +102,10 @@ def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: str) -
 
 
 def read_file(name: str) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors of such a file, mapped into memory, and its text; neither is checked.
+    """Reads a file: its tensors, mapped into memory, and its text; neither is checked.
 
     Raises:
-        ValueError: it is not whole, or not such a file; without naming it.
+        ValueError: the file is not whole, or not such a file; the message does not name it.
         OSError: it cannot be opened.
     """
     with open(name, "rb"):
