@@ -120,7 +120,6 @@ _VALUED = {
     **_WINDOW_WORDS,
 }
 _WORDS = (
-    "window:SIZE",
     "contiguous",
     "paged",
     "page_size:TOKENS",
@@ -157,7 +156,13 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return "offload", True
         if word == "reuse":
             return "reuse", Reuse()
-    allowed = (*CODECS, *(f"window:{rule}" for rule in RULES), *_WORDS, *(f"{name}:..." for name in _WINDOW_WORDS))
+    allowed = (
+        *CODECS,
+        "window:SIZE",
+        *(f"window:{rule}" for rule in RULES),
+        *_WORDS,
+        *(f"{name}:..." for name in _WINDOW_WORDS),
+    )
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")
 
 

@@ -44,8 +44,8 @@ class IndexedLayer(KVLayer):
         if self._index is not None and self._index.length > self.span.seen:
             self._index.truncate(self.span.seen)
 
-    def _hold(self, store: Store, rows: torch.Tensor) -> None:
-        super()._hold(store, rows)
+    def hold(self, store: Store, rows: torch.Tensor) -> None:
+        super().hold(store, rows)
         self._index = None if self._index is None else self._index.fork(rows)
 
     @property

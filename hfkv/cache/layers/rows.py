@@ -49,7 +49,7 @@ class Rows:
         forked._reserved = 0
         if self._store is not None:
             rows = repeated(repeats, self._batch)
-            forked._hold(copy_rows(self._store, rows, self.kv.store), rows)
+            forked.hold(copy_rows(self._store, rows, self.kv.store), rows)
         return forked
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -65,7 +65,7 @@ class Rows:
     def _select(self, rows: torch.Tensor) -> None:
         assert self._store is not None
         self._store.select(rows)
-        self._hold(self._store, rows)
+        self.hold(self._store, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; ``store="auto"`` goes over to pages."""
@@ -75,9 +75,9 @@ class Rows:
             self._select(repeated(repeats, self._batch))
         else:
             rows = repeated(repeats, self._batch)
-            self._hold(copy_rows(self._store, rows, "auto"), rows)
+            self.hold(copy_rows(self._store, rows, "auto"), rows)
 
-    def _hold(self, store: Store, rows: torch.Tensor) -> None:
+    def hold(self, store: Store, rows: torch.Tensor) -> None:
         """Takes `store`, of which row i is what row `rows[i]` was."""
         self._store = store
         self.span.padding.select(rows.tolist())
