@@ -142,8 +142,8 @@ def _rows(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:
         return
     for heads, leaf in zip(layer.leaf_heads, layer.leaves, strict=True):
         yield from _of_leaf(index, leaf, heads)
-    for _, device, allocated, held in layer.index_memory():
-        yield PlaneMemory(index, "state", "indexer keys", device, allocated, held)
+    for _, device, allocated, held in layer.extra_memory():
+        yield PlaneMemory(index, "state", layer.extra_name, device, allocated, held)
 
 
 def _of_leaf(index: int, layer: KVLayer, heads: tuple[int, ...]) -> Iterator[PlaneMemory]:

@@ -128,7 +128,7 @@ def test_the_plan_counts_the_keys_of_an_indexer(family: str, kv: str) -> None:
     tokens, batch = cache.get_seq_length(), 2
     # The second layer of glm_moe_dsa attends to what the first has picked.
     keys = batch * tokens * model.config.index_head_dim * 4 * (1 if family == "glm_moe_dsa" else 2)
-    assert sum(plane.allocated for layer in cache.kv_layers for plane in layer.index_memory()) == keys
+    assert sum(plane.allocated for layer in cache.kv_layers for plane in layer.extra_memory()) == keys
     if with_offload:
         on_device = footprint.of(tokens, batch).allocated - footprint.offloaded(tokens, batch).allocated
         assert on_device == keys

@@ -19,10 +19,12 @@ class CacheLayer(CacheLayerMixin):
         kv: its policies.
         window: what limits its tokens, the model's own sliding window included; None where nothing does.
         shows_tensors: whether what it holds is one tensor of keys and one of values, which any attention can read.
+        extra_name: what `extra_memory` is called in reports.
         is_assigned: whether its keys and values were assigned from outside: then nobody knows its tokens.
     """
 
     is_compileable = False
+    extra_name = "state"
     is_croppable = True
     is_sliding = False
     shows_tensors = True
@@ -44,7 +46,7 @@ class CacheLayer(CacheLayerMixin):
         """How many of `total` kv heads each leaf holds."""
         return [total] * len(self.leaves)
 
-    def index_memory(self) -> list[Any]:
+    def extra_memory(self) -> list[Any]:
         """Where the bytes are that it holds besides keys and values; see `Store.memory`."""
         return []
 

@@ -18,6 +18,8 @@ class IndexedLayer(KVLayer):
         kv: the policies, without a window: the indexer picks among all tokens.
     """
 
+    extra_name = "indexer keys"
+
     def reset(self) -> None:
         """Forgets everything."""
         super().reset()
@@ -59,17 +61,17 @@ class IndexedLayer(KVLayer):
     def graph_refusal(self) -> str | None:
         return "picks tokens by an index, whose keys are not written where the device says"
 
-    def index_memory(self) -> list[Any]:
+    def extra_memory(self) -> list[Any]:
         """Where the bytes of the indexer's keys are; see `Store.memory`."""
         return [] if self._index is None else self._index.memory()
 
     def nbytes(self) -> int:
         """Bytes allocated."""
-        return super().nbytes() + sum(plane.allocated for plane in self.index_memory())
+        return super().nbytes() + sum(plane.allocated for plane in self.extra_memory())
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held."""
-        return super().held_bytes() + sum(plane.held for plane in self.index_memory())
+        return super().held_bytes() + sum(plane.held for plane in self.extra_memory())
 
     def contents(self) -> Contents | None:
         """Raises NotImplementedError once something is held: no file has a place for the indexer's keys."""
