@@ -1,4 +1,4 @@
-"""How numbers are written: row-local codecs between `[B, H, T, D]` tensors and tuples of planes."""
+"""Codecs: row-local ways to write `[B, H, T, D]` tensors as tuples of planes."""
 
 from hfkv.codecs.base import Affine, Codec, Planes
 from hfkv.codecs.fp8 import Fp8

@@ -1,4 +1,4 @@
-"""The caller's `torch.autocast`: what the model's own operations run in, and nothing of ours."""
+"""Guards against the caller's `torch.autocast`, which is for the model's own operations and not for hfkv's."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def is_on() -> bool:
 
 
 def own_precision() -> AbstractContextManager[object]:
-    """While it lasts, operations compute in the dtypes of what they are given.
+    """Switches autocast off: within the context, operations compute in the dtypes of their arguments.
 
     Autocast would round the factors of every product, and `torch.cat` refuses half-precision numbers of another dtype
-    than its own: codes, scales and sums of ours are in the dtype that they need.
+    than its own; hfkv's codes, scales and sums are in the dtype that they need.
     """
     if not is_on():
         return _AS_IT_IS
@@ -37,7 +37,7 @@ def own_precision() -> AbstractContextManager[object]:
 
 
 def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, always run under `own_precision`."""
+    """Wraps `function` so that it always runs under `own_precision`."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +50,7 @@ def in_own_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def product_dtype(states: torch.Tensor) -> torch.dtype:
-    """What a product of `states` would be in: their own dtype, or that of the caller's autocast."""
+    """The dtype of a product of `states`: their own, or the one that the caller's autocast chooses."""
     if not is_on() or states.dtype == torch.float64:
         return states.dtype
     device_type = states.device.type

@@ -1,4 +1,4 @@
-"""What every codec promises."""
+"""`Codec`: the interface of every codec, and the arithmetic of scales."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class Codec(ABC):
     the codec and nothing is ever encoded twice.
 
     Attributes:
-        name: the word for it in a `KVConfig`.
+        name: the codec's word in a `KVConfig`.
         plane_names: names of the planes that `encode` returns, in their order.
-        is_lossless: whether what is decoded is what was encoded, bit for bit; its one plane is that itself.
+        is_lossless: whether `decode` gives back what was encoded, bit for bit; the one plane is then the input itself.
         numbers: the dtype that holds the numbers of `affine` exactly: int8 for small integers, bfloat16 for others.
-            None where there is no such form: kernels then attend to what `decode` gives.
-        is_rotated: whether `affine` gives rows as `hfkv.codecs.hadamard.rotate` has turned them. Queries are turned
-            likewise then, and what they attend to is turned back.
-        loss_percent: what it adds to the loss of the bundled model over its whole held-out text
+            None where the codec has no such form: kernels then attend to decoded tokens.
+        is_rotated: whether `affine` gives rows that `hfkv.codecs.hadamard.rotate` has rotated. Queries are then rotated
+            likewise, and the output of attention is rotated back.
+        loss_percent: percent by which the codec raises the bundled model's loss over its whole held-out text
             (docs/understand/concepts.md), or None where that was not measured.
     """
 
@@ -60,10 +60,10 @@ class Codec(ABC):
 
     @in_own_precision
     def encode(self, x: torch.Tensor) -> Planes:
-        """Encodes, on a CPU so many tokens at a time that what is computed on the way stays in the caches.
+        """Encodes tokens; on a CPU a few at a time, so that intermediate results stay in the caches.
 
         Args:
-            x: `[B, H, T, D]`, bf16, fp16 or fp32; T may be 0. NaN and infinity come back as NaN at worst.
+            x: tokens `[B, H, T, D]`, bf16, fp16 or fp32; T may be 0. NaN and infinity decode to NaN at worst.
 
         Returns:
             Planes `[B, H, T, d_i]`, the data first.
@@ -79,7 +79,7 @@ class Codec(ABC):
 
     @abstractmethod
     def _encode(self, x: torch.Tensor) -> Planes:
-        """All of `x` at once."""
+        """Encodes all of `x` at once."""
 
     @in_own_precision
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
@@ -88,16 +88,16 @@ class Codec(ABC):
 
     @abstractmethod
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """See `decode`."""
+        """Decodes planes; see `decode`."""
 
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
-        """Planes as numbers that products of `dtype` take, where `numbers` says that there is such a form.
+        """Gives planes as numbers that products of `dtype` take; only a codec with `numbers` has this form.
 
         Args:
-            planes: `[..., n, d_i]`.
-            head_dim: D.
-            dtype: int8, or bfloat16 or float32, which hold the numbers of all codecs exactly. Where int8 does not hold
-                them, they come in float32.
+            planes: encoded rows `[..., n, d_i]`.
+            head_dim: width D of a decoded row.
+            dtype: int8, bfloat16 or float32; the last two hold the numbers of all codecs exactly. Numbers that int8
+                does not hold come in float32.
 
         Raises:
             NotImplementedError: the codec has no such form.

@@ -1,4 +1,4 @@
-"""Eight-bit floats, one scale per token and kv head."""
+"""`Fp8`: eight-bit floats with one scale per token and kv head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ E4M3_MAX = 448.0
 
 
 class Fp8(Codec):
-    """float8_e4m3fn under a scale that brings the row's largest magnitude to 448: D + 2 bytes a row."""
+    """Codec to float8_e4m3fn, with a scale that brings the row's largest magnitude to 448: D + 2 bytes a row."""
 
     name = "fp8"
     plane_names = ("codes", "scale")
@@ -34,7 +34,7 @@ class Fp8(Codec):
 
 
 def _from_bits(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float8_e4m3fn as `dtype`, by its bits: 4 times as fast as torch's own cast. Its NaNs come out as 480."""
+    """Converts float8_e4m3fn to `dtype` by its bits: 4 times as fast as torch's own cast. NaNs come out as 480."""
     # Sign-extended and shifted, sign and magnitude stand where a float32 or bfloat16 has them, the exponent 120 too
     # low.
     if dtype == torch.bfloat16:

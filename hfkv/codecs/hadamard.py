@@ -12,21 +12,21 @@ _TOGETHER = 1 << 16
 
 
 def hadamard_block(head_dim: int) -> int:
-    """The largest power of two that divides `head_dim`: the rotation works in blocks of it."""
+    """The largest power of two that divides `head_dim`: the block size of the rotation."""
     return head_dim & -head_dim
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """Rotates the last dimension by the orthonormal Walsh-Hadamard matrix, in blocks; its own inverse.
 
-    Butterflies of elementwise sums, not a matrix product: a product's order of summation depends on the
-    number of rows, and a token's code must not depend on what is encoded with it.
+    It consists of butterflies of elementwise sums, not of a matrix product: a product's order of summation depends on
+    the number of rows, and a token's code must not depend on what is encoded with it.
 
     Args:
-        x: `[..., D]` float32.
+        x: rows `[..., D]`, float32.
 
     Returns:
-        `[..., D]` float32.
+        The rotated rows `[..., D]`, float32.
     """
     if x.shape[-1] == 0:
         return x
@@ -41,7 +41,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_states(x: torch.Tensor) -> torch.Tensor:
-    """As `rotate`, by a matrix product: for queries and outputs, whose last bits nobody stores."""
+    """Rotates like `rotate`, by a matrix product: for queries and outputs, which are never stored."""
     if x.shape[-1] == 0:
         return x
     block = hadamard_block(x.shape[-1])
@@ -49,7 +49,7 @@ def rotate_states(x: torch.Tensor) -> torch.Tensor:
 
 
 def _butterflies(rows: torch.Tensor) -> torch.Tensor:
-    """`[N, block]` rotated."""
+    """Rotates the rows `[N, block]`."""
     block = rows.shape[-1]
     y, spare = rows, torch.empty_like(rows)
     half = 1

@@ -1,4 +1,4 @@
-"""Four bits a number, after a Hadamard rotation of the row."""
+"""`Int4`: four bits a number, after a Hadamard rotation of the row."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _CENTRE = 8
 
 
 class Int4(Codec):
-    """Asymmetric int4 of the rotated row: ``rotate(x) ≈ q · scale + low``, D / 2 + 4 bytes a row.
+    """Codec to asymmetric int4 of the rotated row: ``rotate(x) ≈ q · scale + low``, D / 2 + 4 bytes a row.
 
-    The rotation evens out the channels (QuaRot, arXiv 2404.00456), so that one scale and one offset a row do
-    where per-channel groups would be needed otherwise. The first half of the row lies in the low
+    The rotation evens out the channels (QuaRot, arXiv 2404.00456), so that one scale and one offset a row are
+    enough; without it, groups of channels would be needed. The first half of the row lies in the low
     nibbles and the second half in the high ones, so that unpacking needs no interleaving.
     """
 
@@ -49,7 +49,7 @@ class Int4(Codec):
 
 
 def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Two nibbles a byte, less `_CENTRE`, as int8 `[..., head_dim]`: the low ones are the first half of the row."""
+    """Unpacks two nibbles a byte, less `_CENTRE`, to int8 `[..., head_dim]`; low nibbles are the row's first half."""
     half = packed.shape[-1]
     signed = (packed ^ 0x88).view(torch.int8)  # n ^ 8 is n - 8 in two's complement, where shifts extend its sign
     numbers = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.int8)

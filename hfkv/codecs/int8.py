@@ -1,4 +1,4 @@
-"""Eight bits a number, one scale per token and kv head."""
+"""`Int8`: eight bits a number, with one scale per token and kv head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hfkv.codecs.base import Affine, Codec, Planes, row_absmax, scale_for
 
 
 class Int8(Codec):
-    """Symmetric int8: ``x ≈ q · scale``, D + 2 bytes a row.
+    """Codec to symmetric int8: ``x ≈ q · scale``, D + 2 bytes a row.
 
     The error of an element is at most the row's largest magnitude / 254, plus the rounding of dtypes.
     """

@@ -1,4 +1,4 @@
-"""The codec that changes nothing."""
+"""`Plain`: the codec that changes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hfkv.codecs.base import Affine, Codec, Planes
 
 
 class Plain(Codec):
-    """The model's own dtype, bit for bit."""
+    """Codec that keeps the model's own dtype, bit for bit."""
 
     name = "none"
     plane_names = ("states",)

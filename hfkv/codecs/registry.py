@@ -1,4 +1,4 @@
-"""The codecs by name: the one place where the rest of hfkv looks them up."""
+"""The registry of codecs by name, in which the rest of hfkv looks them up."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ CODECS: dict[str, Codec] = {}
 
 
 def register_codec(codec: Codec) -> None:
-    """Makes a codec known under its name, in configs (``KVConfig(codec="int3")``) and in words (``"int3+paged"``).
+    """Registers a codec under its name, for configs (``KVConfig(codec="int3")``) and words (``"int3+paged"``).
 
     Raises:
-        ValueError: its name is no plain word, means something else among the words, or is another codec's.
+        ValueError: the name is no plain word, has another meaning among the words, or belongs to another codec.
     """
     known = CODECS.get(codec.name)
     if known is not None and type(known) is not type(codec):
