@@ -1,4 +1,4 @@
-"""Where the bytes live: stores of opaque planes `[B, H, T, d]` with one token axis."""
+"""Stores: memory for opaque planes `[B, H, T, d]` with one token axis."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def make_store(
     offload: Place | None = None,
     bound: int | None = None,
 ) -> Store:
-    """A store for planes on `device`.
+    """Makes a store for planes on `device`.
 
     Args:
-        kind: ``"paged"``, or anything else for a contiguous one.
-        device: where attention computes.
-        page_size: tokens a page; None for 256 on a CPU and 64 on an accelerator, less in a small window.
-        offload: the layer's place among those that are offloaded, or None. Where host memory is the device's own, there
-            is nothing to offload; else what is offloaded lies in pages, whatever the kind.
+        kind: ``"paged"``, or anything else for a contiguous store.
+        device: device on which attention computes.
+        page_size: number of tokens a page; None for 256 on a CPU and 64 on an accelerator, less in a small window.
+        offload: the layer's place among the offloaded layers, or None. Where host memory is the device's own, there is
+            nothing to offload; elsewhere an offloaded store is paged, whatever `kind` says.
         bound: see `Store`.
     """
     is_offloaded = offload is not None and is_apart(device)
@@ -58,12 +58,12 @@ def make_store(
 
 
 def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None) -> Store:
-    """A store of its own whose row i holds what row `rows[i]` of `store` does.
+    """Copies a store: row i of the copy holds what row `rows[i]` of `store` does.
 
     Args:
-        store: what is copied; pages are shared until they are written to.
-        rows: int64 `[B']`.
-        kind: ``"auto"`` puts a contiguous store into pages where copies of a row can share some.
+        store: store to copy; pages are shared until they are written to.
+        rows: indices of the rows to copy, int64 `[B']`.
+        kind: kind of the copy; ``"auto"`` puts a contiguous store into pages where copies of a row can share some.
         page_size: see `make_store`.
     """
     assert store.device is not None

@@ -1,4 +1,4 @@
-"""What every store promises, and how it allocates."""
+"""`Store`: the interface of every store, and how stores allocate memory."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ GROWTH = 1.25
 
 
 class Run(NamedTuple):
-    """Some of the tokens held, one after the other, as they lie on the device.
+    """A run of held tokens, one after the other, as they lie on the device.
 
     Attributes:
-        planes: they are in these.
-        layout: where, counted from the first of them.
-        begin: its index among all tokens held.
+        planes: planes that hold the tokens.
+        layout: places of the tokens in the planes, counted from the first token of the run.
+        begin: index of the first token among all tokens held.
     """
 
     planes: Planes
@@ -37,13 +37,13 @@ class Run(NamedTuple):
 
 
 class PlaneBytes(NamedTuple):
-    """What one plane of a store takes on one device.
+    """The bytes that one plane of a store takes on one device.
 
     Attributes:
-        plane: its index among the store's planes.
-        device: where.
-        allocated: bytes.
-        held: bytes of these that tokens are in, shared ones counted once.
+        plane: index of the plane among the store's planes.
+        device: device of the bytes.
+        allocated: number of bytes allocated.
+        held: number of these bytes that hold tokens, shared ones counted once.
     """
 
     plane: int
@@ -58,7 +58,7 @@ class Store(ABC):
     All rows hold the same number of tokens. Planes may differ in heads, width and dtype.
 
     Args:
-        bound: the number of tokens held between two steps, where a window limits it; None without a limit.
+        bound: number of tokens to which a window limits a row between two steps; None without a limit.
     """
 
     def __init__(self, *, bound: int | None = None) -> None:
@@ -72,27 +72,27 @@ class Store(ABC):
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """Held while planes are written that other stores may share."""
+        """The lock to hold while planes are written that other stores may share."""
         return contextlib.nullcontext()
 
     @property
     def home(self) -> torch.device | None:
-        """Where what is held grows: the compute device, or the host where most of it is kept there."""
+        """The device on which the held tokens grow: the compute device, or the host for an offloaded store."""
         return self.device
 
-    # Whether copies of a row share pages, and whether some of it lies in another memory than where it is computed with.
+    # Whether copies of a row share pages, and whether some tokens lie in other memory than the compute device's.
     is_paged = False
     is_offloaded = False
 
     def expect_copies(self, copies: int, tokens: int) -> None:  # noqa: B027 - most stores have no use for it
-        """Says that every row will be copied so many times when it holds `tokens`, so that one allocation is enough."""
+        """Announces `copies` copies of every row for when it holds `tokens`, so that one allocation is enough."""
 
     def move(self, place: Any) -> None:  # noqa: B027 - what is not offloaded has no buffers
-        """Uses the buffers of another cache from here on, where it is offloaded: this one is a fork's."""
+        """Switches to the buffers of another cache, a fork, if the store is offloaded."""
 
     @property
     def reads_slices(self) -> bool:
-        """Whether `read` returns slices of the planes themselves: free, and not contiguous."""
+        """Whether `read` returns slices of the planes themselves, which are free and not contiguous."""
         return False
 
     @abstractmethod
@@ -101,10 +101,10 @@ class Store(ABC):
 
     @abstractmethod
     def extend(self, count: int) -> Layout:
-        """Adds `count` tokens at the end of every row and leaves it to the caller to write them, once there are planes.
+        """Adds `count` tokens at the end of every row, which the caller writes; there must be planes already.
 
         Returns:
-            Where those before them lie, with a block table that has the columns of the new ones too.
+            The layout of the tokens before them, with a block table that has the new tokens' columns too.
         """
 
     @abstractmethod
@@ -121,44 +121,44 @@ class Store(ABC):
 
     @abstractmethod
     def fork(self, rows: torch.Tensor) -> Store:
-        """A store of its own whose row i holds what row `rows[i]` of this one does; `rows` is int64 `[B']`."""
+        """Copies the store: row i of the copy holds what row `rows[i]` of this one does; `rows` is int64 `[B']`."""
 
     @abstractmethod
     def read(
         self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
     ) -> Planes:
-        """Held tokens in order, `[rows, H_i, last - first, d_i]`, on the compute device; not to be written to.
+        """Reads held tokens in order, `[rows, H_i, last - first, d_i]`, on the compute device; not to be written to.
 
         Args:
             which: the planes to read.
             first, last: the tokens to read, counted from the first held one; all by default.
-            rows: whose; all by default.
+            rows: the rows to read; all by default.
         """
 
     @abstractmethod
     def layout(self) -> Layout:
-        """Where the held tokens lie in `planes`."""
+        """The layout of the held tokens in `planes`."""
 
     def runs(self, last: int, first: int = 0, uncut: int = 0) -> Iterator[Run]:
-        """The tokens `first .. last - 1`, and what lies beside them, in runs to be read before the next is asked for.
+        """Yields the tokens `first .. last - 1`, and others beside them, in runs; read one before asking for the next.
 
         Args:
-            last, first: counted from the first token held.
-            uncut: so many tokens at the front are to be in one run.
+            last, first: bounds of the tokens, counted from the first token held.
+            uncut: number of tokens at the front that must be in one run.
         """
         layout = self.layout()
         yield Run(tuple(self.planes), layout if layout.length == last else replace(layout, length=last), 0)
 
     @abstractmethod
     def held_tokens(self) -> int:
-        """Tokens held in all rows, shared ones counted once."""
+        """The number of tokens held in all rows, shared ones counted once."""
 
     def held_bytes(self) -> int:
         """Bytes of the tokens held, shared ones counted once."""
         return self.held_tokens() * sum(token_bytes(plane) for plane in self.planes)
 
     def memory(self) -> list[PlaneBytes]:
-        """Where the bytes of each plane are."""
+        """The bytes of each plane on each device."""
         tokens = self.held_tokens()
         return [
             PlaneBytes(index, plane.device, storage_bytes((plane,)), tokens * token_bytes(plane))
@@ -178,16 +178,16 @@ class Store(ABC):
         return storage_bytes(self.planes)
 
     def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """An uninitialised plane of `like`'s dtype in this store's memory.
+        """Allocates an uninitialised plane of `like`'s dtype in this store's memory.
 
         Raises:
-            MemoryError: there is not that much.
+            MemoryError: there is not enough memory.
         """
         assert self.device is not None
         return allocate(shape, like.dtype, self.device)
 
     def allocate_reserved(self, needed: int, wanted: int, allocate: Callable[[int], None]) -> None:
-        """Calls `allocate(wanted)`, or, where the memory for a reservation is not there, `allocate(needed)`."""
+        """Calls `allocate(wanted)`, or `allocate(needed)` where there is no memory for the reservation."""
         try:
             allocate(wanted)
         except MemoryError as error:
@@ -199,10 +199,10 @@ class Store(ABC):
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory for keys and values.
+    """Allocates uninitialised memory for keys and values.
 
     Raises:
-        MemoryError: there is not that much.
+        MemoryError: there is not enough memory.
     """
     # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
     with torch.inference_mode(False):
@@ -213,7 +213,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def no_memory(num_bytes: int, where: str, error: Exception) -> MemoryError:
-    """The error of bytes for keys and values that are not to be had."""
+    """The error for bytes of keys and values that could not be allocated."""
     return MemoryError(
         f"could not allocate {num_bytes:,} bytes for keys and values in {where} ({str(error).splitlines()[0]}); use a "
         "smaller codec, a window, offload or a shorter context"

@@ -1,4 +1,4 @@
-"""The ids of a block pool: a free list and reference counts, no tensors."""
+"""`BlockPool`: the ids of blocks, as a free list and reference counts, without tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class BlockPool:
     """Hands out block ids `0 .. size - 1`; a block is free again when its last holder releases it.
 
     Args:
-        on_free: told which blocks have become free.
+        on_free: function that is called with the blocks that have become free.
     """
 
     def __init__(self, on_free: Callable[[list[int]], None] | None = None) -> None:
@@ -31,7 +31,7 @@ class BlockPool:
         self.refcounts.extend([0] * (size - self.size))
 
     def take(self, count: int) -> list[int]:
-        """`count` free blocks with one holder each; the caller has made sure that there are as many."""
+        """Takes `count` free blocks, with one holder each; the caller has made sure that there are as many."""
         blocks = [self.free.pop() for _ in range(count)]
         for block in blocks:
             self.refcounts[block] = 1

@@ -1,4 +1,4 @@
-"""One growing buffer a plane, appended in place."""
+"""`ContiguousStore`: one growing buffer a plane, appended in place."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from hfkv.stores.base import GROWTH, Planes, Store
 from hfkv.stores.layout import Layout
 
-# Spare tokens behind a window: how often what it holds moves back to the buffer's start. 256 tokens are
-# 1/16 of the bytes an attention over 4,096 tokens reads anyway.
+# Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
+# 1/16 of the bytes that attention over 4,096 tokens reads anyway.
 WINDOW_SLACK = 256
 
 
@@ -17,7 +17,7 @@ class ContiguousStore(Store):
 
     Dropping from the middle moves the shorter side over the gap (a window's few sinks), so reading is a
     slice and never a copy. When the buffer's end is reached, the held tokens move back to its start; with a
-    slack in proportion to what is held that costs O(1) a token.
+    slack in proportion to the tokens held that costs O(1) a token.
     """
 
     def __init__(self, *, bound: int | None = None) -> None:
@@ -85,7 +85,7 @@ class ContiguousStore(Store):
         self.planes = selected
 
     def fork(self, rows: torch.Tensor) -> ContiguousStore:
-        """Copies what is held; see `Store.fork`."""
+        """Copies the held tokens; see `Store.fork`."""
         forked = ContiguousStore(bound=self.bound)
         forked.device, forked.length = self.device, self.length
         held = slice(self.start, self.start + self.length)
@@ -107,7 +107,7 @@ class ContiguousStore(Store):
         return len(self.planes[0]) * self.length if self.planes else 0
 
     def _limit(self) -> int:
-        """The capacity a window needs: what it holds and some slack."""
+        """The capacity that a window needs: its tokens and some slack."""
         assert self.bound is not None
         return self.bound + max(1, min(self.bound // 4, WINDOW_SLACK))
 

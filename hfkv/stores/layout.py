@@ -1,4 +1,4 @@
-"""`Layout`: where the held tokens of each row lie in a layer's planes."""
+"""`Layout`: the places of each row's held tokens in a layer's planes."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where held token i of row b lies.
+    """The places of the held tokens in planes.
 
-    In contiguous planes `[B, H, C, d]` at ``plane[b, :, start + i]``. In paged planes `[N, H, P, d]`, where `table` is
-    given, column by column: the slots ``low <= p < high`` of ``plane[table[b, c]]`` for ``(low, high) = spans[c]``
-    hold the next ``high - low`` tokens of row b.
+    In contiguous planes `[B, H, C, d]`, token i of row b is ``plane[b, :, start + i]``. In paged planes `[N, H, P, d]`,
+    for which `table` is given, tokens lie column by column: the slots ``low <= p < high`` of ``plane[table[b, c]]``
+    for ``(low, high) = spans[c]`` hold the next ``high - low`` tokens of row b.
 
     Attributes:
-        length: tokens held, the same in every row.
-        start: slots before the first of them; contiguous planes only.
+        length: number of tokens held, the same in every row.
+        start: number of slots before the first token; contiguous planes only.
         table: the block table, int64 `[B, columns]` on the CPU; None for contiguous planes.
-        spans: which slots of each column's page are held.
+        spans: range of slots held in each column's page.
     """
 
     length: int
@@ -46,7 +46,7 @@ class Layout:
     def read(
         self, planes: Iterable[torch.Tensor], begin: int, end: int, rows: slice = slice(None)
     ) -> tuple[torch.Tensor, ...]:
-        """The tokens `begin .. end - 1` of `rows`, `[rows, H, end - begin, d]`: slices, or copies of pages."""
+        """Reads the tokens `begin .. end - 1` of `rows`, `[rows, H, end - begin, d]`: slices, or copies of pages."""
         if self.table is None:
             held = slice(self.start + begin, self.start + end)
             return tuple(plane[rows, :, held] for plane in planes)
@@ -60,7 +60,7 @@ class Layout:
 def _take(
     plane: torch.Tensor, table: torch.Tensor, spans: tuple[tuple[int, int], ...], skipped: int, count: int
 ) -> torch.Tensor:
-    """`count` tokens of the columns of `table` `[rows, columns]`, without the first `skipped`."""
+    """Takes `count` tokens of the columns of `table` `[rows, columns]`, without the first `skipped`."""
     heads, page_size, width = plane.shape[1:]
     # A page of one head is contiguous: taken whole, it is copied at the speed of memory.
     index = (table[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [rows * H * columns]
@@ -75,5 +75,5 @@ def _take(
 
 
 def bits_of(plane: torch.Tensor) -> torch.Tensor:
-    """A plane to be indexed: 8-bit floats as bytes, since no indexing knows them; any other as it is."""
+    """A plane that torch can index: 8-bit floats as bytes, since it cannot index them; any other unchanged."""
     return plane.view(torch.uint8) if plane.element_size() == 1 else plane

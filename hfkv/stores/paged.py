@@ -1,4 +1,4 @@
-"""Pages of tokens behind a block table, shared by reference and copied on write."""
+"""`PagedStore`: pages of tokens behind a block table, shared by reference and copied on write."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from hfkv.stores.blocks import BlockPool
 from hfkv.stores.layout import Layout
 from hfkv.stores.pages import Pages
 
-# Where pages are shared, planes grow by as little as this part: a prompt of which many hold copies is most of them.
+# Shared planes grow by their size divided by this: most of their pages are a prompt that many rows hold together.
 SHARED_GROWTH = 16
 
 
 class PagedStore(Store):
     """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and for each row a list of pages: its block table.
 
-    All rows hold the same tokens' positions, so one list of columns `[low, high)` says which tokens of a page
+    All rows hold tokens of the same positions, so one list of columns `[low, high)` says which tokens of a page
     are held, for every row. Copies of rows (beams) and of the whole store (`fork`) share pages; a shared page that is
     written to is copied first. Dropping frees whole pages; a page cut in two by a drop is listed twice.
 
     Args:
-        page_size: P, in tokens.
+        page_size: number of tokens a page, P.
     """
 
     is_paged = True
@@ -43,7 +43,7 @@ class PagedStore(Store):
 
     @property
     def planes(self) -> list[torch.Tensor]:
-        """Those of the pages: stores that share pages share planes."""
+        """The planes of the pages: stores that share pages share planes."""
         return self.pages.planes
 
     @planes.setter
@@ -57,7 +57,7 @@ class PagedStore(Store):
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """That of the pages."""
+        """The lock of the pages."""
         return self.pages.lock
 
     def __del__(self) -> None:
@@ -68,7 +68,7 @@ class PagedStore(Store):
         return self.fork(torch.arange(len(self.table)))
 
     def fork(self, rows: torch.Tensor) -> PagedStore:
-        """Shares the pages; see `Store.fork`."""
+        """Copies the store, which shares its pages; see `Store.fork`."""
         forked = self._empty()
         with self.lock:
             forked.pages.leave(())
@@ -79,7 +79,7 @@ class PagedStore(Store):
         return forked
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Says that every row will be copied so many times when it holds `tokens`, so that one allocation is enough."""
+        """Announces `copies` copies of every row for when it holds `tokens`, so that one allocation is enough."""
         self._copies = (copies, tokens)
 
     def append(self, new: Planes) -> None:
@@ -203,11 +203,11 @@ class PagedStore(Store):
         return self.blocks.refcounts[page] == sum(other[column] == page for other in self.table) + row.count(page) - 1
 
     def _empty(self) -> PagedStore:
-        """Another store of this kind."""
+        """Makes an empty store of this kind."""
         return PagedStore(self.page_size, bound=self.bound)
 
     def _begin(self, new: Planes) -> None:
-        """Makes planes for the kind of tokens that `new` are."""
+        """Makes planes for tokens like `new`."""
         self.device = new[0].device
         self.table = [[] for _ in range(len(new[0]))]
         shapes = [(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
@@ -224,18 +224,18 @@ class PagedStore(Store):
             plane[pages] = states.to(plane.device)
 
     def _pages_of(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tokens `[B, H_i, columns, P, d_i]` as pages `[columns * B, H_i, P, d_i]`."""
+        """Arranges tokens `[B, H_i, columns, P, d_i]` as pages `[columns * B, H_i, P, d_i]`."""
         return [tokens.permute(2, 0, 1, 3, 4).flatten(0, 1) for tokens in whole]
 
     def _copy(self, pages: list[int]) -> list[int]:
-        """Copies of `pages`, to be written to."""
+        """Copies `pages`; the copies may be written to."""
         fresh = self._take(len(pages))
         for plane in self.planes:
             plane[fresh] = plane[pages]
         return fresh
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
-        """New pages for every row: `full` to be filled at once, and one to be filled by and by."""
+        """Takes new pages for every row: `full` to fill at once, and one to fill token by token if `has_tail`."""
         count = full + has_tail
         pages = self._take(count * len(self.table))
         return [pages[index * count : (index + 1) * count] for index in range(len(self.table))]
@@ -252,7 +252,7 @@ class PagedStore(Store):
         return self.blocks.take(count)
 
     def _shares(self, listed: set[int]) -> bool:
-        """Whether rows, or other stores, hold some page together."""
+        """Whether several rows, or several stores, hold some page together."""
         return self.pages.stores > 1 or len(listed) < len(self.table) * len(self.columns)
 
     def _reserved_pages(self) -> int:
@@ -274,7 +274,7 @@ class PagedStore(Store):
         self.blocks.grow(size)
 
     def _shrink(self) -> None:
-        """Where many pages have become free (a window filled, rows went): moves those in use to smaller planes."""
+        """Moves the pages in use to smaller planes, if many have become free (a window filled, rows went)."""
         size = max(self.blocks.used + len(self.table), self._reserved_pages())
         if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(self.table):
             return

@@ -12,17 +12,17 @@ from hfkv.stores.blocks import BlockPool
 
 
 class Pages:
-    """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and who holds which.
+    """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and the pages' reference counts.
 
-    Forks of a cache list the same pages and may be used by different threads: whoever takes, releases or writes pages
-    holds `lock` meanwhile. Growing puts new planes in place of the old ones; who still reads those reads the same
-    tokens.
+    Forks of a cache list the same pages and may be used by different threads: a thread holds `lock` while it takes,
+    releases or writes pages. Growing puts new planes in place of the old ones; a thread that still reads the old ones
+    reads the same tokens.
 
     Attributes:
-        planes: empty until the first tokens come.
-        blocks: the pages' reference counts.
-        lock: may be taken again by the thread that has it.
-        stores: how many stores list pages of these.
+        planes: planes of the pages, none until the first tokens come.
+        blocks: reference counts of the pages.
+        lock: lock that its thread may take again.
+        stores: number of stores that list these pages.
     """
 
     def __init__(self) -> None:
@@ -32,13 +32,13 @@ class Pages:
         self.stores = 0
 
     def join(self, pages: Iterable[int]) -> None:
-        """One more store lists `pages`."""
+        """Counts one more store, which lists `pages`."""
         with self.lock:
             self.stores += 1
             self.blocks.retain(pages)
 
     def leave(self, pages: Iterable[int]) -> None:
-        """A store that listed `pages` is gone."""
+        """Counts one store less, which listed `pages`."""
         with self.lock:
             self.stores -= 1
             self.blocks.release(pages)

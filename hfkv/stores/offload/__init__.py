@@ -1,1 +1,1 @@
-"""Pages of which some lie on a device and the others in host memory."""
+"""Offload: pages of which some lie on a device and the others in host memory."""

@@ -1,4 +1,4 @@
-"""`Offload`: what the offloaded layers of one cache share, a budget of device memory and the buffers of each device."""
+"""`Offload`: the device memory and the buffers that the offloaded layers of one cache share."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from hfkv.stores.offload.staging import Staging
 
 
 class Budget:
-    """Divides device memory among layers. Forks of a cache share pages, and so one of these.
+    """Divides device memory among layers; forks of a cache share pages, and so share one budget.
 
     Args:
-        num_bytes: of keys and values of all layers that may stay on devices; None for the pages alone that are being
-            filled.
-        bounds: for each layer the tokens a window holds at most, or None.
+        num_bytes: number of bytes of keys and values of all layers that may stay on devices; None where only pages that
+            are being filled stay.
+        bounds: the most tokens that each layer's window holds, None for a layer without a window.
 
     Attributes:
-        asked: another object when the shares are to be found anew.
+        asked: object that is replaced by another when shares must be found anew.
     """
 
     def __init__(self, num_bytes: int | None, bounds: Sequence[int | None]) -> None:
         self.num_bytes, self.bounds = num_bytes, list(bounds)
         self.asked = object()
         self._shares: dict[int, int] = {}  # bytes, of the layers that have asked
-        self._least: dict[int, int] = {}  # of those that had asked before
+        self._least: dict[int, int] = {}  # bytes, of the layers that had asked before
 
     def divide_anew(self) -> None:
-        """Another number of tokens is to be held: layers ask again, and keep at least what they have."""
+        """Has layers ask for their shares again, for another number of tokens; they keep at least what they have."""
         self._least |= self._shares
         self._shares = {}
         self.asked = object()
 
     def share(self, index: int, page_bytes: int, page_size: int, rows: int, reserved: int) -> int | None:
-        """Pages that a layer may keep on the device; None for those alone that are being filled.
+        """The number of pages that a layer may keep on the device; None for only those that are being filled.
 
         Args:
-            index: which of the layers.
-            page_bytes, page_size: bytes and tokens of one of its pages.
-            rows: B.
-            reserved: tokens a row will hold in all, or 0.
+            index: index of the layer.
+            page_bytes, page_size: number of bytes and of tokens of one of its pages.
+            rows: number of rows, B.
+            reserved: number of tokens that a row will hold in all, or 0.
 
         Raises:
-            ValueError: it is not even one.
+            ValueError: there is not even one page for the layer.
         """
         if self.num_bytes is None:
             return None
@@ -73,7 +73,7 @@ class Offload:
     """Hands out a budget and the staging buffers of each device.
 
     Args:
-        budget: what may stay on devices.
+        budget: budget of the bytes that may stay on devices.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -81,16 +81,16 @@ class Offload:
         self._stagings: dict[torch.device, Staging] = {}
 
     def restart(self) -> None:
-        """The cache holds nothing any more, and shares nothing with its forks."""
+        """Starts anew: the cache holds nothing any more, and shares nothing with its forks."""
         self.budget = Budget(self.budget.num_bytes, self.budget.bounds)
         self._stagings = {}
 
     def place(self, index: int) -> Place:
-        """That of layer `index` of those that are offloaded."""
+        """The place of layer `index` among the offloaded layers."""
         return Place(self, index)
 
     def staging(self, device: torch.device) -> Staging:
-        """The buffers on `device`."""
+        """The staging buffers on `device`."""
         if device not in self._stagings:
             self._stagings[device] = Staging(bus_to(device))
         return self._stagings[device]
@@ -104,9 +104,9 @@ class Place:
     """One layer's place among those that are offloaded.
 
     Attributes:
-        offload: what it shares.
-        index: which of the layers it is.
-        uncut: tokens at the front that were last read in one run.
+        offload: budget and buffers that the layers share.
+        index: index of the layer among them.
+        uncut: number of tokens at the front that were last read in one run.
     """
 
     def __init__(self, offload: Offload, index: int) -> None:
@@ -114,12 +114,12 @@ class Place:
 
     @property
     def budget(self) -> Budget:
-        """What may stay on devices."""
+        """The budget of the bytes that may stay on devices."""
         return self.offload.budget
 
 
 def _fair(pages: int, needs: Sequence[tuple[float, int]], index: int) -> int:
-    """What layer `index` gets of `pages`, where those that need less than an equal part leave the rest to others."""
+    """The part of `pages` for layer `index`; layers that need less than an equal part leave the rest to others."""
     left = pages
     for place, (need, layer) in enumerate(sorted(needs)):
         part = left // (len(needs) - place)

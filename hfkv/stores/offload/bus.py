@@ -1,4 +1,4 @@
-"""`Bus`: the way between host memory and one device, and what has gone over it."""
+"""`Bus`: copies between host memory and one device, and their bytes counted."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (source, target), both c
 
 
 class Bus:
-    """Copies between host memory and a device, one after the other in the order they were asked for.
+    """Copies between host memory and a device, one after the other in the order of the calls.
 
-    This one waits for each copy. What `mark` returns stands for everything the device has been asked to compute
-    so far, what `to_device` returns for everything asked of the bus.
+    This class waits for each copy. The result of `mark` stands for everything that the device has been asked to compute
+    so far, the result of `to_device` for every copy that the bus has been asked for.
 
     Args:
-        device: the one at the other end.
+        device: device at the other end.
 
     Attributes:
-        bytes_to_host, bytes_to_device: moved so far.
+        bytes_to_host, bytes_to_device: number of bytes moved so far.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,13 +32,13 @@ class Bus:
         self.bytes_to_device = 0
 
     def allocate(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Host memory, uninitialised, that the bus reaches at its full speed; exactly as many bytes as asked for.
+        """Allocates uninitialised host memory that the bus reaches at full speed, exactly as many bytes as asked for.
 
         Raises:
-            MemoryError: there is not that much.
+            MemoryError: there is not enough memory.
         """
         num_bytes = torch.Size(shape).numel() * dtype.itemsize
-        # Where memory is promised that is not there, whoever writes to it is killed: better to be told.
+        # The system may promise memory that it does not have, and kill a process that writes to it: refuse before.
         available = psutil.virtual_memory().available
         if num_bytes > available:
             raise MemoryError(f"{num_bytes:,} bytes were asked for and {available:,} bytes of host memory are free")
@@ -48,11 +48,11 @@ class Bus:
             raise MemoryError(f"{num_bytes:,} bytes of host memory: {str(error).splitlines()[0]}") from error
 
     def mark(self) -> Any:
-        """Stands for what the device has been asked to compute so far."""
+        """A mark that stands for everything that the device has been asked to compute so far."""
         return None
 
     def to_host(self, copies: Copies) -> None:
-        """Copies to the host, behind what the device has been asked to compute so far."""
+        """Copies to the host, after everything that the device has been asked to compute so far."""
         self.bytes_to_host += _total(copies)
         self._copy(copies)
 
@@ -60,21 +60,21 @@ class Bus:
         """Copies to the device.
 
         Args:
-            copies: from where to where.
-            after: a mark of the computation that must be done before the targets are written to.
+            copies: sources and targets of the copies.
+            after: mark of the computation that must be done before the targets are written to.
 
         Returns:
-            What `wait` takes.
+            The argument for `wait`.
         """
         self.bytes_to_device += _total(copies)
         self._copy(copies, after)
         return None
 
     def wait(self, copied: Any) -> None:
-        """What the device is asked to compute from here on comes after those copies."""
+        """Makes everything that the device is asked to compute from here on wait for the copies."""
 
     def settle(self) -> None:
-        """Returns when everything asked of the bus is done: host code may read and write host memory."""
+        """Waits for all copies: after it, host code may read and write host memory."""
 
     def _allocate(self, shape: Sequence[int], dtype: torch.dtype, num_bytes: int) -> torch.Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -85,10 +85,10 @@ class Bus:
 
 
 class CudaBus(Bus):
-    """Copies on a stream of their own, beside what the device computes.
+    """Bus that copies on a stream of its own, while the device computes.
 
-    Both directions share the stream: a page is written to the host before it is read back, whoever asked. Host memory
-    is pinned by registering it: torch's allocator of pinned memory rounds up to powers of two.
+    Both directions share the stream: a page is written to the host before it is read back, whichever store asks. Host
+    memory is pinned by registering it: torch's allocator of pinned memory rounds up to powers of two.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -158,7 +158,7 @@ class _PinnedMemory(mmap.mmap):
         return memory
 
     def __init__(self, num_bytes: int, settle: Callable[[], None]) -> None:
-        """Nothing: `__new__` has done it."""
+        """Does nothing: `__new__` has done it."""
 
     _address = 0
     _settle: Callable[[], None]
@@ -173,7 +173,7 @@ def _total(copies: Copies) -> int:
     return sum(target.numel() * target.element_size() for _, target in copies)
 
 
-# device type -> what reaches it from host memory; of others host memory is their own.
+# Device type -> its bus from host memory; devices of other types compute in host memory.
 BUSES: dict[str, Callable[[torch.device], Bus]] = {"cuda": CudaBus, "xpu": Bus}
 
 
@@ -182,7 +182,7 @@ _lock = threading.Lock()
 
 
 def bus_to(device: torch.device) -> Bus:
-    """The way to `device`, the same for everyone: copies of one page keep their order, whoever asks for them."""
+    """The bus to `device`, one for all stores: copies of one page keep their order, whichever store asks for them."""
     with _lock:
         if device not in _buses:
             _buses[device] = BUSES[device.type](device)
@@ -190,5 +190,5 @@ def bus_to(device: torch.device) -> Bus:
 
 
 def is_apart(device: torch.device) -> bool:
-    """Whether a device has memory of its own: else there is nothing to move."""
+    """Whether a device has memory of its own; without it there is nothing to move."""
     return device.type in BUSES

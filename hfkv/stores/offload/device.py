@@ -1,4 +1,4 @@
-"""`DevicePages`: pages on a device, up to so many."""
+"""`DevicePages`: pages on a device, up to a number of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DevicePages:
 
     Args:
         like: planes of the same kind, `[.., H_i, P, d_i]`.
-        most: slots at most; None for as many as are asked for.
+        most: the most slots; None for as many as are asked for.
     """
 
     def __init__(self, like: Sequence[torch.Tensor], most: int | None) -> None:
@@ -29,11 +29,11 @@ class DevicePages:
 
     @property
     def used(self) -> int:
-        """Slots in use."""
+        """The number of slots in use."""
         return self.size - len(self.free)
 
     def reserve(self, size: int) -> None:
-        """Makes so many slots at once, where there is memory for them."""
+        """Makes `size` slots at once, where there is memory for them."""
         if self.size < size and self._may_reserve:
             try:
                 self._resize(size)
@@ -42,10 +42,10 @@ class DevicePages:
                 logger.warning("no room to reserve a device_budget, growing step by step instead: %s", error)
 
     def make_room(self, count: int) -> None:
-        """Sees to `count` free slots, or as many as there may be: the others become free yet.
+        """Makes room for `count` free slots, or for as many as `most` allows: the caller frees the others.
 
         Raises:
-            MemoryError: there is no memory for them; nothing is lost.
+            MemoryError: there is no memory for the slots; nothing is lost.
         """
         needed = self.used + count
         if self.most is not None:
@@ -54,7 +54,7 @@ class DevicePages:
             self._resize(needed if self.most is None else min(max(needed, int(self.size * GROWTH)), self.most))
 
     def take(self, count: int) -> list[int]:
-        """`count` of the free slots; the caller has made room."""
+        """Takes `count` free slots; the caller has made room."""
         return [self.free.pop() for _ in range(count)]
 
     def _resize(self, size: int) -> None:
@@ -68,5 +68,5 @@ class DevicePages:
 
 
 def plane_of(size: int, like: torch.Tensor) -> torch.Tensor:
-    """A plane of `size` pages like those of another."""
+    """Allocates a plane of `size` pages that are like the pages of another."""
     return allocate((size, *like.shape[1:]), like.dtype, like.device)

@@ -13,10 +13,10 @@ from hfkv.stores.base import no_memory
 from hfkv.stores.offload.bus import Bus
 
 Planes = Sequence[torch.Tensor]
-Located = tuple[int, int]  # of a page: its index in a list or in planes, and its slot
+Located = tuple[int, int]  # a page's index in a list or in planes, and its slot
 logger = logging.getLogger("hfkv")
 
-# Pages that come one by one get segments of this part of what there is.
+# For pages that come one by one, a segment has the number of slots so far divided by this.
 SEGMENT_SHARE = 4
 
 
@@ -24,7 +24,7 @@ class HostPages:
     """Planes `[N, H_i, P, d_i]` of N slots for pages, cut into segments that are allocated when they are needed.
 
     Args:
-        bus: what the pages travel on.
+        bus: bus that the pages travel on.
         like: planes of the same kind, `[.., H_i, P, d_i]`.
     """
 
@@ -39,18 +39,18 @@ class HostPages:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page, all planes."""
+        """Bytes of a page, all planes together."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.shapes)
 
     def make_room(self, count: int, expected: int = 0) -> None:
-        """Sees to `count` free slots.
+        """Makes sure that `count` slots are free.
 
         Args:
-            count: slots.
-            expected: slots that are likely to be in use in the end.
+            count: number of slots.
+            expected: number of slots that are likely to be in use in the end.
 
         Raises:
-            MemoryError: there is no memory for them; nothing has changed.
+            MemoryError: there is no memory for the slots; nothing has changed.
         """
         missing = count - len(self.free)
         if missing <= 0:
@@ -67,7 +67,7 @@ class HostPages:
             self._add(missing)
 
     def take(self, count: int) -> list[int]:
-        """`count` of the free slots, in order; the caller has made room."""
+        """Takes `count` free slots, in order; the caller has made room."""
         return [self.free.pop() for _ in range(count)]
 
     def release(self, slots: Sequence[int]) -> None:
@@ -77,7 +77,7 @@ class HostPages:
         self.free.sort(reverse=True)
 
     def trim(self) -> None:
-        """Gives back the segments at the end of which no slot is in use."""
+        """Gives back the last segments, as long as none of their slots is in use."""
         while self.segments:
             begin = self.begins[-1]
             free = [slot for slot in self.free if slot >= begin]
@@ -89,10 +89,10 @@ class HostPages:
             del self.segments[-1], self.begins[-1]
 
     def runs(self, slots: Sequence[int]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """`slots` in stretches that lie together.
+        """Yields `slots` in stretches that lie together.
 
         Returns:
-            Of each the place of its first slot among `slots`, and its planes `[n, H_i, P, d_i]`.
+            For each stretch the place of its first slot among `slots`, and its planes `[n, H_i, P, d_i]`.
         """
         start = 0
         for end in range(1, len(slots) + 1):
@@ -107,13 +107,13 @@ class HostPages:
         """Brings pages into planes `[n, H_i, P, d_i]` on the device.
 
         Args:
-            away: of each page its place in those planes, and its slot here.
-            into: the planes.
-            which: of the pages' planes these are.
+            away: each page's place in the device's planes, and its slot here.
+            into: the device's planes.
+            which: the pages' planes that `into` stands for.
             after: see `Bus.to_device`.
 
         Returns:
-            What `Bus.wait` takes.
+            The argument for `Bus.wait`.
         """
         return self.bus.to_device(
             [
@@ -125,11 +125,11 @@ class HostPages:
         )
 
     def send(self, away: Sequence[Located], content: Planes) -> None:
-        """Takes pages of planes `[n, H_i, P, d_i]` on the device that nobody else writes to.
+        """Takes pages from planes `[n, H_i, P, d_i]` on the device that nobody else writes to.
 
         Args:
-            away: of each page its place in those planes, and its slot here.
-            content: the planes.
+            away: each page's place in the device's planes, and its slot here.
+            content: the device's planes.
         """
         copies = [
             (states[first : first + len(target)], target)
@@ -140,7 +140,7 @@ class HostPages:
             self.bus.to_host(copies)
 
     def stretches(self, away: Sequence[Located]) -> list[tuple[int, list[torch.Tensor]]]:
-        """Pages that lie together here and there: of each stretch the first's place there, and its planes here."""
+        """Groups pages that lie together here and there: each stretch's first place there, and its planes here."""
         return [
             (begin + start, planes)
             for (begin, end), slot in stretches(away)
@@ -153,7 +153,7 @@ class HostPages:
         return [plane[0] for plane in planes]
 
     def planes(self) -> list[list[torch.Tensor]]:
-        """Of each plane its segments."""
+        """The segments of each plane."""
         return [[segment[index] for segment in self.segments] for index in range(len(self.shapes))]
 
     def _add(self, count: int) -> None:
@@ -169,7 +169,7 @@ class HostPages:
 
 
 def stretches(places: Sequence[Located]) -> list[tuple[tuple[int, int], int]]:
-    """Where places and slots both go on: ``((first place, last place + 1), first slot)`` of each stretch."""
+    """Groups places and slots that both go on: ``((first place, last place + 1), first slot)`` of each stretch."""
     found = []
     start = 0
     for end in range(1, len(places) + 1):

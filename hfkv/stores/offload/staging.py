@@ -1,4 +1,4 @@
-"""`Staging`: buffers on a device that pages of host memory pass through, ahead of whoever reads them."""
+"""`Staging`: buffers on a device that pages of host memory pass through before they are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hfkv.stores.base import allocate, token_bytes
 from hfkv.stores.offload.bus import Bus
 from hfkv.stores.offload.tiers import TieredPages
 
-# While one is read, the others fill. 32 MiB take 0.6 ms at 50 GB/s, ten times what it takes to launch what reads them.
+# While one is read, the others fill. 32 MiB take 0.6 ms at 50 GB/s, ten times the launch of the kernel that reads them.
 BUFFERS, BUFFER_BYTES = 3, 1 << 25
 # Planes begin at addresses that vector loads take.
 ALIGNMENT = 256
@@ -23,11 +23,11 @@ class Wanted:
     """Pages that are read together, as long as none of them moves.
 
     Args:
-        of: whose they are.
-        pages: their numbers.
+        of: tiers that the pages belong to.
+        pages: numbers of the pages.
 
     Attributes:
-        places: where each is in a buffer that has nothing else.
+        places: place of each page in a buffer that has nothing else.
     """
 
     def __init__(self, of: TieredPages, pages: Sequence[int]) -> None:
@@ -36,12 +36,12 @@ class Wanted:
 
     @functools.cached_property
     def sources(self) -> list[tuple[int, list[torch.Tensor]]]:
-        """Those in host memory, in stretches: the first's place, and planes `[n, H_i, P, d_i]`."""
+        """The pages in host memory, in stretches: the first one's place, and planes `[n, H_i, P, d_i]`."""
         return self.of.host.stretches([(place, ~slot) for place, slot in self._located if slot < 0])
 
     @functools.cached_property
     def there(self) -> list[tuple[int, int]]:
-        """Those on the device, in a column of which others are in host memory: place and slot."""
+        """The place and slot of each page on the device, in a column with other pages in host memory."""
         return [(place, slot) for place, slot in self._located if slot >= 0]
 
     @property
@@ -53,7 +53,7 @@ class Reader(Protocol):
     """A store that is read in turn with others."""
 
     def wanted(self) -> Sequence[Wanted]:
-        """The pages it will read next, in pieces."""
+        """The pages that the store will read next, in pieces."""
         ...
 
 
@@ -61,9 +61,9 @@ class Buffer:
     """Memory for some pages at a time.
 
     Attributes:
-        planes: `[n, H_i, P, d_i]` in it, of the pages' kind.
-        places: where each page is in them.
-        holds: what alone is in them and whole, or None.
+        planes: planes `[n, H_i, P, d_i]` in the memory, for pages of one kind.
+        places: place of each page in the planes.
+        holds: the wanted pages, if the planes have all of them and nothing else, or None.
     """
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Buffer:
         self.places: dict[int, int] = {}
         self.holds: Wanted | None = None
         self.next_place = 0
-        self.loaded: Any = None  # what to wait for before it is read
-        self.read: Any = None  # up to where the device has been asked to read it
-        self.is_read = True  # whether what is in it has been read since it came
+        self.loaded: Any = None  # copies to wait for before it is read
+        self.read: Any = None  # mark of the computation that reads it
+        self.is_read = True  # whether its pages have been read since they came
         self.in_use = False
 
     @property
@@ -84,7 +84,7 @@ class Buffer:
         return 0 if self.memory is None else self.memory.numel()
 
     def forget(self) -> None:
-        """Nothing is in it any more, and its memory is given back."""
+        """Empties the buffer and gives back its memory."""
         self.memory, self.of, self.planes, self.places, self.holds = None, None, [], {}, None
         self.next_place, self.is_read = 0, True
 
@@ -93,8 +93,8 @@ class Staging:
     """A few buffers on one device, for all layers of a cache.
 
     Args:
-        bus: the way to the device.
-        buffer_bytes: of one buffer, or None; a page that is larger makes it larger.
+        bus: bus to the device.
+        buffer_bytes: number of bytes of one buffer, None for `BUFFER_BYTES`; a larger page makes it larger.
     """
 
     def __init__(self, bus: Bus, buffer_bytes: int | None = None) -> None:
@@ -104,19 +104,19 @@ class Staging:
         self._stores: list[weakref.ref[Reader]] = []
 
     def join(self, store: Reader) -> None:
-        """`store` is read after those that have joined before."""
+        """Adds `store`, which is read after the stores that have joined before."""
         self._stores = [known for known in self._stores if known() not in (None, store)]
         self._stores.append(weakref.ref(store))
 
     def capacity(self, pages: TieredPages) -> int:
-        """How many pages go into a buffer."""
+        """The number of pages that go into a buffer."""
         return max(_fitting(pages, self.buffer_bytes), 1)
 
     def bring(self, wanted: Wanted) -> Buffer:
-        """A buffer with those pages, once `wait` has been called for it; `release` it when it has been read.
+        """Brings pages into a buffer; call `wait` before it is read, and `release` after that.
 
         Raises:
-            MemoryError: there is no memory for one.
+            MemoryError: there is no memory for a buffer.
         """
         buffer = self._choose(wanted, must=True)
         assert buffer is not None
@@ -133,26 +133,26 @@ class Staging:
         return buffer
 
     def expect(self, of: TieredPages, pages: int) -> None:
-        """Sees to one buffer for so many pages, or as many as a buffer takes, before they are needed.
+        """Allocates a buffer for `pages` pages, or for as many as a buffer takes, before they are needed.
 
         Raises:
-            MemoryError: there is no memory for it.
+            MemoryError: there is no memory for the buffer.
         """
         needed = _needed(of, min(pages, self.capacity(of)))
         if pages and not any(buffer.num_bytes >= needed for buffer in self.buffers):
             self._allocate(self.buffers[0], needed)
 
     def wait(self, buffer: Buffer) -> None:
-        """What the device is asked to compute from here on may read the buffer."""
+        """Makes everything that the device is asked to compute from here on wait until the buffer can be read."""
         self.bus.wait(buffer.loaded)
 
     def release(self, buffer: Buffer) -> None:
-        """The device has been asked to read it; others may have it after that."""
+        """Gives the buffer to others, once the device has done what it has been asked to compute so far."""
         buffer.in_use, buffer.is_read = False, True
         buffer.read = self.bus.mark()
 
     def ahead(self, store: Reader, rest: Sequence[Wanted]) -> None:
-        """Has pages brought that will be wanted next: `rest` of `store`, then those of the stores after it."""
+        """Starts to bring the pages that will be wanted next: `rest` of `store`, then the next stores' pages."""
         free = sum(buffer.is_read and not buffer.in_use for buffer in self.buffers)
         for wanted in self._coming(store, rest):
             if free <= 0:
@@ -168,7 +168,7 @@ class Staging:
             buffer.is_read = False
 
     def forget(self, of: TieredPages, pages: Sequence[int]) -> None:
-        """Those pages have changed."""
+        """Forgets the copies of pages that have changed."""
         for buffer in self.buffers:
             if buffer.of is not None and buffer.of() is of and not buffer.places.keys().isdisjoint(pages):
                 buffer.holds = None
@@ -233,7 +233,7 @@ class Staging:
             buffer.loaded = self.bus.to_device(copies, after=buffer.read)
 
     def _clear(self, buffer: Buffer, wanted: Wanted) -> None:
-        """Makes the buffer one for pages of this kind, with none in it."""
+        """Empties the buffer and cuts it into planes for pages of this kind."""
         pages, needed = wanted.of, _needed(wanted.of, len(wanted.pages))
         if buffer.num_bytes < needed:
             self._allocate(buffer, needed)
@@ -251,11 +251,11 @@ class Staging:
     def _allocate(self, buffer: Buffer, needed: int) -> None:
         buffer.forget()
         buffer.memory = allocate((max(min(2 * needed, self.buffer_bytes), needed),), torch.uint8, self.bus.device)
-        buffer.read = self.bus.mark()  # whoever had that memory before may still be computing with it
+        buffer.read = self.bus.mark()  # a computation with this memory may still be running
 
 
 def _known(buffer: Buffer, wanted: Wanted) -> int:
-    """How many of the pages are in it."""
+    """The number of wanted pages that are in the buffer."""
     if buffer.holds is wanted:
         return len(wanted.pages)
     if buffer.of is None or buffer.of() is not wanted.of:
@@ -271,10 +271,10 @@ def _page_bytes(plane: torch.Tensor) -> int:
 
 
 def _fitting(pages: TieredPages, num_bytes: int) -> int:
-    """Pages that `num_bytes` are enough for."""
+    """The number of pages that fit into `num_bytes`."""
     return max(num_bytes - ALIGNMENT * len(pages.planes), 0) // sum(map(_page_bytes, pages.planes))
 
 
 def _needed(pages: TieredPages, count: int) -> int:
-    """Bytes for so many pages."""
+    """The number of bytes that `count` pages need."""
     return sum(-(-count * _page_bytes(plane) // ALIGNMENT) * ALIGNMENT for plane in pages.planes)

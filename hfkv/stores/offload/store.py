@@ -22,13 +22,13 @@ class _Piece:
     """Columns of the block table that are read together.
 
     Attributes:
-        rows: of the table, each row's pages in these columns.
-        begin, end: index of their first token among those held, and behind their last; None for the last piece,
-            which grows.
-        spans: of the columns; of the last piece as they were.
-        first: column.
-        wanted: what is to be brought; None where all are on the device.
-        table: where the pages are on the device, or in a buffer that has nothing else: int64 `[B, columns]`.
+        rows: each row's pages in these columns of the table.
+        begin, end: index of the first token among the tokens held, and index behind the last token; `end` is None for
+            the last piece, which grows.
+        spans: spans of the columns; for the last piece, the spans when it was cut.
+        first: index of the first column.
+        wanted: pages to bring; None where all are on the device.
+        table: places of the pages on the device, or in a buffer that has nothing else: int64 `[B, columns]`.
     """
 
     rows: list[list[int]]
@@ -41,14 +41,14 @@ class _Piece:
 
 
 class OffloadedStore(PagedStore):
-    """A `PagedStore` whose pages are filled on the device, and stay there or go to host memory, once.
+    """`PagedStore` with pages that are filled on the device, and stay there or go to host memory once.
 
-    `runs` brings those that are there through the buffers of a `Staging`, and has the next ones, of the next store
-    too, on their way while one is read.
+    `runs` brings pages from host memory through the buffers of a `Staging`; while it reads one, the next are on their
+    way, the next store's too.
 
     Args:
-        page_size: P, in tokens.
-        place: which layer this is of those that share buffers and a budget.
+        page_size: number of tokens a page, P.
+        place: place of the layer among the layers that share buffers and a budget.
         bound: see `Store`.
     """
 
@@ -62,17 +62,17 @@ class OffloadedStore(PagedStore):
 
     @property
     def tiers(self) -> TieredPages:
-        """The pages, once there are some."""
+        """The pages on the device and in host memory, once there are some."""
         return cast(TieredPages, self.pages)
 
     @property
     def staging(self) -> Staging:
-        """The buffers that its pages pass through."""
+        """The staging buffers that the pages pass through."""
         assert self.device is not None
         return self.place.offload.staging(self.device)
 
     def move(self, place: Place) -> None:
-        """Uses the buffers of another cache from here on: this one is a fork's."""
+        """Switches to the buffers of another cache, a fork."""
         self.place, self._asked = place, place.budget.asked
         if self.planes:
             self._join()
@@ -122,7 +122,7 @@ class OffloadedStore(PagedStore):
         staging.ahead(self, ())
 
     def wanted(self) -> list[Wanted]:
-        """What `runs` will have to bring, as things stand."""
+        """The pages that `runs` will have to bring, as things stand."""
         return [piece.wanted for piece in self._cut(self.place.uncut) if piece.wanted is not None]
 
     def memory(self) -> list[PlaneBytes]:
@@ -163,7 +163,7 @@ class OffloadedStore(PagedStore):
         self._join()
 
     def _share(self, like: Sequence[torch.Tensor] | None = None) -> int | None:
-        """Pages that may stay on the device: asked for again when the cache is to hold more."""
+        """The number of pages that may stay on the device; asked for again when the cache is to hold more."""
         self._asked = self.place.budget.asked
         page_bytes = self.page_size * sum(map(token_bytes, like or self.planes))
         return self.place.budget.share(self.place.index, page_bytes, self.page_size, len(self.table), self.reserved)
@@ -177,7 +177,7 @@ class OffloadedStore(PagedStore):
         self.tiers.write(pages, first, [states.to(self.device) for states in tokens])
 
     def _pages_of(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        # Copies: whoever gave the tokens may write to them before they have gone.
+        # Copies: the caller may write to the tokens before they have been sent.
         content = []
         for tokens in whole:
             columns, rows, heads = tokens.shape[2], tokens.shape[0], tokens.shape[1]
@@ -208,7 +208,7 @@ class OffloadedStore(PagedStore):
             self.tiers.most = self._share()
         fresh = self.tiers.take_columns(self.table, full, has_tail, expected)
         try:
-            # What brings pages back must be there before anything is sent away.
+            # The buffer that brings pages back must be there before anything is sent away.
             columns = [*self.table[0], *fresh[0]] if self.table else []
             away = sum(self.tiers.slot(page) < 0 for page in columns)
             self.staging.expect(self.tiers, away * len(self.table))
@@ -225,7 +225,7 @@ class OffloadedStore(PagedStore):
         return self.length if piece.end is None else piece.end
 
     def _cut(self, uncut: int) -> list[_Piece]:
-        """The columns in pieces: all on the device, or as many of others as go into a buffer."""
+        """Cuts the columns into pieces: all on the device, or as many others as go into a buffer."""
         if not self.planes:
             return []
         self.place.uncut = uncut

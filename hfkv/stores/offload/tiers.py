@@ -22,20 +22,20 @@ Table = list[list[int]]  # [B][column] -> page
 
 
 class TieredPages(Pages):
-    """Pages that are filled on the device, and stay there while there is room; else they go to the host, once.
+    """Pages that are filled on the device and stay there while there is room, or else go to the host once.
 
-    Block tables list pages by number. Where each lies is known here alone, so that a page can move while several
+    Block tables list pages by number. Only this class knows where each lies, so that a page can move while several
     stores list it. A page moves only when it is full, or when it is to be filled again.
 
     Args:
-        bus: the way to host memory.
-        most: pages on the device at most; None for those alone that are being filled.
-        keeps_newest: whether those on the device are to be the newest, which a window holds longest; else the oldest.
+        bus: bus to host memory.
+        most: the most pages on the device; None for only those that are being filled.
+        keeps_newest: whether the device keeps the newest pages, which a window holds longest, and not the oldest.
         like: planes of a page `[.., H_i, P, d_i]` on the device.
 
     Attributes:
-        host, device: the pages in host memory, and those on the device.
-        version: changes when a page moves.
+        host, device: pages in host memory, and pages on the device.
+        version: number that changes when a page moves.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TieredPages(Pages):
         self.planes = self.device.planes
         self.version = 0
         self.stagings: weakref.WeakSet[Any] = weakref.WeakSet()  # the `Staging`s that may hold pages of these
-        self._slots: list[int | None] = []  # of each page: a slot on the device, or ~slot in host memory
+        self._slots: list[int | None] = []  # each page's slot on the device, or ~slot in host memory
         self._full: dict[int, None] = {}  # pages on the device that are full, the newest last
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,37 +61,37 @@ class TieredPages(Pages):
 
     @property
     def most(self) -> int | None:
-        """Pages on the device at most."""
+        """The most pages on the device."""
         return self.device.most
 
     @most.setter
     def most(self, most: int | None) -> None:
         self.device.most = most
 
-    # Where pages are.
+    # The places of pages.
 
     def slot(self, page: int) -> int:
-        """Where a page is: a slot on the device, or ``~slot`` in host memory."""
+        """The place of a page: a slot on the device, or ``~slot`` in host memory."""
         slot = self._slots[page]
         assert slot is not None
         return slot
 
     def is_on_device(self, pages: Iterable[int]) -> bool:
-        """Whether all of `pages` are."""
+        """Whether all of `pages` are on the device."""
         return all(self.slot(page) >= 0 for page in pages)
 
     def take_columns(self, own: Table, full: int, has_tail: bool, expected: int = 0, rows: int | None = None) -> Table:
-        """New pages for every row, with one holder each: `full` to be filled at once, then one to be filled by and by.
+        """Takes new pages for every row, one holder each: `full` to fill at once, then one to fill token by token.
 
         Args:
             own: the block table of the store that asks.
-            full: columns.
-            has_tail: whether there is one more.
-            expected: pages that are likely to be held in the end.
-            rows: for so many rows; all of them by default.
+            full: number of columns to fill at once.
+            has_tail: whether there is one more column, to fill token by token.
+            expected: number of pages that are likely to be held in the end.
+            rows: number of rows that get pages; all rows by default.
 
         Raises:
-            MemoryError: there is no memory for them; nothing has changed.
+            MemoryError: there is no memory for the pages; nothing has changed.
         """
         rows, movable = len(own) if rows is None else rows, self._movable(own)
         tail = rows if has_tail else 0
@@ -122,14 +122,14 @@ class TieredPages(Pages):
         return table
 
     def copy(self, own: Table, pages: Sequence[int]) -> list[int]:
-        """Copies of `pages`, to be written to; see `take_columns`."""
+        """Copies `pages`; the copies may be written to. See `take_columns`."""
         content = self.gather(pages)
         fresh = [column[0] for column in self.take_columns(own, 0, True, rows=len(pages))]
         self.fill(fresh, content)
         return fresh
 
     def close(self, own: Table, pages: Sequence[int], stay: bool = False) -> None:
-        """Says that `pages` have been filled, and whether they are to stay on the device if others do."""
+        """Marks `pages` as full; with `stay` they stay on the device if others do."""
         pages = [page for page in pages if self.slot(page) >= 0 and page not in self._full]
         if stay and self.most is not None and self.most >= 2 * len(pages):
             return
@@ -141,7 +141,7 @@ class TieredPages(Pages):
             self._evict(movable, len(movable))
 
     def open(self, own: Table, pages: Sequence[int]) -> None:
-        """Says that `pages`, which nobody else lists, are to be written to again and again.
+        """Marks `pages`, which no other store lists, as pages that are being filled.
 
         They come to the device where there is room.
         """
@@ -166,8 +166,8 @@ class TieredPages(Pages):
         """Gives back host memory that is not in use.
 
         Args:
-            spare: slots to keep, where pages will go on coming and going and the others may be moved together; None
-                where they may not.
+            spare: number of slots to keep, where pages will go on coming and going and the others may be moved
+                together; None where they may not be moved.
         """
         self.host.trim()
         used = [page for page, slot in enumerate(self._slots) if slot is not None and slot < 0]
@@ -186,7 +186,7 @@ class TieredPages(Pages):
         self.host = smaller
         self.version += 1
 
-    # What is in them.
+    # The contents of pages.
 
     def write(self, pages: Sequence[int], first: int, tokens: Planes) -> None:
         """Writes tokens `[n, H_i, t, d_i]` from slot `first` of n `pages` on."""
@@ -213,7 +213,7 @@ class TieredPages(Pages):
         self.host.send(away, content)
 
     def gather(self, pages: Sequence[int], which: slice = slice(None)) -> list[torch.Tensor]:
-        """The planes `which` of n pages, `[n, H_i, P, d_i]`, copied together on the device."""
+        """Copies the planes `which` of n pages together on the device, `[n, H_i, P, d_i]`."""
         there, away = self._parted(pages)
         content = [plane_of(len(pages), plane) for plane in self.planes[which]]
         for (begin, end), slot in stretches(there):
@@ -224,25 +224,25 @@ class TieredPages(Pages):
         return content
 
     def _parted(self, pages: Sequence[int]) -> tuple[list[Located], list[Located]]:
-        """Those of `pages` on the device and those in host memory: of each its place in the list, and its slot."""
+        """Parts `pages` into device pages and host pages: each one's place in the list, and its slot."""
         slots = [self.slot(page) for page in pages]
         there = [(index, slot) for index, slot in enumerate(slots) if slot >= 0]
         return there, [(index, ~slot) for index, slot in enumerate(slots) if slot < 0]
 
     def _movable(self, own: Table) -> list[int]:
-        """Full pages on the device that only `own` lists: another thread may be reading those of other stores."""
+        """The full pages on the device that only `own` lists: another thread may be reading other stores' pages."""
         if self.stores == 1:
             return list(self._full)
         counts = Counter(page for row in own for page in row)
         return [page for page in self._full if self.blocks.refcounts[page] == counts[page]]
 
     def _make_room(self, count: int, more: int, movable: int) -> tuple[int, int]:
-        """How many pages are to go to the host for `count` that are to be filled, of which so many find room.
+        """The number of pages to move to the host for `count` new ones, and of new ones that find room on the device.
 
         Args:
-            count: pages.
-            more: slots that others take.
-            movable: pages that may go.
+            count: number of new pages.
+            more: number of slots that others take.
+            movable: number of pages that may go.
         """
         if self.most is None:
             return 0, count
@@ -270,18 +270,18 @@ class TieredPages(Pages):
         return self.blocks.take(count)
 
     def _settle_in(self, pages: Sequence[int], on_device: bool) -> None:
-        """Gives `pages` slots, which are there."""
+        """Gives `pages` slots; the caller has made room."""
         taken = self.device.take(len(pages)) if on_device else [~slot for slot in self.host.take(len(pages))]
         for page, slot in zip(pages, taken, strict=True):
             self._slots[page] = slot
 
     def _changes(self, pages: Sequence[int]) -> None:
-        """What has been brought of `pages` no longer holds."""
+        """Makes staging buffers forget `pages`, which change."""
         for staging in list(self.stagings):
             staging.forget(self, pages)
 
     def freed(self, pages: Sequence[int]) -> None:
-        """The last holder of `pages` is gone."""
+        """Frees the slots of `pages`: their last holder is gone."""
         self._changes(pages)
         away = []
         for page in pages:
@@ -296,7 +296,7 @@ class TieredPages(Pages):
 
 
 def _tell(of: weakref.ref[TieredPages], pages: list[int]) -> None:
-    """Not a method: the pages would hold themselves."""
+    """Reports freed pages; not a method, by which the pages would hold themselves."""
     tiers = of()
     if tiers is not None:
         tiers.freed(pages)
