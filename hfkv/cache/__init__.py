@@ -1,1 +1,1 @@
-"""hfkv's caches: transformers' contract, from layers to `KVCache`."""
+"""Caches of hfkv under transformers' contract, from single layers to `KVCache`."""

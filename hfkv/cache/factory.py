@@ -1,4 +1,4 @@
-"""Which layer of a model gets a `KVLayer`."""
+"""`build_layers`: hfkv's layers in place of transformers', each from the first builder that gives one."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from hfkv.policy.window import Window
 def build_layers(
     stock: list[Any], config_or_model: Any, kv: KVConfig, rotary: Mapping[int, Rotary | None] | None
 ) -> list[Any]:
-    """Layers of ours in place of the plain ones of a `DynamicCache`; see `KVCache`.
+    """Puts hfkv's layers in place of the plain layers of a `DynamicCache`; see `KVCache`.
 
     Raises:
-        ValueError: there is no plain one, or `kv` does not fit them.
+        ValueError: there is no plain layer, or `kv` does not fit the layers.
     """
     config = decoder_config(config_or_model)
     cross = cross_attention_layers(config)
@@ -142,7 +142,7 @@ def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
 
 
 def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
-    """Whether a layer of ours takes the place of one of transformers': plain, sliding, or of latents with an index."""
+    """Whether hfkv replaces a layer of transformers: a plain or sliding one, or one of latents with an index."""
     if type(layer) is DynamicIndexedLayer:
         return expands_latents(config)
     return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
@@ -150,13 +150,13 @@ def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
 
 @dataclass(frozen=True)
 class Place:
-    """What a layer is built for.
+    """The place in a model that a layer is built for.
 
     Attributes:
-        stock: transformers' layer, in whose place it goes.
-        index: which layer of the model it is.
-        kv: its policies.
-        config: the config of the text decoder.
+        stock: layer of transformers that is replaced.
+        index: index of the layer in the model.
+        kv: policies of the layer.
+        config: config of the text decoder.
         rotary: how the model rotates keys, by layer, as far as that was found out.
     """
 
@@ -202,17 +202,17 @@ def _whole(place: Place) -> CacheLayer | None:
     return KVLayer(place.kv, rotary=place.rotary.get(place.index))
 
 
-# The first that gives a layer is taken.
+# The first builder that gives a layer is taken.
 BUILDERS: list[Callable[[Place], CacheLayer | None]] = [_indexed, _sliding, _windowed, _whole]
 
 
 def register_layer(build: Callable[[Place], CacheLayer | None]) -> None:
-    """Asks `build` before the others for every layer in whose place one of ours goes; None leaves it to them."""
+    """Registers a builder, asked before the others for every layer to replace; None leaves the layer to them."""
     BUILDERS.insert(0, build)
 
 
 def _replace(place: Place) -> Any:
-    """A layer of ours in place of one of transformers', where `is_replaced`; any other as it is."""
+    """Builds hfkv's layer where `is_replaced`; leaves any other layer as it is."""
     if not is_replaced(place.stock, place.config):
         return place.stock
     return next(layer for layer in (build(place) for build in BUILDERS) if layer is not None)

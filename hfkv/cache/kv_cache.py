@@ -25,19 +25,19 @@ from hfkv.stores import Budget, Offload
 
 
 class KVCache(DynamicCache):
-    """A KV cache from three policies; goes into ``model.generate(past_key_values=...)`` or a forward call.
+    """KV cache made of three policies; goes into ``model.generate(past_key_values=...)`` or a forward call.
 
     Layers of the model with their own sliding window keep it. Linear-attention, indexed and dummy layers and
     cross-attention stay transformers' own.
 
     Args:
-        config_or_model: a model, or its config. ``sink_positions="cache"`` and summaries need the model: how it
+        config_or_model: model, or its config. ``sink_positions="cache"`` and summaries need the model: how it
             rotates its keys is found out by a forward pass over a few tokens.
-        kv: a `KVConfig`, its string form, or None: lossless.
-        rotary: what `probe_rotary` has found out about the model already, by layer.
+        kv: `KVConfig`, its string form, or None: lossless.
+        rotary: result of `probe_rotary` for the model, by layer, if it is known already.
 
     Raises:
-        TypeError: the first argument is neither (DataParallel rebuilds caches from data: use DDP).
+        TypeError: the first argument is neither a model nor a config (DataParallel rebuilds caches from data: use DDP).
         ValueError: the model has no layer this can hold, or `kv` does not fit its layers, or asks
             for reuse.
     """
@@ -68,16 +68,16 @@ class KVCache(DynamicCache):
 
     @property
     def kv_layers(self) -> list[CacheLayer]:
-        """The layers that are ours."""
+        """The layers that are hfkv's own."""
         return [layer for layer in self.layers if isinstance(layer, CacheLayer)]
 
     @property
     def leaves(self) -> list[KVLayer]:
-        """The layers that are ours, those split by heads in their parts."""
+        """The `KVLayer`s of all hfkv layers; a layer split by heads has two."""
         return [leaf for layer in self.kv_layers for leaf in layer.leaves]
 
     def _share_offload(self, budget: Budget | None = None) -> Offload | None:
-        """Gives the offloaded layers one budget, and buffers in common; None where there are none."""
+        """Gives the offloaded layers one budget, and buffers in common; returns None where no layer is offloaded."""
         offloaded = [leaf for leaf in self.leaves if leaf.kv.offload]
         if not offloaded:
             return None
@@ -89,7 +89,7 @@ class KVCache(DynamicCache):
 
     @property
     def batch_size(self) -> int | None:
-        """Rows held; None before the first key."""
+        """The number of rows held; None before the first key."""
         return next((leaf.batch for leaf in self.leaves if leaf.is_initialized), None)
 
     def update(
@@ -115,10 +115,10 @@ class KVCache(DynamicCache):
             raise CacheMemoryError.of(error, self) from error
 
     def take_back(self, left: int) -> bool:
-        """Takes back what layers have added in a forward that failed, so that each has seen `left` tokens.
+        """Takes back the tokens of a forward that failed, so that every layer has seen `left` tokens.
 
         Returns:
-            Whether that was possible: layers of transformers' own cannot go back.
+            Whether that was possible: transformers' own layers cannot go back.
         """
         if any(True for _ in self._own_tensors()):
             return False
@@ -133,21 +133,21 @@ class KVCache(DynamicCache):
         return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen, padding included."""
+        """The number of tokens seen, padding included."""
         return super().get_seq_length(self._filled(layer_idx) if layer_idx == 0 else layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of the keys that the mask of a layer is made for."""
+        """The length and offset of the keys that a layer's mask is made for."""
         # A sliding layer holds fewer keys than a full one.
         kind = self.is_sliding[layer_idx] if layer_idx < len(self.layers) else None
         return super().get_mask_sizes(query_length, self._filled(layer_idx, kind))
 
     def _filled(self, first: int, kind: bool | None = None) -> int:
-        """The first layer from `first` on that holds something, or `first`: a stage of a pipeline fills its own only.
+        """The first layer from `first` on that holds something, or `first`: a stage of a pipeline fills only its own.
 
         Args:
-            first: a layer.
-            kind: whether it must slide; None for either.
+            first: index of a layer.
+            kind: whether the layer must slide; None for either.
         """
         filled = (
             index
@@ -158,7 +158,7 @@ class KVCache(DynamicCache):
         return next(filled, first)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the newest `-tokens_to_remove` tokens from every layer, or, where one of ours cannot, from none."""
+        """Removes the newest `-tokens_to_remove` tokens from every layer, or from none where one of hfkv's cannot."""
         ours = self.kv_layers
         for layer in ours:
             layer.check_crop(tokens_to_remove)
@@ -172,14 +172,14 @@ class KVCache(DynamicCache):
                 leaf.is_assigned = False
 
     def reset(self) -> None:
-        """Forgets everything; another batch, model or adapter may come."""
+        """Forgets everything; another batch, model or adapter may follow."""
         super().reset()
         self.record.forget()
         if self.offload is not None:
             self.offload.restart()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`."""
+        """Makes row i a copy of row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
         self.record.choose(reordered, beam_idx)
 
@@ -196,13 +196,13 @@ class KVCache(DynamicCache):
         self.record.choose(repeated, repeats)
 
     def fork(self, n: int = 1) -> KVCache:
-        """Copies that go on by themselves: a cache of its own that holds every row `n` times, row after row.
+        """Copies the cache: the copy goes on by itself and holds every row `n` times, row after row.
 
         Pages are shared until they are written to: with ``store="paged"`` only the last, partly filled page is ever
         copied. ``"auto"`` puts a prefix of some length into pages when `n` is more than 1; ``"contiguous"`` copies all.
 
         Args:
-            n: copies of each row: the number of questions, beams or samples that continue a prefix.
+            n: number of copies of each row: of questions, beams or samples that continue a prefix.
 
         Raises:
             TypeError, ValueError: `n` is not a whole number of at least 1.
@@ -225,7 +225,7 @@ class KVCache(DynamicCache):
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
-        """Writes everything held to a safetensors file; see `hfkv.sharing.files.cache_file.save_cache`.
+        """Writes the whole cache to a safetensors file; see `hfkv.sharing.files.cache_file.save_cache`.
 
         The last token that `generate` returns is not in the cache: it has not been read yet. The next prompt brings it.
         """
@@ -233,9 +233,9 @@ class KVCache(DynamicCache):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: Any) -> KVCache:
-        """Such a file as a cache for the model that filled it; see `hfkv.sharing.files.cache_file.load_cache`.
+        """Loads a saved file as a cache for the model that filled it; see `hfkv.sharing.files.cache_file.load_cache`.
 
-        It knows its tokens; only a patched model goes on writing them down.
+        The cache knows its tokens; only a patched model goes on recording them.
         """
         return port("load_cache")(path, model)
 
@@ -243,7 +243,7 @@ class KVCache(DynamicCache):
         return self.fork()
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Says, before the first key, that rows of `tokens` will be copied: ``store="auto"`` takes pages then."""
+        """Announces, before the first key, copies of rows of `tokens`: ``store="auto"`` takes pages then."""
         for layer in self.kv_layers:
             layer.expect_copies(copies, tokens)
 
@@ -255,7 +255,7 @@ class KVCache(DynamicCache):
             layer.reserve(tokens)
 
     def nbytes(self) -> int:
-        """Bytes allocated: the sum over unique storages, layers of transformers' own included.
+        """Bytes allocated: the sum over unique storages, transformers' own layers included.
 
         Forks that share pages share planes: each counts all of them. The buffers that offloaded pages pass through
         count too.
@@ -268,7 +268,7 @@ class KVCache(DynamicCache):
         return sum(layer.held_bytes() for layer in self.kv_layers) + self._own_bytes()
 
     def memory(self) -> CacheMemory:
-        """What `nbytes` and `held_bytes` are made of: bytes by layer, plane and device, as a table when printed."""
+        """The parts of `nbytes` and `held_bytes`: bytes by layer, plane and device, as a table when printed."""
         buffers = {} if self.offload is None else self.offload.buffer_bytes()
         shared = [
             PlaneMemory(None, "state", "staging buffers", device, num_bytes, 0)
@@ -278,7 +278,7 @@ class KVCache(DynamicCache):
         return CacheMemory.of(self.layers, shared)
 
     def _own_tensors(self) -> Iterator[torch.Tensor]:
-        """Of the layers that are transformers' own."""
+        """The tensors of transformers' own layers."""
         others = (layer for layer in self.layers if not isinstance(layer, CacheLayer))
         return (tensor for layer in others for _, tensor in own_tensors(layer))
 
@@ -289,7 +289,7 @@ class KVCache(DynamicCache):
     def holds_tokens(self) -> torch.Tensor | None:
         """The ids of the tokens seen, int64 `[B, seen]` on the CPU, padding included.
 
-        None where they are unknown: a cache only ever sees keys and values, and a patched model writes the tokens down.
+        None where they are unknown: a cache only ever sees keys and values, and a patched model records the tokens.
         """
         if any(layer.is_assigned for layer in self.kv_layers):
             return None

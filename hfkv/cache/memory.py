@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Bytes(NamedTuple):
-    """Bytes allocated, and how many of them tokens are in."""
+    """Bytes allocated, and the part of them that holds tokens."""
 
     allocated: int
     held: int
@@ -27,17 +27,17 @@ class Bytes(NamedTuple):
 
 @dataclass(frozen=True)
 class PlaneMemory:
-    """What one plane of one layer takes on one device.
+    """The bytes that one plane of one layer takes on one device.
 
     Attributes:
-        layer: its index; None for what all layers share.
+        layer: index of the layer; None for what all layers share.
         part: ``"key"`` or ``"value"``; ``"state"`` for what is neither.
-        plane: its name: ``"states"`` as they are, ``"codes"``, ``"scale"``, ...; the attribute's for layers of
-            transformers' own.
-        device: where.
-        allocated_bytes: the bytes of its storage; 0 where a row before has counted the same storage.
-        held_bytes: of these, those of the tokens held, shared ones counted once.
-        heads: the kv heads it is of; empty for all of them.
+        plane: name of the plane: ``"states"`` for plain tensors, ``"codes"``, ``"scale"``, ...; for transformers' own
+            layers, name of the attribute.
+        device: device of the plane.
+        allocated_bytes: bytes of the plane's storage; 0 where a row before has counted the same storage.
+        held_bytes: bytes of these that hold tokens, shared ones counted once.
+        heads: kv heads of the plane; empty for all of them.
     """
 
     layer: int | None
@@ -51,21 +51,21 @@ class PlaneMemory:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """What a cache takes at one moment; printed, it is a table in which layers that are alike share a line.
+    """The memory of a cache at one moment; printed, it is a table in which layers that are alike share a line.
 
     Attributes:
-        rows: a plane each. Their sums are the cache's `nbytes()` and `held_bytes()`.
+        rows: one row for each plane. Their sums are the cache's `nbytes()` and `held_bytes()`.
     """
 
     rows: tuple[PlaneMemory, ...]
 
     @classmethod
     def of(cls, layers: Iterable[Any], shared: Iterable[PlaneMemory] = ()) -> CacheMemory:
-        """Looks at the layers of a cache.
+        """Measures the layers of a cache.
 
         Args:
-            layers: hfkv's and transformers' own.
-            shared: what the cache has besides its layers.
+            layers: layers of hfkv, and transformers' own.
+            shared: rows for what the cache has besides its layers.
         """
         seen: set[int] = set()
         rows = (row for index, layer in enumerate(layers) for row in _rows(index, layer, seen))
@@ -82,19 +82,19 @@ class CacheMemory:
         return self.total().held
 
     def total(self) -> Bytes:
-        """Of all rows."""
+        """The sum of all rows."""
         return _sum(self.rows)
 
     def by_device(self) -> dict[str, Bytes]:
-        """By the device's name: ``"cpu"``, ``"cuda:0"``."""
+        """Sums by the device's name: ``"cpu"``, ``"cuda:0"``."""
         return self._by(lambda row: str(row.device))
 
     def by_layer(self) -> dict[int | None, Bytes]:
-        """By the layer's index; under None what the layers share, where there is such."""
+        """Sums by the layer's index; None is the key of what the layers share, where there is such."""
         return self._by(lambda row: row.layer)
 
     def by_plane(self) -> dict[tuple[str, str], Bytes]:
-        """By part and plane: ``("key", "codes")``."""
+        """Sums by part and plane: ``("key", "codes")``."""
         return self._by(lambda row: (row.part, row.plane))
 
     def _by(self, key: Any) -> dict[Any, Bytes]:
@@ -108,7 +108,7 @@ class CacheMemory:
         return port("cache_memory_table")(self)
 
     def merged(self) -> Iterator[tuple[str, PlaneMemory]]:
-        """Rows of neighbouring layers that are alike as one, with the layers' names and the sum of their bytes."""
+        """Yields rows of neighbouring layers that are alike as one row, with the layers' names and the sum of bytes."""
         by_layer = [(layer, list(rows)) for layer, rows in itertools.groupby(self.rows, lambda row: row.layer)]
         for _, alike in itertools.groupby(by_layer, _kind):
             layers = list(alike)
@@ -126,7 +126,7 @@ class CacheMemory:
 
 
 def _kind(layer: tuple[int | None, list[PlaneMemory]]) -> Any:
-    """What is the same for layers that share a line."""
+    """The key that is the same for layers that share a line."""
     index, rows = layer
     return index is None, [replace(row, layer=None) for row in rows]
 

@@ -10,12 +10,12 @@ from hfkv.policy.window import Window
 
 
 class SlidingWindowCache(KVCache):
-    """Keeps the newest `window` tokens, or those a `Window` says; other policies as keywords of `KVConfig`.
+    """Keeps the newest `window` tokens, or those that a `Window` names; other policies as keywords of `KVConfig`.
 
     Args:
         config_or_model: see `KVCache`.
-        window: a size in tokens, or a `Window`.
-        sinks: how many of the first tokens stay for good; only where `window` is a size.
+        window: size in tokens, or a `Window`.
+        sinks: number of first tokens that stay for good; only where `window` is a size.
     """
 
     def __init__(self, config_or_model: Any, window: Window | int, sinks: int | None = None, **policies: Any) -> None:

@@ -1,4 +1,4 @@
-"""`ReadOnly`: tensors that show what a cache holds, and refuse the writes that would not reach it."""
+"""`ReadOnly`: tensors that show what a cache holds, and refuse writes that would not reach the cache."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _WRITE = (
 
 
 class ReadOnly(StandIn):
-    """Reads as the tensor it stands for; writing to it, or to a view of it, raises.
+    """Tensor that reads as the one it stands for; writing to it, or to a view of it, raises.
 
     Raises:
-        RuntimeError: on a write.
+        RuntimeError: something writes to it.
     """
 
     @property
     def takes_writes(self) -> bool:
-        """Whether views of `plain()` are views of what the cache holds: what is written to them is in effect."""
+        """Whether views of `plain()` are views of the cache's own planes, so that writes to them take effect."""
         return False
 
     @classmethod
@@ -66,10 +66,10 @@ class ReadOnly(StandIn):
 
 
 class Snapshot(ReadOnly):
-    """What a layer held when it was asked, a tensor of its own.
+    """Tensor of its own with what a layer held when it was asked.
 
     Args:
-        values: the tensor; it has no gradients.
+        values: tensor to show; it has no gradients.
     """
 
     _shown: torch.Tensor

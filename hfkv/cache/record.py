@@ -1,4 +1,4 @@
-"""`TokenRecord`: which tokens a cache holds, as the forwards of a patched model tell it."""
+"""`TokenRecord`: the tokens that a cache holds, as the forwards of a patched model tell it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ GROWTH, LEAST = 2, 64
 class TokenRecord:
     """The ids of all tokens a cache has seen, its rows' padding, and the state of the model that computed them.
 
-    A cache sees keys and values only; whoever calls the model writes the tokens down. What is not written down (an
-    unpatched model, embeddings instead of ids, a mask that is more than padding) leaves the record unknown until the
-    cache is reset.
+    A cache sees keys and values only; the patched model records the tokens. A forward that is not recorded (of an
+    unpatched model, with embeddings instead of ids or a mask that is more than padding) leaves the record unknown until
+    the cache is reset.
 
     Attributes:
-        state: of the model when the first token was seen, or None where nobody looked.
-        is_known: whether every token has been written down.
-        broken: what a forward that failed midway has left, in words, or None.
-        root: under which key the tokens' pages may be shared with other calls, or None where they may not.
-        kept: tokens whose whole pages have been shared already.
-        repeated: tokens that the next forward is given though they are held, and by whom: a weak reference.
-        is_temporary: whether `generate` has made the cache and throws it away: nobody else ever sees it.
+        state: state of the model when the first token was seen, or None where it was not looked at.
+        is_known: whether every token has been recorded.
+        broken: error of a forward that failed midway, in words, or None.
+        root: key under which the tokens' pages may be shared with other calls, or None where they may not.
+        kept: number of tokens in whole pages that have been shared already.
+        repeated: number of held tokens that the next forward is given again, and a weak reference to what gives them.
+        is_temporary: whether `generate` has made the cache and throws it away, so that no other code ever sees it.
         is_wanted: whether anyone may ask for the tokens.
     """
 
@@ -43,7 +43,7 @@ class TokenRecord:
         return {**vars(self), "repeated": None}  # a weak reference cannot be pickled
 
     def forget(self) -> None:
-        """Nothing seen."""
+        """Forgets all tokens."""
         self.state: ModelState | None = None
         self.is_known = True
         self.broken: str | None = None
@@ -63,7 +63,7 @@ class TokenRecord:
             )
 
     def copy(self) -> TokenRecord:
-        """Another one of the same tokens."""
+        """Copies the record."""
         twin = copy.copy(self)
         if self._ids is not None:
             with torch.inference_mode(False):
@@ -71,12 +71,12 @@ class TokenRecord:
         return twin
 
     def append(self, ids: torch.Tensor | None, count: int, mask: Any = None) -> None:
-        """Writes down what one forward has added.
+        """Records the tokens that one forward has added.
 
         Args:
-            ids: int64 `[B, count]`, or None where they are unknown.
-            count: tokens the cache has seen more than before.
-            mask: the forward's attention mask: 1 where a token is real, `[B, seen]`; None where all are.
+            ids: ids of the new tokens, int64 `[B, count]`, or None where they are unknown.
+            count: number of new tokens.
+            mask: attention mask of the forward, `[B, seen]`: 1 where a token is real; None where all are real.
         """
         if ids is None or ids.dim() != 2 or ids.shape[1] != count or not self._takes(ids, mask):
             self.is_known = False
@@ -109,13 +109,13 @@ class TokenRecord:
         self._ids = grown
 
     def tokens(self, seen: int) -> torch.Tensor | None:
-        """The ids, int64 `[B, seen]` on the CPU; None where they are unknown, or not those of `seen` tokens."""
+        """The ids of `seen` tokens, int64 `[B, seen]` on the CPU; None where they are unknown, or another number is."""
         if not self.is_known or self.length != seen or self._ids is None:
             return None
         return self._ids[:, : self.length].cpu().clone()
 
     def hidden(self) -> torch.Tensor | None:
-        """Which of the tokens are padding, bool `[B, length]` on the CPU, or None where none is."""
+        """Marks the tokens that are padding, bool `[B, length]` on the CPU, or None where none is."""
         if self._hidden is None or self._ids is None:
             return None
         hidden = torch.zeros(len(self._ids), self.length, dtype=torch.bool)
@@ -123,7 +123,7 @@ class TokenRecord:
         return hidden
 
     def pads(self) -> tuple[int, ...] | None:
-        """Pad tokens before the first real one of each row; None where the padding is not all on the left."""
+        """The number of pad tokens before each row's first real one; None where the padding is not all on the left."""
         batch = 1 if self._ids is None else len(self._ids)
         hidden = self.hidden()
         if hidden is None:
@@ -131,7 +131,7 @@ class TokenRecord:
         return padding_of(~hidden, batch)
 
     def choose(self, choice: Callable[[Any, int], torch.Tensor], given: Any) -> None:
-        """Row i becomes the present row `choice(given, rows)[i]`; see `hfkv.cache.selection`."""
+        """Makes row i the present row `choice(given, rows)[i]`; see `hfkv.cache.selection`."""
         if self._ids is None:
             return
         rows = choice(given, len(self._ids)).to(self._ids.device)
@@ -142,7 +142,7 @@ class TokenRecord:
                 self._hidden = self._hidden[rows.to(self._hidden.device)]
 
     def crop(self, left: int) -> None:
-        """Only the first `left` tokens are left."""
+        """Keeps only the first `left` tokens."""
         self.length = min(self.length, left)
         self.kept = min(self.kept, left)
         if self._hidden is not None:
@@ -150,5 +150,5 @@ class TokenRecord:
 
 
 def what_failed(error: BaseException) -> str:
-    """An error in a line."""
+    """The type and message of an error, in one line."""
     return ": ".join(filter(None, (type(error).__name__, str(error).partition("\n")[0][:200])))

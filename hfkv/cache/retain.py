@@ -1,4 +1,4 @@
-"""Fills a layer's slots before tokens leave its window."""
+"""`keep`: fills a layer's slots before tokens leave its window."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hfkv.cache.summary import page_means, sinks_in_pages, take, where
 
 
 def keep(held: HeldTokens, gone_below: int) -> None:
-    """Copies sinks into their slots, and summarises pages, of which tokens below `gone_below` are about to go.
+    """Copies sinks into their slots, and summarises pages, before their tokens below `gone_below` go.
 
     Args:
-        held: everything the layer holds, slots included.
-        gone_below: below it no query to come sees a token.
+        held: everything that the layer holds, slots included.
+        gone_below: position below which no query to come sees a token.
     """
     assert held.window is not None
     window = held.window

@@ -1,4 +1,4 @@
-"""Which rows of a batch are left by a selection, a reordering or a repetition: what transformers makes of the same."""
+"""Rows of a batch that a selection, a reordering or a repetition leaves, as transformers has them."""
 
 from __future__ import annotations
 

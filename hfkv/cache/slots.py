@@ -1,4 +1,4 @@
-"""`Slots`: what stays when tokens leave the window, at the front of a layer's store: sinks, then summaries."""
+"""`Slots`: sinks, then summaries, at the front of a layer's store; they stay when tokens leave the window."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOWHERE = -1
 
 @dataclass(frozen=True)
 class Slots:
-    """The `window.num_slots` first tokens of a store, while below `gone_below` no query to come sees a token.
+    """The `window.num_slots` first tokens of a store, when no query to come sees a token below `gone_below`.
 
     Slot i < sinks of a row with `pad` pad tokens is for position ``pad + i`` and is filled once that is below
     `held_from`. The summary of page p, filled once the page is below `gone_below`, is in slot
@@ -32,7 +32,7 @@ class Slots:
 
     @property
     def sinks_filled(self) -> bool:
-        """Whether every row's sinks are here."""
+        """Whether the slots hold every row's sinks."""
         return self.held_from >= max(self.pads, default=0) + self.window.sinks
 
     @property
@@ -42,21 +42,21 @@ class Slots:
         return self.held_from <= least and self.num_pages(least) == 0
 
     def num_pages(self, pad: int) -> int:
-        """How many pages of a row have been summarised, those since replaced included."""
+        """The number of pages of a row that have been summarised, since replaced ones included."""
         if self.window.summary is None:
             return 0
         return max(self.gone_below - pad, 0) // self.window.summary_page_size
 
     def sink_positions(self, device: torch.device) -> torch.Tensor:
-        """The position of each sink slot, int64 `[B, sinks]`; -1 where it is not filled."""
+        """The position of each sink slot, int64 `[B, sinks]`; -1 where the slot is not filled."""
         filled = self._sinks(device)
         return torch.where(filled < self.held_from, filled, NOWHERE)
 
     def sinks_leaving(self, held_from: int, device: torch.device) -> torch.Tensor | None:
-        """Where, counted from the first slot, each sink slot's token is when tokens below `held_from` are to leave.
+        """The index of each sink slot's token, counted from the first slot, before tokens below `held_from` leave.
 
         Returns:
-            int64 `[B, sinks]`, or None where no sink leaves.
+            Indices int64 `[B, sinks]`, or None where no sink leaves.
         """
         sinks = self.window.sinks
         if not any(pad < held_from and pad + sinks > self.held_from for pad in self.pads):
@@ -67,14 +67,14 @@ class Slots:
         return torch.where(leaves, self.index(positions), stays)
 
     def pages(self, device: torch.device) -> torch.Tensor:
-        """The page whose summary each summary slot holds, int64 `[B, summary_pages]`; -1 where it is not filled."""
+        """The page that each summary slot stands for, int64 `[B, summary_pages]`; -1 where the slot is not filled."""
         count = self.window.summary_pages
         newest = torch.tensor([self.num_pages(pad) - 1 for pad in self.pads], device=device)[:, None]
         slot = torch.arange(count, device=device)
         return (newest - (newest - slot) % count).clamp_min(NOWHERE)
 
     def index(self, positions: torch.Tensor) -> torch.Tensor:
-        """Where, counted from the first slot, the tokens at `positions` are held."""
+        """The index of the tokens at `positions`, counted from the first slot."""
         return positions - self.held_from + self.window.num_slots
 
     def _sinks(self, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`HeldTokens`: what a layer held at one moment, the snapshot behind its views."""
+"""`HeldTokens`: the tokens of a layer at one moment, the snapshot behind its views."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Part = Literal["key", "value"]
 
 
 class PartShape(NamedTuple):
-    """Which of a store's planes are the keys or the values, and what they decode to."""
+    """The planes of a store that are the keys or the values, and what they decode to."""
 
     planes: slice
     heads: int
@@ -31,7 +31,7 @@ class PartShape(NamedTuple):
     dtype: torch.dtype
 
     def continued(self, states: torch.Tensor) -> torch.Tensor:
-        """New `states` in the dtype of those held, where autocast has made them narrower: as `torch.cat` would."""
+        """Casts new `states` to the dtype held where autocast has made them narrower, as `torch.cat` would."""
         if states.dtype == self.dtype or not autocast.is_on():
             return states
         return states.to(self.dtype) if torch.promote_types(states.dtype, self.dtype) == self.dtype else states
@@ -54,12 +54,12 @@ class PartShape(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Captured:
-    """How a layer is written and read while a CUDA graph runs its step: through tensors that are updated between steps.
+    """Writes and reads of a layer while a CUDA graph runs its step, through tensors that are updated between steps.
 
     Attributes:
-        kernel: writes new keys and values; see `append_naive`.
-        before: where the tokens before the new one lay when the graph was captured, and the same on the device.
-        seen: what the newest token's query sees, on the device.
+        kernel: function that writes new keys and values; see `append_naive`.
+        before, written: layout of the tokens before the new one at the capture, and the same on the device.
+        seen: tokens that the newest token's query sees, on the device.
     """
 
     kernel: Callable[..., None]
@@ -68,12 +68,12 @@ class Captured:
     seen: DeviceInputs
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, *encoded: Encoded) -> None:
-        """Encodes one token `[B, H, 1, D]` and writes it where the device says."""
+        """Encodes one token `[B, H, 1, D]` and writes it to the place that the device names."""
         self.kernel(keys, values, *encoded, self.before, inputs=self.written)
 
 
 class Tokens(Protocol):
-    """What a view stands for."""
+    """The tokens that a view stands for."""
 
     @property
     def parts(self) -> Mapping[Part, PartShape]: ...
@@ -123,21 +123,21 @@ class HeldTokens:
 
     @property
     def is_slice(self) -> bool:
-        """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and alive."""
+        """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and changing with them."""
         return self.codec.is_lossless and self.store.reads_slices
 
     @property
     def is_latent(self) -> bool:
-        """Whether the keys are latents, which are summed too, and the values rotary keys (MLA)."""
+        """Whether the keys are latents, which are summed too, and the values are rotary keys (MLA)."""
         return False
 
     @property
     def out_dim(self) -> int:
-        """Width of what attention gives."""
+        """Width of the attention's output."""
         return self.parts["value"].head_dim
 
     def joined(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What queries meet and what is summed, of decoded keys and values."""
+        """Makes the states that queries meet and the states that are summed from decoded keys and values."""
         return keys, values
 
     def kernel(self, query: torch.Tensor) -> Kernel:
@@ -146,11 +146,11 @@ class HeldTokens:
         return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims)
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
-        """`[B, H, T, D]` of the keys or values."""
+        """Shape `[B, H, T, D]` of the keys or values."""
         return self.batch, self.parts[part].heads, self.last - self.first, self.parts[part].head_dim
 
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
-        """Strides and storage offset of what `decode` returns, or of a contiguous tensor where it is made anew."""
+        """Strides and storage offset of the tensor that `decode` returns, contiguous where it is made anew."""
         if self.is_slice:
             decoded = self.decode(part)
             return decoded.stride(), int(decoded.storage_offset())
@@ -158,7 +158,7 @@ class HeldTokens:
         return (heads * count * head_dim, count * head_dim, head_dim, 1), 0
 
     def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """The tokens `first .. last - 1` of those shown, all by default, as a plain `[B, H, T, D]`.
+        """Decodes the shown tokens `first .. last - 1`, all by default, to a plain `[B, H, T, D]`.
 
         Raises:
             RuntimeError: the store has dropped, reordered or cropped tokens since.
@@ -169,7 +169,7 @@ class HeldTokens:
         return self.codec.decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
 
     def encoded(self) -> tuple[Encoded, Encoded, Layout]:
-        """The planes of keys and values as they lie, and where the tokens held (not only those shown) lie in them.
+        """The planes of keys and values as they lie, and the layout of all tokens held, not only of those shown.
 
         Raises:
             RuntimeError: see `decode`.
@@ -181,13 +181,13 @@ class HeldTokens:
         return *self._encoded(planes), layout
 
     def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
-        """What a kernel takes, of the tokens up to `last` in as many runs as they lie in.
+        """Yields a kernel's arguments for the tokens up to `last`, in as many runs as they lie in.
 
-        Each is to be read before the next is asked for; a store that brings tokens from elsewhere has few buffers.
+        Read each before asking for the next: a store that brings tokens from elsewhere has few buffers.
 
         Args:
-            last: index behind the last of all tokens held that are looked at.
-            visibility: which of them each query sees.
+            last: index behind the last token to look at, among all tokens held.
+            visibility: tokens that each query sees.
 
         Raises:
             RuntimeError: see `decode`.
@@ -209,17 +209,17 @@ class HeldTokens:
     def hides_tokens(self, pads: tuple[int, ...]) -> bool:
         """Whether the window has moved, so that the newest query of some row no longer sees all of its text.
 
-        Of rows that have gone since, tokens may be missing that were padding to those that are left.
+        After rows have gone, tokens may be missing that were only padding to the rows that are left.
         """
         if self.window is None:
             return False
         return self.gone_below > 0 or any(self.window.lower_bound(self.seen - 1 - pad) for pad in set(pads))
 
     def slots(self, pads: tuple[int, ...]) -> Slots:
-        """What stands before the newest tokens.
+        """The slots before the newest tokens.
 
         Args:
-            pads: pad tokens of each row.
+            pads: number of pad tokens of each row.
         """
         assert self.window is not None
         return Slots(self.window, pads, self.gone_below)

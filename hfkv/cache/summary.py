@@ -19,17 +19,17 @@ def page_means(
     page_size: int,
     rotary: Rotary | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean key and value of pages, what is rotated turned to the position of the page's middle first.
+    """The mean key and value of pages; rotated states are first turned to the position of the page's middle.
 
     Args:
         keys, values: tokens `[B, H, T, Dk]` and `[B, H, T, Dv]`.
-        first: index among them of each page's first token, `[B, N]`; what lies outside is taken from the edge.
-        sinks: how many of each page's first tokens are sinks, which are not part of the mean, `[B, N]`.
-        page_size: tokens a page.
+        first: index of each page's first token among them, `[B, N]`; what lies outside is taken from the edge.
+        sinks: number of sinks at the front of each page, which are not part of the mean, `[B, N]`.
+        page_size: number of tokens a page.
         rotary: how keys, or what is cached as values, are rotated by their position; None where they are not.
 
     Returns:
-        `[B, H, N, Dk]` and `[B, H, N, Dv]` in the dtypes of keys and values. A page of sinks only gives zeros.
+        Means `[B, H, N, Dk]` and `[B, H, N, Dv]` in the dtypes of keys and values. A page of sinks only gives zeros.
     """
     within = torch.arange(page_size, device=keys.device)
     index = (first[..., None] + within).clamp(0, keys.shape[2] - 1).flatten(1)  # [B, N * P]
@@ -49,19 +49,19 @@ def page_means(
 
 
 def sinks_in_pages(pages: torch.Tensor, window: Window) -> torch.Tensor:
-    """How many of each page's first tokens are sinks, in the shape of `pages`."""
+    """The number of sinks at the front of each page, in the shape of `pages`."""
     return (window.sinks - pages * window.summary_page_size).clamp(0, window.summary_page_size)
 
 
 def take(states: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The tokens `index` `[B, n]` of each row of `[B, H, T, d]`."""
+    """Takes the tokens `index` `[B, n]` of each row of `[B, H, T, d]`."""
     bits = bits_of(states)
     index = index[:, None, :, None].expand(-1, bits.shape[1], -1, bits.shape[3])
     return bits.gather(2, index).view(states.dtype)
 
 
 def where(condition: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-    """`new` where `condition`, else `old`, of any dtype."""
+    """Takes `new` where `condition` holds, else `old`, in any dtype."""
     if new.element_size() > 1:
         return torch.where(condition, new, old)
     return torch.where(condition, new.view(torch.uint8), old.view(torch.uint8)).view(new.dtype)

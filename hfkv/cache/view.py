@@ -1,4 +1,4 @@
-"""`KVView`: what a cache layer returns, a tensor that stands for compressed keys or values."""
+"""`KVView`: the tensor that a cache layer returns, which stands for compressed keys or values."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class KVView(ReadOnly):
     The ``hfkv`` attention reads the tokens behind it. Any other code sees an ordinary tensor: every torch
     operation decodes it first. Its length is fixed when it is made; it may be read several times until the
     layer drops, reorders or resets tokens. Writing to it raises; so does writing to a slice of it, unless that is a
-    slice of what the cache holds, and the write in effect.
+    slice of the cache's own planes, so that the write takes effect.
 
     Raises:
-        RuntimeError: on an operation outside the ``hfkv`` attention where a window is set (no other
-            attention knows which of the tokens to attend to), on a write, on a backward pass.
+        RuntimeError: an operation outside the ``hfkv`` attention reads it where a window is set (no other
+            attention knows which of the tokens to attend to), something writes to it, or a backward pass reaches it.
     """
 
     held: Tokens
@@ -52,20 +52,20 @@ class KVView(ReadOnly):
         return self.held.decode(self.part).stride() == self.stride()  # else `plain` is a copy
 
     def plain(self) -> torch.Tensor:
-        """The tokens decoded, for code that knows nothing of windows."""
+        """Decodes the tokens, for code that knows nothing of windows."""
         refuse_window(self.held)
         decoded = self.held.decode(self.part)
         return decoded if decoded.stride() == self.stride() else decoded.contiguous()
 
     def decoded(self) -> torch.Tensor:
-        """The plain tensor, for code that applies the window itself."""
+        """Decodes the tokens, for code that applies the window itself."""
         if self.requires_grad:
             return _Decode.apply(self)
         return self.held.decode(self.part)
 
 
 def refuse_window(held: Tokens) -> None:
-    """Raises RuntimeError where an attention that knows nothing of windows would read what one of ours is set for."""
+    """Raises RuntimeError where an attention that knows nothing of hfkv's windows would read tokens under one."""
     if held.is_windowed:
         raise RuntimeError(
             "a windowed hfkv cache was read by an attention that does not know the window: its result would be "
@@ -80,7 +80,7 @@ def make_views(held: Tokens, tracked: bool) -> tuple[torch.Tensor, torch.Tensor]
     """The key and value views of `held`.
 
     Args:
-        held: the tokens.
+        held: tokens that the views show.
         tracked: whether autograd follows some of the keys or values.
     """
     parts: tuple[Part, Part] = ("key", "value")

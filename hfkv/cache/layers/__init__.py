@@ -1,1 +1,1 @@
-"""One layer of a cache, in parts."""
+"""Layers of a cache, and the parts that they are made of."""

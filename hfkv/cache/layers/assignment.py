@@ -1,4 +1,4 @@
-"""Keys and values of a layer as tensors that are read and assigned, one after the other."""
+"""`Assignable`: a layer's keys and values as tensors that are read and assigned, one after the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hfkv.cache.snapshot import HeldTokens, Part
 
 
 class Assignment:
-    """Waits for the other half; encoder-decoders assign ``layer.keys`` and then ``layer.values``."""
+    """Keeps one half until the other comes; encoder-decoders assign ``layer.keys`` and then ``layer.values``."""
 
     def __init__(self) -> None:
         self.waiting: dict[Part, torch.Tensor] = {}
@@ -19,12 +19,12 @@ class Assignment:
     def take(
         self, part: Part, states: torch.Tensor, held: HeldTokens | None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values to hold from now on, once both are there; the other half of `held` where it still fits.
+        """Takes one half; returns the keys and values to hold once both are there, or `held` has a fitting other half.
 
         Args:
-            part: which half this is.
-            states: `[B, H, T, D]`.
-            held: what the layer shows so far, or None.
+            part: the half that is given.
+            states: keys or values `[B, H, T, D]`.
+            held: tokens that the layer shows so far, or None.
 
         Raises:
             ValueError: the halves differ in batch or tokens, or the positions of the tokens are unknown.
@@ -59,7 +59,7 @@ class Assignable(ABC):
     """The ``keys`` and ``values`` of a layer, decoded when they are read.
 
     Attributes:
-        is_assigned: whether what is held was assigned, not computed here.
+        is_assigned: whether the tokens held were assigned, not computed here.
     """
 
     _assignment: Assignment
@@ -68,11 +68,11 @@ class Assignable(ABC):
 
     @abstractmethod
     def held(self) -> HeldTokens:
-        """What is held."""
+        """The tokens held."""
 
     @abstractmethod
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
-        """Holds `keys` and `values` in place of what was `shown`."""
+        """Replaces the tokens `shown` by `keys` and `values`."""
 
     def _whole(self, part: Part) -> torch.Tensor | None:
         if part in self._assignment.waiting:
@@ -85,7 +85,7 @@ class Assignable(ABC):
         return Snapshot(states.clone(memory_format=torch.contiguous_format) if held.is_slice else states.contiguous())
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
-        """Replaces what is held once both parts have been assigned (or one, of the same length and batch)."""
+        """Replaces the tokens held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
         held = self.held() if self.is_initialized else None

@@ -1,4 +1,4 @@
-"""`CacheLayer`: what a layer of hfkv's is asked by caches, reports, files, plans and graphs."""
+"""`CacheLayer`: the questions that caches, reports, files, plans and graphs ask a layer of hfkv."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hfkv.policy.window import Window
 
 
 class CacheLayer(CacheLayerMixin):
-    """One layer of a `KVCache` that is hfkv's own: transformers' contract, and these questions.
+    """One layer of a `KVCache` that is hfkv's own: transformers' contract, and questions of hfkv's.
 
     Attributes:
-        kv: its policies.
-        window: what limits its tokens, the model's own sliding window included; None where nothing does.
-        shows_tensors: whether what it holds is one tensor of keys and one of values, which any attention can read.
-        extra_name: what `extra_memory` is called in reports.
-        is_assigned: whether its keys and values were assigned from outside: then nobody knows its tokens.
+        kv: policies of the layer.
+        window: window that limits its tokens, the model's own sliding window included; None without one.
+        shows_tensors: whether its tokens are one tensor of keys and one of values, which any attention can read.
+        extra_name: name of `extra_memory` in reports.
+        is_assigned: whether its keys and values were assigned from outside: the ids of its tokens are then unknown.
     """
 
     is_compileable = False
@@ -35,7 +35,7 @@ class CacheLayer(CacheLayerMixin):
     @property
     @abstractmethod
     def leaves(self) -> tuple[Any, ...]:
-        """The `KVLayer`s that hold its tokens: itself, or its parts."""
+        """The `KVLayer`s that hold the layer's tokens: itself, or its parts."""
 
     @property
     def leaf_heads(self) -> tuple[tuple[int, ...], ...]:
@@ -43,25 +43,25 @@ class CacheLayer(CacheLayerMixin):
         return ((),) * len(self.leaves)
 
     def count_heads(self, total: int) -> Sequence[int]:
-        """How many of `total` kv heads each leaf holds."""
+        """The number of kv heads that each leaf holds, of `total` in the layer."""
         return [total] * len(self.leaves)
 
     def extra_memory(self) -> list[Any]:
-        """Where the bytes are that it holds besides keys and values; see `Store.memory`."""
+        """The bytes that the layer holds besides keys and values; see `Store.memory`."""
         return []
 
     @property
     def extras(self) -> list[str]:
-        """What it keeps besides what its config says, in words."""
+        """The names of what the layer keeps beyond its config."""
         return []
 
     @property
     def sharing_refusal(self) -> str | None:
-        """Why its tokens cannot be shared between calls, or None where they can."""
+        """The reason why the layer's tokens cannot be shared between calls, or None where they can."""
         return None
 
     def graph_refusal(self) -> str | None:
-        """Why a decode step of it cannot be captured in a CUDA graph, or None where nothing speaks against it."""
+        """The reason why its decode step cannot be captured in a CUDA graph, or None where it can."""
         return None
 
     @abstractmethod
@@ -74,7 +74,7 @@ class CacheLayer(CacheLayerMixin):
 
     @abstractmethod
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises what `crop` would."""
+        """Raises the error that `crop` would."""
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:
@@ -82,8 +82,8 @@ class CacheLayer(CacheLayerMixin):
 
     @abstractmethod
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Says, before the first key, that rows of `tokens` will be copied."""
+        """Announces, before the first key, `copies` of each row of `tokens`."""
 
     @abstractmethod
     def fork(self, repeats: int = 1) -> Any:
-        """A layer of its own that holds every row `repeats` times."""
+        """Copies the layer: the copy holds every row `repeats` times."""

@@ -13,16 +13,16 @@ from hfkv.stores.base import Planes
 
 @dataclass(frozen=True, eq=False)
 class Contents:
-    """What a `KVLayer` holds for B rows.
+    """The contents of a `KVLayer` for B rows.
 
     Attributes:
-        parts: which planes are the keys or the values, and what they decode to.
-        device: where attention computes; the planes may lie elsewhere.
+        parts: planes that are the keys or the values, and what they decode to.
+        device: device on which attention computes; the planes may lie elsewhere.
         slots: planes `[B, H_i, S, d_i]` of a window's slots; None leaves them as they are before anything is dropped.
         tokens: planes `[B, H_i, T, d_i]` of the tokens behind them.
-        seen: tokens since the start, padding included: T, or more where a window has dropped some.
-        gone_below: below it no query to come sees a token, slots apart.
-        pads: pad tokens of each row.
+        seen: number of tokens since the start, padding included: T, or more where a window has dropped some.
+        gone_below: position below which no query to come sees a token, slots apart.
+        pads: number of pad tokens of each row.
     """
 
     parts: Mapping[Part, PartShape]
@@ -34,12 +34,12 @@ class Contents:
     pads: tuple[int, ...]
 
     def states(self, part: Part) -> torch.Tensor:
-        """No tokens at all, in the shape and dtype of the keys or values: `[B, H, 0, D]`."""
+        """An empty tensor `[B, H, 0, D]` in the heads, width and dtype of the keys or values."""
         shape = self.parts[part]
         return torch.empty(len(self.pads), shape.heads, 0, shape.head_dim, dtype=shape.dtype, device=self.device)
 
     def check_planes(self, planes: Sequence[torch.Tensor], num_slots: int) -> None:
-        """Raises ValueError unless these go into `planes`."""
+        """Raises ValueError unless the contents go into `planes`."""
         wanted = [(plane.dtype, len(self.pads), plane.shape[1], plane.shape[3]) for plane in planes]
         for name, given in (("slots", self.slots), ("tokens", self.tokens)):
             if given is None:

@@ -1,4 +1,4 @@
-"""`SplitLayer`: some kv heads of a layer keep everything while the others slide."""
+"""`SplitLayer`: a layer with some kv heads that keep everything while the others slide."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _NO_TENSOR = (
 
 @dataclass(frozen=True, eq=False)
 class HeadGroup:
-    """Some of a layer's kv heads and what is held for them.
+    """Some of a layer's kv heads, and views of their tokens.
 
     Attributes:
-        heads: their indices.
+        heads: indices of the heads.
         key, value: views of their keys and values.
     """
 
@@ -47,7 +47,7 @@ class SplitTokens:
 
     @property
     def is_windowed(self) -> bool:
-        """True: only the "hfkv" attention can read them."""
+        """Whether a window decides what is visible: always, only the "hfkv" attention can read the tokens."""
         return True
 
     @property
@@ -60,16 +60,16 @@ class SplitTokens:
 
     @property
     def seen(self) -> int:
-        """Tokens since the start, padding included."""
+        """The number of tokens since the start, padding included."""
         return self.groups[0].key.held.seen
 
     @property
     def padding(self) -> LeftPadding:
-        """Of the heads that slide."""
+        """The left padding of the rows, as the sliding heads know it."""
         return self.groups[-1].key.held.padding
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
-        """`[B, H, seen, D]`: what a layer that keeps everything would show."""
+        """Shape `[B, H, seen, D]` that a layer which keeps everything would show."""
         return self.batch, self.parts[part].heads, self.seen, self.parts[part].head_dim
 
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
@@ -86,8 +86,8 @@ class SplitLayer(CacheLayer):
     """Two `KVLayer`s that share the kv heads of one layer.
 
     Args:
-        kv: the policies; its window is for the heads that slide.
-        global_heads: the kv heads that keep everything.
+        kv: policies of the layer; its window is for the heads that slide.
+        global_heads: kv heads that keep everything.
         rotary: see `KVLayer`.
     """
 
@@ -128,7 +128,7 @@ class SplitLayer(CacheLayer):
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
-        """Nothing: the parts know."""
+        """Does nothing: the parts know."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Learns which heads slide.
@@ -165,7 +165,7 @@ class SplitLayer(CacheLayer):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """Raises RuntimeError once something is held: see `SplitTokens.decode`."""
+        """None before the first key; raises RuntimeError once something is held: see `SplitTokens.decode`."""
         self._no_tensor()
         return None
 
@@ -175,7 +175,7 @@ class SplitLayer(CacheLayer):
 
     @property
     def values(self) -> torch.Tensor | None:
-        """Raises RuntimeError once something is held: see `SplitTokens.decode`."""
+        """None before the first key; raises RuntimeError once something is held: see `SplitTokens.decode`."""
         self._no_tensor()
         return None
 
@@ -191,7 +191,7 @@ class SplitLayer(CacheLayer):
         if states is not None:
             raise RuntimeError("a layer with global_heads cannot be assigned: its heads hold different tokens")
 
-    # What both parts do.
+    # Calls for both parts.
 
     def _each(self, do: Callable[[KVLayer], Any]) -> None:
         for part in self.parts:
@@ -239,7 +239,7 @@ class SplitLayer(CacheLayer):
         return forked
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises what `crop` would."""
+        """Raises the error that `crop` would."""
         self._each(lambda part: part.check_crop(tokens_to_remove))
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -256,7 +256,7 @@ class SplitLayer(CacheLayer):
         self._each(KVLayer.reset)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`."""
+        """Makes row i a copy of row `beam_idx[i]`."""
         self._each(lambda part: part.reorder_cache(beam_idx))
 
     def batch_select_indices(self, indices: Any) -> None:
@@ -268,7 +268,7 @@ class SplitLayer(CacheLayer):
         self._each(lambda part: part.batch_repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Nothing: `KVConfig.offload` decides where the bytes live."""
+        """Does nothing: `KVConfig.offload` decides where the bytes live."""
 
     def prefetch(self) -> None:
-        """Nothing: see `offload`."""
+        """Does nothing: see `offload`."""

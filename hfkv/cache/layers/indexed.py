@@ -12,10 +12,10 @@ from hfkv.stores import ContiguousStore, Store
 
 
 class IndexedLayer(KVLayer):
-    """A `KVLayer` with the keys of an indexer, one a token, which stay on the device as they are.
+    """`KVLayer` with the keys of an indexer, one a token, which stay on the device as they are.
 
     Args:
-        kv: the policies, without a window: the indexer picks among all tokens.
+        kv: policies of the layer, without a window: the indexer picks among all tokens.
     """
 
     extra_name = "indexer keys"
@@ -26,7 +26,7 @@ class IndexedLayer(KVLayer):
         self._index: ContiguousStore | None = None
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
-        """Appends `[B, T, d]`; returns those of all tokens, `[B, seen, d]`."""
+        """Appends the indexer's keys `[B, T, d]`; returns the keys of all tokens, `[B, seen, d]`."""
         if self._index is None:
             self._index = ContiguousStore()
             self._index.reserve(self._reserved)
@@ -42,7 +42,7 @@ class IndexedLayer(KVLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """See `KVLayer.crop`."""
         super().crop(tokens_to_remove)
-        # Of a forward that failed they may be missing already.
+        # After a forward that failed, keys may be missing already.
         if self._index is not None and self._index.length > self.span.seen:
             self._index.truncate(self.span.seen)
 
@@ -62,7 +62,7 @@ class IndexedLayer(KVLayer):
         return "picks tokens by an index, whose keys are not written where the device says"
 
     def extra_memory(self) -> list[Any]:
-        """Where the bytes of the indexer's keys are; see `Store.memory`."""
+        """The bytes of the indexer's keys; see `Store.memory`."""
         return [] if self._index is None else self._index.memory()
 
     def nbytes(self) -> int:
@@ -74,13 +74,13 @@ class IndexedLayer(KVLayer):
         return super().held_bytes() + sum(plane.held for plane in self.extra_memory())
 
     def contents(self) -> Contents | None:
-        """Raises NotImplementedError once something is held: no file has a place for the indexer's keys."""
+        """None before the first key; then raises NotImplementedError: no file has a place for the indexer's keys."""
         if self.is_initialized:
             _refuse("saved")
         return None
 
     def adopt(self, contents: Contents) -> None:
-        """Raises NotImplementedError."""
+        """Raises NotImplementedError: no contents have the indexer's keys."""
         _refuse("loaded")
 
     def _assign(self, part: Any, states: torch.Tensor | None) -> None:

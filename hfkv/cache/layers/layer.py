@@ -28,9 +28,9 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
-        kv: the policies; `kv.layers` is not looked at.
-        sliding: the model's own sliding window for this layer, in tokens. The model's masks apply it; the
-            layer only lets go of what they hide. It takes the place of `kv.window`.
+        kv: policies of the layer; `kv.layers` is not looked at.
+        sliding: size of the model's own sliding window for this layer, in tokens. The model's masks apply it; the
+            layer only lets go of the tokens that they hide. It takes the place of `kv.window`.
         rotary: how the model rotates this layer's keys by their position, for windows that need to know.
     """
 
@@ -89,7 +89,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         """Appends new keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`; returns views of all that is held.
 
         Raises:
-            ValueError: their shape, dtype or device does not continue what the layer holds.
+            ValueError: their shape, dtype or device does not continue the tokens held.
         """
         self._assignment.check_complete()
         if not self.is_initialized:
@@ -131,7 +131,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         """Makes room for one token and counts it as seen, for a CUDA graph to write.
 
         Returns:
-            Where the tokens before it lie.
+            The layout of the tokens before it.
         """
         self._forget_unseen()
         before = self.store.extend(1)
@@ -159,26 +159,26 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
 
     @property
     def batch(self) -> int:
-        """Rows held."""
+        """The number of rows held."""
         return self._batch
 
     @property
     def parts(self) -> dict[Part, PartShape]:
-        """Which of the store's planes are the keys or the values, and what they decode to."""
+        """The planes of the store that are the keys or the values, and what they decode to."""
         return dict(self._parts)
 
     def held_index(self, position: int) -> int:
-        """Where the store holds a position, slots included."""
+        """The index of a position in the store, slots included."""
         return self._num_slots + position - self.span.held_from
 
     @property
     def head_dims(self) -> tuple[int, int]:
-        """Dk and Dv."""
+        """The widths Dk and Dv."""
         return self._parts["key"].head_dim, self._parts["value"].head_dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the keys."""
+        """Dtype of the keys."""
         return self._parts["key"].dtype
 
     def _held(self, first: int = 0) -> HeldTokens:
@@ -200,14 +200,14 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         )
 
     def held(self) -> HeldTokens:
-        """What is held, slots only where they are filled."""
+        """The tokens held, slots only where they are filled."""
         held = self._held()
         if held.window is not None and held.slots(held.padding.of(held.batch)).are_empty:
             return self._held(self._num_slots)
         return held
 
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
-        """Holds `keys` and `values` in place of what was `shown`, with its positions."""
+        """Replaces the tokens `shown` by `keys` and `values`, with the same positions."""
         seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
         pads = self.span.padding.of(keys.shape[0])
         self.reset()
@@ -227,7 +227,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         return -1 if self.sliding is None else self.sliding
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the keys a mask is made for; our own windows get masks over all positions."""
+        """The length and offset of the keys a mask is made for; hfkv's windows get masks over all positions."""
         if self.sliding is None:
             return self.span.seen + query_length, 0
         offset = max(self.span.seen - self.sliding + 1, 0)
@@ -235,7 +235,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
 
     @property
     def record_past(self) -> bool:
-        """Whether what the forwards since the last `crop` added can be cropped again; transformers resets it."""
+        """Whether the tokens of the forwards since the last `crop` can be cropped again; transformers resets it."""
         return self.span.record_past
 
     @record_past.setter
@@ -243,7 +243,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         self.span.record_past = record
 
     def activate_past_recording(self) -> None:
-        """From here on, what the forwards since the last `crop` added can be cropped again."""
+        """Starts to record: the tokens of the forwards since the last `crop` can be cropped again."""
         self.span.start_recording()
 
     def _forget_unseen(self) -> None:
@@ -256,7 +256,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         self.store.drop(self._num_slots, self._num_slots + dropped)
 
     def check_crop(self, tokens_to_remove: int) -> None:
-        """Raises what `crop` would. See `Span.after_crop`."""
+        """Raises the error that `crop` would. See `Span.after_crop`."""
         self.span.after_crop(int(tokens_to_remove), self._batch)  # 5.17 passes a tensor at times
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -269,7 +269,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
             self._forget_unseen()
 
     def contents(self) -> Contents | None:
-        """Everything the layer holds, or None before the first key."""
+        """Everything that the layer holds, or None before the first key."""
         if self._store is None:
             return None
         pads = self.span.padding.of(self._batch)
@@ -277,10 +277,10 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         return Contents(self._parts, self.device, slots, tokens, self.span.seen, self.span.gone_below, pads)
 
     def adopt(self, contents: Contents) -> None:
-        """Holds `contents` in place of everything, as if its tokens had been seen here.
+        """Replaces everything by `contents`, as if its tokens had been seen here.
 
         Raises:
-            ValueError: planes are not those that this layer's codec writes for such keys and values.
+            ValueError: planes are not the ones that this layer's codec writes for such keys and values.
         """
         said = self._reserved, self._store_kind, self._copies
         self.reset()
@@ -293,7 +293,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         self.span.adopt(contents.seen, contents.gone_below, contents.pads)
 
     def offload(self) -> None:
-        """Nothing: `KVConfig.offload` decides where the bytes live."""
+        """Does nothing: `KVConfig.offload` decides where the bytes live."""
 
     def prefetch(self) -> None:
-        """Nothing: see `offload`."""
+        """Does nothing: see `offload`."""

@@ -1,4 +1,4 @@
-"""What is done with the rows of a layer: copied, reordered, selected."""
+"""`Rows`: copies, reorders and selects the rows of a layer."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class Rows:
     captured: Captured | None
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Says that rows will be copied: ``store="auto"`` takes pages then, which copies share.
+        """Announces copies of rows: ``store="auto"`` takes pages then, which copies share.
 
         Args:
-            copies: of each row.
-            tokens: a row will hold so many when it is copied.
+            copies: number of copies of each row.
+            tokens: number of tokens that a row will hold when it is copied.
         """
         if not self.is_initialized:
             self._store_kind = "paged" if self.kv.store == "auto" else self.kv.store
             self._copies = (copies, tokens)
 
     def fork(self, repeats: int = 1) -> Self:
-        """A layer of its own that holds every row `repeats` times."""
+        """Copies the layer: the copy holds every row `repeats` times."""
         forked = copy.copy(self)
         forked.span = self.span.copy()
         forked._assignment = Assignment()
@@ -53,12 +53,12 @@ class Rows:
         return forked
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes a copy of row `beam_idx[i]`."""
+        """Makes row i a copy of row `beam_idx[i]`."""
         if self._store is not None:
             self._select(reordered(beam_idx, self._batch))
 
     def batch_select_indices(self, indices: Any) -> None:
-        """Keeps the rows `indices`, whatever a tensor can be indexed with; see `selected`."""
+        """Keeps the rows `indices`, anything that a tensor can be indexed with; see `selected`."""
         if self._store is not None:
             self._select(selected(indices, self._batch))
 
@@ -78,7 +78,7 @@ class Rows:
             self.hold(copy_rows(self._store, rows, "auto"), rows)
 
     def hold(self, store: Store, rows: torch.Tensor) -> None:
-        """Takes `store`, of which row i is what row `rows[i]` was."""
+        """Takes `store` as its own; row i of it is what row `rows[i]` was."""
         self._store = store
         self.span.padding.select(rows.tolist())
         self._batch = len(rows)

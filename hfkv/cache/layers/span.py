@@ -1,4 +1,4 @@
-"""`Span`: which positions of a text a layer holds, in integers only."""
+"""`Span`: the positions of a text that a layer holds, in integers only."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ROLLBACK_MARGIN = 64
 class Span:
     """The positions ``held_from .. seen - 1`` of a text of `seen` tokens, padding included.
 
-    Rows start at different positions, so the widest of them decides; what a single row sees is the attention's affair.
+    Rows start at different positions, so the widest of them decides; attention decides what a single row sees.
 
     Args:
-        window: what limits them, or None.
+        window: window that limits the positions, or None.
 
     Attributes:
-        padding: where the rows' texts start.
-        seen: tokens since the start, padding included: the position of the next one.
-        gone_below: below it no query to come sees a token, sinks and summaries apart.
+        padding: starts of the rows' texts.
+        seen: number of tokens since the start, padding included: the position of the next one.
+        gone_below: position below which no query to come sees a token, sinks and summaries apart.
         record_past: whether tokens below the window stay until the next crop.
     """
 
@@ -34,14 +34,14 @@ class Span:
         self.restart()
 
     def restart(self) -> None:
-        """Nothing seen, nothing held."""
+        """Forgets everything that was seen and held."""
         self.seen = 0
         self.gone_below = 0
         self.padding.forget()
         self._recorded_to: int | None = None  # where the first forward since the last crop ended
 
     def copy(self) -> Span:
-        """Another one of the same positions."""
+        """Copies the span."""
         twin = copy.copy(self)
         twin.padding = copy.copy(self.padding)
         return twin
@@ -59,12 +59,12 @@ class Span:
         return self.window.held_from(self.gone_below) if self.window else 0
 
     def start_recording(self) -> None:
-        """From here on, what the forwards since the last crop added can be cropped again."""
+        """Starts to record: the tokens of the forwards since the last crop can be cropped again."""
         self.record_past = True
         self._recorded_to = None
 
     def advance(self, count: int) -> None:
-        """`count` more tokens were seen."""
+        """Counts `count` more tokens as seen."""
         self.seen += count
         if self.record_past and self._recorded_to is None:
             self._recorded_to = self.seen
@@ -78,31 +78,31 @@ class Span:
         return min(pad + bound for pad, bound in bounds.items()) if any(bounds.values()) else 0
 
     def next_gone_below(self, batch: int) -> int:
-        """What `gone_below` may become before the next forward."""
+        """The position that `gone_below` may become before the next forward."""
         next_query = self.seen
         if self.record_past:
             next_query = max(min(self.seen, self._recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
         return max(min(self.lower_bound(next_query, batch), self.seen), self.gone_below)
 
     def forget_below(self, position: int) -> int:
-        """Lets go of what is below `position`.
+        """Lets go of the tokens below `position`.
 
         Returns:
-            How many of the oldest tokens held to drop.
+            The number of oldest tokens held to drop.
         """
         before = self.held_from
         self.gone_below = position
         return self.held_from - before
 
     def after_crop(self, tokens_to_remove: int, batch: int) -> int:
-        """How many tokens remain seen after a crop.
+        """The number of tokens that remain seen after a crop.
 
         Args:
-            tokens_to_remove: a negative number of tokens, or 0.
+            tokens_to_remove: negative number of tokens, or 0.
             batch: number of rows.
 
         Raises:
-            ValueError: it is positive.
+            ValueError: `tokens_to_remove` is positive.
             RuntimeError: the window has dropped tokens that the remaining text attends to.
         """
         if tokens_to_remove > 0:
@@ -116,7 +116,7 @@ class Span:
         return left
 
     def crop(self, left: int) -> None:
-        """The text is `left` tokens long again."""
+        """Makes the text `left` tokens long again."""
         self.seen = left
         self._recorded_to = None
         self.padding.crop(left)

@@ -1,4 +1,4 @@
-"""What a layer holds its bytes in."""
+"""`Stored`: the store that a layer holds its bytes in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Stored:
     """The store of a `KVLayer`, made when its device is known.
 
     Attributes:
-        offloaded: its place among the offloaded layers of a cache, or None.
+        offloaded: place of the layer among the offloaded layers of a cache, or None.
     """
 
     kv: KVConfig
@@ -32,7 +32,7 @@ class Stored:
 
     @property
     def bound(self) -> int | None:
-        """Tokens the window holds at most; None without one."""
+        """The most tokens that the window holds; None without one."""
         return self.window.capacity() if self.window else None
 
     def offload_to(self, place: Place) -> None:
