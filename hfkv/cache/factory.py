@@ -157,7 +157,7 @@ class Place:
         index: index of the layer in the model.
         kv: policies of the layer.
         config: config of the text decoder.
-        rotary: how the model rotates keys, by layer, as far as that was found out.
+        rotary: rotation of the model's keys, by layer, as far as that was found out.
     """
 
     stock: Any

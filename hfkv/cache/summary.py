@@ -26,7 +26,7 @@ def page_means(
         first: index of each page's first token among them, `[B, N]`; what lies outside is taken from the edge.
         sinks: number of sinks at the front of each page, which are not part of the mean, `[B, N]`.
         page_size: number of tokens a page.
-        rotary: how keys, or what is cached as values, are rotated by their position; None where they are not.
+        rotary: rotation of the keys, or of what is cached as values, by position; None where there is none.
 
     Returns:
         Means `[B, H, N, Dk]` and `[B, H, N, Dv]` in the dtypes of keys and values. A page of sinks only gives zeros.

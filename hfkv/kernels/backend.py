@@ -1,4 +1,4 @@
-"""`Backend`: which kernels a kind of device has, and what each of them takes."""
+"""`Backend`: the kernels that a kind of device has for a request."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hfkv.codecs import Codec
 
 
 class Kernel(NamedTuple):
-    """A kernel, or none.
+    """A kernel, or the reason why there is none.
 
     Attributes:
-        name: as `hfkv doctor` shows it.
-        reason: why this one.
-        run: called as `attention_naive`, `latent_attention_naive` or `append_naive` are; None where torch's own
-            operations do the work.
+        name: name that `hfkv doctor` shows.
+        reason: reason for the choice.
+        run: function, called as `attention_naive`, `latent_attention_naive` or `append_naive` are; None where torch's
+            own operations do the work.
         reads_device_lengths: whether it takes lengths from the device (`DeviceInputs`), as a CUDA graph needs it.
     """
 
@@ -29,14 +29,14 @@ class Kernel(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What is to be read or written.
+    """The tokens that a kernel is asked to read or write.
 
     Attributes:
         codec: codec of the tokens.
         dtype: dtype of queries or new tokens.
-        device: where everything is.
-        num_queries: q, of each row; from `hfkv.kernels.many.MANY` on all are the same.
-        head_dims: Dk and Dv, or r and dr of latents.
+        device: device of all tensors.
+        num_queries: number of queries of each row, q; from `hfkv.kernels.many.MANY` on all are the same.
+        head_dims: widths Dk and Dv, or r and dr of latents.
     """
 
     codec: Codec
@@ -51,25 +51,25 @@ class Backend(ABC):
 
     @abstractmethod
     def serves(self, device: torch.device) -> bool:
-        """Whether it is for tensors on `device` at all."""
+        """Whether the backend is for tensors on `device` at all."""
 
     @abstractmethod
     def attention(self, asked: Asked) -> Kernel:
-        """What queries attend to keys and values by."""
+        """The kernel by which queries attend to keys and values."""
 
     def latent(self, asked: Asked) -> Kernel:
-        """What absorbed queries attend to latents by."""
+        """The kernel by which absorbed queries attend to latents."""
         return Kernel("decode + absorbed", "this backend has no kernel for latents", None)
 
     def expanded(self, dtype: torch.dtype) -> Kernel:
-        """What queries attend to latents by that are expanded on the way; called with `expand` besides."""
+        """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
         return Kernel("expand + sdpa", "this backend expands no latents", None)
 
     def append(self, asked: Asked) -> Kernel:
-        """What encodes new tokens and writes them."""
+        """The kernel that encodes new tokens and writes them."""
         return Kernel("torch", "this backend encodes and writes with torch's own operations", None)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``"bfloat16"``."""
+    """The name of a dtype, such as ``"bfloat16"``."""
     return str(dtype).removeprefix("torch.")

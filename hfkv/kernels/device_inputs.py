@@ -1,4 +1,4 @@
-"""`DeviceInputs`: what changes from one decode step to the next, in tensors that kernels read."""
+"""`DeviceInputs`: numbers that change from one decode step to the next, in tensors that kernels read."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class DeviceInputs:
     Attributes:
         meta: int32 `[16 + B + 3 · columns + B · columns]`: the numbers of `SCALARS`, each row's pads, each column's low
             and high slot and the held index of its first token, and the block table.
-        batch: B.
-        columns: columns of the block table there is room for; 0 for contiguous planes.
-        bounds: int64 `[B or 1, q]`, or None.
-        mask: bool `[B or 1, 1 or Hq, q, tokens]`, or None.
+        batch: number of rows, B.
+        columns: number of columns of the block table that there is room for; 0 for contiguous planes.
+        bounds: lower bounds of the queries, int64 `[B or 1, q]`, or None.
+        mask: tokens that queries see, bool `[B or 1, 1 or Hq, q, tokens]`, or None.
     """
 
     meta: torch.Tensor
@@ -45,13 +45,13 @@ class DeviceInputs:
     def allocate(
         cls, layout: Layout, visibility: Visibility | None, device: torch.device, *, columns: int = 0, tokens: int = 0
     ) -> DeviceInputs:
-        """Inputs with storages of their own, to be updated between the replays of a graph.
+        """Allocates inputs with storages of their own, to be updated between the replays of a graph.
 
         Args:
-            layout, visibility: the first values; without a visibility they are for `append` alone.
-            device: where the planes are.
-            columns: columns of the block table to make room for, if more than the layout has.
-            tokens: tokens of a mask to make room for, if more than it has.
+            layout, visibility: first values; without a visibility the inputs are for `append` alone.
+            device: device of the planes.
+            columns: number of columns of the block table to make room for, if more than the layout has.
+            tokens: number of tokens of a mask to make room for, if more than it has.
         """
         # No columns mean contiguous planes.
         columns = 0 if layout.table is None else max(columns, layout.table.shape[1], 1)
@@ -69,7 +69,7 @@ class DeviceInputs:
         """Copies new values into the same storages, without waiting for the device.
 
         Raises:
-            ValueError: they do not fit what was allocated.
+            ValueError: the values do not fit what was allocated.
         """
         if layout.is_paged != (self.columns > 0):
             raise ValueError("a paged layout cannot take the place of a contiguous one, nor the other way round")
@@ -103,7 +103,7 @@ _recent: deque[_Recent] = deque(maxlen=NUM_RECENT)
 
 
 def device_inputs(layout: Layout, visibility: Visibility | None, device: torch.device) -> DeviceInputs:
-    """Inputs for one eager call; layers that are called with equal values share one upload.
+    """Makes inputs for one eager call; layers that are called with equal values share one upload.
 
     Raises:
         RuntimeError: a CUDA graph is being captured: it would replay the values of this call for ever.
@@ -135,7 +135,7 @@ def device_inputs(layout: Layout, visibility: Visibility | None, device: torch.d
 
 
 def _batch(layout: Layout, visibility: Visibility | None) -> int:
-    """The rows there are pads for."""
+    """The number of rows that there are pads for."""
     if visibility is not None:
         return len(visibility.pads)
     return 0 if layout.table is None else layout.table.shape[0]
@@ -172,7 +172,7 @@ def _empty_like(packed: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies, and does not wait where `target` is on an accelerator.
+    """Copies without waiting where `target` is on an accelerator.
 
     The allocator of pinned memory hands a block out again only when the copies out of it are done.
     """

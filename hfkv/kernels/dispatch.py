@@ -1,4 +1,4 @@
-"""Which kernels a layer's tokens are written and read by, and why."""
+"""The choice of the kernels that write and read a layer's tokens, with reasons."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from hfkv.kernels.cpu.backend import CPUBackend
 from hfkv.kernels.many import MANY
 from hfkv.kernels.triton.backend import TritonBackend
 
-# The first that serves a device and has a kernel is taken.
+# The first backend that serves a device and has a kernel is taken.
 BACKENDS: list[Backend] = [CPUBackend(), TritonBackend()]
 
 
 def register_backend(backend: Backend) -> None:
-    """Asks `backend` before those that are there."""
+    """Registers a backend, which is asked before the others."""
     BACKENDS.insert(0, backend)
     forget_choices()
 
 
 def forget_choices() -> None:
-    """Has everything chosen anew: backends, codecs or the processor are other ones."""
+    """Forgets all choices, when backends, codecs or the processor have changed."""
     for chosen in (_attention_kernel, _latent_kernel, append_kernel, expanded_kernel):
         chosen.cache_clear()
 
@@ -36,9 +36,9 @@ def attention_kernel(
     Args:
         codec: name of the tokens' codec.
         dtype: dtype of the queries.
-        device: where they are.
-        num_queries: q, of each row.
-        head_dims: Dk and Dv.
+        device: device of the queries.
+        num_queries: number of queries of each row, q.
+        head_dims: widths Dk and Dv.
     """
     return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims)
 
@@ -56,11 +56,11 @@ def latent_kernel(
     """The kernel by which absorbed queries attend to latents; called as `latent_attention_naive` is.
 
     Args:
-        codec: name of the codec of latents and rotary keys.
+        codec: name of the codec that wrote latents and rotary keys.
         dtype: dtype of the queries.
-        device: where they are.
-        num_queries: q, of each row; one kernel does any.
-        widths: r and dr.
+        device: device of the queries.
+        num_queries: number of queries of each row, q; one kernel takes any number.
+        widths: widths r and dr.
     """
     return _latent_kernel(codec, dtype, device, widths)
 
@@ -86,7 +86,7 @@ def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
 def _first(
     use: str, without: str, codec: str, dtype: torch.dtype, device: torch.device, num: int, head_dims: tuple[int, int]
 ) -> Kernel:
-    """The first kernel that a backend has for a use, or none under the name `without` and the last one's reason."""
+    """The first kernel that a backend has for a use; or none, named `without`, with the last backend's reason."""
     if codec not in CODECS:
         return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
     asked = Asked(CODECS[codec], dtype, device, num, head_dims)

@@ -1,4 +1,4 @@
-"""What kernels are given: encoded planes, what queries see of them, and what becomes of scores."""
+"""Arguments of kernels: encoded planes, the tokens that queries see, and the treatment of scores."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Encoded(NamedTuple):
     """The keys or the values of a layer, as a codec wrote them.
 
     Attributes:
-        codec: what wrote them.
-        planes: `[B, H, C, d_i]` or, in pages, `[N, H, P, d_i]`; the data first.
-        head_dim: D of a decoded row.
+        codec: codec that wrote them.
+        planes: planes `[B, H, C, d_i]` or, in pages, `[N, H, P, d_i]`; the data first.
+        head_dim: width D of a decoded row.
     """
 
     codec: Codec
@@ -26,7 +26,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """Which of the held tokens each query attends to.
+    """Says which of the held tokens each query attends to.
 
     Of the `length` tokens of a `Layout`, those from index `first` on are looked at. The one at index i stands at
     position ``pads[b] + i`` where ``i < num_slots`` (an attention sink in its slot, which is filled only if that
@@ -35,14 +35,15 @@ class Visibility:
     that see nothing (padding, rows of nothing but padding) get zeros.
 
     Attributes:
-        seen: tokens since the start, the queries' own included.
+        seen: number of tokens since the start, the queries' own included.
         first: index of the first token looked at.
-        held_from: the oldest position held behind the slots.
-        num_slots: slots in front of the newest tokens.
-        sinks: positions that every query of a row sees, counted from its first real token.
-        pads: pad tokens before each row's first real one, B of them.
-        bounds: the lowest position each query sees, sinks apart, int64 `[B or 1, q]`; None where that is all of them.
-        mask: bool `[B or 1, 1 or Hq, q, length - first]`: what is seen, in place of all of the above; None as a rule.
+        held_from: oldest position held behind the slots.
+        num_slots: number of slots in front of the newest tokens.
+        sinks: number of positions that every query of a row sees, counted from its first real token.
+        pads: number of pad tokens before each row's first real one, for B rows.
+        bounds: lowest position that each query sees, sinks apart, int64 `[B or 1, q]`; None without a lower bound.
+        mask: bool `[B or 1, 1 or Hq, q, length - first]`: tokens that are seen, in place of all of the above; None as a
+            rule.
     """
 
     seen: int
@@ -55,7 +56,7 @@ class Visibility:
     mask: torch.Tensor | None = None
 
     def of(self, begin: int, end: int) -> Visibility:
-        """The same of the tokens `begin .. end - 1` alone, counted from the first of them.
+        """The visibility of the tokens `begin .. end - 1` alone, counted from the first of them.
 
         Slots that are looked at must all be among them, or none.
         """
@@ -76,12 +77,12 @@ class Visibility:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What becomes of scores.
+    """The treatment of attention scores.
 
     Attributes:
-        scale: factor on them.
-        softcap: bound of a tanh on them, or None.
-        sink_logits: a logit a head that takes weight and has no value (gpt_oss), `[Hq]`, or None.
+        scale: factor on the scores.
+        softcap: bound of a tanh on the scores, or None.
+        sink_logits: one logit a head that takes weight and has no value (gpt_oss), `[Hq]`, or None.
         dropout: probability that a weight is dropped; kernels take 0 only.
         weights: whether the weights are wanted; kernels do not give them.
     """

@@ -21,12 +21,13 @@ def latent_attention_naive(
     """Attention of absorbed queries to decoded latents, all of it in `dtype`.
 
     Args:
-        query: `[B, Hq, q, r + dr]`: the part that goes with latents, then the one that goes with rotary keys.
-        latents: encoded `[B, 1, T, r]`; they are the values too.
-        rotary: encoded `[B, 1, T, dr]`, in the same rows of the same store.
-        layout: where the held tokens are.
-        visibility: which of them each query sees.
-        scoring: what becomes of scores.
+        query: absorbed queries `[B, Hq, q, r + dr]`: the part that goes with latents, then the one that goes with
+            rotary keys.
+        latents: encoded latents `[B, 1, T, r]`; they are the values too.
+        rotary: encoded rotary keys `[B, 1, T, dr]`, in the same rows of the same store.
+        layout: places of the held tokens in the planes.
+        visibility: tokens that each query sees.
+        scoring: treatment of the scores.
 
     Returns:
         The output `[B, Hq, q, r]` of `dtype`, zeros where a query sees nothing, and the logarithm of the sum of the

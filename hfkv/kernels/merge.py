@@ -1,4 +1,4 @@
-"""Attention to several stretches of tokens, put together."""
+"""`Attended`: attention to stretches of tokens, and how they are merged."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 class Attended(NamedTuple):
-    """What queries attend to in some of the tokens.
+    """The result of attention to some of the tokens.
 
     Attributes:
-        out: `[..., q, Dv]`, zeros where a query sees none of them.
-        lse: float32 `[..., q]`, the logarithm of the sum of the exponentials of the scores; -inf where it sees none.
+        out: output `[..., q, Dv]`, zeros where a query sees none of them.
+        lse: logarithm of the sum of the exponentials of scores, float32 `[..., q]`; -inf where a query sees none.
     """
 
     out: torch.Tensor
@@ -20,13 +20,13 @@ class Attended(NamedTuple):
 
 
 def nothing(query: torch.Tensor, head_dim: int) -> Attended:
-    """Of queries `[..., q, D]` that see nothing."""
+    """The result for queries `[..., q, D]` that see nothing."""
     out = query.new_zeros(*query.shape[:-1], head_dim)
     return Attended(out, torch.full(query.shape[:-1], -torch.inf, dtype=torch.float32, device=query.device))
 
 
 def merge(one: Attended, other: Attended) -> Attended:
-    """Attention to the tokens of both, `out` in float32."""
+    """Merges attention to two sets of tokens; `out` is in float32."""
     lse = torch.logaddexp(one.lse, other.lse)
     weights = (_share(part.lse, lse) for part in (one, other))
     out, more = (part.out * weight for part, weight in zip((one, other), weights, strict=True))
@@ -34,7 +34,7 @@ def merge(one: Attended, other: Attended) -> Attended:
 
 
 def with_sink_logits(attended: Attended, logits: torch.Tensor | None) -> Attended:
-    """With a logit a head that takes weight and has no value, `[Hq]`; `attended` is `[B, Hq, q, Dv]`."""
+    """Adds one logit a head that takes weight and has no value, `[Hq]`; `attended` is `[B, Hq, q, Dv]`."""
     if logits is None:
         return attended
     lse = torch.logaddexp(attended.lse, logits.float()[:, None])
@@ -42,5 +42,5 @@ def with_sink_logits(attended: Attended, logits: torch.Tensor | None) -> Attende
 
 
 def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """The share of `part` in `whole` as weights `[..., 1]`, float32; 0 of nothing."""
+    """The share of `part` in `whole` as weights `[..., 1]`, float32; 0 where `part` is nothing."""
     return (part - whole).exp_().masked_fill_(part == -torch.inf, 0)[..., None]

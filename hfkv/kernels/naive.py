@@ -9,7 +9,7 @@ from hfkv.stores.layout import Layout
 
 
 def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The held tokens decoded, `[B, H, length, D]` of `dtype`."""
+    """Decodes the held tokens to `[B, H, length, D]` of `dtype`."""
     planes = []
     for plane in encoded.planes:
         if layout.table is None:
@@ -26,7 +26,7 @@ def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.floa
 
 
 def visible_naive(visibility: Visibility, layout: Layout, num_queries: int, device: torch.device) -> torch.Tensor:
-    """What each query sees of the tokens looked at, bool `[B, 1 or Hq, q, length - first]`."""
+    """Marks the tokens that each query sees, bool `[B, 1 or Hq, q, length - first]`."""
     batch = len(visibility.pads)
     if visibility.mask is not None:
         return visibility.mask.expand(batch, -1, -1, -1)
@@ -50,7 +50,7 @@ def attention_naive(
     scoring: Scoring,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of `[B, Hq, q, D]` to the decoded tokens, all of it in `dtype`.
+    """Attention of queries `[B, Hq, q, D]` to the decoded tokens, all of it in `dtype`.
 
     Returns:
         The output `[B, Hq, q, Dv]` of `dtype`, zeros where a query sees nothing, and the logarithm of the sum of the
@@ -96,11 +96,10 @@ def append_naive(
     values: Encoded,
     layout: Layout,
 ) -> None:
-    """Encodes `[B, H, n, D]` and writes it behind the `layout.length` tokens held, in place.
+    """Encodes tokens `[B, H, n, D]` and writes them behind the `layout.length` tokens held, in place.
 
-    Contiguous planes have room for them; of a paged layout, `spans` is as it was and `table` has the columns the new
-    tokens
-    need: the last column with something held is filled up first, then the following pages from slot 0 on.
+    Contiguous planes have room for them. In a paged layout, `spans` is as it was and `table` has the columns that the
+    new tokens need: the last column with something held is filled up first, then the following pages from slot 0 on.
     """
     for new, encoded in ((new_keys, keys), (new_values, values)):
         for tokens, plane in zip(encoded.codec.encode(new), encoded.planes, strict=True):

@@ -1,4 +1,4 @@
-"""What a `Visibility` says of a stretch of tokens, for kernels that work on the CPU."""
+"""Visibility of the tokens in a stretch, for kernels that work on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfkv.stores.layout import Layout
 
 
 def first_seen(visibility: Visibility, layout: Layout) -> tuple[int, ...]:
-    """For each row the index of a token before which its queries see none: that is where its text starts."""
+    """The index in each row before which its queries see no token: the start of its text."""
     if visibility.mask is not None or visibility.first < visibility.num_slots:
         return (visibility.first,) * len(visibility.pads)
     shift = visibility.num_slots - visibility.held_from
@@ -19,7 +19,7 @@ def first_seen(visibility: Visibility, layout: Layout) -> tuple[int, ...]:
 def seen(
     visibility: Visibility, layout: Layout, rows: slice, begin: int, end: int, num_queries: int
 ) -> torch.Tensor | None:
-    """Which of the tokens `begin .. end - 1` the queries of `rows` see.
+    """Marks which of the tokens `begin .. end - 1` the queries of `rows` see.
 
     Returns:
         Bool `[rows or 1, 1 or Hq, q, end - begin]`; None where each sees all.
@@ -60,12 +60,12 @@ def bounds_of(visibility: Visibility, rows: slice, begin: int) -> torch.Tensor |
 
 
 def alike(firsts: tuple[int, ...], at_most: int, near: int) -> list[slice]:
-    """Rows that go together, so many at most: neighbours where all texts start so near to each other, else single ones.
+    """Groups rows: up to `at_most` neighbours where all texts start `near` to each other, else single rows.
 
     Args:
-        firsts: where the text of each row starts.
-        at_most: rows.
-        near: tokens.
+        firsts: start of each row's text.
+        at_most: the most rows in a group.
+        near: the most tokens between the first start and the last.
     """
     size = max(at_most, 1) if max(firsts) - min(firsts) <= near else 1
     return [slice(row, min(row + size, len(firsts))) for row in range(0, len(firsts), size)]

@@ -31,7 +31,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         kv: policies of the layer; `kv.layers` is not looked at.
         sliding: size of the model's own sliding window for this layer, in tokens. The model's masks apply it; the
             layer only lets go of the tokens that they hide. It takes the place of `kv.window`.
-        rotary: how the model rotates this layer's keys by their position, for windows that need to know.
+        rotary: rotation of this layer's keys by their position, for windows that need to know it.
     """
 
     def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:

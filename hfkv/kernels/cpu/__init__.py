@@ -1,1 +1,1 @@
-"""Attention on a CPU."""
+"""Kernels for attention on a CPU."""

@@ -1,4 +1,4 @@
-"""The kernels of a CPU, and what each takes."""
+"""`CPUBackend`: the kernels of a CPU, and the tokens that each takes."""
 
 from __future__ import annotations
 

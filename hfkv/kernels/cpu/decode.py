@@ -22,7 +22,7 @@ from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
 from hfkv.kernels.visibility import alike, first_seen, seen
 from hfkv.stores.layout import Layout
 
-# Numbers in the scores of a stretch, and bytes of what is copied or unpacked of it: they stay in the caches. The best
+# Numbers in a stretch's scores, and bytes of its copied or unpacked tokens: they stay in the caches. The best
 # of ten pairs on 2 cores of an EPYC with 32k tokens, 8 kv heads of 128, 4 queries each; others cost up to 1.5 x.
 _SCORES, _COPIED = 1 << 18, 1 << 22
 # Tokens. Longer stretches would lose small weights beside a large one; so many of padding cost less than a row on its
@@ -40,19 +40,19 @@ def decode_attention(
     """Attention of few queries to encoded tokens, a stretch at a time (Flash-Decoding).
 
     Queries and weights become fixed-point numbers of 21 and 28 bits, so that int8 products with exact sums do the
-    work; the scales of keys go into the scores, those of values into the weights. A token is read once for all queries
+    work; the keys' scales go into the scores, the values' scales into the weights. A token is read once for all queries
     of its kv head, in its own bytes: 2 (D + 2) of them in int8.
 
     Args:
-        query: `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
-        keys, values: encoded by a codec with an affine form.
-        layout: where the held tokens are.
-        visibility: which of them each query sees.
-        scoring: what becomes of scores.
+        query: queries `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
+        keys, values: keys and values, encoded by a codec with an affine form.
+        layout: places of the held tokens in the planes.
+        visibility: tokens that each query sees.
+        scoring: treatment of the scores.
 
     Returns:
-        As `attention_naive`: the output `[B, Hq, q, Dv]` in the query's dtype, and the float32 log-sum-exp `[B, Hq,
-        q]`.
+        The output `[B, Hq, q, Dv]` in the query's dtype, and the float32 log-sum-exp `[B, Hq, q]`, as in
+        `attention_naive`.
     """
     batch, num_heads, num_queries, _ = query.shape
     kv_heads = keys.planes[0].shape[1]
@@ -65,12 +65,12 @@ def decode_attention(
 
 @dataclass(frozen=True)
 class Decode:
-    """Queries of all rows, side by side for each kv head, over stretches of tokens.
+    """Attention of the queries of all rows, side by side for each kv head, to stretches of tokens.
 
     Attributes:
-        keys: parts of the keys, as many as there are of queries; scores are their sum.
-        values: None where the first part of the keys are the values too.
-        dtype: what products take: int8 (digits of integers; float32 of other numbers), bfloat16 or float32.
+        keys: parts of the keys, one for each part of the queries; scores are the sum over parts.
+        values: encoded values; None where the first part of the keys are the values too.
+        dtype: dtype that products take: int8 (digits of integers; float32 of other numbers), bfloat16 or float32.
     """
 
     keys: tuple[Encoded, ...]
@@ -83,9 +83,9 @@ class Decode:
     dtype: torch.dtype = torch.int8
 
     def all_rows(self, query: tuple[torch.Tensor, ...]) -> Attended:
-        """Output `[B, Hq, q, Dv]` and log-sum-exp `[B, Hq, q]`, float32, of the parts of queries `[B, H, R, Di]`.
+        """Computes output `[B, Hq, q, Dv]` and log-sum-exp `[B, Hq, q]`, float32, for parts of queries `[B, H, R, Di]`.
 
-        They are float32 times the scale, or bfloat16 without it.
+        The queries are float32 times the scale, or bfloat16 without it.
         """
         firsts = first_seen(self.visibility, self.layout)
         num_rows = query[0][0, :, :, 0].numel()
@@ -106,7 +106,7 @@ class Decode:
         return with_sink_logits(Attended(out.view(*shape, -1), lse.view(shape)), self.scoring.sink_logits)
 
     def _spans(self, query: list[_Query], first: int) -> list[tuple[int, int]]:
-        """Stretches of the tokens from `first` on, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
+        """Cuts the tokens from `first` on into stretches, for queries `[N, R, Di]`; N = rows · H, R = G · q."""
         count, num_rows, _ = query[0].states.shape
         keys = self.keys[0]
         length = _SCORES // (count * num_rows)
@@ -128,7 +128,7 @@ class Decode:
         return nothing(query[0].states.float(), (self.values or self.keys[0]).head_dim)
 
     def _part(self, query: list[_Query], rows: slice, begin: int, end: int) -> Attended:
-        """Output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]`."""
+        """Computes output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]` over one stretch."""
         first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
         scores = _scores(query[0], first)
         for part, stretch in zip(query[1:], others, strict=True):
@@ -155,12 +155,12 @@ class Decode:
 
 
 class _Query(NamedTuple):
-    """Queries as the products with every stretch take them.
+    """Queries in the form that products with every stretch take.
 
     Attributes:
-        states: `[N, R, Di]`.
-        digits: int8 `[N, 3, R, Di]`, or None.
-        scale: of the digits, float32 `[N, R, 1]`, or None.
+        states: queries `[N, R, Di]`.
+        digits: digits of the queries, int8 `[N, 3, R, Di]`, or None.
+        scale: scale of the digits, float32 `[N, R, 1]`, or None.
     """
 
     states: torch.Tensor
@@ -173,7 +173,7 @@ class _Query(NamedTuple):
 
 
 def _scores(query: _Query, keys: Affine) -> torch.Tensor:
-    """float32 `[N, R, n]`."""
+    """Scores float32 `[N, R, n]`."""
     if query.digits is not None and query.scale is not None:
         scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
     elif keys.numbers.dtype == torch.bfloat16:
@@ -186,7 +186,7 @@ def _scores(query: _Query, keys: Affine) -> torch.Tensor:
 
 
 def _output(weights: torch.Tensor, values: Affine) -> torch.Tensor:
-    """float32 `[N, R, Dv]` of weights `[N, R, n]`."""
+    """Output float32 `[N, R, Dv]` for weights `[N, R, n]`."""
     scaled = weights if values.scale is None else weights * values.scale[:, None]
     if values.numbers.dtype == torch.int8:
         digits, scale = to_digits(scaled, WEIGHT_DIGITS)
@@ -197,7 +197,7 @@ def _output(weights: torch.Tensor, values: Affine) -> torch.Tensor:
 
 
 def _products(digits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """Digits `[N, c, R, K]` times `[N, K, n]`, int32 `[N, c, R, n]`: one by one, since torch has no batch of them."""
+    """Digits `[N, c, R, K]` times `[N, K, n]`, int32 `[N, c, R, n]`: one by one, since torch has no batched product."""
     sums = torch.empty(*digits.shape[:-1], numbers.shape[-1], dtype=torch.int32)
     for a, b, out in zip(digits.flatten(1, 2), numbers, sums.flatten(1, 2), strict=True):
         int8_matmul(a, b, out)

@@ -1,4 +1,4 @@
-"""Attention of many queries to latents on a CPU, which are expanded a stretch at a time."""
+"""Attention of many queries on a CPU to latents that are expanded a stretch at a time."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def expanded_attention(
     *,
     expand: Expand,
 ) -> Attended:
-    """Attention of many queries to what latents expand to, each stretch of them once for all queries.
+    """Attention of many queries to expanded latents; each stretch is expanded once for all queries.
 
-    No more than `STRETCH` tokens are decoded and expanded at any time. What a row's padding holds, and what no query
-    sees, is neither.
+    No more than `STRETCH` tokens are decoded and expanded at any time; padding, and tokens that no query sees, never
+    are.
 
     Args:
-        query: `[B, Hq, q, dn + dr]` on the CPU, bf16, fp16 or fp32.
-        latents: encoded `[B, 1, T, r]`, contiguous or in pages.
-        rotary: encoded `[B, 1, T, dr]`, in the same rows of the same store: a part of keys that all heads share.
-        layout: where the held tokens are.
-        visibility: which of them each query sees.
-        scoring: what becomes of scores.
-        expand: of latents `[rows, 1, n, r]`, n >= 1, in the query's dtype: the other part of keys `[rows, Hq, n, dn]`
-            and values `[rows, Hq, n, dv]`.
+        query: queries `[B, Hq, q, dn + dr]` on the CPU, bf16, fp16 or fp32.
+        latents: encoded latents `[B, 1, T, r]`, contiguous or in pages.
+        rotary: encoded rotary keys `[B, 1, T, dr]`, in the same rows of the same store; all heads share this part.
+        layout: places of the held tokens in the planes.
+        visibility: tokens that each query sees.
+        scoring: treatment of the scores.
+        expand: function that makes the other part of keys `[rows, Hq, n, dn]` and values `[rows, Hq, n, dv]` from
+            latents `[rows, 1, n, r]`, n >= 1, in the query's dtype.
 
     Returns:
-        As `attention_naive` with keys and values expanded: the output `[B, Hq, q, dv]` in the query's dtype, and the
-        float32 log-sum-exp `[B, Hq, q]`.
+        The output `[B, Hq, q, dv]` in the query's dtype, and the float32 log-sum-exp `[B, Hq, q]`, as in
+        `attention_naive` with keys and values expanded.
     """
     num_queries = query.shape[2]
     attended = None
@@ -78,7 +78,7 @@ class _Expanded:
         self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def attend(self, query: torch.Tensor, some: list[Tile]) -> list[Attended | None]:
-        """What each of the tiles attends to, None where it is nothing; `query` is `[rows, Hq, q, dn + dr]`."""
+        """Attention of each tile, None where it sees nothing; `query` is `[rows, Hq, q, dn + dr]`."""
         done: list[Attended | None] = [None] * len(some)
         spans = [list(tile.stretches(self.layout.length)) for tile in some]
         for begin, end in self._stretches(some):
@@ -90,7 +90,7 @@ class _Expanded:
             ]
             if not shown:
                 continue
-            # What is seen of the stretch.
+            # The part of the stretch that is seen.
             low, high = min(part[1] for part in shown), max(part[2] for part in shown)
             keys, values, value_dim = self._read(low, high, query.dtype)
             if query.shape[3] < keys.shape[3]:
@@ -104,7 +104,7 @@ class _Expanded:
         return done
 
     def _stretches(self, some: list[Tile]) -> Iterator[tuple[int, int]]:
-        """All tokens that tiles may see; no tile's own are cut."""
+        """Yields all tokens that tiles may see, in stretches that cut no tile's own tokens."""
         if not some:
             return
         first, own, end = some[0].first, max(some[0].own, some[0].first), self.layout.length
@@ -116,7 +116,7 @@ class _Expanded:
             yield begin, min(begin + length, end)
 
     def _read(self, begin: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Keys and values `[rows, Hq, n, max(dn + dr, dv)]`, zeros behind them, and dv."""
+        """Reads keys and values `[rows, Hq, n, max(dn + dr, dv)]`, zeros behind them, and dv."""
         rotary = self._decoded(self.rotary, begin, end, dtype)
         nope, value = self.expand(self._decoded(self.latents, begin, end, dtype))
         widths = nope.shape[3], nope.shape[3] + rotary.shape[3], value.shape[3]
@@ -133,7 +133,7 @@ class _Expanded:
         return keys, values, widths[2]
 
     def _decoded(self, encoded: Encoded, begin: int, end: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[rows, 1, n, D]` of `dtype`."""
+        """Decodes tokens to `[rows, 1, n, D]` of `dtype`."""
         if not encoded.codec.is_rotated:
             return decode_stretch(encoded, self.layout, self.rows, begin, end, dtype)
         return rotate_states(decode_stretch(encoded, self.layout, self.rows, begin, end, torch.float32)).to(dtype)

@@ -30,11 +30,11 @@ def flash_attention(
 ) -> Attended:
     """Attention of any number of queries, a stretch of tokens at a time (FlashAttention).
 
-    The padding of a row is neither decoded nor attended to, keys are not repeated for the heads that share them, no
-    mask is made but for what a stretch shows to a tile of queries, and no more than `STRETCH` tokens are decoded at
-    any time. Plain tokens in contiguous planes are read where they lie.
+    The padding of a row is neither decoded nor attended to, keys are not repeated for the heads that share them, a
+    mask is made only for a tile of queries and a stretch, and no more than `STRETCH` tokens are decoded at any time.
+    Plain tokens in contiguous planes are read where they lie.
 
-    Args and returns: those of `decode_attention`, and a codec that loses nothing or has no affine form.
+    Arguments and results are the same as in `decode_attention`; the codec may also lose nothing or have no affine form.
     """
     num_queries = query.shape[2]
     attended = nothing(query, values.head_dim)
@@ -56,7 +56,7 @@ def flash_attention(
                 return tile.attend(query, key, value, *stretch)
 
             stretches = tile.stretches(length)
-            # Of many queries the operations are large ones, and what they attend to would be held for every stretch.
+            # With many queries the operations are large ones, and outputs of every stretch would be held at once.
             is_few = num_queries < MIN_TILE and not is_read
             parts = do_parts(attend, list(stretches)) if is_few else map(attend, stretches)
             part = functools.reduce(merge, parts, nothing(its_query, values.head_dim))
@@ -67,7 +67,7 @@ def flash_attention(
 
 
 def _compute_dtype(dtype: torch.dtype, codec: Codec, num_queries: int) -> torch.dtype:
-    """What decoded tokens are attended to in, for queries in `dtype`."""
+    """The dtype in which queries of `dtype` attend to decoded tokens."""
     if codec.is_lossless:
         return dtype
     # A rotated row, or one whose scale was rounded up, may be beyond float16; and in bfloat16 what was decoded would
@@ -78,24 +78,24 @@ def _compute_dtype(dtype: torch.dtype, codec: Codec, num_queries: int) -> torch.
 def tiles(
     visibility: Visibility, layout: Layout, scoring: Scoring, rows: slice, first: int, num_queries: int
 ) -> Iterator[Tile]:
-    """The queries of rows that go together, but for those that see nothing.
+    """Yields the queries of rows that go together, in tiles, except queries that see nothing.
 
     Args:
         first: index of the first token that the queries of `rows` may see.
     """
-    # Rows that go together may differ in padding: its queries see nothing.
+    # Rows that go together may differ in padding, which sees nothing.
     pads = 0 if visibility.mask is not None else min(visibility.pads[rows])
     padding = max(pads - (visibility.seen - num_queries), 0)
     length = _tile_length(visibility, num_queries)
     for begin in range(padding, num_queries, length):
         queries = slice(begin, min(begin + length, num_queries))
-        # Of a part of what is held the queries' own tokens may be none.
+        # Where only a part of the tokens is given, the queries' own may not be among them.
         own = visibility.seen - num_queries + begin + visibility.num_slots - visibility.held_from
         yield Tile(queries, layout, _of(visibility, queries, num_queries), scoring, rows, first, own)
 
 
 def _tile_length(visibility: Visibility, num_queries: int) -> int:
-    """Queries looked at together: about half a window, so that little is computed in vain."""
+    """The number of queries looked at together: about half a window, so that little is computed in vain."""
     if visibility.bounds is None or num_queries == 1:
         return TILE
     size = visibility.seen - int(visibility.bounds[:, -1].min())
@@ -103,7 +103,7 @@ def _tile_length(visibility: Visibility, num_queries: int) -> int:
 
 
 def _of(visibility: Visibility, queries: slice, num_queries: int) -> Visibility:
-    """What `queries`, of `num_queries` in all, see."""
+    """The visibility for `queries`, of `num_queries` in all."""
     return replace(
         visibility,
         seen=visibility.seen - num_queries + queries.stop,
@@ -117,9 +117,9 @@ class Tile:
     """Some queries of rows that go together.
 
     Attributes:
-        queries: which of all queries.
-        visibility: what they see.
-        first: index of the first token its queries may see.
+        queries: slice of all queries.
+        visibility: tokens that these queries see.
+        first: index of the first token that they may see.
         own: index of the first query's own token.
     """
 
@@ -132,7 +132,7 @@ class Tile:
     own: int
 
     def stretches(self, at_most: int) -> Iterator[tuple[int, int]]:
-        """The tokens that some query sees, so many at most; the queries' own on their own where there are many."""
+        """Yields stretches of `at_most` tokens that some query sees; many queries' own tokens are one by itself."""
         for begin, end in self._spans():
             is_own = begin >= self.own and self._is_many and self.visibility.mask is None
             length = end - begin if is_own else at_most
@@ -158,7 +158,7 @@ class Tile:
                 yield first, min(behind_sinks, own)
                 first = max(first, lowest)
             if self._is_many:
-                # What only some of the queries see, on its own: the rest needs no mask.
+                # Tokens that only some of the queries see, on their own: the rest needs no mask.
                 highest = min(highest, own)
                 yield first, highest
                 first = max(first, highest)
@@ -168,7 +168,7 @@ class Tile:
         yield first, end
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, begin: int, end: int) -> Attended:
-        """Attention of its queries `[rows, Hq, q, D]` to the tokens `begin .. end - 1`, given as `[rows, H, n, D]`."""
+        """Attention of the queries `[rows, Hq, q, D]` to the tokens `begin .. end - 1`, given as `[rows, H, n, D]`."""
         visible = seen(self.visibility, self.layout, self.rows, begin, end, query.shape[2])
         if self.scoring.softcap is not None or key.shape[3] != value.shape[3]:
             return _explicit(query, key, value, visible, self.scoring)
@@ -188,7 +188,7 @@ class Tile:
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> Attended:
-    """Each query and the tokens up to its own; one query head of every kv head at a time, so that none is repeated."""
+    """Causal attention; one query head of every kv head at a time, so that no kv head is repeated."""
     heads = key.shape[1]
     if heads == query.shape[1]:
         return Attended(*_flash_op(query, key, value, None, scale, is_causal=True))
@@ -201,7 +201,7 @@ def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
 def _flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scale: float
 ) -> Attended:
-    """The queries that share a kv head side by side."""
+    """Attention with the queries that share a kv head side by side."""
     heads = query.shape[1:3]
     mask = None
     if visible is not None:
@@ -225,8 +225,8 @@ def _flash_op(
     scale: float,
     is_causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What scaled_dot_product_attention runs on a CPU; only the operator itself also gives the log-sum-exp."""
-    # Of one row in bfloat16 it is slow: 27 ms for 8 heads of 32k tokens, 11 ms of two rows (2 cores of an EPYC).
+    """The operator that scaled_dot_product_attention runs on a CPU, called itself for its log-sum-exp."""
+    # It is slow with one row in bfloat16: 27 ms for 8 heads of 32k tokens, 11 ms with two rows (2 cores of an EPYC).
     if query.shape[2] == 1 and query.dtype == torch.bfloat16:
         twice = query.expand(-1, -1, 2, -1)
         mask = None if mask is None else mask.expand(-1, -1, 2, -1)
@@ -240,7 +240,7 @@ def _flash_op(
 def _explicit(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None, scoring: Scoring
 ) -> Attended:
-    """With a softcap or values of another width, which the operator does not know: a kv head at a time."""
+    """Attention with a softcap or values of another width, which the operator does not know: a kv head at a time."""
     groups = query.shape[1] // key.shape[1]
 
     def attend(head: int) -> Attended:

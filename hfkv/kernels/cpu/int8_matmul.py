@@ -17,18 +17,18 @@ _BITS, _BASE = 7, 128
 
 
 def int8_matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """``a @ b`` of int8 matrices with exact int32 sums, into `out`.
+    """Computes ``a @ b`` of int8 matrices with exact int32 sums, into `out`.
 
     Torch has a second int8 product, `_weight_int8pack_mm`, which crashes or gives wrong numbers where the inner
-    dimension is no multiple of its tiles; this one takes any. Exact only where `is_exact`.
+    dimension is no multiple of its tiles; this one takes any. It is exact only where `is_exact`.
 
     Args:
-        a: int8 `[M, K]`.
-        b: int8 `[K, N]`; a transposed view is as fast.
-        out: int32 `[M, N]`, contiguous.
+        a: first factor, int8 `[M, K]`.
+        b: second factor, int8 `[K, N]`; a transposed view is as fast.
+        out: result, int32 `[M, N]`, contiguous.
 
     Raises:
-        ValueError: other shapes, dtypes or devices, or a K above `MAX_INNER`.
+        ValueError: shapes, dtypes or devices are other ones, or K is above `MAX_INNER`.
     """
     (m, inner), (inner_b, n) = a.shape, b.shape
     dtypes = (a.dtype, b.dtype, out.dtype)
@@ -59,14 +59,14 @@ def is_exact() -> bool:
 
 
 def to_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows as digits: ``x ≈ scale · (d0 · 128^(count - 1) + d1 · 128^(count - 2) + ...)``.
+    """Splits rows into digits: ``x ≈ scale · (d0 · 128^(count - 1) + d1 · 128^(count - 2) + ...)``.
 
     Args:
-        x: float32 `[..., R, K]`; not kept.
-        count: digits, four at most.
+        x: rows, float32 `[..., R, K]`.
+        count: number of digits, four at most.
 
     Returns:
-        int8 `[..., count, R, K]`, and the scales, float32 `[..., R, 1]`; NaN for rows that hold NaN or infinity.
+        The digits, int8 `[..., count, R, K]`, and the scales, float32 `[..., R, 1]`: NaN for rows with NaN or infinity.
     """
     top = 127 * _BASE ** (count - 1)
     largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
@@ -82,7 +82,7 @@ def to_digits(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def from_digits(sums: torch.Tensor) -> torch.Tensor:
-    """What products of digits `[..., count, R, N]` (int32) say, float32 `[..., R, N]`, up to the scales."""
+    """Joins products of digits, int32 `[..., count, R, N]`, to float32 `[..., R, N]`, without the scales."""
     result = sums.select(-3, 0).to(torch.float32)
     for place in range(1, sums.shape[-3]):
         result.mul_(_BASE).add_(sums.select(-3, place))

@@ -14,8 +14,8 @@ from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.stores.layout import Layout
 
-# Queries of all heads from which on int8 is cast to bfloat16 a stretch at a time: their digits are three rows each and
-# those of weights four. One core of an EPYC, 4k tokens of 512, bfloat16 queries: 32 rows 7.9 against 8.7 ms, 64 rows
+# Queries of all heads from which on int8 is cast to bfloat16 a stretch at a time: the digits of a query are three rows,
+# of a weight four. One core of an EPYC, 4k tokens of 512, bfloat16 queries: 32 rows 7.9 against 8.7 ms, 64 rows
 # 9.9 against 13.8, 256 rows 21 against 30, but 16 rows 8.9 against 7.3. Casting to float32 lost in all of these.
 _MANY = 32
 
@@ -31,17 +31,17 @@ def latent_attention(
     twice (see `bf16_products`), as are the codes of fp8 and, for many queries, of int8, which bfloat16 holds exactly.
 
     Args:
-        query: `[B, Hq, q, r + dr]` on the CPU, bf16, fp16 or fp32: the part that goes with latents, then the one that
-            goes with rotary keys.
-        latents: encoded `[B, 1, T, r]`, contiguous or in pages; they are the values too.
-        rotary: encoded `[B, 1, T, dr]` by the same codec, in the same rows of the same store.
-        layout: where the held tokens are.
-        visibility: which of them each query sees.
-        scoring: what becomes of scores.
+        query: absorbed queries `[B, Hq, q, r + dr]` on the CPU, bf16, fp16 or fp32: the part that goes with latents,
+            then the one that goes with rotary keys.
+        latents: encoded latents `[B, 1, T, r]`, contiguous or in pages; they are the values too.
+        rotary: rotary keys `[B, 1, T, dr]`, encoded by the same codec, in the same rows of the same store.
+        layout: places of the held tokens in the planes.
+        visibility: tokens that each query sees.
+        scoring: treatment of the scores.
 
     Returns:
-        As `latent_attention_naive`: the output `[B, Hq, q, r]` in the query's dtype, and the float32 log-sum-exp `[B,
-        Hq, q]`.
+        The output `[B, Hq, q, r]` in the query's dtype, and the float32 log-sum-exp `[B, Hq, q]`, as in
+        `latent_attention_naive`.
     """
     dtype = _dtype(query.dtype, latents.codec, query.shape[1] * query.shape[2])
     parts = query.flatten(1, 2)[:, None].split([latents.head_dim, rotary.head_dim], dim=-1)  # [B, 1, Hq · q, ...]
@@ -54,7 +54,7 @@ def latent_attention(
 
 
 def _dtype(of_query: torch.dtype, codec: Codec, num_rows: int) -> torch.dtype:
-    """What products take."""
+    """The dtype that products take."""
     has_integers = codec.numbers == torch.int8
     # A query that is rotated is no bfloat16 any more.
     holds = not codec.is_rotated and (not has_integers or num_rows >= _MANY)

@@ -14,7 +14,7 @@ from hfkv.stores.layout import Layout
 def read_stretch(
     encoded: Encoded, layout: Layout, rows: slice, begin: int, end: int, dtype: torch.dtype = torch.int8
 ) -> Affine:
-    """The tokens `begin .. end - 1` of `rows` as numbers `[rows * H, n, D]` that products of `dtype` take."""
+    """Reads the tokens `begin .. end - 1` of `rows` as numbers `[rows * H, n, D]` that products of `dtype` take."""
     planes = tuple(plane.flatten(0, 1) for plane in layout.read(encoded.planes, begin, end, rows))
     return encoded.codec.affine(planes, encoded.head_dim, dtype)
 
@@ -22,7 +22,7 @@ def read_stretch(
 def decode_stretch(
     encoded: Encoded, layout: Layout, rows: slice, begin: int, end: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The tokens `begin .. end - 1` of `rows` as `[rows, H, n, D]` of `dtype`; what is rotated stays so."""
+    """Decodes the tokens `begin .. end - 1` of `rows` to `[rows, H, n, D]` of `dtype`; rotated rows stay rotated."""
     codec = encoded.codec
     if codec.numbers is None:
         return codec.decode(layout.read(encoded.planes, begin, end, rows), encoded.head_dim, dtype)
@@ -38,6 +38,6 @@ def decode_stretch(
 
 
 def rotated_back(attended: Attended, codec: Codec, dtype: torch.dtype) -> Attended:
-    """Attention to values that a codec may have rotated, in `dtype`."""
+    """Rotates back the output of attention to values that a codec has rotated, and casts it to `dtype`."""
     out = rotate_states(attended.out.float()) if codec.is_rotated else attended.out
     return Attended(out.to(dtype), attended.lse)

@@ -30,23 +30,23 @@ MOST = 4
 
 
 def do_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
-    """``[work(part) for part in parts]``, by as many threads as torch uses here where the cores are shared.
+    """Computes ``[work(part) for part in parts]``, by as many threads as torch uses where the cores are shared.
 
-    Torch gives every thread its share of every operation, and all wait for each other behind each. Where another
-    process has one of the cores, that is a time slice of the scheduler's an operation, and an attention of few queries
+    Torch gives every thread its share of every operation, and all wait for each other after each. Where another
+    process has one of the cores, every operation waits for a time slice of the scheduler, and attention of few queries
     is dozens of operations of some microseconds. Here a thread then takes a whole part whenever it is done with one,
-    and computes it alone; a part is only waited for where it has been begun. On cores of its own torch's way is the
+    and computes it alone; a part is only waited for where it has been begun. On unshared cores torch's way is the
     faster one (int8, 16k tokens: 35 against 42 ms a step of `small`; fp8 48 against 80).
 
     Args:
-        work: of a part; must not depend on the thread that calls it, nor on other parts.
-        parts: of about the same work; results are the same however many threads there are.
+        work: function of a part; it must not depend on the thread that calls it, nor on other parts.
+        parts: parts of about the same work; results are the same however many threads there are.
 
     Returns:
         The results in the order of the parts.
 
     Raises:
-        BaseException: what `work` raised, when no thread works any more.
+        BaseException: `work` raised it; no thread works any more.
     """
     total = torch.get_num_threads()
     if total == 1 or not _cores.are_shared() or _has_modes() or _setters() is None:
@@ -82,7 +82,7 @@ def do_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Resu
 
 
 class Cores:
-    """Whether others use the cores too: then threads of this process lose them in the middle of their work.
+    """Tells whether others use the cores too: threads of this process then lose them in the middle of their work.
 
     On cores of its own a process was taken off one a few times a second, and beside a busy one 170 to 250 times.
     """
@@ -93,7 +93,7 @@ class Cores:
         self._time, self._switches, self._shared = -math.inf, 0, False
 
     def are_shared(self) -> bool:
-        """What the last look has shown; one is taken when it is due."""
+        """Whether the last look has shown shared cores; a new look is taken when it is due."""
         now = time.perf_counter()
         if resource is not None and now - self._time >= self.EVERY:
             switches = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
@@ -107,9 +107,9 @@ _cores = Cores()
 
 @contextlib.contextmanager
 def num_threads(count: int) -> Iterator[None]:
-    """Torch's operations take so many threads where this one calls them.
+    """Sets how many threads torch's operations take in the calling thread, within the context.
 
-    `torch.set_num_threads` would do the same, and for every thread besides that has not used torch yet.
+    `torch.set_num_threads` would also set it for every other thread that has not used torch yet.
 
     Raises:
         RuntimeError: torch's threads cannot be set here for one thread alone.
@@ -129,7 +129,7 @@ def num_threads(count: int) -> Iterator[None]:
 
 
 def _has_modes() -> bool:
-    """Whether torch does something else than compute, which it does in the calling thread alone."""
+    """Whether torch does something other than compute, which it does in the calling thread alone."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -140,13 +140,13 @@ def _has_modes() -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _pool(process: int) -> ThreadPoolExecutor:
-    """Of a process: one that was forked has none of the threads."""
+    """The threads of a process: one that was forked has none of its parent's."""
     return ThreadPoolExecutor(MOST - 1, thread_name_prefix="hfkv")
 
 
 @functools.cache
 def _setters() -> tuple[Callable[[int], object], Callable[[int], int]] | None:
-    """Of the threads of OpenMP and of MKL for the calling thread, or None where this torch has no such libraries."""
+    """The setters of OpenMP's and MKL's threads for the calling thread, or None without such libraries."""
     library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
     try:
         loaded = ctypes.CDLL(str(library))

@@ -1,1 +1,1 @@
-"""Whether the kernels of a device compute what their naive twins do."""
+"""Self-test: whether the kernels of a device compute what their naive twins do."""

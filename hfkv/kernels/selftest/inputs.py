@@ -1,4 +1,4 @@
-"""Random arguments for the kernels that `selftest` tests; what is not held is poison."""
+"""Random arguments for the kernels that `selftest` tests; memory without tokens is poison."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NUM_KV_HEADS = 2
 
 
 class Heads(NamedTuple):
-    """What a layer's heads are like: Dk, Dv and G; or r, dr and Hq of latents, which are one kv head.
+    """The dimensions of a layer's heads: Dk, Dv and G; or r, dr and Hq for latents, which are one kv head.
 
     Attributes:
-        key_dim, value_dim: of what is cached for keys and for values.
-        groups: query heads of each kv head.
-        is_latent: whether absorbed queries attend to it (see `latent_attention_naive`).
+        key_dim, value_dim: widths of the cached keys and values.
+        groups: number of query heads of each kv head.
+        is_latent: whether absorbed queries attend to the cache (see `latent_attention_naive`).
     """
 
     key_dim: int = 64
@@ -33,22 +33,22 @@ class Heads(NamedTuple):
 
     @property
     def query_dim(self) -> int:
-        """Of what the kernel is given for queries."""
+        """The width of the queries that the kernel is given."""
         return self.key_dim + self.value_dim if self.is_latent else self.key_dim
 
     @property
     def num_kv_heads(self) -> int:
-        """As many as are tested."""
+        """The number of kv heads that are tested."""
         return 1 if self.is_latent else NUM_KV_HEADS
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What attention is asked for besides its tokens and queries.
+    """The conditions of attention besides its tokens and queries.
 
     Attributes:
-        name: for the reader.
-        pads: pad tokens of each row.
+        name: name for the reader.
+        pads: number of pad tokens of each row.
         window: whether a window hides tokens, its sinks in slots.
         softcap: see `Scoring`.
         has_sink_logits: see `Scoring`.
@@ -75,7 +75,7 @@ WINDOW_SIZE, NUM_SINKS, HELD_FROM = 100, 4, 40
 def random_arguments(
     heads: Heads, codec: str, store: str, num_queries: int, setting: Setting, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility, Scoring]:
-    """Random arguments of an attention kernel; what is not held is poison."""
+    """Makes random arguments of an attention kernel; memory without tokens is poison."""
     generator = torch.Generator().manual_seed(0)
     batch, num_heads = len(setting.pads), heads.num_kv_heads * heads.groups
     layout = random_layout(batch, store, generator)
@@ -110,7 +110,7 @@ def randn(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, gene
 
 
 def random_layout(batch: int, store: str, generator: torch.Generator) -> Layout:
-    """Contiguous tokens that begin at slot 3; or shuffled pages, every other one cut as drops leave them."""
+    """A layout of contiguous tokens from slot 3 on, or of shuffled pages, every other one cut as drops leave them."""
     if store == "contiguous":
         return Layout(NUM_TOKENS, start=3)
     spans: list[tuple[int, int]] = []
@@ -125,7 +125,7 @@ def random_layout(batch: int, store: str, generator: torch.Generator) -> Layout:
 
 
 def _placed(plane: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """A plane `[B, H, T, d]` where the layout says."""
+    """Puts a plane `[B, H, T, d]` where the layout says."""
     batch, heads, length, width = plane.shape
     if layout.table is None:
         buffer = _poisoned((batch, heads, length + 8, width), plane)
@@ -139,7 +139,7 @@ def _placed(plane: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 def room(codec: str, new: torch.Tensor, layout: Layout) -> Encoded:
-    """Planes of poison with room for the tokens held and the new ones `[B, H, n, D]`."""
+    """Makes planes of poison with room for the tokens held and the new ones `[B, H, n, D]`."""
     batch, heads, count, head_dim = new.shape
     blocks, slots = (batch, layout.start + layout.length + count + 2) if layout.table is None else (0, PAGE_SIZE)
     blocks = blocks if layout.table is None else layout.table.numel()
@@ -148,6 +148,6 @@ def room(codec: str, new: torch.Tensor, layout: Layout) -> Encoded:
 
 
 def _poisoned(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """All bits set: NaN for floats, garbage for integers."""
+    """Makes memory with all bits set: NaN for floats, garbage for integers."""
     size = torch.Size(shape).numel() * like.element_size()
     return torch.full((size,), 0xFF, dtype=torch.uint8, device=like.device).view(like.dtype).view(shape)

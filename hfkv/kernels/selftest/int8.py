@@ -1,4 +1,4 @@
-"""A program for `selftest`: is a file's `int8_matmul` exact on this processor? It imports torch alone, for speed."""
+"""Program for `selftest`: checks that a file's `int8_matmul` is exact here. It imports torch alone, for speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEAD_DIM = 64  # D
 def first_wrong(int8_matmul: Callable[..., torch.Tensor]) -> str | None:
     """The first product that is not exact, in words; None where all are.
 
-    Both products of an attention over T tokens: ``[M, D] @ [D, T]`` with transposed keys, and ``[M, T] @ [T, D]``.
+    It tries the products of attention over T tokens: ``[M, D] @ [D, T]`` with transposed keys, ``[M, T] @ [T, D]``.
     """
     generator = torch.Generator().manual_seed(0)
 

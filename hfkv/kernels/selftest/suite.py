@@ -1,4 +1,4 @@
-"""Every kernel that would be used on a device, held against its naive twin on that very device."""
+"""Tests of every kernel that would be used on a device, against its naive twin on that very device."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ INT8_SECONDS = 120
 
 @dataclass(frozen=True)
 class Check:
-    """What was tested and what came of it.
+    """One test of a kernel and its outcome.
 
     Attributes:
-        what: ``"decode"`` (one query), ``"prefill"`` (several), ``"append"`` or ``"int8 product"``.
-        kernel: its name, as `dispatch` gives it; empty where asking for it raised.
-        codec, store, setting: of the tokens; ``"all"`` where it does not matter.
-        num_tokens: queries, or new tokens.
-        heads: the layer's; None for the int8 product.
+        what: kind of test: ``"decode"`` (one query), ``"prefill"`` (several), ``"append"`` or ``"int8 product"``.
+        kernel: name of the kernel, as `dispatch` gives it; empty where asking for it raised.
+        codec, store, setting: names of the tokens' codec, store and setting; ``"all"`` where it does not matter.
+        num_tokens: number of queries, or of new tokens.
+        heads: heads of the layer; None for the int8 product.
         outcome: ``"right"``, ``"wrong"``, ``"raised"`` or ``"not tested"``.
-        error: largest error against the twin in float64, of the output or the log-sum-exp, whichever uses more of what
-            it may have; None where nothing was computed.
-        allowed: what that error may be: 2 × that of the twin in the query's dtype + 1e-5.
+        error: largest error against the twin in float64, of the output or of the log-sum-exp, whichever is the larger
+            part of what is allowed; None where nothing was computed.
+        allowed: the most that this error may be: 2 × the twin's error in the query's dtype + 1e-5.
         note: what is wrong, or why it was not tested; else None.
     """
 
@@ -78,7 +78,7 @@ class Check:
 
 
 class Planned(NamedTuple):
-    """A check to come: its name, and what does it."""
+    """A check to come: its name, and the function that runs it."""
 
     name: str
     run: Callable[[], Check]
@@ -88,9 +88,9 @@ def plan(device: torch.device, dtype: torch.dtype, heads: tuple[Heads, ...] = (H
     """All checks of a device's kernels; none of them raises.
 
     Args:
-        device: where queries and tokens are.
-        dtype: of queries and new tokens: bf16, fp16 or fp32.
-        heads: of the layers to test for.
+        device: device of queries and tokens.
+        dtype: dtype of queries and new tokens: bf16, fp16 or fp32.
+        heads: heads of the layers to test for.
     """
     planned = []
     for each in heads:
@@ -200,7 +200,7 @@ def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Che
 
 
 def check_int8_product() -> Check:
-    """Whether torch's int8 matrix product is exact on this processor, in a process of its own: it may crash."""
+    """Checks whether torch's int8 matrix product is exact here, in a process of its own: it may crash."""
     rows = ", ".join(map(str, selftest_int8.NUM_ROWS))
     setting = f"T = 1..{selftest_int8.MOST_TOKENS}, M = {rows}"
     check = Check("int8 product", "torch int8", "int8", "all", setting, selftest_int8.MOST_TOKENS, None, RIGHT)

@@ -125,7 +125,7 @@ class HostPages:
         )
 
     def send(self, away: Sequence[Located], content: Planes) -> None:
-        """Takes pages from planes `[n, H_i, P, d_i]` on the device that nobody else writes to.
+        """Takes pages from planes `[n, H_i, P, d_i]` on the device, to which no other code writes.
 
         Args:
             away: each page's place in the device's planes, and its slot here.

@@ -204,7 +204,7 @@ class TieredPages(Pages):
                 self.bus.bytes_to_host += states[index].numel() * states.element_size()
 
     def fill(self, pages: Sequence[int], content: Planes) -> None:
-        """Writes n whole `pages`: planes `[n, H_i, P, d_i]` that nobody else writes to."""
+        """Writes n whole `pages`: planes `[n, H_i, P, d_i]`, to which no other code writes."""
         self._changes(pages)
         there, away = self._parted(pages)
         for (begin, end), slot in stretches(there):
