@@ -66,7 +66,7 @@ class ReadOnly(StandIn):
 
 
 class Snapshot(ReadOnly):
-    """Tensor of its own with what a layer held when it was asked.
+    """Tensor of its own that shows a layer's keys or values as they were when they were read.
 
     Args:
         values: tensor to show; it has no gradients.

@@ -109,7 +109,7 @@ class TokenRecord:
         self._ids = grown
 
     def tokens(self, seen: int) -> torch.Tensor | None:
-        """The ids of `seen` tokens, int64 `[B, seen]` on the CPU; None where they are unknown, or another number is."""
+        """The ids of all tokens, int64 `[B, seen]` on the CPU; None where they are unknown or not `seen` in number."""
         if not self.is_known or self.length != seen or self._ids is None:
             return None
         return self._ids[:, : self.length].cpu().clone()

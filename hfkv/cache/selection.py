@@ -1,4 +1,4 @@
-"""Rows of a batch that a selection, a reordering or a repetition leaves, as transformers has them."""
+"""Rows that a selection, a reordering or a repetition leaves of a batch, as in transformers."""
 
 from __future__ import annotations
 

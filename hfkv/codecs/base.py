@@ -60,7 +60,7 @@ class Codec(ABC):
 
     @in_own_precision
     def encode(self, x: torch.Tensor) -> Planes:
-        """Encodes tokens; on a CPU a few at a time, so that intermediate results stay in the caches.
+        """Encodes tokens; on a CPU in stretches, so that intermediate results stay in its caches.
 
         Args:
             x: tokens `[B, H, T, D]`, bf16, fp16 or fp32; T may be 0. NaN and infinity decode to NaN at worst.

@@ -13,7 +13,7 @@ WINDOW_SLACK = 256
 
 
 class ContiguousStore(Store):
-    """Buffers `[B, H_i, C, d_i]` that hold the tokens `start .. start + length`, always as one slice.
+    """Buffers `[B, H_i, C, d_i]` that hold tokens in the slots from `start` on, always as one slice.
 
     Dropping from the middle moves the shorter side over the gap (a window's few sinks), so reading is a
     slice and never a copy. When the buffer's end is reached, the held tokens move back to its start; with a

@@ -13,7 +13,7 @@ from hfkv.policy.window import Window
 
 
 class CacheLayer(CacheLayerMixin):
-    """One layer of a `KVCache` that is hfkv's own: transformers' contract, and questions of hfkv's.
+    """One layer of a `KVCache` that is hfkv's own: transformers' contract, and the questions that hfkv asks.
 
     Attributes:
         kv: policies of the layer.
@@ -52,7 +52,7 @@ class CacheLayer(CacheLayerMixin):
 
     @property
     def extras(self) -> list[str]:
-        """The names of what the layer keeps beyond its config."""
+        """Descriptions of what the layer keeps beyond its config."""
         return []
 
     @property
@@ -82,7 +82,7 @@ class CacheLayer(CacheLayerMixin):
 
     @abstractmethod
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Announces, before the first key, `copies` of each row of `tokens`."""
+        """Announces, before the first key, `copies` copies of each row when it holds `tokens`."""
 
     @abstractmethod
     def fork(self, repeats: int = 1) -> Any:

@@ -173,7 +173,7 @@ class _Query(NamedTuple):
 
 
 def _scores(query: _Query, keys: Affine) -> torch.Tensor:
-    """Scores float32 `[N, R, n]`."""
+    """Scores, float32 `[N, R, n]`."""
     if query.digits is not None and query.scale is not None:
         scores = from_digits(_products(query.digits, keys.numbers.transpose(1, 2))).mul_(query.scale)
     elif keys.numbers.dtype == torch.bfloat16:
@@ -186,7 +186,7 @@ def _scores(query: _Query, keys: Affine) -> torch.Tensor:
 
 
 def _output(weights: torch.Tensor, values: Affine) -> torch.Tensor:
-    """Output float32 `[N, R, Dv]` for weights `[N, R, n]`."""
+    """Output, float32 `[N, R, Dv]`, for weights `[N, R, n]`."""
     scaled = weights if values.scale is None else weights * values.scale[:, None]
     if values.numbers.dtype == torch.int8:
         digits, scale = to_digits(scaled, WEIGHT_DIGITS)

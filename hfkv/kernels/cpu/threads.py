@@ -46,7 +46,7 @@ def do_parts(work: Callable[[Part], Result], parts: Sequence[Part]) -> list[Resu
         The results in the order of the parts.
 
     Raises:
-        BaseException: `work` raised it; no thread works any more.
+        BaseException: the error that `work` raised, once no thread works any more.
     """
     total = torch.get_num_threads()
     if total == 1 or not _cores.are_shared() or _has_modes() or _setters() is None:
