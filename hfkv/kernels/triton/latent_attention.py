@@ -10,15 +10,17 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.triton.products import (
-    LOG2_E,
     add_values,
+    empty_softmax,
+    empty_sums,
     load_query,
-    load_scales,
     products,
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.tiles import FAR, load_rows, load_rule, locate, seen_in, tile_at, tile_ranges
+from hfkv.kernels.triton.sight import load_rule, load_sight
+from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit
+from hfkv.kernels.triton.tokens import load_tokens
 
 
 @triton.jit(
@@ -105,85 +107,45 @@ def _latent_kernel(
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     b = tl.program_id(2).to(tl.int64)
 
-    start, length, end_slot, seen, first, held_from, num_slots, sinks, pad, spans_ptr, table_ptr = load_rule(
-        meta_ptr, b, num_columns, META, PAGE_SIZE
-    )
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, META)
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = row // NUM_HEADS
     head = (row % NUM_HEADS).to(tl.int64)
     is_row = n < num_queries
-    t = seen - num_queries + n
-    t_last = seen - num_queries + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // NUM_HEADS, num_queries - 1)
-    lowest = pad
-    bound = None
-    mask_rows = None
-    if HAS_BOUNDS:
-        bound_at = bounds_ptr + b * bounds_b + n.to(tl.int64) * bounds_n
-        bound = tl.minimum(tl.load(bound_at, mask=is_row, other=FAR), FAR).to(tl.int32)
-        lowest = tl.maximum(pad, tl.min(bound, 0))
-    if HAS_MASK:
-        mask_rows = mask_ptr + b * mask_b + head * mask_h + n.to(tl.int64) * mask_n
+    sight = load_sight(
+        *(row_tile, n, is_row, num_queries, b, head, rule),
+        *(bounds_ptr, bounds_b, bounds_n, mask_ptr, mask_b, mask_h, mask_n, mask_t),
+        *(NUM_HEADS, BLOCK_M, HAS_BOUNDS, HAS_MASK),
+    )
 
     q_rows = b * q_b + head * q_h + n.to(tl.int64) * q_n
-    q, q_high, q_sum = load_query(
+    q = load_query(
         q_ptr, q_rows, is_row, CODEC, DC, C_WIDTH, C_Q_PADDED, C_PADDED, C_BLOCK, C_LOG_BLOCK, BLOCK_M, K_DTYPE
     )
-    turned, turned_high, turned_sum = load_query(
+    turned = load_query(
         q_ptr + DC, q_rows, is_row, CODEC, DR, R_WIDTH, R_Q_PADDED, R_PADDED, R_BLOCK, R_LOG_BLOCK, BLOCK_M, K_DTYPE
     )
 
-    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:
-        highest = tl.where(split == 0, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E, highest)
-        total = tl.where(split == 0, 1.0, total)
-    acc = tl.zeros([BLOCK_M, C_PADDED], tl.float32)
-    acc_high = tl.zeros([BLOCK_M, C_PADDED], tl.float32)
-    offset = tl.zeros([BLOCK_M], tl.float32)
+    highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
+    acc, acc_high, offset = empty_sums(BLOCK_M, C_PADDED)
 
-    slots_begin, slots_end, sinks_begin, sinks_end, newest_begin, newest_end = tile_ranges(
-        first, length, end_slot, num_slots, held_from, pad, sinks, lowest, t_last, BLOCK_N, HAS_MASK
-    )
-    in_slots = slots_end - slots_begin
-    in_sinks = sinks_end - sinks_begin
-    num_tiles = in_slots + in_sinks + newest_end - newest_begin
-    per_split = tl.cdiv(num_tiles, num_splits)
-    for step in range(split * per_split, tl.minimum((split + 1) * per_split, num_tiles)):
-        tile = tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin)
-        index, is_held, block, place = locate(
-            tile, b, start, length, end_slot, spans_ptr, table_ptr, num_columns, PAGE_SIZE, BLOCK_N
-        )
-        visible, wanted = seen_in(
-            index,
-            is_held,
-            is_row,
-            t,
-            t_last,
-            bound,
-            lowest,
-            mask_rows,
-            mask_t,
-            first,
-            held_from,
-            num_slots,
-            sinks,
-            pad,
-            HAS_BOUNDS,
-            HAS_MASK,
+    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N, HAS_MASK)
+    for step in range(first_step, last_step):
+        block, place, visible, wanted = visit(
+            step, ranges, b, layout, num_columns, rule, sight, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
         )
 
         # Loaded once, and a factor of both products.
-        c = load_rows(c_ptr, block * c_b + place * c_t, wanted, C_WIDTH, C_PADDED)
-        c_scale, c_low = load_scales(c_scale_ptr + block * c_scale_b + place * c_scale_t, wanted, CODEC)
-        r = load_rows(r_ptr, block * r_b + place * r_t, wanted, R_WIDTH, R_PADDED)
-        r_scale, r_low = load_scales(r_scale_ptr + block * r_scale_b + place * r_scale_t, wanted, CODEC)
-        scores = products(q, q_high, q_sum, c, c_scale, c_low, CODEC, K_DTYPE)
-        scores += products(turned, turned_high, turned_sum, r, r_scale, r_low, CODEC, K_DTYPE)
+        c_scale_at = c_scale_ptr + block * c_scale_b + place * c_scale_t
+        c = load_tokens(c_ptr, block * c_b + place * c_t, c_scale_at, wanted, CODEC, C_WIDTH, C_PADDED)
+        r_scale_at = r_scale_ptr + block * r_scale_b + place * r_scale_t
+        r = load_tokens(r_ptr, block * r_b + place * r_t, r_scale_at, wanted, CODEC, R_WIDTH, R_PADDED)
+        scores = products(q, c, CODEC, K_DTYPE)
+        scores += products(turned, r, CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)
-        acc, acc_high, offset = add_values(
-            acc, acc_high, offset, p, decay, c, c_scale, c_low, CODEC, V_DTYPE, V_PRECISION
-        )
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, CODEC, V_DTYPE, V_PRECISION)
 
     out_rows = ((split * tl.num_programs(2) + b) * NUM_HEADS + head) * num_queries + n
     store_split(out_ptr, lse_ptr, out_rows, is_row, acc, acc_high, offset, highest, total, CODEC, DC, C_WIDTH, C_PADDED)

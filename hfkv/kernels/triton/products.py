@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.triton.numbers import cast, rotate, round_tf32, tanh
-from hfkv.kernels.triton.tiles import decoded, high_nibbles, low_nibbles
+from hfkv.kernels.triton.tokens import decoded, high_nibbles, low_nibbles
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -42,8 +42,9 @@ def load_query(
         is_row: `[BLOCK_M]`.
 
     Returns:
-        `[BLOCK_M, PADDED]` of DTYPE twice and float32 `[BLOCK_M]`: of int4 the factors of low nibbles, those of high
-        ones, and the sums of both, that offsets are multiplied by; of other codecs only the first is to be used.
+        What `products` takes, `[BLOCK_M, PADDED]` of DTYPE twice and float32 `[BLOCK_M]`: of int4 the factors of low
+        nibbles, those of high ones, and the sums of both, that offsets are multiplied by; of other codecs only the
+        first is to be used.
     """
     d = tl.arange(0, D_PADDED)
     q = tl.load(ptr + rows[:, None] + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0).to(DTYPE)
@@ -63,20 +64,10 @@ def load_query(
 
 
 @triton.jit
-def load_scales(at, wanted, CODEC: tl.constexpr):
-    """Loads float32 `[BLOCK_N]` scales, and the offsets of int4; ones and zeros where there are none."""
-    scale = tl.full(wanted.shape, 1.0, tl.float32)
-    low = tl.zeros(wanted.shape, tl.float32)
-    if CODEC != "none":
-        scale = tl.load(at, mask=wanted, other=1.0).to(tl.float32)
-    if CODEC == "int4":
-        low = tl.load(at + 1, mask=wanted, other=0.0).to(tl.float32)
-    return scale, low
-
-
-@triton.jit
-def products(q, q_high, q_sum, data, scale, low, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Queries times a tile of keys, float32 `[BLOCK_M, BLOCK_N]`; for the arguments see `load_query`, `load_scales`."""
+def products(queries, tokens, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Queries times a tile of keys, as `load_query` and `load_tokens` give them: float32 `[BLOCK_M, BLOCK_N]`."""
+    q, q_high, q_sum = queries
+    data, scale, low = tokens
     if CODEC == "int4":
         scores = tl.dot(q, tl.trans(low_nibbles(data, DTYPE)), input_precision="ieee")
         scores = tl.dot(q_high, tl.trans(high_nibbles(data, DTYPE)), scores, input_precision="ieee")
@@ -86,6 +77,21 @@ def products(q, q_high, q_sum, data, scale, low, CODEC: tl.constexpr, DTYPE: tl.
         if CODEC != "none":
             scores = scores * scale[None, :]
     return scores
+
+
+@triton.jit
+def empty_softmax(sinks_ptr, head, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """The running softmax of rows that have seen nothing yet, except the sink logits of their heads in split 0.
+
+    Returns:
+        `highest` and `total`, float32 `[BLOCK_M]`.
+    """
+    highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        highest = tl.where(split == 0, tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E, highest)
+        total = tl.where(split == 0, 1.0, total)
+    return highest, total
 
 
 @triton.jit
@@ -115,24 +121,24 @@ def soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: t
 
 
 @triton.jit
+def empty_sums(BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
+    """`acc`, `acc_high` and `offset` of `add_values` before the first tile."""
+    acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    acc_high = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    offset = tl.zeros([BLOCK_M], tl.float32)
+    return acc, acc_high, offset
+
+
+@triton.jit
 def add_values(
-    acc,
-    acc_high,
-    offset,
-    p,
-    decay,
-    data,
-    scale,
-    low,
-    CODEC: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    acc, acc_high, offset, p, decay, tokens, CODEC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The sums so far times `decay`, and weights `p` times a tile of values.
+    """The sums so far times `decay`, and weights `p` times a tile of values, as `load_tokens` gives them.
 
     Returns:
         `acc` and, of int4's high nibbles, `acc_high`, both `[BLOCK_M, PADDED]`, and `offset` `[BLOCK_M]`; float32.
     """
+    data, scale, low = tokens
     acc = acc * decay[:, None]
     if CODEC != "none":
         p = p * scale[None, :]

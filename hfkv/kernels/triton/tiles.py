@@ -1,4 +1,4 @@
-"""Tiles of held tokens: which of them queries can see, where their tokens lie, and what is loaded of them.
+"""Tiles of held tokens: where their tokens lie, which of them queries can see, and how splits share them out.
 
 A tile is BLOCK_N neighbouring slots. Contiguous planes are counted from the first held token on, so that slot i is held
 token i; paged ones column by column, P slots each, some of them not held. The slot of a held token is at least its
@@ -14,32 +14,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# No position is as large: bounds are cut to it, so that sums of it and an index fit 32 bits.
-FAR = tl.constexpr(1 << 30)
+from hfkv.kernels.triton.sight import seen_in
 
 
 @triton.jit
-def load_rule(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Loads what `DeviceInputs.meta` says of batch row `b`, int64; its numbers are those of `SCALARS`.
+def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Loads what `DeviceInputs.meta` says of the `Layout`; its numbers are those of `SCALARS`.
+
+    Args:
+        meta_ptr: the numbers.
+        b: the batch row, int64.
+        num_columns: of the block table.
 
     Returns:
-        start, length, the slot behind the last held token, seen, first, held_from, num_slots, sinks, the row's pads,
-        and where the spans and the row's part of the block table begin.
+        start, length, the slot behind the last held token, counted as tiles are, where the spans begin, and where the
+        row's part of the block table does.
     """
     start = tl.load(meta_ptr)
     length = tl.load(meta_ptr + 1)
-    seen = tl.load(meta_ptr + 4)
-    first = tl.load(meta_ptr + 5)
-    held_from = tl.load(meta_ptr + 6)
-    num_slots = tl.load(meta_ptr + 7)
-    sinks = tl.load(meta_ptr + 8)
-    pad = tl.load(meta_ptr + META + b)
     spans_ptr = meta_ptr + META + tl.num_programs(2)
     table_ptr = spans_ptr + 3 * num_columns + b * num_columns
     end_slot = length
     if PAGE_SIZE > 0:
         end_slot = tl.load(meta_ptr + 2) * PAGE_SIZE + tl.load(meta_ptr + 3)
-    return start, length, end_slot, seen, first, held_from, num_slots, sinks, pad, spans_ptr, table_ptr
+    return start, length, end_slot, spans_ptr, table_ptr
 
 
 @triton.jit
@@ -96,24 +94,14 @@ def tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin):
 
 
 @triton.jit
-def locate(
-    tile,
-    b,
-    start,
-    length,
-    end_slot,
-    spans_ptr,
-    table_ptr,
-    num_columns,
-    PAGE_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+def locate(tile, b, layout, num_columns, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where a tile's tokens lie.
 
     Returns:
         The held index of each slot, whether it is held, the row or page (one or BLOCK_N of them) and the place in it,
         both int64.
     """
+    start, length, end_slot, spans_ptr, table_ptr = layout
     slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if PAGE_SIZE == 0:
         index = slot
@@ -140,82 +128,51 @@ def locate(
 
 
 @triton.jit
-def seen_in(
-    index,
-    is_held,
-    is_row,
-    t,
-    t_last,
-    bound,
-    lowest,
-    mask_rows,
-    mask_t,
-    first,
-    held_from,
-    num_slots,
-    sinks,
-    pad,
+def tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):
+    """The share of one split in the tiles that a tile of queries may see.
+
+    Args:
+        layout, rule, sight: as `load_layout`, `load_rule` and `load_sight` give them.
+
+    Returns:
+        The ranges, as `tile_at` takes them, and the split's first step through them and the one behind its last.
+    """
+    _, length, end_slot, _, _ = layout
+    _, first, held_from, num_slots, sinks, pad = rule
+    _, _, t_last, _, lowest, _, _ = sight
+    slots_begin, slots_end, sinks_begin, sinks_end, newest_begin, newest_end = tile_ranges(
+        first, length, end_slot, num_slots, held_from, pad, sinks, lowest, t_last, BLOCK_N, HAS_MASK
+    )
+    in_slots = slots_end - slots_begin
+    in_sinks = sinks_end - sinks_begin
+    num_tiles = in_slots + in_sinks + newest_end - newest_begin
+    per_split = tl.cdiv(num_tiles, num_splits)
+    ranges = (slots_begin, in_slots, sinks_begin, in_sinks, newest_begin)
+    return ranges, split * per_split, tl.minimum((split + 1) * per_split, num_tiles)
+
+
+@triton.jit
+def visit(
+    step,
+    ranges,
+    b,
+    layout,
+    num_columns,
+    rule,
+    sight,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """What the rows of queries see of a tile: `Visibility`.
-
-    Args:
-        index, is_held: of its slots, as `locate` gives them.
-        is_row: `[BLOCK_M]`.
-        t: the rows' positions `[BLOCK_M]`; `t_last` is the highest.
-        bound: the lowest position that each sees `[BLOCK_M]`, or None; `lowest` is the lowest of all.
-        mask_rows: pointers to the rows of the mask `[BLOCK_M]`, or None; `mask_t` is its last stride.
+    """Where the tokens of the tile at a step lie, and who sees them.
 
     Returns:
-        Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
+        The row or page and the place in it, as `locate` gives them; who sees which, and which are to be loaded, as
+        `seen_in` does.
     """
-    is_held = is_held & (index >= first)
-    if HAS_MASK:
-        mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t
-        visible = tl.load(mask_at, mask=is_row[:, None] & is_held[None, :], other=0) != 0
-        wanted = tl.max(visible.to(tl.int32), 0) > 0
-    else:
-        position = tl.where(index < num_slots, pad + index, held_from + index - num_slots)
-        is_held = is_held & (position >= pad) & ((index >= num_slots) | (position < held_from))
-        visible = is_held[None, :] & (position[None, :] <= t[:, None])
-        wanted = is_held & (position <= t_last)
-        if HAS_BOUNDS:
-            is_sink = position < pad + sinks
-            visible = visible & ((position[None, :] >= bound[:, None]) | is_sink[None, :])
-            wanted = wanted & ((position >= lowest) | is_sink)
-    return visible, wanted
-
-
-@triton.jit
-def load_rows(ptr, rows, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Loads `[BLOCK_N, PADDED]`, zeros where a row is not wanted and behind its WIDTH numbers.
-
-    Args:
-        ptr: a data plane.
-        rows: int64 `[BLOCK_N]`, where the rows begin.
-        wanted: `[BLOCK_N]`.
-    """
-    d = tl.arange(0, PADDED)
-    return tl.load(ptr + rows[:, None] + d[None, :], mask=wanted[:, None] & (d < WIDTH)[None, :], other=0)
-
-
-@triton.jit
-def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Data of a codec other than int4 as numbers still to be multiplied by their scale."""
-    if CODEC == "fp8":
-        return x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
-    else:
-        return x.to(DTYPE)
-
-
-@triton.jit
-def low_nibbles(x, DTYPE: tl.constexpr):
-    """The first halves of rows of int4."""
-    return (x & 0xF).to(tl.int8).to(DTYPE)
-
-
-@triton.jit
-def high_nibbles(x, DTYPE: tl.constexpr):
-    """The second halves of rows of int4."""
-    return (x >> 4).to(tl.int8).to(DTYPE)
+    slots_begin, in_slots, sinks_begin, in_sinks, newest_begin = ranges
+    tile = tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin)
+    index, is_held, block, place = locate(tile, b, layout, num_columns, PAGE_SIZE, BLOCK_N)
+    visible, wanted = seen_in(index, is_held, rule, sight, HAS_BOUNDS, HAS_MASK)
+    return block, place, visible, wanted

@@ -1,0 +1,116 @@
+"""What queries see: the rule that `Visibility` and a mask lay down, row by row of a tile of queries."""
+
+# ruff: noqa: N803 - Triton writes compile-time constants in capitals
+# mypy: allow-incomplete-defs
+# Triton annotates nothing else.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# No position is as large: bounds are cut to it, so that sums of it and an index fit 32 bits.
+FAR = tl.constexpr(1 << 30)
+
+
+@triton.jit
+def load_rule(meta_ptr, b, META: tl.constexpr):
+    """Loads what `DeviceInputs.meta` says of the `Visibility`; its numbers are those of `SCALARS`.
+
+    Args:
+        meta_ptr: the numbers.
+        b: the batch row, int64.
+
+    Returns:
+        seen, first, held_from, num_slots, sinks and the row's pads.
+    """
+    seen = tl.load(meta_ptr + 4)
+    first = tl.load(meta_ptr + 5)
+    held_from = tl.load(meta_ptr + 6)
+    num_slots = tl.load(meta_ptr + 7)
+    sinks = tl.load(meta_ptr + 8)
+    pad = tl.load(meta_ptr + META + b)
+    return seen, first, held_from, num_slots, sinks, pad
+
+
+@triton.jit
+def load_sight(
+    row_tile,
+    n,
+    is_row,
+    num_queries,
+    b,
+    head,
+    rule,
+    bounds_ptr,
+    bounds_b,
+    bounds_n,
+    mask_ptr,
+    mask_b,
+    mask_h,
+    mask_n,
+    mask_t,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Loads what the rows of a tile of queries see.
+
+    Args:
+        row_tile: the tile's index.
+        n, head: the query and the query head of each row `[BLOCK_M]`; a query has ROWS rows.
+        is_row: `[BLOCK_M]`, whether there is such a query.
+        num_queries: q.
+        b: the batch row, int64.
+        rule: as `load_rule` gives it.
+
+    Returns:
+        `is_row`; the rows' positions `[BLOCK_M]` and the highest of them; the lowest position that each sees
+        `[BLOCK_M]`, or without bounds the row's pads, and the lowest of all; pointers to the rows of the mask
+        `[BLOCK_M]`, or 0, and its last stride.
+    """
+    seen, _, _, _, _, pad = rule
+    t = seen - num_queries + n
+    t_last = seen - num_queries + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // ROWS, num_queries - 1)
+    bound = pad
+    lowest = pad
+    # The compiler takes no None in a tuple.
+    mask_rows = 0
+    if HAS_BOUNDS:
+        bound_at = bounds_ptr + b * bounds_b + n.to(tl.int64) * bounds_n
+        bound = tl.minimum(tl.load(bound_at, mask=is_row, other=FAR), FAR).to(tl.int32)
+        lowest = tl.maximum(pad, tl.min(bound, 0))
+    if HAS_MASK:
+        mask_rows = mask_ptr + b * mask_b + head * mask_h + n.to(tl.int64) * mask_n
+    return is_row, t, t_last, bound, lowest, mask_rows, mask_t
+
+
+@triton.jit
+def seen_in(index, is_held, rule, sight, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """What the rows of queries see of a tile: `Visibility`.
+
+    Args:
+        index, is_held: of its slots, as `locate` gives them.
+        rule, sight: as `load_rule` and `load_sight` give them.
+
+    Returns:
+        Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
+    """
+    _, first, held_from, num_slots, sinks, pad = rule
+    is_row, t, t_last, bound, lowest, mask_rows, mask_t = sight
+    is_held = is_held & (index >= first)
+    if HAS_MASK:
+        mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t
+        visible = tl.load(mask_at, mask=is_row[:, None] & is_held[None, :], other=0) != 0
+        wanted = tl.max(visible.to(tl.int32), 0) > 0
+    else:
+        position = tl.where(index < num_slots, pad + index, held_from + index - num_slots)
+        is_held = is_held & (position >= pad) & ((index >= num_slots) | (position < held_from))
+        visible = is_held[None, :] & (position[None, :] <= t[:, None])
+        wanted = is_held & (position <= t_last)
+        if HAS_BOUNDS:
+            is_sink = position < pad + sinks
+            visible = visible & ((position[None, :] >= bound[:, None]) | is_sink[None, :])
+            wanted = wanted & ((position >= lowest) | is_sink)
+    return visible, wanted

@@ -1,0 +1,72 @@
+"""Tiles of tokens as the attention kernels load them: data as they are stored, scales and offsets."""
+
+# ruff: noqa: N803 - Triton writes compile-time constants in capitals
+# mypy: allow-incomplete-defs
+# Triton annotates nothing else.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(ptr, rows, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Loads `[BLOCK_N, PADDED]`, zeros where a row is not wanted and behind its WIDTH numbers.
+
+    Args:
+        ptr: a data plane.
+        rows: int64 `[BLOCK_N]`, where the rows begin.
+        wanted: `[BLOCK_N]`.
+    """
+    d = tl.arange(0, PADDED)
+    return tl.load(ptr + rows[:, None] + d[None, :], mask=wanted[:, None] & (d < WIDTH)[None, :], other=0)
+
+
+@triton.jit
+def load_scales(at, wanted, CODEC: tl.constexpr):
+    """Loads float32 `[BLOCK_N]` scales, and the offsets of int4; ones and zeros where there are none."""
+    scale = tl.full(wanted.shape, 1.0, tl.float32)
+    low = tl.zeros(wanted.shape, tl.float32)
+    if CODEC != "none":
+        scale = tl.load(at, mask=wanted, other=1.0).to(tl.float32)
+    if CODEC == "int4":
+        low = tl.load(at + 1, mask=wanted, other=0.0).to(tl.float32)
+    return scale, low
+
+
+@triton.jit
+def load_tokens(ptr, rows, scale_at, wanted, CODEC: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Loads the keys or the values of a tile.
+
+    Args:
+        ptr, rows, wanted: as `load_rows` takes them.
+        scale_at: pointers to the scales `[BLOCK_N]`.
+
+    Returns:
+        Data `[BLOCK_N, PADDED]`, as they are stored, scales and offsets.
+    """
+    data = load_rows(ptr, rows, wanted, WIDTH, PADDED)
+    scale, low = load_scales(scale_at, wanted, CODEC)
+    return data, scale, low
+
+
+@triton.jit
+def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Data of a codec other than int4 as numbers still to be multiplied by their scale."""
+    if CODEC == "fp8":
+        return x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
+    else:
+        return x.to(DTYPE)
+
+
+@triton.jit
+def low_nibbles(x, DTYPE: tl.constexpr):
+    """The first halves of rows of int4."""
+    return (x & 0xF).to(tl.int8).to(DTYPE)
+
+
+@triton.jit
+def high_nibbles(x, DTYPE: tl.constexpr):
+    """The second halves of rows of int4."""
+    return (x >> 4).to(tl.int8).to(DTYPE)
