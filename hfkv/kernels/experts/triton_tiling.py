@@ -12,7 +12,7 @@ import torch
 import triton
 
 from hfkv.kernels.experts.codes import GROUP
-from hfkv.kernels.triton.tiling import Device
+from hfkv.kernels.triton.tiling import MIN_BLOCK, Device, padded, warps_for
 
 # Bytes of weights that a program of the GEMV has in flight: four loads of 16 bytes by each of 128 threads.
 GEMV_TILE_BYTES = 8192
@@ -22,7 +22,7 @@ GEMV_ROW_BYTES = (512, 256, 128, 64)
 GEMV_PROGRAMS = 4
 # A part of the inputs of fewer tiles costs more to add up than it saves.
 MIN_TILES, MAX_SPLITS = 2, 8
-MIN_BLOCK_M, MAX_BLOCK_M = 16, 128
+MIN_BLOCK_M, MAX_BLOCK_M = MIN_BLOCK, 128
 # Bytes of weights that a program of the GEMM has under way where an expert has few rows.
 FEW_ROWS_BYTES = 32 << 10
 
@@ -56,8 +56,7 @@ def is_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 def choose_block_m(num_slots: int, num_experts: int) -> int:
     """Rows a tile of the GEMM: a power of two with room for half more than an expert has on average."""
-    rows = triton.next_power_of_2(max(1, 3 * num_slots // (2 * num_experts)))
-    return min(MAX_BLOCK_M, max(MIN_BLOCK_M, rows))
+    return min(MAX_BLOCK_M, padded(3 * num_slots // (2 * num_experts)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -111,8 +110,7 @@ def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) ->
         codec: of the weights.
         dtype: of the factors of products.
     """
-    if dtype == torch.float32 and device.num_multiprocessors > 1:
-        # Exact products do not run on tensor cores and hold their factors in registers; interpreted ones hold nothing.
+    if device.holds_factors(dtype):
         return GemmTiling(32, GROUP, 4, 1)
     # Few rows: weights are read once, and much of them has to be under way. Many: as many outputs, and two programs a
     # multiprocessor; fewer inputs would make the codes of int4's groups loads too small to run ahead.
@@ -128,4 +126,4 @@ def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) ->
     is_async = block_m >= 64 and device.shared_memory > 200 << 10
     most = 3 if block_m >= 64 else min(5, max(3, FEW_ROWS_BYTES // weight_bytes))
     num_stages = max(1, min(most, buffers if is_async else buffers + 1))
-    return GemmTiling(block_n, block_k, 8 if block_m * block_n >= 128 * 128 else 4, num_stages)
+    return GemmTiling(block_n, block_k, warps_for(block_m, block_n), num_stages)

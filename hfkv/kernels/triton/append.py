@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from hfkv.codecs.hadamard import hadamard_block
 from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Encoded
-from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, round_bf16, round_half_even
+from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
+from hfkv.kernels.triton.planes import plane_arguments
+from hfkv.kernels.triton.tiles import load_layout
 from hfkv.stores.layout import Layout
 
 # Tokens a program. Not measured on a GPU yet.
@@ -134,8 +135,8 @@ def _append_kernel(
     K_WIDTH: tl.constexpr,
     V_WIDTH: tl.constexpr,
     K_BLOCK: tl.constexpr,
-    V_BLOCK: tl.constexpr,
     K_LOG_BLOCK: tl.constexpr,
+    V_BLOCK: tl.constexpr,
     V_LOG_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     META: tl.constexpr,
@@ -144,16 +145,16 @@ def _append_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
     if PAGE_SIZE == 0:
         block = b + tl.zeros([BLOCK_T], tl.int64)
-        slot = tl.load(meta_ptr) + tl.load(meta_ptr + 1) + n
+        slot = start + length + n
         is_new = (n < num_new) & (slot < capacity)
     else:
-        behind = tl.load(meta_ptr + 2) * PAGE_SIZE + tl.load(meta_ptr + 3) + n
+        behind = end_slot + n
         column = behind // PAGE_SIZE
         slot = behind % PAGE_SIZE
         is_new = (n < num_new) & (column < num_columns)
-        table_ptr = meta_ptr + META + tl.num_programs(2) + 3 * num_columns + b * num_columns
         block = tl.load(table_ptr + column, mask=is_new, other=0).to(tl.int64)
     slot = slot.to(tl.int64)
     _encode(
@@ -207,20 +208,14 @@ def _append(
     batch, num_heads, num_new, _ = new_keys.shape
     if new_keys.numel() == 0:
         return
-    page_size = key_planes[0].shape[2] if is_paged else 0
-    planes = [bytes_of(planes[0]) for planes in (key_planes, value_planes)]
-    # Without scales their place is taken by the data.
-    scales = [planes[-1] for planes in (key_planes, value_planes)]
+    room = key_planes[0].shape[2]
     dims = (new_keys.shape[3], new_values.shape[3])
-    widths = [triton.next_power_of_2(dim) for dim in dims]
-    blocks = [hadamard_block(dim) for dim in dims]
     _append_kernel[(triton.cdiv(num_new, BLOCK_T), num_heads, batch)](
         *(new_keys, *new_keys.stride(), new_values, *new_values.stride()),
-        *(planes[0], *planes[0].stride()[:3], scales[0], *scales[0].stride()[:3]),
-        *(planes[1], *planes[1].stride()[:3], scales[1], *scales[1].stride()[:3]),
-        *(meta, columns, num_new, planes[0].shape[2]),
-        *(key_codec, value_codec, *dims, *widths, *blocks, *(block.bit_length() - 1 for block in blocks)),
-        *(page_size, NUM_SCALARS, BLOCK_T),
+        *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
+        *(meta, columns, num_new, room, key_codec, value_codec, *dims),
+        *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
+        *(room if is_paged else 0, NUM_SCALARS, BLOCK_T),
         num_warps=4,
         # A fused multiply-add rounds once where the codecs round twice.
         enable_fp_fusion=False,
@@ -230,11 +225,6 @@ def _append(
 @_append.register_fake
 def _(*arguments: object) -> None:
     return None
-
-
-def bytes_of(plane: torch.Tensor) -> torch.Tensor:
-    """A plane as kernels take it: 8-bit floats as bytes, which loads and stores can mask."""
-    return plane.view(torch.uint8) if plane.dtype == torch.float8_e4m3fn else plane
 
 
 def append(

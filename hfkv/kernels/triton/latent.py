@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from hfkv.codecs.hadamard import hadamard_block
-from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs
+from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
-from hfkv.kernels.triton.append import bytes_of
+from hfkv.kernels.triton.call import Call, outputs
+from hfkv.kernels.triton.dtypes import product_dtypes
 from hfkv.kernels.triton.latent_attention import _latent_kernel
-from hfkv.kernels.triton.merge import merge
-from hfkv.kernels.triton.operator import TL_DTYPES, checked, product_dtypes
-from hfkv.kernels.triton.tiling import choose_splits, device_of, latent_tiling
+from hfkv.kernels.triton.numbers import rotation
+from hfkv.kernels.triton.planes import plane_arguments
+from hfkv.kernels.triton.tiling import device_of, latent_tiling, padded
 from hfkv.stores.layout import Layout
 
 
@@ -34,58 +33,43 @@ def _latent_attention(
     capacity: int,
     num_splits: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, num_heads, num_queries, query_dim = query.shape
-    out = query.new_empty(batch, num_heads, num_queries, latent_dim)
-    lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
+    out, lse = outputs(query, latent_dim)
     if out.numel() == 0:
         return out, lse
-    query = query if query.stride(3) == 1 else query.contiguous()
-    c, r = bytes_of(latent_planes[0]), bytes_of(rotary_planes[0])
-    # Without scales their place is taken by the data.
-    c_scale, r_scale = (planes[-1] if len(planes) > 1 else planes[0] for planes in (latent_planes, rotary_planes))
+    _, num_heads, num_queries, query_dim = query.shape
+    c, r = latent_planes[0], rotary_planes[0]
     page_size = c.shape[2] if columns else 0
-    dims = (latent_dim, query_dim - latent_dim)
-    widths = (c.shape[3], r.shape[3])
-    padded = [max(16, triton.next_power_of_2(dim)) for dim in (*dims, *widths)]
-    blocks = [hadamard_block(dim) for dim in dims]
-    k_dtype, v_dtype, v_precision = product_dtypes(query.dtype, codec, query.device)
-    num_rows = num_heads * num_queries
-    device = device_of(query.device)
-    token_bytes = (padded[2] + padded[3]) * c.element_size()
+    dims, widths = (latent_dim, query_dim - latent_dim), (c.shape[3], r.shape[3])
+    q_padded, data_padded = [padded(dim) for dim in dims], [padded(width) for width in widths]
+    dtypes = product_dtypes(query.dtype, codec, query.device)
     tiles = latent_tiling(
-        device, num_rows, (padded[0], padded[1]), query.dtype, v_dtype.itemsize, token_bytes, page_size
+        device_of(query.device),
+        num_heads * num_queries,
+        (q_padded[0], q_padded[1]),
+        query.dtype,
+        dtypes[1].itemsize,
+        sum(data_padded) * c.element_size(),
+        page_size,
     )
-    num_row_tiles = triton.cdiv(num_rows, tiles.block_m)
-    if num_splits == 0:
-        num_splits = choose_splits(device, num_row_tiles * batch, triton.cdiv(capacity, tiles.block_n))
-    is_merged = num_splits > 1 or codec == "int4"
-    parts = lse.new_empty(num_splits, *out.shape) if is_merged else out
-    part_lse = lse.new_empty(num_splits, *lse.shape) if is_merged else lse
-    bounds_strides = (0, 0) if bounds is None else bounds.expand(batch, num_queries).stride()
-    mask_strides = (0,) * 4 if mask is None else mask.expand(batch, num_heads, num_queries, -1).stride()
-    _latent_kernel[(num_row_tiles * num_splits, 1, batch)](
-        *(query, *query.stride()[:3], c, c.stride(0), c.stride(2), c_scale, c_scale.stride(0), c_scale.stride(2)),
-        *(r, r.stride(0), r.stride(2), r_scale, r_scale.stride(0), r_scale.stride(2)),
-        *(meta, columns, bounds, *bounds_strides),
-        *(None if mask is None else mask.view(torch.uint8), *mask_strides),
-        *(sink_logits, parts, part_lse, num_queries, num_splits, scale, softcap or 1.0),
-        *(NUM_SCALARS, bounds is not None, mask is not None, softcap is not None, sink_logits is not None),
-        *(codec, *dims, *widths, *padded),
-        *(number for block in blocks for number in (block, block.bit_length() - 1)),
-        *(num_heads, page_size, tiles.block_m, tiles.block_n, TL_DTYPES[k_dtype], TL_DTYPES[v_dtype], v_precision),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=True,
+    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits).launch(
+        _latent_kernel,
+        query,
+        (*plane_arguments(latent_planes, has_heads=False), *plane_arguments(rotary_planes, has_heads=False)),
+        (codec, *dims, *widths, *q_padded, *data_padded, *rotation(dims[0]), *rotation(dims[1])),
+        tiles=tiles,
+        dtypes=dtypes,
+        num_kv_heads=1,
+        page_size=page_size,
+        is_rotated=codec == "int4",
+        out=out,
+        lse=lse,
     )
-    if is_merged:
-        merge(parts, part_lse, out, lse, is_rotated=codec == "int4")
     return out, lse
 
 
 @_latent_attention.register_fake
 def _(query, latent_planes, rotary_planes, codec, latent_dim, *_):
-    out = query.new_empty(*query.shape[:3], latent_dim)
-    return out, query.new_empty(query.shape[:3], dtype=torch.float32)
+    return outputs(query, latent_dim)
 
 
 def latent_attention(
@@ -134,12 +118,8 @@ def latent_attention(
         raise ValueError(f"latents {shapes[0]} and rotary keys {shapes[1]} are not one kv head in the same rows")
     num_splits = 0 if num_splits is None else num_splits
     key_dim = latents.head_dim + rotary.head_dim
-    inputs, capacity = checked(
-        query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits
-    )
+    call = Call.checked(query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits)
     out, lse = torch.ops.hfkv.latent_attention(
-        *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim),
-        *(inputs.meta, inputs.columns, inputs.bounds, inputs.mask),
-        *(scoring.sink_logits, scoring.scale, scoring.softcap, capacity, num_splits),
+        *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim, *call)
     )
     return Attended(out, lse)

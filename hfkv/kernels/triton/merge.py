@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hfkv.codecs.hadamard import hadamard_block
-from hfkv.kernels.triton.numbers import cast, rotate
+from hfkv.kernels.triton.numbers import cast, rotate, rotation
 
 # Rows times splits that a program holds at a time. Not measured on a GPU yet.
 BLOCK = 16
@@ -79,12 +78,11 @@ def merge(
     """
     num_splits, head_dim = parts.shape[0], parts.shape[4]
     num_rows = lse.numel()
-    rotation = hadamard_block(head_dim) if is_rotated else 1
     block_s = min(BLOCK, triton.next_power_of_2(num_splits))
     block_r = BLOCK // block_s
     _merge_kernel[(triton.cdiv(num_rows, block_r),)](
         *(parts, part_lse, out, lse, num_rows, num_splits),
-        *(head_dim, triton.next_power_of_2(head_dim), rotation, rotation.bit_length() - 1),
+        *(head_dim, triton.next_power_of_2(head_dim), *(rotation(head_dim) if is_rotated else (1, 0))),
         *(1 if num_splits == 1 else MAX_SPLITS, block_r, block_s),
         num_warps=4,
         enable_fp_fusion=True,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.codecs.hadamard import hadamard_block
+
 
 @triton.jit
 def round_half_even(x):
@@ -79,3 +81,9 @@ def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG_
         pairs = tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2))
         x = tl.reshape(pairs, (ROWS, WIDTH))
     return x * (BLOCK**-0.5)
+
+
+def rotation(head_dim: int) -> tuple[int, int]:
+    """BLOCK and LOG_BLOCK with which `rotate` turns rows of `head_dim` numbers."""
+    block = hadamard_block(head_dim)
+    return block, block.bit_length() - 1

@@ -22,6 +22,8 @@ ENOUGH = 0.85
 # Shared memory for tiles, in bytes: of 227, 163 and 99 KiB, with room for reductions.
 SHARED_MEMORY = {(9, 0): 212 << 10, (10, 0): 212 << 10, (10, 3): 212 << 10, (8, 0): 148 << 10}
 LITTLE_SHARED_MEMORY = 84 << 10
+# Rows and columns of a product, at least.
+MIN_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Device:
 
     num_multiprocessors: int
     shared_memory: int
+
+    def holds_factors(self, dtype: torch.dtype) -> bool:
+        """Whether products of `dtype` hold their factors in registers.
+
+        Exact ones do, as they do not run on tensor cores; interpreted ones hold nothing.
+        """
+        return dtype == torch.float32 and self.num_multiprocessors > 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,16 @@ def device_of(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     shared_memory = SHARED_MEMORY.get((properties.major, properties.minor), LITTLE_SHARED_MEMORY)
     return Device(properties.multi_processor_count, shared_memory)
+
+
+def padded(number: int) -> int:
+    """Rows or columns of a product that has room for `number` of them."""
+    return max(MIN_BLOCK, triton.next_power_of_2(number))
+
+
+def warps_for(num_rows: int, num_columns: int) -> int:
+    """Warps that hold so many sums in their registers."""
+    return 8 if num_rows * num_columns >= 128 * 128 else 4
 
 
 def tiling(
@@ -77,25 +96,18 @@ def tiling(
     """
     width = max(widths)
     max_buffers = 2 if is_prefill else 3
-    if dtype == torch.float32 and device.num_multiprocessors > 1:
-        # Exact products do not run on tensor cores and hold their factors in registers; interpreted ones hold nothing.
+    if device.holds_factors(dtype):
         block_m, block_n, max_buffers = 16, 16, 1
     elif is_prefill and item_size == 2 and width <= 128:
         block_m, block_n = 128, 64
     else:
         block_m, block_n = 64, 64 if width <= 128 and item_size == 2 else 32
-    block_m = min(block_m, max(16, triton.next_power_of_2(num_rows)))
-    num_warps = 8 if block_m * width >= 128 * 128 else 4
-    if page_size >= 32 and page_size & (page_size - 1) == 0:
-        # One page a tile, or a part of one: its id is then one number.
-        block_n = min(block_n, page_size)
-    # A tile is loaded into one buffer while others wait or are computed with, decoded in one more place; queries stay.
+    block_m = min(block_m, padded(num_rows))
+    num_warps = warps_for(block_m, width)
+    block_n = _in_page(block_n, page_size, 32)
     room = device.shared_memory - block_m * widths[0] * item_size
-    if token_bytes != sum(widths) * item_size:
-        room -= block_n * sum(widths) * item_size
-    buffers = max(1, min(max_buffers, room // (block_n * token_bytes)))
-    # A page's id is loaded as far ahead of its tokens as they are ahead of their use.
-    return Tiling(block_m, block_n, num_warps, 2 * buffers + 1 if page_size else buffers + 1)
+    num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes, page_size)
+    return Tiling(block_m, block_n, num_warps, num_stages)
 
 
 def latent_tiling(
@@ -126,20 +138,41 @@ def latent_tiling(
     block_m, block_n, max_buffers = 32, 32, 2
     if item_size == 4:
         block_n = 16
-        if dtype == torch.float32 and device.num_multiprocessors > 1:
-            # As in `tiling`.
+        if device.holds_factors(dtype):
             block_m, max_buffers = 16, 1
     elif not is_decoded and device.shared_memory >= SHARED_MEMORY[9, 0]:
         block_m = 64
-    block_m = min(block_m, max(16, triton.next_power_of_2(num_rows)))
+    block_m = min(block_m, padded(num_rows))
     num_warps = 4 if block_m == 16 and not is_decoded else 8
-    if page_size >= 16 and page_size & (page_size - 1) == 0:
-        block_n = min(block_n, page_size)
+    block_n = _in_page(block_n, page_size, 16)
     room = device.shared_memory - block_m * sum(widths) * item_size
-    if is_decoded:
-        room -= block_n * sum(widths) * item_size
+    num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes, page_size)
+    return Tiling(block_m, block_n, num_warps, num_stages)
+
+
+def _in_page(block_n: int, page_size: int, fewest: int) -> int:
+    """Tokens a tile of one page, or of a part of one, whose id is then one number; pages of `fewest` tokens or more."""
+    is_divisible = page_size >= fewest and page_size & (page_size - 1) == 0
+    return min(block_n, page_size) if is_divisible else block_n
+
+
+def _num_stages(room: int, max_buffers: int, block_n: int, factor_bytes: int, token_bytes: int, page_size: int) -> int:
+    """Pipeline stages for as many tiles on their way as shared memory has room for.
+
+    Args:
+        room: bytes of shared memory beside the queries, which stay.
+        max_buffers: tiles on their way, at most.
+        block_n: tokens of a tile.
+        factor_bytes: bytes of a token as the products' factors.
+        token_bytes: bytes of a token as it is stored.
+        page_size: P, or 0 for contiguous planes.
+    """
+    # A tile is loaded into one buffer while others wait or are computed with, decoded in one more place.
+    if token_bytes != factor_bytes:
+        room -= block_n * factor_bytes
     buffers = max(1, min(max_buffers, room // (block_n * token_bytes)))
-    return Tiling(block_m, block_n, num_warps, 2 * buffers + 1 if page_size else buffers + 1)
+    # A page's id is loaded as far ahead of its tokens as they are ahead of their use.
+    return 2 * buffers + 1 if page_size else buffers + 1
 
 
 @functools.lru_cache(maxsize=1024)
