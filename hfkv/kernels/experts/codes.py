@@ -8,6 +8,12 @@ import torch
 
 # Inputs that share a step and a centre in int4, in as many nibbles of half as many bytes.
 GROUP = 32
+_CODECS = {torch.int8: "int8", torch.uint8: "int4"}
+
+
+def codec_of(weight: torch.Tensor) -> str:
+    """The codec of expert weights that are stored like this: `"none"`, `"int8"` or `"int4"`."""
+    return _CODECS.get(weight.dtype, "none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +45,7 @@ class Codes:
     num_inputs: int
 
     def __post_init__(self) -> None:
-        if self.weight.dtype not in (torch.int8, torch.uint8) and not self.weight.is_floating_point():
+        if self.weight.dtype not in _CODECS and not self.weight.is_floating_point():
             raise ValueError(f"weights are floats, int8 or int4 in uint8, not {self.weight.dtype}")
         if self.weight.ndim != 3 or self.weight.shape[2] != self.width:
             raise ValueError(f"{self.codec} weights of {self.num_inputs} inputs are not {list(self.weight.shape)}")
@@ -67,7 +73,7 @@ class Codes:
     @property
     def codec(self) -> str:
         """`"none"`, `"int8"` or `"int4"`."""
-        return {torch.int8: "int8", torch.uint8: "int4"}.get(self.weight.dtype, "none")
+        return codec_of(self.weight)
 
     @property
     def width(self) -> int:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import triton
 
-from hfkv.kernels.experts.codes import Codes, check_linear
+from hfkv.kernels.experts.codes import Codes, check_linear, codec_of
 from hfkv.kernels.experts.slots import Slots
 from hfkv.kernels.experts.triton_gemm import _gemm_kernel
 from hfkv.kernels.experts.triton_gemv import _gemv_kernel
@@ -27,7 +27,6 @@ from hfkv.kernels.triton.tiling import device_of
 Kernel = Literal["gemv", "gemm", "invariant"]
 # A part as the operator takes it: weight, scale or units, codes of groups, columns.
 Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
-CODECS = {torch.int8: "int8", torch.uint8: "int4"}
 
 
 def _arguments(part: Part) -> tuple[object, ...]:
@@ -62,7 +61,7 @@ def _gemv(
     filled = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     for first in range(0, len(parts), 2):
         second = first + 1 if first + 1 < len(parts) else first
-        codecs = [CODECS.get(parts[index][0].dtype, "none") for index in (first, second)]
+        codecs = [codec_of(parts[index][0]) for index in (first, second)]
         programs = [tiles[index][0] * splits for index in (first, second)]
         if second == first:
             codecs[1], programs[1] = "", 0
@@ -94,7 +93,7 @@ def _gemm(
     dtype = product_dtypes(x.dtype, "none", x.device)[0]
     for part in parts:
         num_experts, rows, _ = part[0].shape
-        codec = CODECS.get(part[0].dtype, "none")
+        codec = codec_of(part[0])
         tiling = gemm_tiling(device_of(x.device), block_m, codec, dtype)
         column_tiles = triton.cdiv(rows, tiling.block_n)
         _gemm_kernel[(len(tiles) * column_tiles,)](

@@ -9,6 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.experts.triton_rows import (
+    codes_of,
+    load_bias,
+    load_columns,
+    load_scale,
+    load_units,
+    low_inputs,
+    split_codes,
+)
 from hfkv.kernels.triton.numbers import cast
 
 
@@ -73,18 +82,15 @@ def _gemm_kernel(
         num_bytes: tl.constexpr = BLOCK_K // 2
         num_steps: tl.constexpr = BLOCK_K // 32
         num_groups: tl.constexpr = (K + 31) // 32
-        units_at = scale_ptr + (e * num_rows + n) * 2
-        step_unit = tl.load(units_at, mask=is_n, other=0.0).to(tl.float32)[:, None]
-        centre_unit = tl.load(units_at + 1, mask=is_n, other=0.0).to(tl.float32)[:, None]
+        step_unit, centre_unit = load_units(scale_ptr, e, n, is_n, num_rows)
         for block in range(0, num_blocks):
             byte = block * num_bytes + tl.arange(0, num_bytes)
-            # The columns of low nibbles; those of high ones are 16 behind.
-            low = byte // 16 * 32 + byte % 16
+            low = low_inputs(byte)
             g = block * num_steps + tl.arange(0, num_steps)
             low_at = x_rows + low[None, :] * x_k
             high_at = x_rows + (low + 16)[None, :] * x_k
             w_at = weight_ptr + n[:, None] * w_n + byte[None, :]
-            codes_at = groups_ptr + (e * num_groups + g)[None, :] * num_rows + n[:, None]
+            codes_at = codes_of(groups_ptr, e, g, n, num_rows, K)
             if is_even:
                 x_low = tl.load(low_at, mask=is_m[:, None], other=0.0)
                 x_high = tl.load(high_at, mask=is_m[:, None], other=0.0)
@@ -95,8 +101,9 @@ def _gemm_kernel(
                 x_high = tl.load(high_at, mask=is_m[:, None] & (low + 16 < K)[None, :], other=0.0)
                 w = tl.load(w_at, mask=is_n[:, None] & (byte < num_groups * 16)[None, :], other=0)
                 codes = tl.load(codes_at, mask=is_n[:, None] & (g < num_groups)[None, :], other=0)
-            step = codes.to(tl.int8).to(tl.float32) * step_unit
-            base = (codes >> 8).to(tl.float32) * centre_unit - 8.0 * step
+            step_code, centre_code = split_codes(codes)
+            step = step_code * step_unit[:, None]
+            base = centre_code * centre_unit[:, None] - 8.0 * step
             w_low = _decoded_groups(w & 0xF, step, base, BLOCK_N, num_steps, DTYPE)
             w_high = _decoded_groups(w >> 4, step, base, BLOCK_N, num_steps, DTYPE)
             acc = tl.dot(x_low.to(DTYPE), tl.trans(w_low), acc, input_precision="ieee")
@@ -114,11 +121,10 @@ def _gemm_kernel(
                 w = tl.load(w_at, mask=is_n[None, :] & (k < K)[:, None], other=0)
             acc = tl.dot(x.to(DTYPE), w.to(DTYPE), acc, input_precision="ieee")
         if CODEC == "int8":
-            acc = acc * tl.load(scale_ptr + e * num_rows + n, mask=is_n, other=0.0)[None, :]
+            acc = acc * load_scale(scale_ptr, e, n, is_n, num_rows)[None, :]
 
-    column = n if columns_ptr is None else tl.load(columns_ptr + e * num_rows + n, mask=is_n, other=0).to(tl.int64)
+    column = load_columns(columns_ptr, e, n, is_n, num_rows)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + e * bias_e + column * bias_n, mask=is_n, other=0.0).to(tl.float32)
-        acc += tl.where(is_expert, bias, 0.0)[None, :]
+        acc += load_bias(bias_ptr, bias_e, bias_n, e, column, is_n, is_expert)[None, :]
     out_at = out_ptr + slot.to(tl.int64)[:, None] * num_outputs + column[None, :]
     tl.store(out_at, cast(acc, out_ptr.dtype.element_ty), mask=is_m[:, None] & is_n[None, :])

@@ -9,6 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.experts.triton_rows import (
+    codes_of,
+    load_bias,
+    load_columns,
+    load_scale,
+    load_units,
+    low_inputs,
+    split_codes,
+)
 from hfkv.kernels.triton.numbers import cast
 
 
@@ -47,7 +56,7 @@ def _products(
         centres = tl.zeros([BLOCK_N, num_steps], tl.float32)
         for block in range(first_block, last_block):
             byte = block * BLOCK_K + one
-            low = byte // 16 * 32 + byte % 16
+            low = low_inputs(byte)
             x_low = tl.load(x_ptr + low * x_k, mask=low < K, other=0.0).to(tl.float32)
             x_high = tl.load(x_ptr + (low + 16) * x_k, mask=low + 16 < K, other=0.0).to(tl.float32)
             w = tl.load(rows_at + byte[None, :], mask=is_n[:, None] & (byte < num_groups * 16)[None, :], other=0)
@@ -56,13 +65,13 @@ def _products(
             sums = tl.sum(tl.reshape(sums, (BLOCK_N, num_steps, 16)), 2)
             x_sums = tl.sum(tl.reshape(x_low + x_high, (num_steps, 16)), 1)
             g = block * num_steps + tl.arange(0, num_steps)
-            codes_at = groups_ptr + (e * num_groups + g)[None, :] * num_rows + n[:, None]
+            codes_at = codes_of(groups_ptr, e, g, n, num_rows, K)
             codes = tl.load(codes_at, mask=is_n[:, None] & (g < num_groups)[None, :], other=0)
-            steps += codes.to(tl.int8).to(tl.float32) * (sums - 8.0 * x_sums[None, :])
-            centres += (codes >> 8).to(tl.float32) * x_sums[None, :]
-        units_at = scale_ptr + (e * num_rows + n) * 2
-        out = tl.sum(steps, 1) * tl.load(units_at, mask=is_n, other=0.0).to(tl.float32)
-        return out + tl.sum(centres, 1) * tl.load(units_at + 1, mask=is_n, other=0.0).to(tl.float32)
+            step_code, centre_code = split_codes(codes)
+            steps += step_code * (sums - 8.0 * x_sums[None, :])
+            centres += centre_code * x_sums[None, :]
+        step_unit, centre_unit = load_units(scale_ptr, e, n, is_n, num_rows)
+        return tl.sum(steps, 1) * step_unit + tl.sum(centres, 1) * centre_unit
     else:
         sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         for block in range(first_block, last_block):
@@ -73,7 +82,7 @@ def _products(
             sums += w.to(tl.float32) * x[None, :]
         out = tl.sum(sums, 1)
         if CODEC == "int8":
-            out = out * tl.load(scale_ptr + e * num_rows + n, mask=is_n, other=0.0)
+            out = out * load_scale(scale_ptr, e, n, is_n, num_rows)
         return out
 
 
@@ -136,11 +145,10 @@ def _gemv_tile(
         BLOCK_N,
         BLOCK_K,
     )
-    column = n if columns_ptr is None else tl.load(columns_ptr + e * num_rows + n, mask=is_n, other=0).to(tl.int64)
+    column = load_columns(columns_ptr, e, n, is_n, num_rows)
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + e * bias_e + column * bias_n, mask=is_n, other=0.0).to(tl.float32)
         # Once, and not to what belongs to no expert.
-        acc += tl.where(is_expert & (split == 0), bias, 0.0)
+        acc += load_bias(bias_ptr, bias_e, bias_n, e, column, is_n, is_expert & (split == 0))
     out_at = out_ptr + (split.to(tl.int64) * num_slots + slot) * num_outputs + column
     tl.store(out_at, cast(acc, out_ptr.dtype.element_ty), mask=is_n)
 
@@ -193,14 +201,8 @@ def _gemv_kernel(
     is_expert = (expert >= 0) & (expert < num_experts)
     e = tl.where(is_expert, expert, 0).to(tl.int64)
     x_ptr += slot // TOP_K * x_row
-    if B_CODEC == "":  # noqa: SIM114 - only this is known when the kernel is compiled, which then has no part b
-        _gemv_tile(
-            *(p, slot, e, is_expert, x_ptr, x_k),
-            *(a_ptr, a_e, a_n, a_k, a_scale_ptr, a_groups_ptr, a_columns_ptr, a_rows),
-            *(bias_ptr, bias_e, bias_n, out_ptr, num_slots, num_outputs),
-            *(K, SPLITS, A_CODEC, A_BLOCK_N, A_BLOCK_K),
-        )
-    elif p < a_programs:
+    # Where the compiler knows that there is no part b, it compiles none.
+    if B_CODEC == "" or p < a_programs:
         _gemv_tile(
             *(p, slot, e, is_expert, x_ptr, x_k),
             *(a_ptr, a_e, a_n, a_k, a_scale_ptr, a_groups_ptr, a_columns_ptr, a_rows),
