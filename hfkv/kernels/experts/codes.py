@@ -12,7 +12,7 @@ _CODECS = {torch.int8: "int8", torch.uint8: "int4"}
 
 
 def codec_of(weight: torch.Tensor) -> str:
-    """The codec of expert weights that are stored like this: `"none"`, `"int8"` or `"int4"`."""
+    """Gives the codec of expert weights by their dtype: `"none"`, `"int8"` or `"int4"`."""
     return _CODECS.get(weight.dtype, "none")
 
 

@@ -39,7 +39,7 @@ class Slots:
 
     @property
     def order(self) -> torch.Tensor:
-        """The slots sorted by expert, those of one in their order, those of none last: int64 `[S]`."""
+        """Slots sorted by expert, each expert's in their order, and slots of no expert last: int64 `[S]`."""
         return self._sort()[0]
 
     @property

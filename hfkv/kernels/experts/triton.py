@@ -30,7 +30,7 @@ Part = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tenso
 
 
 def _arguments(part: Part) -> tuple[object, ...]:
-    """What both kernels take of a part."""
+    """Gives what both kernels take of a part."""
     weight, scale, groups, columns = part
     # The two codes of a group are one load.
     codes = None if groups is None else groups.view(torch.int16)
@@ -149,13 +149,13 @@ def expert_linear(
     rows_are_slots: bool,
     kernel: Kernel | None = None,
 ) -> torch.Tensor:
-    """The linear layer of sparse experts: what `expert_linear_naive` computes, summed up in float32.
+    """Computes the linear layer of sparse experts as `expert_linear_naive` does, summed up in float32.
 
     Reads weights as they are stored, per input and output 2 bytes in bf16, one in int8 (and 4 an output) and in int4
     half of one and a sixteenth (and 4 or 8 an output); no copy is written. A GEMV for a few slots reads an
     expert's weights for each of its slots; a GEMM for more (grouped, as in MegaBlocks, arXiv 2211.15841) once for up to
     16 to 128 slots of an expert. They sum up in different orders, and so do GEMMs of different tiles: bits depend on
-    how many slots there are, but for `"invariant"`, a GEMM whose tiles are always the same.
+    how many slots there are, except with `"invariant"`, a GEMM that always has the same tiles.
 
     Neither waits for the device, and launches depend on shapes alone. There is no gradient.
 

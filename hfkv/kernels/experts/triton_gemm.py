@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.experts.triton_rows import (
-    codes_of,
+    codes_pointers,
     load_bias,
     load_columns,
     load_scale,
@@ -23,7 +23,7 @@ from hfkv.kernels.triton.numbers import cast
 
 @triton.jit
 def _decoded_groups(w, step, base, BLOCK_N: tl.constexpr, G: tl.constexpr, DTYPE: tl.constexpr):
-    """Nibbles `[BLOCK_N, 16 * G]`, in bytes, as numbers: nibble * step + base, those of the group."""
+    """Decodes nibbles `[BLOCK_N, 16 * G]`, in bytes: nibble * step + base, both of the nibble's group."""
     nibbles = tl.reshape(w.to(tl.int8).to(tl.float32), (BLOCK_N, G, 16))
     return tl.reshape(nibbles * step[:, :, None] + base[:, :, None], (BLOCK_N, G * 16)).to(DTYPE)
 
@@ -90,7 +90,7 @@ def _gemm_kernel(
             low_at = x_rows + low[None, :] * x_k
             high_at = x_rows + (low + 16)[None, :] * x_k
             w_at = weight_ptr + n[:, None] * w_n + byte[None, :]
-            codes_at = codes_of(groups_ptr, e, g, n, num_rows, K)
+            codes_at = codes_pointers(groups_ptr, e, g, n, num_rows, K)
             if is_even:
                 x_low = tl.load(low_at, mask=is_m[:, None], other=0.0)
                 x_high = tl.load(high_at, mask=is_m[:, None], other=0.0)

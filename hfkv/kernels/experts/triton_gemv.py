@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.experts.triton_rows import (
-    codes_of,
+    codes_pointers,
     load_bias,
     load_columns,
     load_scale,
@@ -41,11 +41,11 @@ def _products(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows `n` of expert `e` times a row of x, over some blocks of inputs: float32 `[BLOCK_N]`.
+    """Multiplies rows `n` of expert `e` by a row of x, over some blocks of inputs: float32 `[BLOCK_N]`.
 
-    Sums are kept for each place of a tile and added up at the end; int4's are added up by group, whose step and centre
-    come after: the sum of ((nibble - 8) * step + centre) * x is step * (sum of nibble * x - 8 * sum of x) +
-    centre * sum of x.
+    Sums are kept for each place of a tile and added up at the end; int4's are added up by group, and multiplied by
+    its step and centre after that: the sum of ((nibble - 8) * step + centre) * x is step * (sum of nibble * x -
+    8 * sum of x) + centre * sum of x.
     """
     one = tl.arange(0, BLOCK_K)
     rows_at = weight_ptr + n[:, None] * w_n
@@ -65,7 +65,7 @@ def _products(
             sums = tl.sum(tl.reshape(sums, (BLOCK_N, num_steps, 16)), 2)
             x_sums = tl.sum(tl.reshape(x_low + x_high, (num_steps, 16)), 1)
             g = block * num_steps + tl.arange(0, num_steps)
-            codes_at = codes_of(groups_ptr, e, g, n, num_rows, K)
+            codes_at = codes_pointers(groups_ptr, e, g, n, num_rows, K)
             codes = tl.load(codes_at, mask=is_n[:, None] & (g < num_groups)[None, :], other=0)
             step_code, centre_code = split_codes(codes)
             steps += step_code * (sums - 8.0 * x_sums[None, :])
@@ -114,7 +114,7 @@ def _gemv_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of one part's rows, over one split of the inputs, to where its outputs belong."""
+    """Computes one tile of one part's rows, over one split of the inputs, and stores it where its outputs belong."""
     split = p % SPLITS
     n = (p // SPLITS) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_n = n < num_rows
@@ -193,7 +193,7 @@ def _gemv_kernel(
     B_BLOCK_N: tl.constexpr,
     B_BLOCK_K: tl.constexpr,
 ):
-    """Two parts in one launch, because the second is often small: part b is none where B_CODEC is ""."""
+    """Computes two parts in one launch, because the second is often small; without part b, B_CODEC is ""."""
     # Slots in a row read the same rows of their experts: two of one expert find them in the cache.
     slot = tl.program_id(0).to(tl.int64)
     p = tl.program_id(1)

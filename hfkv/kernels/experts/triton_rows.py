@@ -12,26 +12,26 @@ import triton.language as tl
 
 @triton.jit
 def low_inputs(byte):
-    """The inputs that the low nibbles of bytes of a row belong to; those of high ones are 16 behind."""
+    """Gives the inputs that the low nibbles of a row's bytes belong to; high nibbles belong to inputs 16 behind."""
     return byte // 16 * 32 + byte % 16
 
 
 @triton.jit
-def codes_of(groups_ptr, e, g, n, num_rows, K: tl.constexpr):
-    """Pointers `[BLOCK_N, groups]` to the two codes of groups `g` in rows `n` of expert `e`."""
+def codes_pointers(groups_ptr, e, g, n, num_rows, K: tl.constexpr):
+    """Points at the two codes of groups `g` in rows `n` of expert `e`: `[BLOCK_N, groups]`."""
     num_groups: tl.constexpr = (K + 31) // 32
     return groups_ptr + (e * num_groups + g)[None, :] * num_rows + n[:, None]
 
 
 @triton.jit
 def split_codes(codes):
-    """The codes of steps and those of centres, float32."""
+    """Splits the two codes of groups into the step's and the centre's, both float32."""
     return codes.to(tl.int8).to(tl.float32), (codes >> 8).to(tl.float32)
 
 
 @triton.jit
 def load_units(scale_ptr, e, n, is_n, num_rows):
-    """Loads the units of steps and those of centres of rows `n` of expert `e`, float32 `[BLOCK_N]`."""
+    """Loads the units of steps and of centres in rows `n` of expert `e`, both float32 `[BLOCK_N]`."""
     units_at = scale_ptr + (e * num_rows + n) * 2
     step = tl.load(units_at, mask=is_n, other=0.0).to(tl.float32)
     return step, tl.load(units_at + 1, mask=is_n, other=0.0).to(tl.float32)

@@ -19,7 +19,7 @@ BLOCK_T = 64
 
 @triton.jit
 def _expert_of(experts_ptr, s, num_slots, num_experts):
-    """The expert of each slot, E for those of none, E + 1 where there is no slot."""
+    """Loads the expert of each slot: E for a slot of no expert, E + 1 where there is no slot."""
     expert = tl.load(experts_ptr + s, mask=s < num_slots, other=0)
     expert = tl.where((expert >= 0) & (expert < num_experts), expert, num_experts)
     return tl.where(s < num_slots, expert, num_experts + 1)
@@ -88,7 +88,7 @@ def _(experts, num_experts, block_m):
 
 
 def tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `expert_slots.tile_slots` computes, number for number: a program for each expert reads all ids twice.
+    """Computes the numbers of `hfkv.kernels.experts.slots.tile_slots`: a program for each expert reads all ids twice.
 
     Args:
         experts: `[S]` ids, int64 or int32, contiguous.

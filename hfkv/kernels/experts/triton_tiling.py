@@ -46,7 +46,7 @@ class GemmTiling:
 
 
 def is_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether to read an expert's weights for each slot on its own.
+    """Says whether to read an expert's weights for each slot on its own.
 
     One token has no two slots of one expert; of E / 4 slots about one in eight meets another, which is likely to find
     the weights in the GPU's cache, and sorting takes a launch.
@@ -55,7 +55,7 @@ def is_few(num_tokens: int, top_k: int, num_experts: int) -> bool:
 
 
 def choose_block_m(num_slots: int, num_experts: int) -> int:
-    """Rows a tile of the GEMM: a power of two with room for half more than an expert has on average."""
+    """Chooses the rows of a tile of the GEMM: a power of two with room for half more than an expert has on average."""
     return min(MAX_BLOCK_M, padded(3 * num_slots // (2 * num_experts)))
 
 
@@ -63,7 +63,7 @@ def choose_block_m(num_slots: int, num_experts: int) -> int:
 def gemv_tiling(
     device: Device, num_slots: int, num_rows: int, width: int, item_size: int, *, is_transposed: bool
 ) -> GemvTiling:
-    """The tiling of one part.
+    """Chooses the tiling of one part.
 
     Args:
         device: where it runs.
@@ -89,7 +89,7 @@ def gemv_tiling(
 
 
 def gemv_splits(device: Device, num_programs: int, num_tiles: int) -> int:
-    """Into how many parts to cut the inputs, so that no multiprocessor is left without work.
+    """Chooses into how many parts to cut the inputs, so that no multiprocessor is left without work.
 
     Args:
         device: where it runs.
@@ -102,7 +102,7 @@ def gemv_splits(device: Device, num_programs: int, num_tiles: int) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) -> GemmTiling:
-    """The tiling of one part.
+    """Chooses the tiling of one part.
 
     Args:
         device: where it runs.

@@ -23,14 +23,14 @@ BLOCK_T = 16
 
 @triton.jit
 def _scale(largest, STEPS: tl.constexpr):
-    """The scale that `hfkv.codecs.base.scale_for` gives, as float32."""
+    """Computes the scale that `hfkv.codecs.base.scale_for` gives, as float32."""
     scale = round_bf16(largest * (1.0 / STEPS))
     return tl.where(scale == 0.0, 1.0, scale)
 
 
 @triton.jit
 def _row_nan(x):
-    """Whether each row has a NaN, which maxima pass over."""
+    """Says of each row whether it has a NaN, which maxima pass over."""
     return tl.max((x != x).to(tl.int32), 1) > 0
 
 

@@ -18,9 +18,9 @@ from hfkv.kernels.triton.products import (
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.sight import load_rule, load_sight
-from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit
+from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit_tile
 from hfkv.kernels.triton.tokens import load_tokens
+from hfkv.kernels.triton.visibility import load_limits, load_rule
 
 
 @triton.jit(
@@ -100,7 +100,7 @@ def _attention_kernel(
     V_DTYPE: tl.constexpr,
     V_PRECISION: tl.constexpr,
 ):
-    """One split of the keys for one tile of the rows (query, head of the group) of one kv head and batch row.
+    """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
     Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
     """
@@ -117,7 +117,7 @@ def _attention_kernel(
     n = r // G
     head = h * G + r % G
     is_row = n < num_queries
-    sight = load_sight(
+    limits = load_limits(
         *(row_tile, n, is_row, num_queries, b, head, rule),
         *(bounds_ptr, bounds_b, bounds_n, mask_ptr, mask_b, mask_h, mask_n, mask_t),
         *(G, BLOCK_M, HAS_BOUNDS, HAS_MASK),
@@ -131,10 +131,10 @@ def _attention_kernel(
     highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
     acc, acc_high, offset = empty_sums(BLOCK_M, V_PADDED)
 
-    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N, HAS_MASK)
+    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     for step in range(first_step, last_step):
-        block, place, visible, wanted = visit(
-            step, ranges, b, layout, num_columns, rule, sight, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
+        block, place, visible, wanted = visit_tile(
+            step, ranges, b, layout, num_columns, rule, limits, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
         )
 
         k_rows = block * k_b + h * k_h + place * k_t

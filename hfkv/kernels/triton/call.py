@@ -17,7 +17,7 @@ from hfkv.stores.layout import Layout
 
 
 class Call(NamedTuple):
-    """The arguments that the operators have in common, in their order.
+    """Arguments that the attention operators have in common, in their order.
 
     Attributes:
         meta, columns, bounds, mask: of `DeviceInputs`.
@@ -49,7 +49,7 @@ class Call(NamedTuple):
         capacity: int | None,
         num_splits: int,
     ) -> Call:
-        """The call that arguments which belong together ask for; see `decode_attention` for the others.
+        """Makes a call of arguments that belong together; see `decode_attention` for those not listed here.
 
         Args:
             parts: both sets of planes.
@@ -116,7 +116,7 @@ class Call(NamedTuple):
             kernel: the kernel.
             query: `[B, Hq, q, D]`.
             planes: its arguments behind the query: both sets of planes.
-            constants: its constants that tell of the planes.
+            constants: its compile-time constants that describe the planes.
             tiles: rows and tokens of a tile, warps and stages.
             dtypes: as `product_dtypes` gives them.
             num_kv_heads: heads of the planes.
@@ -157,6 +157,6 @@ class Call(NamedTuple):
 
 
 def outputs(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The places of an attention's output `[B, Hq, q, value_dim]` and log-sum-exp `[B, Hq, q]`, not written to yet."""
+    """Allocates an attention's output `[B, Hq, q, value_dim]` and its log-sum-exp `[B, Hq, q]`."""
     shape = query.shape[:3]
     return query.new_empty(*shape, value_dim), query.new_empty(shape, dtype=torch.float32)

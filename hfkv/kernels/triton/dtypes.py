@@ -1,4 +1,4 @@
-"""The dtypes in which Triton kernels multiply."""
+"""Dtypes in which Triton kernels multiply."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TL_DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in 
 
 
 def product_dtypes(dtype: torch.dtype, value_codec: str, device: torch.device) -> tuple[torch.dtype, torch.dtype, str]:
-    """The dtypes of the two products' factors, for queries of `dtype`, and the precision of the second."""
+    """Gives the dtypes of the two products' factors, for queries of `dtype`, and the precision of the second."""
     if device.type == "cpu":
         # Triton's interpreter multiplies the bit patterns of bfloat16.
         return torch.float32, torch.float32, "ieee"

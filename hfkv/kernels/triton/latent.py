@@ -89,7 +89,7 @@ def latent_attention(
     Split-KV flash decoding over latents (DeepSeek-V2, arXiv 2405.04434): all query heads share them, so that the rows
     of a tile are pairs of a query and a head, and the values are the keys. What is held is read as it is stored and
     once a tile of rows, per token r + dr numbers: 2 bytes each as bf16, one (and 4 bytes of scales) in int8 and fp8,
-    half a byte (and 8) in int4, whose rotation (QuaRot, arXiv 2404.00456) the query and the output make up for.
+    half a byte (and 8) in int4; the query and the output make up for its rotation (QuaRot, arXiv 2404.00456).
 
     Args:
         query: `[B, Hq, q, r + dr]`, bf16, fp16 or fp32: the part that goes with latents first.

@@ -18,9 +18,9 @@ from hfkv.kernels.triton.products import (
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.sight import load_rule, load_sight
-from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit
+from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit_tile
 from hfkv.kernels.triton.tokens import load_tokens
+from hfkv.kernels.triton.visibility import load_limits, load_rule
 
 
 @triton.jit(
@@ -96,9 +96,9 @@ def _latent_kernel(
     V_DTYPE: tl.constexpr,
     V_PRECISION: tl.constexpr,
 ):
-    """One split of the latents (c) and rotary keys (r) for one tile of the rows (query, head) of one batch row.
+    """Attends from one tile of rows (query, head) of one batch row to one split of its latents (c) and rotary keys (r).
 
-    Writes the output `[splits, B, Hq, q, r]`, of int4 still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
+    Writes the output `[splits, B, Hq, q, r]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
     """
     # Programs side by side read the same tokens, which the first of them brings into L2. The last queries see most, so
     # they come first.
@@ -114,7 +114,7 @@ def _latent_kernel(
     n = row // NUM_HEADS
     head = (row % NUM_HEADS).to(tl.int64)
     is_row = n < num_queries
-    sight = load_sight(
+    limits = load_limits(
         *(row_tile, n, is_row, num_queries, b, head, rule),
         *(bounds_ptr, bounds_b, bounds_n, mask_ptr, mask_b, mask_h, mask_n, mask_t),
         *(NUM_HEADS, BLOCK_M, HAS_BOUNDS, HAS_MASK),
@@ -131,10 +131,10 @@ def _latent_kernel(
     highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
     acc, acc_high, offset = empty_sums(BLOCK_M, C_PADDED)
 
-    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N, HAS_MASK)
+    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     for step in range(first_step, last_step):
-        block, place, visible, wanted = visit(
-            step, ranges, b, layout, num_columns, rule, sight, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
+        block, place, visible, wanted = visit_tile(
+            step, ranges, b, layout, num_columns, rule, limits, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
         )
 
         # Loaded once, and a factor of both products.

@@ -14,7 +14,7 @@ from hfkv.codecs.hadamard import hadamard_block
 
 @triton.jit
 def round_half_even(x):
-    """The nearest integer of magnitudes below 2^22, halves to the even one.
+    """Rounds magnitudes below 2^22 to the nearest integer, halves to the even one.
 
     1.5 x 2^23 leaves no bits for a fraction.
     """
@@ -23,7 +23,7 @@ def round_half_even(x):
 
 @triton.jit
 def round_bf16(x):
-    """float32 rounded to the nearest bfloat16, as float32.
+    """Rounds float32 to the nearest bfloat16, and keeps it as float32.
 
     On the bits, because Triton's interpreter truncates where a GPU rounds.
     """
@@ -34,7 +34,7 @@ def round_bf16(x):
 
 @triton.jit
 def round_tf32(x):
-    """float32 rounded to the 10 bits of mantissa that tensor cores read of it, which would cut off the rest."""
+    """Rounds float32 to the 10 bits of mantissa that tensor cores read, which would cut off the rest."""
     bits = x.to(tl.uint32, bitcast=True)
     bits = ((bits + 0xFFF + ((bits >> 13) & 1)) >> 13) << 13
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -42,7 +42,7 @@ def round_tf32(x):
 
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
-    """float32 rounded to the nearest number of DTYPE."""
+    """Rounds float32 to the nearest number of DTYPE."""
     if DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = round_bf16(x).to(tl.uint32, bitcast=True) >> 16
         return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
@@ -52,14 +52,14 @@ def cast(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """The hyperbolic tangent; no library function, which the interpreter does not have."""
+    """Computes the hyperbolic tangent, without the library function that the interpreter lacks."""
     small = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(-2 |x|)
     return tl.where(x < 0.0, -1.0, 1.0) * (1.0 - small) / (1.0 + small)
 
 
 @triton.jit
 def fp8_bits(x):
-    """The bits of float32 rounded to the nearest float8_e4m3fn, for magnitudes up to 448."""
+    """Rounds float32 of magnitudes up to 448 to the nearest float8_e4m3fn, and gives its bits."""
     bits = x.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     is_subnormal = magnitude < 0x3C800000  # 2^-6
@@ -74,7 +74,7 @@ def fp8_bits(x):
 
 @triton.jit
 def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG_BLOCK: tl.constexpr):
-    """The rows of `[ROWS, WIDTH]` float32 rotated in blocks of BLOCK = 2^LOG_BLOCK: `hfkv.codecs.hadamard`'s bits."""
+    """Rotates `[ROWS, WIDTH]` float32 in blocks of BLOCK = 2^LOG_BLOCK, to the bits of `hfkv.codecs.hadamard`."""
     for stage in tl.static_range(LOG_BLOCK):
         pairs = tl.reshape(x, (ROWS, WIDTH >> (stage + 1), 2, 1 << stage))
         low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
@@ -84,6 +84,6 @@ def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG_
 
 
 def rotation(head_dim: int) -> tuple[int, int]:
-    """BLOCK and LOG_BLOCK with which `rotate` turns rows of `head_dim` numbers."""
+    """Gives BLOCK and LOG_BLOCK of `rotate` for rows of `head_dim` numbers."""
     block = hadamard_block(head_dim)
     return block, block.bit_length() - 1

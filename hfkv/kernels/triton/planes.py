@@ -6,7 +6,7 @@ import torch
 
 
 def plane_arguments(planes: list[torch.Tensor], *, has_heads: bool = True) -> tuple[torch.Tensor | int, ...]:
-    """The data and the scales of encoded planes, each with the strides of its rows (or pages), heads and tokens.
+    """Gives data and scales of encoded planes, each with the strides of its rows (or pages), heads and tokens.
 
     Args:
         planes: of keys or of values, as a codec wrote them.

@@ -38,7 +38,7 @@ def prefill_attention(
         capacity: not used: the tiles of queries are enough programs.
 
     Returns:
-        As `decode_attention`.
+        What `decode_attention` returns.
 
     Raises:
         ValueError: shapes that do not belong together, or a scoring that kernels do not do.

@@ -1,6 +1,6 @@
-"""What the attention kernels do with a tile: scores, the weights of a running softmax, and the sums of values.
+"""Products of the attention kernels: scores of a tile, the weights of a running softmax, and the sums of values.
 
-Their data are multiplied as they are stored, and the products by the scales.
+Data are multiplied as they are stored, and the products by the scales.
 """
 
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals
@@ -65,7 +65,7 @@ def load_query(
 
 @triton.jit
 def products(queries, tokens, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Queries times a tile of keys, as `load_query` and `load_tokens` give them: float32 `[BLOCK_M, BLOCK_N]`."""
+    """Multiplies queries by keys, as `load_query` and `load_tokens` give them: float32 `[BLOCK_M, BLOCK_N]`."""
     q, q_high, q_sum = queries
     data, scale, low = tokens
     if CODEC == "int4":
@@ -81,7 +81,7 @@ def products(queries, tokens, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def empty_softmax(sinks_ptr, head, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
-    """The running softmax of rows that have seen nothing yet, except the sink logits of their heads in split 0.
+    """Begins a running softmax, in split 0 with the sink logits of the heads.
 
     Returns:
         `highest` and `total`, float32 `[BLOCK_M]`.
@@ -96,7 +96,7 @@ def empty_softmax(sinks_ptr, head, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.c
 
 @triton.jit
 def soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """The next step of a running softmax, in powers of two.
+    """Takes the next step of a running softmax, in powers of two.
 
     Args:
         scores: float32 `[BLOCK_M, BLOCK_N]`.
@@ -122,7 +122,7 @@ def soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: t
 
 @triton.jit
 def empty_sums(BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
-    """`acc`, `acc_high` and `offset` of `add_values` before the first tile."""
+    """Begins `acc`, `acc_high` and `offset` of `add_values`."""
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
     acc_high = tl.zeros([BLOCK_M, PADDED], tl.float32)
     offset = tl.zeros([BLOCK_M], tl.float32)
@@ -133,7 +133,7 @@ def empty_sums(BLOCK_M: tl.constexpr, PADDED: tl.constexpr):
 def add_values(
     acc, acc_high, offset, p, decay, tokens, CODEC: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """The sums so far times `decay`, and weights `p` times a tile of values, as `load_tokens` gives them.
+    """Multiplies the sums so far by `decay`, and adds weights `p` times a tile of values, as `load_tokens` gives them.
 
     Returns:
         `acc` and, of int4's high nibbles, `acc_high`, both `[BLOCK_M, PADDED]`, and `offset` `[BLOCK_M]`; float32.

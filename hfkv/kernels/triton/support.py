@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can be used, asked before anything imports Triton."""
+"""Support: whether the Triton kernels can be used, asked before anything imports Triton."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def unsupported(
     head_dims: tuple[int, ...] = (),
     scoring: Scoring | None = None,
 ) -> str | None:
-    """Why the Triton kernels cannot be used, in words for a user, or None where they can.
+    """Says why the Triton kernels cannot be used, in words for a user, or None where they can.
 
     Args:
         device: where queries and planes are.
@@ -67,7 +67,7 @@ def unsupported_latent(
     rotary_dim: int,
     scoring: Scoring | None = None,
 ) -> str | None:
-    """As `unsupported`, for attention to latents and for appending them.
+    """Says what `unsupported` says, of attention to latents and of appending them.
 
     Args:
         device: where queries and planes are.
@@ -85,7 +85,7 @@ def unsupported_latent(
 
 
 def unsupported_scoring(scoring: Scoring) -> str | None:
-    """Why the kernels cannot do what is to become of scores, or None where they can."""
+    """Says why the kernels cannot do what is to become of scores, or None where they can."""
     if scoring.weights:
         return "kernels do not give the attention weights"
     if scoring.dropout:

@@ -1,4 +1,4 @@
-"""Tiles of held tokens: where their tokens lie, which of them queries can see, and how splits share them out.
+"""Tiles of held tokens: where they lie, which of them queries can see, and how splits share them out.
 
 A tile is BLOCK_N neighbouring slots. Contiguous planes are counted from the first held token on, so that slot i is held
 token i; paged ones column by column, P slots each, some of them not held. The slot of a held token is at least its
@@ -14,12 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton.sight import seen_in
+from hfkv.kernels.triton.visibility import seen_in
 
 
 @triton.jit
 def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """Loads what `DeviceInputs.meta` says of the `Layout`; its numbers are those of `SCALARS`.
+    """Loads the numbers of the `Layout` from `DeviceInputs.meta`, which lie there in the order of `SCALARS`.
 
     Args:
         meta_ptr: the numbers.
@@ -54,7 +54,7 @@ def tile_ranges(
     BLOCK_N: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """The tiles in which queries up to `t_last` may see something, as three ranges in order, each `begin, end`.
+    """Finds the tiles in which queries up to `t_last` may see something: three ranges in order, each `begin, end`.
 
     They hold the slots in front, the sinks still among the newest tokens, and the tokens from position `lowest` on.
     """
@@ -87,7 +87,7 @@ def tile_ranges(
 
 @triton.jit
 def tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin):
-    """The tile that comes `step`-th of those in the ranges of `tile_ranges`, the first two of so many tiles."""
+    """Gives the tile at `step` of a walk through the three ranges of `tile_ranges`, the first two of so many tiles."""
     tile = newest_begin + step - in_slots - in_sinks
     tile = tl.where(step < in_slots + in_sinks, sinks_begin + step - in_slots, tile)
     return tl.where(step < in_slots, slots_begin + step, tile)
@@ -95,7 +95,7 @@ def tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin):
 
 @triton.jit
 def locate(tile, b, layout, num_columns, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile's tokens lie.
+    """Finds where the tokens of a tile lie.
 
     Returns:
         The held index of each slot, whether it is held, the row or page (one or BLOCK_N of them) and the place in it,
@@ -128,18 +128,18 @@ def locate(tile, b, layout, num_columns, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
 
 
 @triton.jit
-def tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):
-    """The share of one split in the tiles that a tile of queries may see.
+def tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Gives one split its share of the tiles in which a tile of queries may see something.
 
     Args:
-        layout, rule, sight: as `load_layout`, `load_rule` and `load_sight` give them.
+        layout, rule, limits: as `load_layout`, `load_rule` and `load_limits` give them.
 
     Returns:
         The ranges, as `tile_at` takes them, and the split's first step through them and the one behind its last.
     """
     _, length, end_slot, _, _ = layout
     _, first, held_from, num_slots, sinks, pad = rule
-    _, _, t_last, _, lowest, _, _ = sight
+    _, _, t_last, _, lowest, _, _ = limits
     slots_begin, slots_end, sinks_begin, sinks_end, newest_begin, newest_end = tile_ranges(
         first, length, end_slot, num_slots, held_from, pad, sinks, lowest, t_last, BLOCK_N, HAS_MASK
     )
@@ -152,20 +152,20 @@ def tiles_of_split(split, num_splits, layout, rule, sight, BLOCK_N: tl.constexpr
 
 
 @triton.jit
-def visit(
+def visit_tile(
     step,
     ranges,
     b,
     layout,
     num_columns,
     rule,
-    sight,
+    limits,
     PAGE_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Where the tokens of the tile at a step lie, and who sees them.
+    """Finds where the tokens of the tile at a step lie, and who sees them.
 
     Returns:
         The row or page and the place in it, as `locate` gives them; who sees which, and which are to be loaded, as
@@ -174,5 +174,5 @@ def visit(
     slots_begin, in_slots, sinks_begin, in_sinks, newest_begin = ranges
     tile = tile_at(step, slots_begin, in_slots, sinks_begin, in_sinks, newest_begin)
     index, is_held, block, place = locate(tile, b, layout, num_columns, PAGE_SIZE, BLOCK_N)
-    visible, wanted = seen_in(index, is_held, rule, sight, HAS_BOUNDS, HAS_MASK)
+    visible, wanted = seen_in(index, is_held, rule, limits, HAS_BOUNDS, HAS_MASK)
     return block, place, visible, wanted

@@ -28,13 +28,13 @@ MIN_BLOCK = 16
 
 @dataclass(frozen=True)
 class Device:
-    """What tile sizes depend on."""
+    """Sizes of a device that tiles depend on."""
 
     num_multiprocessors: int
     shared_memory: int
 
     def holds_factors(self, dtype: torch.dtype) -> bool:
-        """Whether products of `dtype` hold their factors in registers.
+        """Says whether products of `dtype` hold their factors in registers.
 
         Exact ones do, as they do not run on tensor cores; interpreted ones hold nothing.
         """
@@ -53,7 +53,7 @@ class Tiling:
 
 @functools.cache
 def device_of(device: torch.device) -> Device:
-    """The device's sizes; for a CPU, where kernels are interpreted, those of the smallest."""
+    """Gives the sizes of a device; a CPU, where kernels are interpreted, has those of the smallest."""
     if device.type != "cuda":
         return Device(1, LITTLE_SHARED_MEMORY)
     properties = torch.cuda.get_device_properties(device)
@@ -62,12 +62,12 @@ def device_of(device: torch.device) -> Device:
 
 
 def padded(number: int) -> int:
-    """Rows or columns of a product that has room for `number` of them."""
+    """Rounds a number of rows or columns up to what a product takes: a power of two, MIN_BLOCK or more."""
     return max(MIN_BLOCK, triton.next_power_of_2(number))
 
 
 def warps_for(num_rows: int, num_columns: int) -> int:
-    """Warps that hold so many sums in their registers."""
+    """Gives the warps that hold `[num_rows, num_columns]` sums in their registers."""
     return 8 if num_rows * num_columns >= 128 * 128 else 4
 
 
@@ -82,7 +82,7 @@ def tiling(
     *,
     is_prefill: bool,
 ) -> Tiling:
-    """The tiling for one kv head's rows.
+    """Chooses the tiling for the rows of one kv head.
 
     Args:
         device: where it runs.
@@ -119,7 +119,7 @@ def latent_tiling(
     token_bytes: int,
     page_size: int,
 ) -> Tiling:
-    """The tiling for the rows of latents: a tile of theirs is a factor of both products.
+    """Chooses the tiling for the rows of latents, of which a tile is a factor of both products.
 
     Of 512 dimensions, 32 rows and 8 warps are the most whose sums stay in registers whatever the codec (as compiled for
     8.0, 8.9 and 9.0). 64 rows, which Hopper's own instructions need, read tokens half as often and spill: little where
@@ -151,13 +151,13 @@ def latent_tiling(
 
 
 def _in_page(block_n: int, page_size: int, fewest: int) -> int:
-    """Tokens a tile of one page, or of a part of one, whose id is then one number; pages of `fewest` tokens or more."""
+    """Cuts a tile to one page of `fewest` tokens or more, or to a part of one: its id is then one number."""
     is_divisible = page_size >= fewest and page_size & (page_size - 1) == 0
     return min(block_n, page_size) if is_divisible else block_n
 
 
 def _num_stages(room: int, max_buffers: int, block_n: int, factor_bytes: int, token_bytes: int, page_size: int) -> int:
-    """Pipeline stages for as many tiles on their way as shared memory has room for.
+    """Gives the pipeline stages for as many tiles on their way as shared memory has room for.
 
     Args:
         room: bytes of shared memory beside the queries, which stay.
@@ -177,7 +177,7 @@ def _num_stages(room: int, max_buffers: int, block_n: int, factor_bytes: int, to
 
 @functools.lru_cache(maxsize=1024)
 def choose_splits(device: Device, num_programs: int, num_tiles: int) -> int:
-    """The fewest splits that keep the multiprocessors about as busy as the best number of splits.
+    """Chooses the fewest splits that keep the multiprocessors about as busy as the best number of splits.
 
     Args:
         device: where it runs.

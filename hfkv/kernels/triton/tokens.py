@@ -53,7 +53,7 @@ def load_tokens(ptr, rows, scale_at, wanted, CODEC: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Data of a codec other than int4 as numbers still to be multiplied by their scale."""
+    """Converts data of a codec other than int4 to numbers that are still to be multiplied by their scale."""
     if CODEC == "fp8":
         return x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     else:
@@ -62,11 +62,11 @@ def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def low_nibbles(x, DTYPE: tl.constexpr):
-    """The first halves of rows of int4."""
+    """Takes the first halves out of rows of int4."""
     return (x & 0xF).to(tl.int8).to(DTYPE)
 
 
 @triton.jit
 def high_nibbles(x, DTYPE: tl.constexpr):
-    """The second halves of rows of int4."""
+    """Takes the second halves out of rows of int4."""
     return (x >> 4).to(tl.int8).to(DTYPE)

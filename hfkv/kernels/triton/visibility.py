@@ -1,4 +1,4 @@
-"""What queries see: the rule that `Visibility` and a mask lay down, row by row of a tile of queries."""
+"""Visibility: which held tokens each row of a tile of queries sees, by the numbers of `Visibility` or by a mask."""
 
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals
 # mypy: allow-incomplete-defs
@@ -15,7 +15,7 @@ FAR = tl.constexpr(1 << 30)
 
 @triton.jit
 def load_rule(meta_ptr, b, META: tl.constexpr):
-    """Loads what `DeviceInputs.meta` says of the `Visibility`; its numbers are those of `SCALARS`.
+    """Loads the numbers of the `Visibility` from `DeviceInputs.meta`, which lie there in the order of `SCALARS`.
 
     Args:
         meta_ptr: the numbers.
@@ -34,7 +34,7 @@ def load_rule(meta_ptr, b, META: tl.constexpr):
 
 
 @triton.jit
-def load_sight(
+def load_limits(
     row_tile,
     n,
     is_row,
@@ -55,7 +55,7 @@ def load_sight(
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Loads what the rows of a tile of queries see.
+    """Loads up to where each row of a tile of queries sees.
 
     Args:
         row_tile: the tile's index.
@@ -87,18 +87,18 @@ def load_sight(
 
 
 @triton.jit
-def seen_in(index, is_held, rule, sight, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr):
-    """What the rows of queries see of a tile: `Visibility`.
+def seen_in(index, is_held, rule, limits, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Says which tokens of a tile the rows of queries see, by the law of `Visibility`.
 
     Args:
         index, is_held: of its slots, as `locate` gives them.
-        rule, sight: as `load_rule` and `load_sight` give them.
+        rule, limits: as `load_rule` and `load_limits` give them.
 
     Returns:
         Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
     """
     _, first, held_from, num_slots, sinks, pad = rule
-    is_row, t, t_last, bound, lowest, mask_rows, mask_t = sight
+    is_row, t, t_last, bound, lowest, mask_rows, mask_t = limits
     is_held = is_held & (index >= first)
     if HAS_MASK:
         mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t
