@@ -20,7 +20,7 @@ from hfkv.kernels.experts.triton_tiling import (
     gemv_tiling,
     is_few,
 )
-from hfkv.kernels.triton.dtypes import TL_DTYPES, product_dtypes
+from hfkv.kernels.triton.arguments import TL_DTYPES, product_dtypes
 from hfkv.kernels.triton.tiling import device_of
 
 # How to compute a layer; see `expert_linear`.

@@ -9,7 +9,7 @@ import triton
 
 from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.kernels.triton.dtypes import TL_DTYPES
+from hfkv.kernels.triton.arguments import TL_DTYPES
 from hfkv.kernels.triton.merge import MAX_SPLITS, merge
 from hfkv.kernels.triton.support import unsupported_scoring
 from hfkv.kernels.triton.tiling import Tiling, choose_splits, device_of
