@@ -110,8 +110,8 @@ def _attention_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
     rule = load_rule(meta_ptr, b, META)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
 
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = r // G

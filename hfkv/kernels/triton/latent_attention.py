@@ -107,8 +107,8 @@ def _latent_kernel(
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     b = tl.program_id(2).to(tl.int64)
 
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
     rule = load_rule(meta_ptr, b, META)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = row // NUM_HEADS
