@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -83,6 +85,7 @@ def rotate(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LOG_
     return x * (BLOCK**-0.5)
 
 
+@functools.cache
 def rotation(head_dim: int) -> tuple[int, int]:
     """Gives BLOCK and LOG_BLOCK of `rotate` for rows of `head_dim` numbers."""
     block = hadamard_block(head_dim)

@@ -61,6 +61,7 @@ def device_of(device: torch.device) -> Device:
     return Device(properties.multi_processor_count, shared_memory)
 
 
+@functools.lru_cache(maxsize=1024)
 def padded(number: int) -> int:
     """Rounds a number of rows or columns up to what a product takes: a power of two, MIN_BLOCK or more."""
     return max(MIN_BLOCK, triton.next_power_of_2(number))
@@ -71,6 +72,7 @@ def warps_for(num_rows: int, num_columns: int) -> int:
     return 8 if num_rows * num_columns >= 128 * 128 else 4
 
 
+@functools.lru_cache(maxsize=1024)
 def tiling(
     device: Device,
     num_rows: int,
@@ -110,6 +112,7 @@ def tiling(
     return Tiling(block_m, block_n, num_warps, num_stages)
 
 
+@functools.lru_cache(maxsize=1024)
 def latent_tiling(
     device: Device,
     num_rows: int,
