@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hfkv import KVCache
+
 
 def llama_config(**changes: Any) -> LlamaConfig:
     fields: dict[str, Any] = {
@@ -56,3 +58,19 @@ def prompt(batch: int = 2, length: int = 9, padding: int = 0) -> dict[str, torch
 
 def greedy(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int = 12, **options: Any) -> torch.Tensor:
     return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)
+
+
+def states(batch: int = 1, tokens: int = 5) -> torch.Tensor:
+    """Random keys or values of a layer of `llama`."""
+    return torch.randn(batch, 2, tokens, 16)
+
+
+def feed(cache: KVCache, batch: int, tokens: int, head_dim: int = 16) -> None:
+    """Random keys and values for every layer of a cache."""
+    for layer_idx in range(len(cache.layers)):
+        cache.update(torch.randn(batch, 2, tokens, head_dim), torch.randn(batch, 2, tokens, head_dim), layer_idx)
+
+
+def text(batch: int, length: int) -> torch.Tensor:
+    """Random ids `[batch, length]`, none of them padding."""
+    return torch.randint(3, 99, (batch, length), generator=torch.Generator().manual_seed(1))

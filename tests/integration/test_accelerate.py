@@ -2,7 +2,10 @@
 
 import copy
 import itertools
+from pathlib import Path
+from typing import Any
 
+import accelerate
 import pytest
 import torch
 from accelerate import (
@@ -15,13 +18,13 @@ from accelerate import (
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaForCausalLM,
 )
-from transformers.cache_utils import DynamicCache
 
 import hfkv
 from hfkv import KVCache, KVConfig
-from tests.tiny import llama, prompt
+from tests.tiny import greedy, llama, prompt
 
 NEW_TOKENS = 10
 WINDOW, REUSE = "int8+window:8+sinks:2", "paged+page_size:4+reuse"
@@ -37,6 +40,7 @@ MIXED = {
     "model.rotary_emb": "cpu",
     "lm_head": "disk",
 }
+SHARED = "none+paged+page_size:8+reuse"
 
 
 def on_cpu_offload(model, folder):
@@ -239,3 +243,40 @@ def test_other_ways_to_generate_on_a_placed_model(tmp_path, placement, kv, optio
     with hfkv.patch(model, kv):
         for _ in range(2):
             assert torch.equal(model.generate(**inputs, **options), expected)
+
+
+@pytest.mark.parametrize("put_away", [accelerate.cpu_offload, accelerate.disk_offload])
+def test_weights_that_accelerate_has_put_away_share_prefixes_and_save_caches(put_away: Any, tmp_path: Path) -> None:
+    model, inputs = llama(), prompt(1, 40)
+    expected = greedy(model, inputs)
+    if put_away is accelerate.disk_offload:
+        put_away(model, offload_dir=str(tmp_path / "weights"), execution_device=torch.device("cpu"))
+    else:
+        put_away(model, execution_device=torch.device("cpu"))
+    with hfkv.patch(model, SHARED) as patch:
+        for _ in range(2):
+            assert torch.equal(greedy(model, inputs), expected)
+        assert patch.reuse_stats().hits == 1
+        cache = patch.new_cache()
+        text = {"input_ids": greedy(model, inputs, past_key_values=cache)}
+        cache.save(tmp_path / "cache.safetensors")
+        more = greedy(model, text)
+        for used in (cache, hfkv.KVCache.load(tmp_path / "cache.safetensors", model)):
+            assert torch.equal(greedy(model, text, past_key_values=used), more)
+
+
+def test_what_accelerate_has_wrapped_since_stays_wrapped() -> None:
+    model, inputs = llama(), prompt(1, 20)
+    expected = greedy(model, inputs)
+    patch = hfkv.patch(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(greedy(model, inputs), expected)
+    patch.undo()
+    assert torch.equal(greedy(model, inputs), expected)
+    cache = hfkv.KVCache(model)
+    assert torch.equal(greedy(model, inputs, past_key_values=cache), expected)
+    assert cache.holds_tokens is None
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(greedy(model, inputs), expected)
+    with hfkv.patch(model):
+        assert torch.equal(greedy(model, inputs), expected)

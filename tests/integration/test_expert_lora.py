@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 
 import hfkv
 from hfkv.experts.adapters import Factors
 from hfkv.experts.families import experts_of, weight_names
-from tests.zoo import models
+from tests.moe_models import IDS, logits, model_of, relative
 
 # PEFT 0.21 itself reads the attribute that transformers 5.23 renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -20,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 # Layouts: outputs first, inputs first with biases, without a gate.
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")
 FORMS = ("auto", "int8")
-IDS = torch.arange(3, 21).view(2, 9)
-
-
-def model_of(family: str) -> Any:
-    (architecture,) = (a for a in models.architectures() if a.model_type == family)
-    return models.build(architecture)
 
 
 def config_of(model: Any, rank: int = 4) -> LoraConfig:
@@ -166,3 +161,53 @@ def test_factors_add_their_product(is_transposed: bool) -> None:
         change = 0.5 * left[expert] @ right[expert]
         expected = y + x @ (change if is_transposed else change.t())
         assert torch.allclose(factors.add_to(y, x, expert), expected, atol=1e-5)
+
+
+def lora(model: Any) -> Any:
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    adapted = get_peft_model(model, config).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def test_a_factor_rescaled_behind_torchs_back_is_noticed_for_every_expert() -> None:
+    adapted = lora(model_of("mixtral"))
+    stock = copy.deepcopy(adapted)
+    hfkv.patch(adapted, moe="auto")
+    for expert in range(4):
+        logits(adapted)
+        for one in (adapted, stock):
+            wrapper = one.base_model.model.model.layers[0].mlp.experts
+            b = wrapper.lora_B["default"].weight
+            b.data.view(b.shape[0], -1, 4)[:, :, expert] *= 3
+        assert relative(logits(adapted), logits(stock)) <= 1e-5
+
+
+def test_factors_read_in_inference_mode_serve_a_gradient_later() -> None:
+    adapted = lora(model_of("mixtral"))
+    hfkv.patch(adapted, moe="int8")
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("q_proj" in name)
+    with torch.inference_mode():
+        adapted(IDS)
+    adapted(IDS, labels=IDS).loss.backward()
+
+
+def test_a_patch_in_inference_mode_can_be_merged_into() -> None:
+    adapted = lora(model_of("mixtral"))
+    with torch.inference_mode():
+        hfkv.patch(adapted, moe="int8")
+    adapted.merge_adapter()
+
+
+def test_adapters_of_a_copy_are_not_multiplied_out() -> None:
+    model = model_of("mixtral")
+    hfkv.patch(model, moe="auto")
+    adapted = lora(copy.deepcopy(model))
+    for _ in range(2):
+        logits(adapted)
+    wrappers = [module for module in adapted.modules() if type(module).__name__ == "ParamWrapper"]
+    assert wrappers
+    assert all("_activate_lora" in vars(wrapper) for wrapper in wrappers)

@@ -17,7 +17,9 @@ from hfkv.codecs import CODECS
 from hfkv.experts.implementation import experts_forward
 from hfkv.models.fingerprint import state_of
 from hfkv.models.probe import probe_rotary
+from tests.latent_models import inputs_for, model_of
 from tests.tiny import greedy, llama, prompt
+from tests.zoo import generate
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 AUTOCAST = [BF16, FP16]
@@ -255,3 +257,18 @@ def test_an_adapter_on_experts_and_a_learned_prefix() -> None:
                 with hfkv.patch(model, moe="auto" if make is moe_model else None):
                     ours = greedy(model, prompt(), 3, **asked).logits[0].float()
             assert (ours - stock).abs().max() <= 8 * torch.finfo(to).eps * stock.abs().max()
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "window:64"])
+@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "deepseek_v32"])
+def test_latents_under_autocast_stay_near_stock_attention(family: str, kv: str) -> None:
+    if family == "deepseek_v32" and kv != "none":
+        pytest.skip("takes no window; covered by the others")
+    model = model_of(family)
+    inputs = inputs_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = None if kv != "int8" else hfkv.KVCache(model, kv)
+        _, logits = generate(model, inputs, past_key_values=cache, max_new_tokens=3)
+        with hfkv.patch(model, kv):
+            _, ours = generate(model, inputs, max_new_tokens=3)
+    assert (ours - logits)[:, 0].abs().max() <= 2**-5 * logits.abs().max()

@@ -5,10 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
 import hfkv
+from hfkv import KVCache, KVConfig
 from hfkv.cache.layers.layer import KVLayer
+from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED, Sample, generate
 
 LOSSLESS = ("none", "paged+page_size:4", "offload", "offload+paged+page_size:4")
@@ -194,3 +199,20 @@ def test_half_precision_errs_at_most_twice_as_much_as_stock(name: str, dtype: to
     limit = 2 * (stock - exact)[real].abs().max().item()
     assert limit > 0
     assert max(errors) <= limit
+
+
+def test_an_assistant_that_exits_early_under_overrides() -> None:
+    model = llama(num_hidden_layers=4)
+    kv = KVConfig(layers={"0": KVConfig(), "1-3": KVConfig(store="paged", page_size=4)})
+    expected = greedy(model, prompt(batch=1))
+    with hfkv.patch(model, kv):
+        assert torch.equal(greedy(model, prompt(batch=1), assistant_early_exit=2), expected)
+
+
+def test_an_explicit_cache_of_a_model_that_shares_layers_fits() -> None:
+    model = llama()
+    stock = DynamicCache(config=model.config)
+    with hfkv.patch(model):
+        cache = KVCache(model)
+        assert len(cache.layers) == len(stock.layers)
+        greedy(model, prompt(), past_key_values=cache)

@@ -10,6 +10,7 @@ import torch
 
 from hfkv.experts import by_expert
 from hfkv.experts.families import experts_of, weight_names
+from tests.moe_models import model_of
 from tests.zoo import models
 
 # One for every way of routing, gating, bias, layout and norm that transformers has.
@@ -172,3 +173,15 @@ def test_every_family_of_the_interface(family: str) -> None:
         expected, ours = (with_gradients(experts, name, *given) for name in ("eager", "hfkv"))
         for one, other in zip(ours, expected, strict=True):
             assert relative(one, other) <= 1e-5
+
+
+def test_an_index_of_no_expert_is_skipped_whatever_it_is() -> None:
+    model = model_of("mixtral")
+    experts = next(iter(experts_of(model).values()))
+    experts.config._experts_implementation_internal = "hfkv"
+    for num_tokens in (1, 5):
+        x, weights = torch.randn(num_tokens, 64), torch.rand(num_tokens, 2)
+        index = torch.tensor([[1, -1]]).expand(num_tokens, 2)
+        both = experts(x, index, weights)
+        alone = experts(x, index[:, :1], weights[:, :1])
+        assert torch.allclose(both, alone, atol=1e-6)

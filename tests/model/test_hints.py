@@ -10,6 +10,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments, pipeline
 
 import hfkv
+import hfkv.eval
+from hfkv import Window
 from tests.tiny import llama
 
 
@@ -79,3 +81,11 @@ def test_without_a_model_it_says_how_to_come_by_one(tokenizer: Any) -> None:
     assert "vLLM runs its own" in said(SimpleNamespace(llm_engine=SimpleNamespace()))
     for given in (None, {}, torch.nn.Linear(2, 2)):
         assert said(given).endswith("; load one: AutoModelForCausalLM.from_pretrained(...)")
+
+
+def test_a_window_or_one_config_in_the_wrong_place_says_where_it_belongs() -> None:
+    model = llama()
+    with pytest.raises(TypeError, match=r"write KVConfig\(window=...\) around it"):
+        hfkv.patch(model, Window(8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"write \['int8'\]"):
+        hfkv.eval.compare(model, torch.arange(9), "int8")

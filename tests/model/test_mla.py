@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,25 +10,9 @@ import torch
 
 import hfkv
 from hfkv.attention.latent.crossover import Form, forced
-from hfkv.patches.mla import latent_modules
-from tests.zoo import CannotBuild, architectures, build, generate, prompt
+from tests.latent_models import CLOSE, FAMILIES, SPARSE, inputs_for, model_of
+from tests.zoo import generate, prompt
 
-DENSE = (
-    "axk1",
-    "bailing_hybrid",
-    "deepseek_v2",
-    "deepseek_v3",
-    "glm4_moe_lite",
-    "kimi_linear",
-    "longcat_flash",
-    "minicpm3",
-    "mistral4",
-    "youtu",
-)
-SPARSE = ("axk2", "deepseek_v32", "dots3_note", "glm5_next", "glm_moe_dsa", "hy_v4", "mistral_large4")
-FAMILIES = (*DENSE, *SPARSE)
-TOP_K = 4  # tokens an indexer picks, of the fifteen and more there are
-CLOSE = {"atol": 1e-4, "rtol": 0}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beams": {"num_beams": 3},
@@ -38,57 +20,6 @@ MODES: dict[str, dict[str, Any]] = {
     "chunked prefill": {"prefill_chunk_size": 4},
     "prompt lookup": {"prompt_lookup_num_tokens": 2},
 }
-
-
-@functools.cache
-def built(family: str) -> Any:
-    (architecture,) = [found for found in architectures() if found.model_type == family][:1] or [None]
-    if architecture is None:
-        pytest.skip(f"this transformers has no {family}")
-    try:
-        model = build(architecture)
-    except CannotBuild as reason:
-        pytest.skip(str(reason))
-    for module in model.modules():
-        if hasattr(module, "index_topk"):
-            module.index_topk = getattr(module, "index_kpool", TOP_K)  # glm5_next picks so many together
-    return model
-
-
-def model_of(family: str) -> Any:
-    model = built(family)
-    if not latent_modules(model):
-        pytest.skip(f"this transformers caches expanded keys and values for {family}")
-    return model
-
-
-def inputs_for(model: Any, mode: str = "greedy") -> dict[str, torch.Tensor]:
-    inputs = prompt(model)
-    if "pixel_values" in inputs:
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return {name: states[1:] for name, states in inputs.items()} if mode in ("prompt lookup", "assisted") else inputs
-
-
-class Expansions:
-    """How many tokens `expand_kv` of transformers' own has expanded, call by call."""
-
-    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.tokens: list[int] = []
-        for kind in {type(module) for module in model.modules() if hasattr(type(module), "expand_kv")}:
-            monkeypatch.setattr(kind, "expand_kv", self._counted(kind.expand_kv))
-
-    def _counted(self, original: Any) -> Any:
-        @functools.wraps(original)
-        def expand_kv(module: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> Any:
-            self.tokens.append(kv_nope.shape[2])
-            return original(module, kv_nope, k_rot)
-
-        return expand_kv
-
-
-@pytest.fixture
-def expansions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    return lambda model: Expansions(model, monkeypatch)
 
 
 @pytest.mark.pairwise

@@ -11,10 +11,9 @@ import torch
 import hfkv
 from hfkv.attention.latent.crossover import Form, forced
 from hfkv.patches.mla import latent_modules
-from tests.model.test_mla import CLOSE, expansions, inputs_for, model_of
+from tests.latent_models import CLOSE, inputs_for, model_of
 from tests.zoo import generate, prompt
 
-__all__ = ["expansions"]  # a fixture
 CODECS = ("int8", "int4", "fp8")
 
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map_only
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DeepseekV3Config, DeepseekV3ForCausalLM
 
 import hfkv
 from hfkv.attention.latent.crossover import forced
-from tests.model.test_mla import CLOSE, expansions, inputs_for, model_of
+from tests.latent_models import CLOSE, inputs_for, model_of
 from tests.zoo import generate
 
-__all__ = ["expansions"]  # a fixture
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 ADAPTED = {"target_modules": ["kv_b_proj"], "r": 4, "lora_alpha": 16, "init_lora_weights": False}
 
@@ -222,3 +222,58 @@ def test_quantised_projections(bits: int, tmp_path: Any, expansions: Any) -> Non
     torch.testing.assert_close(our_logits, logits, atol=2**-8 * logits.abs().max().item(), rtol=0)
     with hfkv.patch(model):
         generate(model, inputs)  # a prompt that is expanded runs too
+
+
+def test_lora_with_a_bias_and_hooks_on_its_parts() -> None:
+    inputs = inputs_for(model_of("deepseek_v3"))
+    options: dict[str, Any] = {"target_modules": ["kv_b_proj"], "r": 4, "init_lora_weights": False}
+    for changes in ({"lora_bias": True}, {}):
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(model_of("deepseek_v3")), LoraConfig(**options, **changes)).eval()
+        if changes:
+            for name, weight in model.named_parameters():
+                if "lora_B" in name and "bias" in name:
+                    torch.nn.init.normal_(weight)
+        else:
+            for module in model.modules():
+                if hasattr(module, "lora_A"):
+                    module.lora_A["default"].register_forward_hook(lambda module, args, output: output * 3)
+        tokens, logits = generate(model, inputs)
+        with hfkv.patch(model):
+            ours, our_logits = generate(model, inputs)
+        assert torch.equal(ours, tokens)
+        torch.testing.assert_close(our_logits, logits, **CLOSE)
+
+
+class Halves(torch.Tensor):
+    """A weight that is twice what its numbers say, as quantising libraries write theirs: only its products know."""
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor) -> Halves:
+        wrapped = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
+        wrapped.plain = plain
+        return wrapped
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            return func(args[0], 2 * args[1].plain)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Halves(args[0].plain)
+        return func(*tree_map_only(Halves, lambda weight: weight.plain, args), **(kwargs or {}))
+
+
+def test_a_weight_of_a_class_of_its_own_is_read_through_its_layer() -> None:
+    model = copy.deepcopy(model_of("deepseek_v3"))
+    inputs = inputs_for(model)
+    tokens, _ = generate(model, inputs)
+    for layer in model.model.layers:
+        projection = layer.self_attn.kv_b_proj
+        projection.weight = torch.nn.Parameter(Halves(projection.weight.detach() / 2), requires_grad=False)
+    with hfkv.patch(model), forced("absorbed"), torch.no_grad():
+        assert torch.equal(generate(model, inputs)[0], tokens)

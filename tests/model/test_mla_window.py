@@ -5,7 +5,7 @@ import torch
 
 from hfkv import KVConfig, Window
 from hfkv.attention.latent.crossover import forced
-from tests.model.test_window import DYNAMIC, PADS, SPLITS, error
+from tests.windowed import DYNAMIC, PADS, SPLITS, error
 
 RULES = {
     "sinks": Window(7, 4),

@@ -1,16 +1,28 @@
 """patch and unpatch: refusals, undo, and what they leave alone."""
 
 import copy
+import io
 import logging
 
 import pytest
 import torch
-from transformers import AutoModel, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    EncoderDecoderModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import hfkv
+from hfkv import KVConfig
 from hfkv.patches.generate import _warn_once
 from tests.tiny import greedy, llama, llama_config, prompt
-from tests.zoo import NAMED, generate
+from tests.zoo import NAMED, architectures, build, generate
 
 
 def state(model: torch.nn.Module) -> list[tuple[str, dict]]:
@@ -149,3 +161,54 @@ def test_every_call_gets_a_fresh_cache() -> None:
         first, second = (greedy(model, prompt(), return_dict_in_generate=True).past_key_values for _ in range(2))
     assert first is not second
     assert first.get_seq_length() == second.get_seq_length() == 20
+
+
+def test_a_patched_model_can_be_saved_whole() -> None:
+    model = llama()
+    with hfkv.patch(model, "int8"):
+        expected, file = greedy(model, prompt()), io.BytesIO()
+        torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    out = greedy(loaded, prompt(), return_dict_in_generate=True)
+    assert torch.equal(out.sequences, expected)
+    assert out.past_key_values.kv == KVConfig("int8")
+    hfkv.unpatch(loaded)
+    assert loaded.config._attn_implementation == "sdpa"
+
+
+def test_undo_keeps_what_the_owner_changed_meanwhile() -> None:
+    model = llama()
+    config = model.config
+    with hfkv.patch(model):
+        model.resize_token_embeddings(120)
+        model.config.eos_token_id = 5
+    assert model.config is config
+    assert (config.vocab_size, config.eos_token_id, config._attn_implementation) == (120, 5, "sdpa")
+    ids = torch.full((1, 4), 110)
+    assert model(ids, labels=ids).loss.isfinite()
+
+
+def test_a_part_of_a_patched_model_is_not_patched_again() -> None:
+    fields = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    decoder = BertLMHeadModel(BertConfig(**fields, is_decoder=True, add_cross_attention=True))
+    whole = EncoderDecoderModel(encoder=BertModel(BertConfig(**fields)), decoder=decoder).eval()
+    own = decoder.config
+    for first, second in ((whole, decoder), (decoder, whole)):
+        with hfkv.patch(first), pytest.raises(RuntimeError, match="take that patch off first"):
+            hfkv.patch(second)
+        assert decoder.config is own
+        assert own._attn_implementation == "sdpa"
+
+
+def test_configs_that_refuse_comparison_come_off() -> None:
+    found = [architecture for architecture in architectures() if architecture.model_type == "gemma4"]
+    if not found:
+        pytest.skip("this transformers has no gemma4")
+    model = build(found[0])
+    before = model.config
+    with hfkv.patch(model):
+        pass
+    assert model.config is before
+    hfkv.patch(model)
+    hfkv.unpatch(model)

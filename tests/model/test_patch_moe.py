@@ -17,29 +17,14 @@ import hfkv
 from hfkv.experts.checkpoint import ExpertsConfig
 from hfkv.experts.families import experts_of, others_of, weight_names
 from hfkv.experts.stack import ExpertStack
+from tests.moe_models import IDS, MASK, logits, model_of, relative
 from tests.tiny import llama
-from tests.zoo import models
 
-IDS = torch.arange(3, 21).view(2, 9)
-MASK = torch.tensor([[0] * 3 + [1] * 6, [1] * 9])
 FORMS = ("auto", "int8", "int4")
-
-
-def model_of(model_type: str) -> Any:
-    return models.build(next(a for a in models.architectures() if a.model_type == model_type))
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS, attention_mask=MASK).logits
 
 
 def text(model: Any) -> list[list[int]]:
     return model.generate(IDS, attention_mask=MASK, max_new_tokens=8, do_sample=False).tolist()
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.smoke

@@ -8,6 +8,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import hfkv
+from hfkv import tiny_lm
 from tests.tiny import greedy, llama, llama_for, prompt
 from tests.zoo import NAMED, generate
 
@@ -32,6 +33,7 @@ CONFIGS = (
     "window:dynamic+size:40" + PAGED,
     "window:24+summary:mean+summary_pages:2+summary_page_size:4" + PAGED,
 )
+SHARED = "none+paged+page_size:8+reuse"
 
 
 def cold(model: Any, kv: str, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
@@ -250,3 +252,46 @@ def test_every_architecture_that_can_share_does(name: str, mode: dict[str, Any])
         # The second call finds pages, where the prompt is no more than ids.
         is_plain = inputs.keys() <= {"input_ids", "attention_mask"}
         assert (patch.reuse_stats().hits > 0) == (is_plain and name not in COUNTS_PADDING)
+
+
+def test_hidden_states_of_all_tokens_are_read_and_spoil_nothing_after() -> None:
+    model, inputs = llama(), prompt(1, 40)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True}
+    with hfkv.patch(model, SHARED) as patch:
+        for _ in range(2):
+            output = greedy(model, inputs, **options)
+            assert output.hidden_states[0][0].shape[1] == 40
+        assert patch.reuse_stats().lookups == 0
+        greedy(model, inputs)
+        greedy(model, inputs)
+        # transformers captures hidden states by hooks that stay.
+        assert patch.reuse_stats().hits == 1
+        for _ in range(2):
+            cache = greedy(model, inputs, 1, past_key_values=hfkv.KVCache(model), return_dict_in_generate=True)
+            longer = torch.cat((cache.sequences, inputs["input_ids"]), dim=1)
+            beams = greedy(model, {"input_ids": longer}, num_beams=3, past_key_values=cache.past_key_values, **options)
+            assert torch.equal(beams.sequences, greedy(model, {"input_ids": longer}, num_beams=3))
+
+
+def test_stop_strings_find_pages_too() -> None:
+    model, tokenizer = tiny_lm.load(torch.float32)
+    inputs = tokenizer("def f(x):\n    return x\n\ndef g", return_tensors="pt")
+    options = {"stop_strings": ["\n"], "tokenizer": tokenizer, "max_new_tokens": 20, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    with hfkv.patch(model, SHARED) as patch:
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **options), expected)
+        assert patch.reuse_stats().hits == 1
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
+def test_text_alone_is_shared_by_models_of_images_too(name: str) -> None:
+    model = NAMED[name]().model
+    inputs = {"input_ids": torch.randint(10, 60, (1, 20)), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    expected, _ = generate(model, inputs)
+    beams, _ = generate(model, inputs, num_beams=3)
+    with hfkv.patch(model, "none+paged+page_size:4+reuse") as patch:
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs)[0], expected)
+        assert patch.reuse_stats().hits == 1
+        assert torch.equal(generate(model, inputs, num_beams=3)[0], beams)

@@ -180,3 +180,12 @@ def test_forks_share_pages_and_copy_the_last() -> None:
         cache.fork(0)
     with pytest.raises(TypeError, match="number of copies"):
         cache.fork("2")  # type: ignore[arg-type]
+
+
+def test_beams_share_pages() -> None:
+    model, held = llama(), {}
+    for kv in ("none", "paged+page_size:16"):
+        with hfkv.patch(model, kv):
+            options = {"num_beams": 8, "return_dict_in_generate": True}
+            held[kv] = greedy(model, prompt(1, 300), 100, **options).past_key_values.nbytes()
+    assert held["paged+page_size:16"] < 0.35 * held["none"]

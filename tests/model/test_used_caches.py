@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+)
 
 import hfkv
+from hfkv import KVCache
 from tests.tiny import greedy, llama, llama_for, prompt
 from tests.zoo import NAMED
 
@@ -189,3 +192,70 @@ def test_an_assistant_on_a_used_cache_of_an_encoder_decoder_is_refused(name: str
         given = {"past_key_values": output.past_key_values, "decoder_input_ids": output.sequences, "max_new_tokens": 3}
         with pytest.raises(NotImplementedError, match="would be read twice"):
             model.generate(ids, **given, prompt_lookup_num_tokens=2)
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "paged", "window:5", "offload"])
+def test_a_cache_filled_in_inference_mode_goes_on_outside_it(kv: str) -> None:
+    model, inputs = llama_for(kv), prompt(length=20)
+    with hfkv.patch(model, kv):
+        expected = greedy(model, inputs)
+        cache = KVCache(model, kv)
+        cache.reserve(64)
+        with torch.inference_mode():
+            model(inputs["input_ids"][:, :10], past_key_values=cache)
+            cache.reorder_cache(torch.tensor([0, 1]))
+        assert torch.equal(greedy(model, inputs, past_key_values=cache), expected)
+
+
+def test_a_prompt_that_failed_before_its_first_forward_leaves_nothing_behind() -> None:
+    model, assistant, inputs = llama(), llama(), prompt(1, 8)
+    with hfkv.patch(model):
+        cache = hfkv.KVCache(model)
+        text = greedy(model, inputs, past_key_values=cache)
+
+        def fail(*args: Any) -> None:
+            raise MemoryError
+
+        hook = assistant.model.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            greedy(model, {"input_ids": text}, past_key_values=cache, assistant_model=assistant)
+        hook.remove()
+        held = cache.get_seq_length()
+        new = torch.cat((text[:, held:], text), dim=1)
+        with torch.no_grad():
+            logits = model(input_ids=new, past_key_values=cache).logits
+            assert cache.get_seq_length() == held + new.shape[1]
+            torch.testing.assert_close(
+                logits[:, -1], model(torch.cat((text, text), dim=1)).logits[:, -1], atol=1e-4, rtol=1e-4
+            )
+
+
+def test_new_tokens_alone_come_with_the_padding_that_was_read() -> None:
+    model, inputs = llama(), prompt(2, 10, 3)
+    with hfkv.patch(model):
+        cache = hfkv.KVCache(model)
+        text = greedy(model, inputs, 5, past_key_values=cache)
+        new, mask = text[:, -1:], torch.ones_like(text)
+        for wrong in (mask, torch.cat((inputs["attention_mask"].flip(0), torch.ones_like(text[:, :5])), dim=1)):
+            with pytest.raises(ValueError, match="differs in its padding"):
+                greedy(model, {"input_ids": new, "attention_mask": wrong}, past_key_values=cache)
+
+
+def test_the_padding_behind_a_row_that_ended_may_be_hidden() -> None:
+    model, inputs = llama(), prompt(2, 10)
+    ids = torch.cat((inputs["input_ids"], torch.tensor([[7, 0, 0], [8, 9, 10]])), dim=1)
+    more = torch.cat((ids, inputs["input_ids"]), dim=1)
+    mask = torch.ones_like(more)
+    mask[0, 11:13] = 0
+    whole = {"input_ids": more, "attention_mask": mask}
+    with torch.no_grad():
+        stock = DynamicCache(config=model.config)
+        model(ids, past_key_values=stock)
+        expected = greedy(model, whole, past_key_values=stock)
+        with hfkv.patch(model):
+            cache = hfkv.KVCache(model)
+            model(ids, past_key_values=cache)
+            assert torch.equal(greedy(model, whole, past_key_values=copy.deepcopy(cache)), expected)
+            mask[1, 3] = 0
+            with pytest.raises(ValueError, match="at position 4 row 1 differs in its padding"):
+                greedy(model, whole, past_key_values=cache)

@@ -5,14 +5,19 @@ import itertools
 
 import pytest
 import torch
-from transformers import GemmaConfig, MambaConfig, MistralConfig
-from transformers.cache_utils import DynamicCache
+from transformers import (
+    DynamicCache,
+    GemmaConfig,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
+)
 
 import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.cache.layers.span import ROLLBACK_MARGIN
 from hfkv.stores import OffloadedStore, Store
-from tests.tiny import greedy, llama, llama_config, llama_for, prompt
+from tests.tiny import feed, greedy, llama, llama_config, llama_for, prompt, states
 from tests.unit.test_stores import CopiedBytes
 
 CODECS = ("none", "int8", "int4", "fp8")
@@ -28,11 +33,6 @@ def filled(kv: str, batch: int = 2, tokens: int = 9, **changes: object) -> KVCac
     cache = KVCache(llama_config(**changes), kv)
     feed(cache, batch, tokens)
     return cache
-
-
-def feed(cache: KVCache, batch: int, tokens: int, head_dim: int = 16) -> None:
-    for layer_idx in range(len(cache.layers)):
-        cache.update(torch.randn(batch, 2, tokens, head_dim), torch.randn(batch, 2, tokens, head_dim), layer_idx)
 
 
 @pytest.mark.smoke
@@ -280,3 +280,28 @@ def test_a_dtype_changed_midway_is_refused() -> None:
 
 def test_a_cache_never_knows_its_tokens() -> None:
     assert filled("none").holds_tokens is None
+
+
+def test_a_crop_a_hybrid_cannot_do_leaves_our_layers_whole() -> None:
+    config = Lfm2Config(
+        vocab_size=99,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["full_attention", "conv"] * 2,
+    )
+    cache = KVCache(config)
+    for layer in cache.kv_layers:
+        layer.update(states(1, 9), states(1, 9))
+    with pytest.raises(RuntimeError, match="does not track past states"):
+        cache.crop(-2)
+    assert [layer.get_seq_length() for layer in cache.kv_layers] == [9, 9]
+
+
+def test_keys_and_values_keep_their_own_dtypes() -> None:
+    cache = KVCache(llama_config())
+    value = states()
+    key_view, value_view = cache.update(states().bfloat16(), value, 0)
+    assert (key_view.dtype, value_view.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(value_view + 0, value)

@@ -4,8 +4,12 @@ import copy
 import pickle
 
 import pytest
+from transformers import (
+    MistralConfig,
+)
 
-from hfkv import KVConfig, Window
+from hfkv import KVCache, KVConfig, Window
+from tests.zoo import NAMED
 
 
 def test_the_string_form_says_the_same_as_the_fields() -> None:
@@ -146,3 +150,12 @@ def test_configs_are_values() -> None:
 def test_a_bad_window_raises(fields: dict, error: type[Exception]) -> None:
     with pytest.raises(error, match="Window"):
         Window(**fields)
+
+
+def test_overrides_that_cannot_hold_raise() -> None:
+    config = MistralConfig(num_hidden_layers=2, num_attention_heads=4, hidden_size=64, sliding_window=8)
+    with pytest.raises(ValueError, match="gives layer 0 a window, but it slides over 8 tokens already"):
+        KVCache(config, KVConfig(layers={"0": KVConfig(window=3)}))
+    with pytest.raises(ValueError, match="names layer 0, which stays transformers' own"):
+        KVCache(NAMED["qwen3_next"]().model, KVConfig(layers={"0": KVConfig("int8")}))
+    assert KVConfig(layers={"0-99999999999": KVConfig()}).last_named_layer == 99999999999

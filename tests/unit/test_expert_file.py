@@ -16,13 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+import hfkv
 from hfkv.experts.config import MoEConfig
+from hfkv.experts.families import experts_of
 from hfkv.experts.offload import expert_file, expert_header
 from hfkv.experts.offload.expert_file import ExpertFile, load_experts, save_experts
 from hfkv.experts.offload.place import offload_experts
 from hfkv.experts.offload.trace import ExpertTrace
 from tests.experts_to_offload import CODECS
 from tests.models_to_offload import NAME, compressed, logits, model, put
+from tests.moe_models import model_of
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -190,3 +193,13 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
         save_experts(plain, tmp_path, "int8")
     assert path_of(tmp_path).read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_files_of_other_weights_are_refused_whatever_differs(tmp_path: Path) -> None:
+    moe = hfkv.MoEConfig(offload=True, path=str(tmp_path))
+    hfkv.patch(model_of("mixtral"), moe=moe).undo()
+    other = model_of("mixtral")
+    experts = next(iter(experts_of(other).values()))
+    experts.down_proj.data[3, 0, 0] += 1
+    with pytest.raises(ValueError, match="other weights"):
+        hfkv.patch(other, moe=moe)

@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import hfkv
+from hfkv.experts.families import experts_of
 from hfkv.experts.int8 import Int8Weights
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.experts.stack import ExpertStack, as_parameter
 from hfkv.models.fingerprint import _plain
+from tests.moe_models import model_of
 
 
 class Layer(nn.Module):
@@ -133,3 +136,14 @@ def test_a_write_is_seen_by_who_asks_whether_weights_changed() -> None:
     module.w.data += 1
     assert look() != before
     assert any(not torch.equal(a, b) for a, b in zip(numbers, _plain(module.w), strict=True))
+
+
+def test_no_expert_but_the_named_one_is_written() -> None:
+    model = model_of("mixtral")
+    hfkv.patch(model, moe="auto")
+    stack = next(iter(experts_of(model).values())).down_proj
+    for index in (4, -5):
+        with pytest.raises(IndexError, match="there are 4 experts"):
+            stack.data[index] = torch.zeros_like(stack[0])
+        with pytest.raises(IndexError):
+            torch.select(stack, 0, index)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfkv.experts.checkpoint import CODECS
 from hfkv.experts.int4 import Int4Weights
@@ -151,3 +153,25 @@ def test_what_cannot_be_packed_says_why() -> None:
     assert unpackable(torch.zeros(1, 4, 4)) is None
     assert "not float16" in str(unpackable(torch.zeros(1, 4, 4, dtype=torch.float16)))
     assert unpackable(torch.zeros(1, 4, 4, device="meta")) == "on meta"
+
+
+class Operations(TorchDispatchMode):
+    """The names of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_int4_is_read_back_without_a_product() -> None:
+    weights = Int4Weights((1, 256, 128), torch.bfloat16, torch.device("cpu"))
+    weights.write(0, torch.randn(256, 128))
+    with Operations() as operations:
+        weights.decode(0)
+    # It took seconds for a large matrix, by a product with the identity in float32.
+    assert operations.names
+    assert not [name for name in operations.names if "mm" in name]

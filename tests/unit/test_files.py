@@ -20,8 +20,8 @@ import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.sharing.files import tensor_file
 from hfkv.sharing.files.header import kv_from_json, kv_to_json
-from tests.tiny import greedy, llama, prompt
-from tests.unit.test_cache import PRODUCT, feed
+from tests.tiny import feed, greedy, llama, prompt
+from tests.unit.test_cache import PRODUCT
 
 CACHE_SINKS = "int8+window:6+sinks:2+sink_positions:cache"
 SUMMARIES = "window:6+sinks:2+summary:mean+summary_pages:3+summary_page_size:2"

@@ -5,15 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import (
+    StoppingCriteriaList,
+)
 
 import hfkv
 from hfkv import CacheMemory, KVCache, KVConfig, Window
 from hfkv.cache.memory import Bytes, PlaneMemory
 from hfkv.codecs import CODECS
 from hfkv.policy.units import about_bytes
-from tests.tiny import greedy, llama, llama_config, prompt
-from tests.unit.test_cache import PRODUCT, feed, filled
-from tests.zoo.named import NAMED
+from tests.tiny import feed, greedy, llama, llama_config, prompt
+from tests.unit.test_cache import PRODUCT, filled
+from tests.zoo import NAMED
 
 
 def check_sums(cache):
@@ -202,3 +205,37 @@ def test_the_documentations_example_runs(capsys, tmp_path, monkeypatch):
     (shown,) = re.findall(r"\$ print\(cache.memory\(\)\)\n(.*?)```", text, re.DOTALL)
     assert shown.rstrip() in said
     check_sums(names["cache"])
+
+
+def test_a_length_that_cannot_be_reserved_is_grown_into(caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    stop = StoppingCriteriaList([lambda ids, scores, **kwargs: torch.ones(len(ids), dtype=torch.bool)])
+    for kv in ("none", "paged"):
+        with hfkv.patch(model, kv):
+            assert greedy(model, prompt(), 10**10, stopping_criteria=stop).shape == (2, 10)
+        assert "no room to reserve" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    ("kv", "batch", "tokens", "keep"),
+    [("paged", 16, 600, [0]), ("none", 16, 600, [0]), ("paged", 8, 600, [0] * 8), ("window:500+paged", 1, 2000, [0])],
+)
+def test_memory_follows_what_is_held(kv: str, batch: int, tokens: int, keep: list[int]) -> None:
+    cache = KVCache(llama_config(), kv)
+    feed(cache, batch, tokens)
+    cache.batch_select_indices(torch.tensor(keep))
+    feed(cache, len(keep), 1)
+    layer = cache.kv_layers[0]
+    row = cache.held_bytes() / layer.store.length / len(set(keep))
+    page = getattr(layer.store, "page_size", 0)
+    assert cache.nbytes() <= 1.3 * cache.held_bytes() + 2 * len(keep) * page * row
+
+
+def test_a_reset_forgets_the_reservation() -> None:
+    cache = KVCache(llama_config())
+    cache.reserve(100_000)
+    feed(cache, 1, 5)
+    cache.reset()
+    feed(cache, 16, 5)
+    assert cache.nbytes() == cache.held_bytes()

@@ -18,8 +18,8 @@ import hfkv.measure.meters
 import hfkv.measure.monitor
 from hfkv import KVCache, MemoryMonitor
 from hfkv.measure.meters import Meter
-from tests.tiny import greedy, llama, llama_config, prompt
-from tests.unit.test_cache import feed, filled
+from tests.tiny import feed, greedy, llama, llama_config, prompt
+from tests.unit.test_cache import filled
 
 MIB = 2**20
 PATIENCE = 30.0  # seconds for what must come

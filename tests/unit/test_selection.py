@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
 import hfkv
-from tests.tiny import llama_config
+from hfkv import KVCache
+from tests.tiny import feed, llama_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:indexing with dtype torch.uint8")
 
@@ -167,3 +171,17 @@ def test_the_tokens_written_down_are_selected_alike() -> None:
         ours.record.append(ids, TOKENS)
         ours.batch_select_indices(indices)
         assert torch.equal(ours.holds_tokens, ids[rows])
+
+
+@pytest.mark.parametrize("kv", ["none", "paged"])
+@pytest.mark.parametrize(
+    "index", [torch.tensor([-1]), [0, 1], slice(1, 3), torch.tensor([True, False, True, False])], ids=str
+)
+def test_rows_are_selected_as_tensors_are_indexed(kv: str, index: Any) -> None:
+    cache = KVCache(llama_config(), kv)
+    feed(cache, 4, 5)
+    keys = cache.layers[0].keys
+    cache.batch_select_indices(index)
+    assert torch.equal(cache.layers[0].keys, keys[index])
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([9]))

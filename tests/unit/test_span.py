@@ -1,5 +1,7 @@
 """Window, Span and LeftPadding: what is let go of is what no later query can see."""
 
+import threading
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,3 +114,15 @@ def test_padding_may_grow_while_a_row_is_nothing_else() -> None:
             padding.learn(contradiction, before=12)
     padding.select([1, 1, 0])
     assert padding.of(3) == (9, 9, 0)
+
+
+def test_a_schedule_of_ones_own_may_be_asked_by_many_threads() -> None:
+    for _ in range(5):
+        window = Window(4096, schedule=lambda seen: 4096 if seen < 8192 else 2048)
+        found: list[int] = []
+        threads = [threading.Thread(target=lambda: found.append(window.lower_bound(60_000))) for _ in range(4)]  # noqa: B023
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [60_001 - 2048] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 import hfkv
+from hfkv import KVCache
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.view import KVView
-from tests.tiny import greedy, llama, llama_config, prompt
+from tests.tiny import feed, greedy, llama, llama_config, prompt, states
 
 
 def views(kv: str = "none", tokens: int = 7, **options: object) -> tuple[KVLayer, torch.Tensor, torch.Tensor]:
@@ -110,9 +112,9 @@ def test_an_edit_takes_effect_or_raises(kv: str) -> None:
 
 def test_what_an_edit_raises_says_how_to_edit() -> None:
     layer, key, _ = views("int8")
-    for states in (layer.values, layer.values[0], key):
+    for read in (layer.values, layer.values[0], key):
         with pytest.raises(RuntimeError, match=r"would be lost. Edit a clone and assign it .* layer.values = values"):
-            states.zero_()
+            read.zero_()
     values = layer.values.clone()
     values[:, :, 1:3] = 0
     keys = layer.keys.clone()
@@ -166,3 +168,37 @@ def test_repr_decodes_nothing() -> None:
     _, key, _ = views("window:100")
     assert repr(key) == "KVView(key, shape=(2, 2, 7, 16), dtype=torch.float32, device=cpu)"
     assert "KVLayer(int8" in repr(hfkv.KVCache(llama_config(), "int8"))
+
+
+@pytest.mark.parametrize("kv", ["none", "none+paged", "none+offload", "int8", "window:5"])
+def test_items_of_a_view_cannot_be_set(kv: str) -> None:
+    key, _ = KVCache(llama_config(), kv).update(states(), states(), 0)
+    with pytest.raises(RuntimeError, match="would be lost"):
+        key[:, :, 0] = 7.0
+    for method in ("share_memory_", "apply_"):
+        with pytest.raises(RuntimeError, match="would be lost"):
+            getattr(key, method)(abs)
+
+
+def test_a_view_can_leave_as_a_plain_tensor() -> None:
+    key, _ = KVCache(llama_config(), "int8").update(states(), states(), 0)
+    assert isinstance(key, KVView)
+    file = io.BytesIO()
+    torch.save(key, file)
+    file.seek(0)
+    for plain in (torch.load(file), torch.from_numpy(key.numpy()), torch.tensor(key.tolist())):
+        assert type(plain) is torch.Tensor
+        assert torch.equal(plain, key + 0)
+
+
+@pytest.mark.parametrize("kv", ["none", "none+window:6+sinks:2"])
+def test_keys_that_were_read_do_not_change_with_the_cache(kv: str) -> None:
+    cache = KVCache(llama_config(), kv)
+    feed(cache, 1, 5)
+    feed(cache, 1, 1)
+    kept = cache.layers[0].keys
+    before = kept.clone()
+    cache.crop(-1)
+    for _ in range(9):
+        feed(cache, 1, 1)
+    assert torch.equal(kept, before)

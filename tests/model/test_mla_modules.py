@@ -1,4 +1,4 @@
-"""What an outsider's review of latent attention found: each of these was once wrong."""
+"""Latent attention by modules unlike the library's own: projections that are no plain matrix, hooks, subclasses."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
-from peft import LoraConfig, get_peft_model
-from torch.utils._pytree import tree_map_only
 
 import hfkv
 from hfkv import KVConfig, Window
-from hfkv.attention.latent.crossover import forced
 from tests import brute_force
-from tests.model.test_mla import CLOSE, inputs_for, model_of
-from tests.model.test_window import LENGTH, PADS, ids, through_cache
-from tests.model.test_window import model_of as windowed_model
+from tests.latent_models import CLOSE, inputs_for, model_of
+from tests.windowed import LENGTH, PADS, ids, through_cache
+from tests.windowed import model_of as windowed_model
 from tests.zoo import generate
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -90,7 +87,7 @@ def test_a_projection_that_is_no_plain_matrix_is_asked_itself(change: str, caplo
 
 @pytest.mark.parametrize("split", [LENGTH, 5, 1])
 @pytest.mark.parametrize("change", STRANGE)
-def test_and_under_a_window_too(change: str, split: int) -> None:
+def test_a_projection_that_is_no_plain_matrix_is_asked_under_a_window_too(change: str, split: int) -> None:
     model, kv = changed(windowed_model("deepseek_v3"), STRANGE[change]), KVConfig(window=Window(7, 2))
     with torch.no_grad():
         expected = brute_force.logits(model, ids(), kv, PADS["ragged"])
@@ -103,42 +100,6 @@ def test_a_summary_of_latents_that_no_matrix_expands_is_refused() -> None:
     model = changed(windowed_model("deepseek_v3"), bent)
     with pytest.raises(NotImplementedError, match="Leave the summary out"):
         through_cache(model, KVConfig(window=Window(7, 2, summary="mean", summary_page_size=4)), "no padding", 5)
-
-
-def test_lora_with_a_bias_and_hooks_on_its_parts() -> None:
-    inputs = inputs_for(model_of("deepseek_v3"))
-    options: dict[str, Any] = {"target_modules": ["kv_b_proj"], "r": 4, "init_lora_weights": False}
-    for changes in ({"lora_bias": True}, {}):
-        torch.manual_seed(0)
-        model = get_peft_model(copy.deepcopy(model_of("deepseek_v3")), LoraConfig(**options, **changes)).eval()
-        if changes:
-            for name, weight in model.named_parameters():
-                if "lora_B" in name and "bias" in name:
-                    torch.nn.init.normal_(weight)
-        else:
-            for module in model.modules():
-                if hasattr(module, "lora_A"):
-                    module.lora_A["default"].register_forward_hook(lambda module, args, output: output * 3)
-        tokens, logits = generate(model, inputs)
-        with hfkv.patch(model):
-            ours, our_logits = generate(model, inputs)
-        assert torch.equal(ours, tokens)
-        torch.testing.assert_close(our_logits, logits, **CLOSE)
-
-
-@pytest.mark.parametrize("kv", ["none", "int8", "window:64"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "minicpm3", "deepseek_v32"])
-def test_autocast(family: str, kv: str) -> None:
-    if family == "deepseek_v32" and kv != "none":
-        pytest.skip("takes no window; covered by the others")
-    model = model_of(family)
-    inputs = inputs_for(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        cache = None if kv != "int8" else hfkv.KVCache(model, kv)
-        _, logits = generate(model, inputs, past_key_values=cache, max_new_tokens=3)
-        with hfkv.patch(model, kv):
-            _, ours = generate(model, inputs, max_new_tokens=3)
-    assert (ours - logits)[:, 0].abs().max() <= 2**-5 * logits.abs().max()
 
 
 def test_hooks_for_all_modules_are_called() -> None:
@@ -190,37 +151,3 @@ def test_modules_of_another_patched_model_are_refused() -> None:
     with hfkv.patch(one), pytest.raises(RuntimeError, match="part of another patched model"):
         hfkv.patch(other)
     assert all("expand_kv" not in vars(layer.self_attn) for layer in one.model.layers)
-
-
-class Halves(torch.Tensor):
-    """A weight that is twice what its numbers say, as quantising libraries write theirs: only its products know."""
-
-    @staticmethod
-    def __new__(cls, plain: torch.Tensor) -> Halves:
-        wrapped = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype)
-        wrapped.plain = plain
-        return wrapped
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.linear:
-            return func(args[0], 2 * args[1].plain)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return Halves(args[0].plain)
-        return func(*tree_map_only(Halves, lambda weight: weight.plain, args), **(kwargs or {}))
-
-
-def test_a_weight_of_a_class_of_its_own_is_read_through_its_layer() -> None:
-    model = copy.deepcopy(model_of("deepseek_v3"))
-    inputs = inputs_for(model)
-    tokens, _ = generate(model, inputs)
-    for layer in model.model.layers:
-        projection = layer.self_attn.kv_b_proj
-        projection.weight = torch.nn.Parameter(Halves(projection.weight.detach() / 2), requires_grad=False)
-    with hfkv.patch(model), forced("absorbed"), torch.no_grad():
-        assert torch.equal(generate(model, inputs)[0], tokens)

@@ -9,6 +9,8 @@ import torch
 from transformers import DynamicCache
 
 import hfkv
+from tests import tiny
+from tests.tiny import llama
 from tests.zoo import NAMED, architectures, build, generate, prompt
 
 
@@ -34,3 +36,16 @@ def test_layers_that_share_keys_may_see_the_last_queries_alone(num_wanted: int) 
             for cache in (handle.new_cache(), DynamicCache(config=model.config)):
                 ours = model(ids, past_key_values=cache, logits_to_keep=num_wanted).logits
                 torch.testing.assert_close(ours, logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kv", ["none", "int8"])
+def test_a_mask_of_one_row_for_several_queries(kv: str) -> None:
+    model = llama()
+    ids = tiny.prompt(1)["input_ids"]
+    logits = []
+    for heads_mask in (torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.ones(1, 1, 3, 9, dtype=torch.bool)):
+        with torch.no_grad(), hfkv.patch(model, kv):
+            cache = hfkv.KVCache(model, kv)
+            model(ids[:, :6], past_key_values=cache)
+            logits.append(model(ids[:, 6:], past_key_values=cache, attention_mask=heads_mask).logits)
+    assert torch.allclose(*logits, atol=1e-5)
