@@ -164,7 +164,7 @@ REFUSED = {
     "window:8+sinks:2+sink_positions:cache": "turned sinks",
     "window:8+summary:mean+summary_page_size:4": "summaries",
     "offload": "offloaded",
-    "window:8+global_heads:1=0": "SplitLayer",
+    "window:8+global_heads:1=0": "different tokens for different heads",
 }
 
 

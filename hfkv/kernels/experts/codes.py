@@ -82,7 +82,7 @@ class Codes:
 
     @property
     def num_experts(self) -> int:
-        """E."""
+        """Number of experts, E."""
         return self.weight.shape[0]
 
     @property
@@ -106,7 +106,7 @@ def check_linear(
         parts: which have `num_outputs` rows in all, each its own column.
         num_rows: T or S.
         num_experts: E.
-        num_outputs: of the whole layer.
+        num_outputs: outputs of the whole layer.
         bias: `[E, num_outputs]` or None.
     """
     if not parts or sum(part.num_rows for part in parts) != num_outputs:

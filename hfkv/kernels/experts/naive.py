@@ -38,10 +38,10 @@ def expert_linear_naive(
         x: `[T, K]`, or with `rows_are_slots` `[S, K]`.
         parts: the experts' matrices, `num_outputs` rows in all.
         slots: which expert each slot goes to.
-        num_outputs: of the layer.
+        num_outputs: outputs of the layer.
         bias: `[E, num_outputs]` or None.
         rows_are_slots: whether each slot has a row of its own, or reads its token's.
-        dtype: to compute in; None for that of `x`.
+        dtype: the dtype to compute in; None for the dtype of `x`.
 
     Returns:
         `[S, num_outputs]` in slot order, of `dtype`; zeros in slots of no expert.

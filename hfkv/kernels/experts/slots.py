@@ -34,7 +34,7 @@ class Slots:
 
     @property
     def num_slots(self) -> int:
-        """S."""
+        """Number of slots, S."""
         return self.num_tokens * self.top_k
 
     @property
@@ -44,7 +44,7 @@ class Slots:
 
     @property
     def offsets(self) -> torch.Tensor:
-        """Where in `order` each expert's slots begin, and where the last one's end: int32 `[E + 1]`."""
+        """Indices in `order` at which each expert's slots begin, and the last one's end: int32 `[E + 1]`."""
         return self._sort()[1]
 
     def tiles(self, block_m: int, tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:

@@ -164,7 +164,7 @@ def expert_linear(
             of the same dtype.
         parts: the experts' matrices, `num_outputs` rows in all, each of which computes its own output.
         slots: which expert each slot goes to; those of no expert get zeros.
-        num_outputs: of the layer.
+        num_outputs: outputs of the layer.
         bias: `[E, num_outputs]`, added in float32; or None.
         rows_are_slots: whether each slot has a row of its own, or reads its token's.
         kernel: `"gemv"`, `"gemm"` or `"invariant"`; None for one of the first two, by the number of slots.

@@ -69,7 +69,7 @@ def combine(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch
     Args:
         y: `[S, H]` in slot order, S = T * K; bf16, fp16 or fp32, of any strides.
         weights: `[T, K]`, of any float dtype and strides.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         `[T, H]` of `dtype`, rounded once.

@@ -107,8 +107,8 @@ def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) ->
     Args:
         device: where it runs.
         block_m: rows of x a tile.
-        codec: of the weights.
-        dtype: of the factors of products.
+        codec: codec of the weights.
+        dtype: dtype of the factors of products.
     """
     if device.holds_factors(dtype):
         return GemmTiling(32, GROUP, 4, 1)

@@ -20,8 +20,8 @@ class Call(NamedTuple):
     """Arguments that the attention operators have in common, in their order.
 
     Attributes:
-        meta, columns, bounds, mask: of `DeviceInputs`.
-        sink_logits, scale, softcap: of `Scoring`.
+        meta, columns, bounds, mask: fields of `DeviceInputs`.
+        sink_logits, scale, softcap: fields of `Scoring`.
         capacity: tokens to choose the number of splits for.
         num_splits: splits, or 0 to choose.
     """
@@ -118,7 +118,7 @@ class Call(NamedTuple):
             planes: its arguments behind the query: both sets of planes.
             constants: its compile-time constants that describe the planes.
             tiles: rows and tokens of a tile, warps and stages.
-            dtypes: as `product_dtypes` gives them.
+            dtypes: what `product_dtypes` gives.
             num_kv_heads: heads of the planes.
             page_size: P, or 0 for contiguous planes.
             is_rotated: whether values are stored rotated.

@@ -90,7 +90,7 @@ def attend(
     """Checks what a kernel cannot see, and runs the operator; see `decode_attention` for the arguments.
 
     Raises:
-        ValueError: as `Call.checked` does.
+        ValueError: what `Call.checked` refuses.
     """
     call = Call.checked(query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits)
     out, lse = torch.ops.hfkv.attention(

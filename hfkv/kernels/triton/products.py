@@ -100,7 +100,7 @@ def soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: t
 
     Args:
         scores: float32 `[BLOCK_M, BLOCK_N]`.
-        visible: of the same shape.
+        visible: a mask of the same shape.
         highest, total: the largest score so far, and the sum of weights.
         scale, softcap: factor on scores and the bound of a tanh on them.
 

@@ -33,9 +33,9 @@ def unsupported(
 
     Args:
         device: where queries and planes are.
-        dtype: of queries and new tokens.
-        codecs: of keys and values.
-        head_dims: of keys and values.
+        dtype: dtype of queries and new tokens.
+        codecs: codecs of keys and values.
+        head_dims: widths of keys and values.
         scoring: what becomes of scores; None for `append`.
     """
     if device.type != "cuda" or torch.version.hip is not None:
@@ -71,8 +71,8 @@ def unsupported_latent(
 
     Args:
         device: where queries and planes are.
-        dtype: of queries and new tokens.
-        codec: of latents and rotary keys.
+        dtype: dtype of queries and new tokens.
+        codec: codec of latents and rotary keys.
         latent_dim, rotary_dim: r and dr.
         scoring: what becomes of scores; None for `append`.
     """

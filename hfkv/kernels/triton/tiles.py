@@ -24,7 +24,7 @@ def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.cons
     Args:
         meta_ptr: the numbers.
         b: the batch row, int64.
-        num_columns: of the block table.
+        num_columns: columns of the block table.
 
     Returns:
         start, length, the slot behind the last held token, counted as tiles are, where the spans begin, and where the

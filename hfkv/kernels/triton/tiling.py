@@ -90,7 +90,7 @@ def tiling(
         device: where it runs.
         num_rows: queries times heads of a group.
         widths: the padded head dims of keys and values.
-        dtype: of the queries.
+        dtype: dtype of the queries.
         item_size: bytes of a number in a product.
         token_bytes: bytes of a token's key and value as they are stored, padded.
         page_size: P, or 0 for contiguous planes.
@@ -132,7 +132,7 @@ def latent_tiling(
         device: where it runs.
         num_rows: queries times heads.
         widths: the padded dimensions of latents and rotary keys.
-        dtype: of the queries.
+        dtype: dtype of the queries.
         item_size: bytes of a number in a product.
         token_bytes: bytes of a token's latent and rotary key as they are stored, padded.
         page_size: P, or 0 for contiguous planes.

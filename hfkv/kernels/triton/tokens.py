@@ -40,7 +40,7 @@ def load_tokens(ptr, rows, scale_at, wanted, CODEC: tl.constexpr, WIDTH: tl.cons
     """Loads the keys or the values of a tile.
 
     Args:
-        ptr, rows, wanted: as `load_rows` takes them.
+        ptr, rows, wanted: arguments of `load_rows`.
         scale_at: pointers to the scales `[BLOCK_N]`.
 
     Returns:

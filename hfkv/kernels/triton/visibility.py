@@ -63,7 +63,7 @@ def load_limits(
         is_row: `[BLOCK_M]`, whether there is such a query.
         num_queries: q.
         b: the batch row, int64.
-        rule: as `load_rule` gives it.
+        rule: what `load_rule` gives.
 
     Returns:
         `is_row`; the rows' positions `[BLOCK_M]` and the highest of them; the lowest position that each sees
@@ -92,7 +92,7 @@ def seen_in(index, is_held, rule, limits, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl
 
     Args:
         index, is_held: of its slots, as `locate` gives them.
-        rule, limits: as `load_rule` and `load_limits` give them.
+        rule, limits: what `load_rule` and `load_limits` give.
 
     Returns:
         Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
