@@ -12,7 +12,7 @@ from rich.text import Text
 
 from hfkv.cli.bench_mla_words import mla_notes, mla_title
 from hfkv.cli.bench_moe_words import moe_notes, moe_title
-from hfkv.cli.eval_screen import SPACE, wrap
+from hfkv.cli.tables import SPACE, wrap
 
 if TYPE_CHECKING:
     from hfkv.bench import Result, Row, Verdict
