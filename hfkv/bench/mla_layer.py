@@ -15,13 +15,13 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error
-from hfkv.bench.mla_setting import Case
+from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error, what_is_wrong
+from hfkv.bench.lane import Lane
 from hfkv.bench.mla_shapes import LatentTokens
-from hfkv.bench.shapes import share_weights
-from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
+from hfkv.bench.models import model_of
+from hfkv.bench.setting import Case
+from hfkv.bench.tokens import held_bytes
 from hfkv.measure.timing import milliseconds, queued_milliseconds
-from hfkv.patches.patch import patch
 
 if TYPE_CHECKING:
     from hfkv.attention.latent.crossover import Form
@@ -145,7 +145,7 @@ class LayerCall:
         return self.module(self.hidden, **self.given)[0]
 
 
-class LayerLane:
+class LayerLane(Lane):
     """One contender's layer, over the same weights as everyone's, and its cache.
 
     Args:
@@ -156,18 +156,14 @@ class LayerLane:
     """
 
     def __init__(self, contender: Contender, task: LayerTask, room: int, forced: Form | None = None) -> None:
-        self.contender = contender
-        self.name = contender.name
+        super().__init__(contender)
         self.task = task
         self.room = room
         self.forced = forced
-        self.cache: Any = None
         self.more: list[Any] = []
         self.warm_ms = 0.0
-        self.model = share_weights(task.model)
+        self.model = model_of(contender, task.model)
         self._output: torch.Tensor | None = None
-        if contender.is_ours:
-            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Makes the cache and fills it; a prompt, before which nothing is held, is read."""
@@ -189,16 +185,10 @@ class LayerLane:
         if task.case.new == 1 and kv.window is None and not kv.is_lossless:
             layer = self.cache.layers[0]
             twin = largest_error(output, task.over(layer.keys, layer.values))
-        wrong = None
-        if not bool(output.isfinite().all()):
-            wrong = "its output has numbers that are not finite"
-        elif kv.is_lossless and not error <= allowed:
-            wrong = f"its output is off by {error:.1e} of the largest number from fp32; {allowed:.1e} is allowed"
-        elif twin is not None and not twin <= allowed:
-            wrong = (
-                f"its output is off by {twin:.1e} of the largest number from fp32 over its own latents; {allowed:.1e} "
-                "is allowed"
-            )
+        if twin is None:
+            wrong = what_is_wrong(output, error, allowed if kv.is_lossless else None, "fp32, of the largest number")
+        else:
+            wrong = what_is_wrong(output, twin, allowed, "fp32 over its own latents, of the largest number")
         return Errors(twin, error, None, wrong)
 
     def warm_up(self) -> None:
@@ -222,27 +212,16 @@ class LayerLane:
             return [queued_milliseconds(work, device, self.warm_ms)]
         return [milliseconds(work, device)]
 
-    def held_bytes(self) -> int:
-        """Of the layer."""
-        return held_bytes(self.cache, 1)
-
-    def allocated_bytes(self) -> int:
-        """Of the layer."""
-        return allocated_bytes(self.cache, 1)
-
     def read_bytes(self) -> int | None:
         """What one new token must read, the cache and the layer's weights; None for many, which are arithmetic."""
         if self.task.case.new > 1:
             return None
-        return self.held_bytes() + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
-
-    def bus_bytes(self) -> int | None:
-        """What of the layer has to come from host memory."""
-        return bus_bytes(self.cache, 1)
+        return held_bytes(self.cache, 1) + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
 
     def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = self._output = None
+        """Lets go of the caches."""
+        super().close()
+        self._output = None
         self.more = []
 
     def _fill(self) -> None:
@@ -253,7 +232,7 @@ class LayerLane:
         assert self.contender.new_cache is not None
         cache = self.contender.new_cache(self.model, self.room)
         if self.task.latents is not None:
-            self.task.latents.fill(self.contender, cache, 1, self.room)
+            self.task.latents.fill(cache, 1, self.room)
         return cache
 
     def _ready(self) -> Callable[[], torch.Tensor]:

@@ -2,53 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from hfkv.bench.caches import PromptSuite
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors
-from hfkv.bench.shapes import share_weights
-from hfkv.bench.step import StepClock, check_logits
-from hfkv.bench.tokens import allocated_bytes, held_bytes
-from hfkv.patches.patch import patch
-
-# A prompt takes long: fewer turns than of steps are waited for.
-LEAST_TURNS = 3
+from hfkv.bench.lane import Lane
+from hfkv.bench.models import model_of
+from hfkv.bench.prompt import Prompt, StepClock
+from hfkv.bench.suite import Cell
 
 
-@dataclass
-class Prompt:
-    """A left-padded batch of random tokens, and DynamicCache's logits after it.
-
-    Attributes:
-        model: with the weights.
-        ids: `[B, T]`.
-        mask: 1 where a token is real, `[B, T]`.
-        standard: `[B, V]`, once DynamicCache has read it; it is the first.
-    """
-
-    model: PreTrainedModel
-    ids: torch.Tensor
-    mask: torch.Tensor
-    standard: torch.Tensor | None = None
-
-    @classmethod
-    def draw(cls, model: PreTrainedModel, lengths: Sequence[int], seed: int) -> Prompt:
-        """A prompt whose rows have so many real tokens."""
-        device = model.device
-        generator = torch.Generator(device).manual_seed(seed)
-        shape = (len(lengths), max(lengths))
-        ids = torch.randint(model.config.vocab_size, shape, device=device, generator=generator)
-        columns = torch.arange(max(lengths), device=device)
-        mask = columns >= max(lengths) - torch.tensor(lengths, device=device)[:, None]
-        return cls(model, ids * mask, mask.long())
-
-
-class PrefillLane:
+class PrefillLane(Lane):
     """One contender's model, over the same weights as everyone's.
 
     Args:
@@ -57,14 +25,10 @@ class PrefillLane:
     """
 
     def __init__(self, contender: Contender, prompt: Prompt) -> None:
-        self.contender = contender
-        self.name = contender.name
+        super().__init__(contender, prompt.model.config.num_hidden_layers)
         self.prompt = prompt
-        self.model = share_weights(prompt.model)
-        self.cache: Any = None
+        self.model = model_of(contender, prompt.model)
         self.logits: torch.Tensor | None = None
-        if contender.is_ours:
-            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Reads the prompt a first time; every turn does so anew."""
@@ -72,15 +36,8 @@ class PrefillLane:
 
     def check(self) -> Errors:
         """The first new token's logits against DynamicCache's."""
-        logits = self.logits
-        assert logits is not None
-        if self.contender.name == DYNAMIC:
-            self.prompt.standard = logits
-        assert self.prompt.standard is not None
-        return check_logits(self.contender, self.model, logits, self.prompt.standard)
-
-    def warm_up(self) -> None:
-        """Nothing: `open` has read the prompt."""
+        assert self.logits is not None
+        return self.prompt.check(self.contender, self.logits)
 
     def turn(self) -> list[float]:
         """The prompt once, in ms."""
@@ -106,21 +63,13 @@ class PrefillLane:
         self.cache, self.logits = output.past_key_values, output.logits[0]
         return clock.milliseconds
 
-    def held_bytes(self) -> int:
-        """Of all layers, as the last turn left them."""
-        return held_bytes(self.cache, self.model.config.num_hidden_layers)
 
-    def allocated_bytes(self) -> int:
-        """Of all layers, as the last turn left them."""
-        return allocated_bytes(self.cache, self.model.config.num_hidden_layers)
+class PrefillSuite(PromptSuite):
+    """The suite."""
 
-    def bus_bytes(self) -> None:
-        """Nothing is said of it."""
-
-    def read_bytes(self) -> None:
-        """Reading a prompt is arithmetic, not bytes: it has no floor here."""
-        return None
-
-    def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = None
+    def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
+        """Models over the same weights, which read the same prompt."""
+        self.check_memory(cell)
+        lengths = self.setting.ragged or (cell.context,) * self.batch
+        prompt = Prompt.draw(self.model, lengths, self.setting.seed)
+        return lambda contender: PrefillLane(contender, prompt)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, Case
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
 
@@ -132,6 +133,38 @@ class Result:
     operations_per_second: float | None = None
 
     @property
+    def kind(self) -> str:
+        """Of the device: ``"cpu"`` or ``"cuda"``."""
+        return str(self.machine["device"]).partition(":")[0]
+
+    def has(self, field: str) -> bool:
+        """Whether a field of `Row` is known of any row."""
+        return any(getattr(row, field) is not None for table in self.tables for row in table.rows)
+
+    def case(self, table: Table) -> Case | None:
+        """What a table of the suite mla is about; None in other suites, whose tables say it themselves."""
+        if self.suite != MLA:
+            return None
+        index = next(index for index, other in enumerate(self.tables) if other is table)
+        return Case(**self.setting["cases"][index])
+
+    def about(self, table: Table) -> str:
+        """The rows and tokens of a table, in words."""
+        case, rows = self.case(table), f"{table.batch} × {table.context:,}"
+        if table.ragged:
+            return f"left-padded rows of {', '.join(f'{length:,}' for length in table.ragged)} tokens"
+        if self.suite == MOE:
+            return plural(table.context, "token")
+        if case is None:
+            return f"{rows} tokens"
+        if case.part == STEP:
+            return f"step of generate(), {rows} tokens held"
+        if case.part == PREFILL and not case.held:
+            return f"one layer, prompt of {rows} tokens"
+        either = ", absorbed or expanded" if case.part == CROSSOVER else ""
+        return f"one layer, {plural(case.new, 'new token')} over {rows} held{either}"
+
+    @property
     def wrong(self) -> list[Row]:
         """Rows whose results do not stand the check."""
         return [row for table in self.tables for row in table.rows if row.status == WRONG]
@@ -155,6 +188,11 @@ class Result:
             raise BenchError(f"{str(path)!r} could not be read: {error.strerror}; name a result of --json") from error
         except (ValueError, TypeError, KeyError) as error:
             raise BenchError(f"{str(path)!r} is no result that hfkv bench --json wrote: {error}") from error
+
+
+def plural(count: int, noun: str) -> str:
+    """``"1 token"``, ``"2 tokens"``."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def canonical(contender: str) -> str:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from hfkv.bench.caches import PromptSuite
 from hfkv.bench.contenders import Contender
-from hfkv.bench.prefill import PrefillLane, Prompt
+from hfkv.bench.lane import Lane
+from hfkv.bench.prefill import PrefillLane
+from hfkv.bench.prompt import Prompt
+from hfkv.bench.suite import Cell
 
 # Tokens behind the prefix, new in every turn.
 QUESTION = 128
@@ -63,3 +69,13 @@ class ReuseLane(PrefillLane):
         super().close()
         if self.shares:
             self.model.hfkv.clear_reuse()
+
+
+class ReuseSuite(PromptSuite):
+    """The suite."""
+
+    def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
+        """Models over the same weights, which read the same prefix and questions."""
+        self.check_memory(cell)
+        prompt = Prompt.draw(self.model, (cell.context + QUESTION,) * self.batch, self.setting.seed)
+        return lambda contender: ReuseLane(contender, prompt, keep_first=self.setting.steps == 1)

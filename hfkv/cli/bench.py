@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
+from typer.core import TyperGroup
 
 from hfkv.cli.bench_screen import show, show_verdicts
-from hfkv.cli.bench_words import Words, setting_of
+from hfkv.cli.bench_setting import setting_of
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
 from hfkv.cli.outputs import check_outputs
@@ -18,18 +22,34 @@ from hfkv.cli.said import command_line
 from hfkv.policy.errors import RequestError
 
 if TYPE_CHECKING:
-    from hfkv.bench import Result, Setting, Verdict
-    from hfkv.bench.checks import Target
+    from hfkv.bench import Result, Setting
 
 # What is wrong with a result, where nothing was wrong with the command.
 EXIT_CODE = 1
+# By suite: what a step of it is, and which of the options that say what to measure it takes.
+_OF_CACHES = ("model", "layers", "context", "batch", "kv")
+SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "attention": ("One layer's update and attention of a decode step.", _OF_CACHES),
+    "step": ("A whole decode step of generate().", _OF_CACHES),
+    "memory": ("Bytes held, allocated, and needed during a step.", _OF_CACHES),
+    "prefill": ("A prompt to its first new token.", (*_OF_CACHES, "ragged")),
+    "reuse": ("A prompt whose beginning an earlier call has read, to its first new token.", _OF_CACHES),
+    "moe": ("One call of a layer's experts.", ("tokens", "moe")),
+    "mla": (
+        "Latent attention (DeepSeek), by parts: decode and prefill of one layer, step of four, crossover of its forms.",
+        ("model", "layers", "batch", "kv", "tokens", "part", "queries"),
+    ),
+}
+_SOME_TAKE = {option for _, takes in SUITES.values() for option in takes}
+# Options that are the first words are not those of a suite: a suite anywhere behind them is looked for.
+_ANY_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+Plot = Annotated[Path | None, typer.Option(help="Draw them as this PNG file.")]
+Check = Annotated[Path | None, typer.Option(help="Hold them against the ratios of this TOML file.")]
 
 
-def bench(
-    context: typer.Context,
-    suite: Annotated[
-        str | None, typer.Argument(help="attention, step, memory, prefill, reuse, moe or mla.", show_default=False)
-    ] = None,
+def _options(
+    context_: typer.Context,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -40,11 +60,11 @@ def bench(
     ] = None,
     model: Annotated[str | None, typer.Option(help="The shape of a model: a folder, or a name on the Hub.")] = None,
     layers: Annotated[int | None, typer.Option(help="Layers to build, or to take turns over.")] = None,
-    contexts: Annotated[
-        str | None, typer.Option("--context", help="Tokens, such as 512,16384.", show_default="by suite and shape")
+    context: Annotated[
+        str | None, typer.Option(help="Tokens, such as 512,16384.", show_default="by suite and shape")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Rows.", show_default="1")] = None,
-    ragged: Annotated[str | None, typer.Option(help="prefill: real tokens of each left-padded row, 8192,4096.")] = None,
+    ragged: Annotated[str | None, typer.Option(help="Real tokens of each left-padded row, 8192,4096.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda …")] = "auto",
     kv: Annotated[
@@ -62,18 +82,16 @@ def bench(
         ),
     ] = None,
     part: Annotated[
-        str | None, typer.Option(help="mla: decode, step, prefill, crossover.", show_default="all of them")
+        str | None, typer.Option(help="decode, step, prefill, crossover.", show_default="all of them")
     ] = None,
     queries: Annotated[
         str | None,
-        typer.Option(
-            help="mla: new tokens at once in crossover, and in prefill behind those held.", show_default="by part"
-        ),
+        typer.Option(help="New tokens at once in crossover, and in prefill behind those held.", show_default="by part"),
     ] = None,
     moe: Annotated[
         list[str] | None,
         typer.Option(
-            help="moe: how hfkv keeps the experts; may be given again. With +lora behind it: under adapters.",
+            help="How hfkv keeps the experts; may be given again. With +lora behind it: under adapters.",
             show_default="auto, int8, int4, auto+lora",
         ),
     ] = None,
@@ -87,123 +105,147 @@ def bench(
     ] = None,
     busy: Annotated[int, typer.Option(help="Other processes that spin meanwhile, to see what a shared CPU does.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the random weights, keys, values and tokens.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw them as this PNG file.")] = None,
-    check: Annotated[Path | None, typer.Option(help="Hold them against the ratios of this TOML file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file too.")] = None,
+    plot: Plot = None,
+    check: Check = None,
+) -> None:
+    """The options of all suites, named once; a suite takes those of `SUITES` and those that all take."""
+
+
+class _Suites(TyperGroup):
+    """The commands of the suites, which may come behind their options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        index = 0
+        while index < len(args) and args[index].startswith("-"):
+            # Every option takes a word.
+            index += 1 if "=" in args[index] or args[index] in ("-h", "--help") else 2
+        return super().parse_args(ctx, [*args[index : index + 1], *args[:index], *args[index + 1 :]])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        with told_in_one_line():
+            if args[0].startswith("-"):
+                if ctx.params.get("earlier") or "--from" in args:
+                    raise CommandError(f"--from reads earlier results and measures nothing; leave {args[0]} out")
+                _ask_for_a_suite("name a suite, or a result with --from")
+            if args[0] not in SUITES:
+                _ask_for_a_suite(f"the suite {args[0]!r} is unknown")
+        return super().resolve_command(ctx, args)
+
+
+def _ask_for_a_suite(why: str) -> None:
+    raise CommandError(f"{why}; allowed: {', '.join(SUITES)}")
+
+
+bench = typer.Typer(
+    cls=_Suites,
+    invoke_without_command=True,
+    context_settings=_ANY_WORDS,
+    short_help="Time caches, or experts, side by side in one run: hfkv's and transformers' own, each beside its floor.",
+)
+
+
+@bench.callback()
+def earlier_results(
+    context: typer.Context,
     earlier: Annotated[
         list[Path] | None, typer.Option("--from", help="Show and check this file of --json; may be given again.")
     ] = None,
+    plot: Plot = None,
+    check: Check = None,
 ) -> None:
     """Time caches, or experts, side by side in one run: hfkv's and transformers' own, each beside its floor.
 
-    attention: one layer's update and attention of a decode step.
-    step: a whole decode step of generate().
-    memory: bytes held, allocated, and needed during a step.
-    prefill: a prompt to its first new token.
-    reuse: a prompt whose beginning an earlier call has read, to its first new token.
-    moe: one call of a layer's experts.
-    mla: latent attention (DeepSeek), by parts: decode and prefill of one layer, step of four, crossover of its forms.
-
     Random weights of real shapes; nothing is downloaded.
     """
+    if context.invoked_subcommand is not None:
+        return
     with told_in_one_line():
-        check_outputs(json_path, plot)
-        targets = _targets(check)
-        if earlier:
-            _refuse_beside_from(context)
-            results = _read(earlier)
-        else:
-            words = Words(
-                suite,
-                shape,
-                model,
-                layers,
-                contexts,
-                batch,
-                ragged,
-                dtype,
-                device,
-                kv,
-                peers,
-                steps,
-                seconds,
-                tokens,
-                moe,
-                part,
-                queries,
-                busy,
-            )
-            results = [_measure(setting_of(words, seed), command_line(context, "hfkv", "bench"))]
-        console = Console(highlight=False)
-        for result in results:
-            show(result, console)
-        if json_path is not None:
-            results[0].write_json(json_path)
-        if plot is not None:
-            _draw(plot, results)
-        verdicts = _check(targets, results)
-        if verdicts:
-            show_verdicts(verdicts, console)
-        if any(result.wrong for result in results) or any(verdict.verdict == "missed" for verdict in verdicts):
-            raise typer.Exit(EXIT_CODE)
+        if not earlier:
+            _ask_for_a_suite("name a suite, or a result with --from")
+        _report(lambda: _read(earlier or []), None, plot, check)
+
+
+def _command(suite: str, takes: tuple[str, ...]) -> Callable[..., None]:
+    """The command of a suite."""
+
+    def command(
+        context_: typer.Context, json: Path | None, plot: Path | None, check: Path | None, **given: Any
+    ) -> None:
+        with told_in_one_line():
+            if context_.args:
+                raise CommandError(_means_nothing(context_.args[0].partition("=")[0], suite, takes))
+            said = command_line(context_, "hfkv", "bench", suite)
+            _report(lambda: [_measure(setting_of(suite, given), said)], json, plot, check)
+
+    options = inspect.signature(_options, eval_str=True)
+    taken = [each for name, each in options.parameters.items() if name in takes or name not in _SOME_TAKE]
+    command.__signature__ = options.replace(parameters=taken)  # type: ignore[attr-defined]
+    return command
+
+
+for _suite, (_what, _takes) in SUITES.items():
+    bench.command(_suite, help=_what, context_settings=_ANY_WORDS)(_command(_suite, _takes))
+
+
+def _means_nothing(word: str, suite: str, takes: tuple[str, ...]) -> str:
+    if word == "--from":
+        return "--from reads earlier results and measures nothing; leave a suite out"
+    others = ", ".join(f"--{option}" for option in takes)
+    said = word if word.startswith("-") else repr(word)
+    return f"{said} means nothing in the suite {suite!r}; it takes {others}; leave it out"
+
+
+def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Path | None, check: Path | None) -> None:
+    """Shows, writes, draws and checks results."""
+    check_outputs(json, plot)
+    from hfkv.bench import check_results, read_targets
+
+    with _told("--check: "):
+        targets = [] if check is None else read_targets(check)
+    results = results_of()
+    console = Console(highlight=False)
+    for result in results:
+        show(result, console)
+    if json is not None:
+        results[0].write_json(json)
+    if plot is not None:
+        from hfkv.bench.plots import write_plot
+
+        if len(results) > 1:
+            raise CommandError(f"--plot draws one result and --from names {len(results)}; draw them one by one")
+        write_plot(plot, results[0])
+    with _told("--check: "):
+        verdicts = check_results(targets, results) if targets else []
+    if verdicts:
+        show_verdicts(verdicts, console)
+    if any(result.wrong for result in results) or any(verdict.verdict == "missed" for verdict in verdicts):
+        raise typer.Exit(EXIT_CODE)
 
 
 def _measure(setting: Setting, command: str) -> Result:
-    from hfkv.bench import MLASetting, run, run_mla
+    from hfkv.bench import run
 
-    with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
+    with _told(), progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
         task = progress.add_task("", total=1.0)
-        try:
-
-            def on_progress(what: str, share: float) -> None:
-                progress.update(task, completed=share, description=f"{what:<42}")
-
-            if isinstance(setting, MLASetting):
-                return run_mla(setting, command, on_progress)
-            return run(setting, command, on_progress)
-        except RequestError as error:
-            raise CommandError(str(error)) from error
-
-
-def _targets(path: Path | None) -> list[Target]:
-    from hfkv.bench import read_targets
-
-    try:
-        return [] if path is None else read_targets(path)
-    except RequestError as error:
-        raise CommandError(f"--check: {error}") from error
-
-
-def _check(targets: list[Target], results: list[Result]) -> list[Verdict]:
-    from hfkv.bench import check_results
-
-    try:
-        return check_results(targets, results) if targets else []
-    except RequestError as error:
-        raise CommandError(f"--check: {error}") from error
+        return run(
+            setting,
+            command,
+            lambda what, share: progress.update(task, completed=share, description=f"{what:<42}"),
+        )
 
 
 def _read(paths: list[Path]) -> list[Result]:
     from hfkv.bench import Result
 
-    try:
+    with _told("--from: "):
         return [Result.read_json(path) for path in paths]
+
+
+@contextmanager
+def _told(where: str = "") -> Iterator[None]:
+    """Says which option a refusal is about."""
+    try:
+        yield
     except RequestError as error:
-        raise CommandError(f"--from: {error}") from error
-
-
-def _refuse_beside_from(context: typer.Context) -> None:
-    """An earlier result is read as it is: nothing that says what to measure goes with it."""
-    for option in context.command.params:
-        given = context.get_parameter_source(option.name or "")
-        name = option.opts[0] if option.opts[0].startswith("--") else "a suite"
-        if given is not None and given.name == "COMMANDLINE" and name not in ("--from", "--check", "--plot"):
-            raise CommandError(f"--from reads earlier results and measures nothing; leave {name} out")
-
-
-def _draw(path: Path, results: list[Result]) -> None:
-    from hfkv.bench.plots import write_plot
-
-    if len(results) > 1:
-        raise CommandError(f"--plot draws one result and --from names {len(results)}; draw them one by one")
-    write_plot(path, results[0])
+        raise CommandError(f"{where}{error}") from error

@@ -17,16 +17,19 @@ SPACE = 2
 Columns = dict[str, list[Text]]
 
 
-def new_table(*left: str, right: Iterable[str] = ()) -> Table:
+def new_table(*left: str, right: Iterable[str] = (), folded: Iterable[str] = ()) -> Table:
     """A table without lines between its columns.
 
     Args:
         left: headers of the first columns, which are flush left.
+        folded: headers of the next, which are too, and give way to the others.
         right: headers of the others, which are flush right.
     """
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
     for header in left:
         table.add_column(header, no_wrap=True)
+    for header in folded:
+        table.add_column(header)
     for header in right:
         table.add_column(header, justify="right", no_wrap=True)
     return table
