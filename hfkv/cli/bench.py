@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,75 +41,71 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 _SOME_TAKE = {option for _, takes in SUITES.values() for option in takes}
-# Options that are the first words are not those of a suite: a suite anywhere behind them is looked for.
+# Every option once: of what kind it is, what is said of it, and its default, in brackets where it is worked out.
+_OPTIONS: dict[str, tuple[type, str, Any]] = {
+    "shape": (
+        str,
+        "llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny; in mla: "
+        "deepseek-v2-lite, deepseek-v3 or mla-tiny.",
+        "(llama-8b; on a CPU whole models: small, moe: moe-small, mla: deepseek-v2-lite)",
+    ),
+    "model": (str, "The shape of a model: a folder, or a name on the Hub.", None),
+    "layers": (int, "Layers to build, or to take turns over.", None),
+    "context": (str, "Tokens, such as 512,16384.", "(by suite and shape)"),
+    "batch": (int, "Rows.", "(1)"),
+    "ragged": (str, "Real tokens of each left-padded row, 8192,4096.", None),
+    "dtype": (str, "auto (bfloat16), float32, bfloat16 or float16.", "auto"),
+    "device": (str, "auto (the accelerator if there is one), cpu, cuda …", "auto"),
+    "kv": (
+        list[str],
+        "A cache of hfkv's; may be given again. In step with +graphs behind it: from CUDA graphs.",
+        "(none, int8, int4, fp8, paged, int8+paged, window:1024; mla: none, int8, int4, paged)",
+    ),
+    "tokens": (
+        str,
+        "moe: tokens of a call. mla: tokens held; in its part prefill, without --queries, of a prompt.",
+        "(moe: 1,8,128,1024; on a GPU 1,32,128,4096; mla: by part)",
+    ),
+    "part": (str, "decode, step, prefill, crossover.", "(all of them)"),
+    "queries": (str, "New tokens at once in crossover, and in prefill behind those held.", "(by part)"),
+    "moe": (
+        list[str],
+        "How hfkv keeps the experts; may be given again. With +lora behind it: under adapters.",
+        "(auto, int8, int4, auto+lora)",
+    ),
+    "peers": (str, "all, or names with commas; see docs/reference/bench.md.", "all"),
+    "steps": (int, "Timed steps of each.", "(as many as fit in --seconds)"),
+    "seconds": (float, "How long all take turns at a context, at least.", "(10; moe, mla: 4)"),
+    "busy": (int, "Other processes that spin meanwhile, to see what a shared CPU does.", 0),
+    "seed": (int, "Of the random weights, keys, values and tokens.", 0),
+    "json": (Path, "Write the numbers to this file too.", None),
+    "plot": (Path, "Draw them as this PNG file.", None),
+    "check": (Path, "Hold them against the ratios of this TOML file.", None),
+    "from": (list[Path], "Show and check this file of --json; may be given again.", None),
+}
+# What no option is goes to the command, which says so.
 _ANY_WORDS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
-Plot = Annotated[Path | None, typer.Option(help="Draw them as this PNG file.")]
-Check = Annotated[Path | None, typer.Option(help="Hold them against the ratios of this TOML file.")]
 
-
-def _options(
-    context_: typer.Context,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny; "
-            "in mla: deepseek-v2-lite, deepseek-v3 or mla-tiny.",
-            show_default="llama-8b; on a CPU whole models: small, moe: moe-small, mla: deepseek-v2-lite",
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The shape of a model: a folder, or a name on the Hub.")] = None,
-    layers: Annotated[int | None, typer.Option(help="Layers to build, or to take turns over.")] = None,
-    context: Annotated[
-        str | None, typer.Option(help="Tokens, such as 512,16384.", show_default="by suite and shape")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows.", show_default="1")] = None,
-    ragged: Annotated[str | None, typer.Option(help="Real tokens of each left-padded row, 8192,4096.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16), float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda …")] = "auto",
-    kv: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A cache of hfkv's; may be given again. In step with +graphs behind it: from CUDA graphs.",
-            show_default="none, int8, int4, fp8, paged, int8+paged, window:1024; mla: none, int8, int4, paged",
-        ),
-    ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(
-            help="moe: tokens of a call. mla: tokens held; in its part prefill, without --queries, of a prompt.",
-            show_default="moe: 1,8,128,1024; on a GPU 1,32,128,4096; mla: by part",
-        ),
-    ] = None,
-    part: Annotated[
-        str | None, typer.Option(help="decode, step, prefill, crossover.", show_default="all of them")
-    ] = None,
-    queries: Annotated[
-        str | None,
-        typer.Option(help="New tokens at once in crossover, and in prefill behind those held.", show_default="by part"),
-    ] = None,
-    moe: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How hfkv keeps the experts; may be given again. With +lora behind it: under adapters.",
-            show_default="auto, int8, int4, auto+lora",
-        ),
-    ] = None,
-    peers: Annotated[str, typer.Option(help="all, or names with commas; see docs/reference/bench.md.")] = "all",
-    steps: Annotated[
-        int | None, typer.Option(help="Timed steps of each.", show_default="as many as fit in --seconds")
-    ] = None,
-    seconds: Annotated[
-        float | None,
-        typer.Option(help="How long all take turns at a context, at least.", show_default="10; moe, mla: 4"),
-    ] = None,
-    busy: Annotated[int, typer.Option(help="Other processes that spin meanwhile, to see what a shared CPU does.")] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random weights, keys, values and tokens.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the numbers to this file too.")] = None,
-    plot: Plot = None,
-    check: Check = None,
-) -> None:
-    """The options of all suites, named once; a suite takes those of `SUITES` and those that all take."""
+def _with_options(command: Callable[..., None], names: Iterable[str]) -> Callable[..., None]:
+    """The command with the options of these names, for typer to see; it is called with their values by name."""
+    parameters = [inspect.Parameter("context_", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for name in names:
+        kind, said, default = _OPTIONS[name]
+        is_worked_out = isinstance(default, str) and default.startswith("(")
+        option = typer.Option(f"--{name}", help=said, show_default=default.strip("()") if is_worked_out else True)
+        if default is None or is_worked_out:
+            kind, default = kind | None, None  # type: ignore[assignment]
+        parameters.append(
+            inspect.Parameter(
+                f"{name}_" if name == "from" else name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[kind, option],
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return command
 
 
 class _Suites(TyperGroup):
@@ -125,7 +121,7 @@ class _Suites(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         with told_in_one_line():
             if args[0].startswith("-"):
-                if ctx.params.get("earlier") or "--from" in args:
+                if ctx.params.get("from_") or "--from" in args:
                     raise CommandError(f"--from reads earlier results and measures nothing; leave {args[0]} out")
                 _ask_for_a_suite("name a suite, or a result with --from")
             if args[0] not in SUITES:
@@ -137,38 +133,20 @@ def _ask_for_a_suite(why: str) -> None:
     raise CommandError(f"{why}; allowed: {', '.join(SUITES)}")
 
 
-bench = typer.Typer(
-    cls=_Suites,
-    invoke_without_command=True,
-    context_settings=_ANY_WORDS,
-    short_help="Time caches, or experts, side by side in one run: hfkv's and transformers' own, each beside its floor.",
-)
-
-
-@bench.callback()
-def earlier_results(
-    context: typer.Context,
-    earlier: Annotated[
-        list[Path] | None, typer.Option("--from", help="Show and check this file of --json; may be given again.")
-    ] = None,
-    plot: Plot = None,
-    check: Check = None,
-) -> None:
+def _earlier(context_: typer.Context, from_: list[Path] | None, plot: Path | None, check: Path | None) -> None:
     """Time caches, or experts, side by side in one run: hfkv's and transformers' own, each beside its floor.
 
     Random weights of real shapes; nothing is downloaded.
     """
-    if context.invoked_subcommand is not None:
+    if context_.invoked_subcommand is not None:
         return
     with told_in_one_line():
-        if not earlier:
+        if not from_:
             _ask_for_a_suite("name a suite, or a result with --from")
-        _report(lambda: _read(earlier or []), None, plot, check)
+        _report(lambda: _read(from_ or []), None, plot, check)
 
 
 def _command(suite: str, takes: tuple[str, ...]) -> Callable[..., None]:
-    """The command of a suite."""
-
     def command(
         context_: typer.Context, json: Path | None, plot: Path | None, check: Path | None, **given: Any
     ) -> None:
@@ -178,12 +156,11 @@ def _command(suite: str, takes: tuple[str, ...]) -> Callable[..., None]:
             said = command_line(context_, "hfkv", "bench", suite)
             _report(lambda: [_measure(setting_of(suite, given), said)], json, plot, check)
 
-    options = inspect.signature(_options, eval_str=True)
-    taken = [each for name, each in options.parameters.items() if name in takes or name not in _SOME_TAKE]
-    command.__signature__ = options.replace(parameters=taken)  # type: ignore[attr-defined]
-    return command
+    return _with_options(command, [name for name in _OPTIONS if name in takes or name not in {*_SOME_TAKE, "from"}])
 
 
+bench = typer.Typer(cls=_Suites, invoke_without_command=True, context_settings=_ANY_WORDS)
+bench.callback()(_with_options(_earlier, ("from", "plot", "check")))
 for _suite, (_what, _takes) in SUITES.items():
     bench.command(_suite, help=_what, context_settings=_ANY_WORDS)(_command(_suite, _takes))
 
