@@ -102,7 +102,6 @@ class AttentionLane(Lane):
         self.step: Callable[[], None] = self._step_layers
 
     def open(self) -> None:
-        """Makes the cache and fills it."""
         assert self.contender.new_cache is not None
         cache = self.contender.new_cache(self.config, self.room)
         self.cache = self.tokens.fill(cache, self.config.num_hidden_layers, self.room)
@@ -127,7 +126,6 @@ class AttentionLane(Lane):
         return [milliseconds(self.step, self.tokens.query.device) / self.config.num_hidden_layers]
 
     def read_bytes(self) -> int:
-        """What one layer's step must read."""
         return held_bytes(self.cache, 1)
 
     def _step(self, layer: int) -> torch.Tensor:
@@ -156,7 +154,6 @@ class AttentionSuite(CacheSuite):
         return self.setting.layers or rotated_layers(layer_bytes, self.device)
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
-        """Why a contender is not run, or None."""
         if contender.name == NO_CACHE:
             return "without a cache there is nothing to update and nothing held: see the suite step"
         return super().reason(contender, cell)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hfkv.bench.contenders import NO_CACHE, Contender, ours_on, peers
+from hfkv.bench.contenders import ours_on, peers
 from hfkv.bench.models import build_model, check_room
 from hfkv.bench.setting import Setting
 from hfkv.bench.suite import Cell, Suite
@@ -30,7 +30,6 @@ class CacheSuite(Suite):
         return self.setting.layers or self.model_layers
 
     def cache_bytes(self, cell: Cell) -> int:
-        """Keys and values as the model computes them."""
         return cell.layers * self.batch * cell.context * self.heads.token_bytes(self.dtype)
 
     def check_memory(self, cell: Cell) -> None:
@@ -59,17 +58,3 @@ class ModelSuite(CacheSuite):
         super().__init__(setting)
         config = self.config if setting.layers is None else with_layers(self.config, setting.layers)
         self.model = build_model(config, self.dtype, self.device, setting.seed, setting.layers)
-
-
-class PromptSuite(ModelSuite):
-    """A suite of whole prompts."""
-
-    least_turns = 3  # they take long
-
-    def reason(self, contender: Contender, cell: Cell) -> str | None:
-        """Why a contender is not run: it would be DynamicCache again."""
-        if contender.name == NO_CACHE:
-            return "a prompt is read at the same cost without a cache: see the suite step"
-        if contender.is_compiled:
-            return "transformers compiles decode steps only, and reads the prompt as it does for DynamicCache"
-        return super().reason(contender, cell)

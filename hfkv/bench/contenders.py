@@ -120,32 +120,26 @@ def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.d
 
 
 def _peer(name: str, config: PreTrainedConfig, device: torch.device, is_named: bool) -> Contender:
+    def cache(make: Callable[[PreTrainedConfig, int], Any], reason: str | None = None) -> Contender:
+        return Contender(
+            name,
+            new_cache=lambda model, tokens: make(getattr(model, "config", model), tokens),
+            is_compiled=name == STATIC,
+            reason=reason,
+        )
+
     if name == NO_CACHE:
         return Contender(name)
     if name == DYNAMIC:
-        return Contender(name, new_cache=lambda model, tokens: DynamicCache(config=_config(model)))
+        return cache(lambda config, tokens: DynamicCache(config=config))
     if name == STATIC:
         reason: str | None = "on a CPU transformers does not compile by itself; name it among the peers to have it so"
-        if device.type != "cpu" or is_named:
-            reason = _compile_reason(device)
-        return Contender(
-            name, new_cache=lambda model, tokens: StaticCache(_config(model), tokens), is_compiled=True, reason=reason
-        )
+        return cache(StaticCache, _compile_reason(device) if device.type != "cpu" or is_named else reason)
     if name == OFFLOADED:
         reason = "needs an accelerator: it moves layers to the host and back" if device.type != "cuda" else None
-        return Contender(
-            name, new_cache=lambda model, tokens: DynamicCache(config=_config(model), offloading=True), reason=reason
-        )
+        return cache(lambda config, tokens: DynamicCache(config=config, offloading=True), reason)
     backend = _QUANTIZED[name]
-    return Contender(
-        name,
-        new_cache=lambda model, tokens: QuantizedCache(backend, _config(model)),
-        reason=_quantized_reason(backend, config),
-    )
-
-
-def _config(model: Any) -> PreTrainedConfig:
-    return getattr(model, "config", model)
+    return cache(lambda config, tokens: QuantizedCache(backend, config), _quantized_reason(backend, config))
 
 
 def _quantized_reason(backend: str, config: PreTrainedConfig) -> str | None:

@@ -75,11 +75,9 @@ class MLASuite(Suite):
         return self.forms if _case(cell).part == CROSSOVER else self.contenders
 
     def has_graphs(self, cell: Cell) -> bool:
-        """The part step has."""
         return _case(cell).part == STEP
 
     def turns(self, cell: Cell) -> Turns:
-        """Of steps of `generate`, or of calls."""
         case = _case(cell)
         if case.part == STEP:
             return step_turns(self.setting, LEAST_LONG_TURNS)
@@ -87,7 +85,6 @@ class MLASuite(Suite):
         return Turns(self.setting.steps, self.setting.seconds, least, busy=self.setting.busy)
 
     def cache_bytes(self, cell: Cell) -> int:
-        """Latents as the model computes them."""
         return cell.layers * self.batch * cell.context * self.shape.token_bytes(self.dtype)
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:

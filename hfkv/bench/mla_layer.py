@@ -7,13 +7,13 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from hfkv.attention.latent import crossover
 from hfkv.bench.contenders import Contender
 from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error, what_is_wrong
 from hfkv.bench.lane import Lane
@@ -35,11 +35,43 @@ DECODE_LAYERS = 4
 class _Given:
     """A cache whose one layer holds what it is given, whatever is put into it: that of one new token included."""
 
-    def __init__(self, latents: torch.Tensor, rotary: torch.Tensor) -> None:
-        self.held = latents, rotary
+    def __init__(self, *held: torch.Tensor) -> None:
+        self.held = held
 
-    def update(self, *new: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *new: Any, **given: Any) -> tuple[torch.Tensor, ...]:
         return self.held
+
+
+def attention_of(model: PreTrainedModel) -> Any:
+    """The attention module of the first layer."""
+    decoder: Any = model.base_model
+    return decoder.layers[0].self_attn
+
+
+def layer_call(model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> Callable[[], torch.Tensor]:
+    """A call of a model's first attention layer, with what the model makes for all its layers made before.
+
+    Args:
+        model: the model.
+        hidden: `[B, q, hidden]`.
+        seen: tokens before them.
+        cache: the cache.
+
+    Returns:
+        What gives the output `[B, q, hidden]`.
+    """
+    decoder: Any = model.base_model
+    module = attention_of(model)
+    positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=None if isinstance(cache, _Given) else cache,
+        position_ids=positions,
+    )
+    given = {"position_embeddings": decoder.rotary_emb(hidden, positions), "attention_mask": mask}
+    return lambda: module(hidden, **given, past_key_values=cache, position_ids=positions)[0]
 
 
 class LayerTask:
@@ -65,14 +97,11 @@ class LayerTask:
         size = (batch, case.new, model.config.hidden_size)
         self.hidden = torch.randn(size, dtype=model.dtype, device=model.device, generator=generator)
         self.stock: float | None = None
-        self._standard: torch.Tensor | None = None
 
-    @property
+    @functools.cached_property
     def standard(self) -> torch.Tensor:
         """The output `[B, q, hidden]` of the same layer in fp32, over the latents before any codec."""
-        if self._standard is None:
-            self._standard = self._by_rows(self._in_fp32, self._filled)
-        return self._standard
+        return self._by_rows(self._in_fp32, self._filled)
 
     @property
     def allowed(self) -> float:
@@ -93,56 +122,14 @@ class LayerTask:
 
     def _by_rows(self, model: PreTrainedModel, cache_of: Callable[[int, torch.dtype], Any]) -> torch.Tensor:
         """A model's output, a row at a time: transformers expands all tokens of every row."""
-        hidden = self.hidden.to(model.dtype).split(1)
-        return torch.cat(
-            [LayerCall(model, one, self.case.held, cache_of(row, model.dtype))() for row, one in enumerate(hidden)]
-        )
+        rows = enumerate(self.hidden.to(model.dtype).split(1))
+        return torch.cat([layer_call(model, one, self.case.held, cache_of(row, model.dtype))() for row, one in rows])
 
     def _filled(self, row: int, dtype: torch.dtype) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
         if self.latents is not None:
             cache.update(*(states[row : row + 1].to(dtype) for states in (self.latents.keys, self.latents.values)), 0)
         return cache
-
-
-def attention_of(model: PreTrainedModel) -> Any:
-    """The attention module of the first layer."""
-    decoder: Any = model.base_model
-    return decoder.layers[0].self_attn
-
-
-class LayerCall:
-    """One call of a model's first attention layer, with what the model makes for all its layers made before.
-
-    Args:
-        model: the model.
-        hidden: `[B, q, hidden]`.
-        seen: tokens before them.
-        cache: the cache.
-    """
-
-    def __init__(self, model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> None:
-        decoder: Any = model.base_model
-        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
-        is_given = isinstance(cache, _Given)
-        self.hidden = hidden
-        self.module = attention_of(model)
-        self.given: dict[str, Any] = {
-            "position_embeddings": decoder.rotary_emb(hidden, positions),
-            "attention_mask": create_causal_mask(
-                config=model.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None if is_given else cache,
-                position_ids=positions,
-            ),
-            "past_key_values": cache,
-            "position_ids": positions,
-        }
-
-    def __call__(self) -> torch.Tensor:
-        """The output `[B, q, hidden]`."""
-        return self.module(self.hidden, **self.given)[0]
 
 
 class LayerLane(Lane):
@@ -172,24 +159,19 @@ class LayerLane(Lane):
 
     def check(self) -> Errors:
         """The layer's output against fp32."""
-        task = self.task
+        task, kv = self.task, self.contender.kv
         output = self._call(self.cache)() if self._output is None else self._output
         error = largest_error(output, task.standard)
-        if not self.contender.is_ours:
+        if kv is None:
             task.stock = error
             return Errors(full=error)
-        allowed = task.allowed
-        kv = self.contender.kv
-        assert kv is not None
-        twin = None
         if task.case.new == 1 and kv.window is None and not kv.is_lossless:
             layer = self.cache.layers[0]
             twin = largest_error(output, task.over(layer.keys, layer.values))
-        if twin is None:
-            wrong = what_is_wrong(output, error, allowed if kv.is_lossless else None, "fp32, of the largest number")
-        else:
-            wrong = what_is_wrong(output, twin, allowed, "fp32 over its own latents, of the largest number")
-        return Errors(twin, error, None, wrong)
+            standard = "fp32 over its own latents, of the largest number"
+            return Errors(twin, error, None, what_is_wrong(output, twin, task.allowed, standard))
+        allowed = task.allowed if kv.is_lossless else None
+        return Errors(full=error, wrong=what_is_wrong(output, error, allowed, "fp32, of the largest number"))
 
     def warm_up(self) -> None:
         """Calls that are not timed; the last says how long one takes, or on a GPU its launching."""
@@ -208,9 +190,7 @@ class LayerLane(Lane):
             self._call(self.cache)()
             return [milliseconds(self._call(cache), device) for cache in self.more]
         work = self._ready()
-        if device.type == "cuda":
-            return [queued_milliseconds(work, device, self.warm_ms)]
-        return [milliseconds(work, device)]
+        return [queued_milliseconds(work, device, self.warm_ms)]
 
     def read_bytes(self) -> int | None:
         """What one new token must read, the cache and the layer's weights; None for many, which are arithmetic."""
@@ -219,7 +199,6 @@ class LayerLane(Lane):
         return held_bytes(self.cache, 1) + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
 
     def close(self) -> None:
-        """Lets go of the caches."""
         super().close()
         self._output = None
         self.more = []
@@ -231,9 +210,7 @@ class LayerLane(Lane):
     def _filled(self) -> Any:
         assert self.contender.new_cache is not None
         cache = self.contender.new_cache(self.model, self.room)
-        if self.task.latents is not None:
-            self.task.latents.fill(cache, 1, self.room)
-        return cache
+        return cache if self.task.latents is None else self.task.latents.fill(cache, 1, self.room)
 
     def _ready(self) -> Callable[[], torch.Tensor]:
         if self.task.case.new > 1:
@@ -241,19 +218,10 @@ class LayerLane(Lane):
         return self._call(self.cache)
 
     def _call(self, cache: Any) -> Callable[[], torch.Tensor]:
-        call = LayerCall(self.model, self.task.hidden, cache.get_seq_length(), cache)
+        call = layer_call(self.model, self.task.hidden, cache.get_seq_length(), cache)
 
         def run() -> torch.Tensor:
-            with forcing(self.forced):
+            with contextlib.nullcontext() if self.forced is None else crossover.forced(self.forced):
                 return call()
 
         return run
-
-
-def forcing(form: Form | None) -> AbstractContextManager[Any]:
-    """Has hfkv's layers attend by one of the two ways; with None they choose."""
-    if form is None:
-        return contextlib.nullcontext()
-    from hfkv.attention.latent.crossover import forced
-
-    return forced(form)

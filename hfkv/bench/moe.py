@@ -81,7 +81,6 @@ class MoELane(Lane):
         return {"held_bytes": self.layer.held_bytes, "form": self.layer.form}
 
     def check(self) -> Errors:
-        """Outputs against the same experts in fp32."""
         return self.gate.errors(self.contender, self.layer)
 
     def warm_up(self) -> None:
@@ -98,12 +97,7 @@ class MoELane(Lane):
             return []
         start = self._turn * self.num_calls
         self.num_chosen += [self.calls[start + index].num_chosen for index in range(self.num_calls)]
-        device = self.calls.device
-        if device.type == "cuda":
-            total = queued_milliseconds(lambda: self._run(start), device, self.warm_ms)
-        else:
-            total = milliseconds(lambda: self._run(start), device)
-        return [total / self.num_calls]
+        return [queued_milliseconds(lambda: self._run(start), self.calls.device, self.warm_ms) / self.num_calls]
 
     def counted(self) -> dict[str, Any]:
         """Of the median call: the bytes of the experts that were chosen, and the operations."""
@@ -169,7 +163,6 @@ class MoESuite(Suite):
         return lane
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
-        """Why a contender is not run with so many tokens, or None."""
         copied = cell.context * self.shape.top_k * self.shape.expert_size * self.dtype.itemsize
         most = MOST_COPIED if self.device.type == "cpu" else MOST_COPIED_SHARE * free_bytes(self.device)
         if contender.name == BATCHED and contender.reason is None and copied > most:

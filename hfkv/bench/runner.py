@@ -13,9 +13,8 @@ from hfkv.bench.lane import Lane
 from hfkv.bench.memory import MemorySuite
 from hfkv.bench.mla import MLASuite
 from hfkv.bench.moe import MoESuite
-from hfkv.bench.prefill import PrefillSuite
+from hfkv.bench.prefill import PromptSuite
 from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
-from hfkv.bench.reuse import ReuseSuite
 from hfkv.bench.setting import Setting
 from hfkv.bench.step import StepSuite
 from hfkv.bench.suite import Cell, Suite
@@ -29,8 +28,8 @@ _SUITES: dict[str, type[Suite]] = {
     "attention": AttentionSuite,
     "step": StepSuite,
     "memory": MemorySuite,
-    "prefill": PrefillSuite,
-    "reuse": ReuseSuite,
+    "prefill": PromptSuite,
+    "reuse": PromptSuite,
     "moe": MoESuite,
     "mla": MLASuite,
 }

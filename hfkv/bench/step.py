@@ -56,7 +56,6 @@ class StepLane(Lane):
             self.model.generation_config.compile_config = compiling
 
     def open(self) -> None:
-        """Makes the cache and fills it."""
         self.ids = self.prompt.ids
         if self.contender.new_cache is not None:
             self.cache = self.tokens.fill(self.contender.new_cache(self.model, self.room), self.layers, self.room)
@@ -97,15 +96,12 @@ class StepSuite(ModelSuite):
     """The suite."""
 
     def has_graphs(self, cell: Cell) -> bool:
-        """Every cell is of decode steps."""
         return True
 
     def turns(self, cell: Cell) -> Turns:
-        """A turn is several steps."""
         return step_turns(self.setting)
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
-        """Why a contender is not run, or None."""
         if contender.name == NO_CACHE and self.batch * cell.context > MOST_UNCACHED:
             return f"a step without a cache reads the whole text again: run for {MOST_UNCACHED:,} tokens at most"
         return super().reason(contender, cell)

@@ -70,12 +70,10 @@ class Tokens:
 
 def held_bytes(cache: Any, layers: int) -> int:
     """Bytes of the tokens in the first layers of any cache; 0 without one."""
-    if cache is None:
-        return 0
     if isinstance(cache, KVCache):
         return sum(layer.held_bytes() for layer in cache.layers[:layers])
     total = 0
-    for layer in cache.layers[:layers]:
+    for layer in cache.layers[:layers] if cache is not None else ():
         num_bytes = storage_bytes(_tensors(layer))
         capacity = getattr(layer, "max_cache_len", None)
         total += num_bytes * int(layer.get_seq_length()) // capacity if capacity else num_bytes
@@ -84,11 +82,9 @@ def held_bytes(cache: Any, layers: int) -> int:
 
 def allocated_bytes(cache: Any, layers: int) -> int:
     """Bytes allocated for the first layers of any cache; 0 without one."""
-    if cache is None:
-        return 0
     if isinstance(cache, KVCache):
         return sum(layer.nbytes() for layer in cache.layers[:layers])
-    return sum(storage_bytes(_tensors(layer)) for layer in cache.layers[:layers])
+    return sum(storage_bytes(_tensors(layer)) for layer in (cache.layers[:layers] if cache is not None else ()))
 
 
 def bus_bytes(cache: Any, layers: int) -> int | None:

@@ -18,13 +18,7 @@ CYCLES_A_MS = 2 * 10**6
 def milliseconds(work: Callable[[], object], device: torch.device) -> float:
     """How long `work` takes on a device, until all it has started there is done."""
     if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize(device)
-        return float(start.elapsed_time(end))
+        return _by_events(work, device)
     _synchronize(device)
     begin = time.perf_counter()
     work()
@@ -37,12 +31,19 @@ def queued_milliseconds(work: Callable[[], object], device: torch.device, launch
 
     Args:
         work: what to time. Where it waits for the device itself, launching is counted.
-        device: the GPU.
+        device: the GPU; of others it is `milliseconds`.
         launch_ms: how long launching `work` takes; twice as long is waited for.
     """
+    if device.type != "cuda":
+        return milliseconds(work, device)
+    return _by_events(work, device, int(2 * launch_ms * CYCLES_A_MS))
+
+
+def _by_events(work: Callable[[], object], device: torch.device, cycles: int = 0) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(int(2 * launch_ms * CYCLES_A_MS))
+    if cycles:
+        torch.cuda._sleep(cycles)
     start.record()
     work()
     end.record()

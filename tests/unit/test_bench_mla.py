@@ -28,7 +28,7 @@ from hfkv.bench import (
 )
 from hfkv.bench.contenders import ours
 from hfkv.bench.mla import MLASuite
-from hfkv.bench.mla_layer import LayerCall, LayerLane, LayerTask
+from hfkv.bench.mla_layer import LayerLane, LayerTask, layer_call
 from hfkv.bench.mla_shapes import LatentTokens, MLAShape
 from hfkv.bench.setting import PARTS
 from hfkv.bench.step import StepLane
@@ -150,7 +150,7 @@ def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
         model(torch.randint(131, (2, new)), past_key_values=caches[0])
         handle.remove()
         ((hidden, wanted),) = seen
-        assert torch.equal(LayerCall(model, hidden, held, caches[1])(), wanted)
+        assert torch.equal(layer_call(model, hidden, held, caches[1])(), wanted)
         task = LayerTask(model, latents, Case("prefill", held, new), batch=2, seed=0)
         task.hidden = hidden
         torch.testing.assert_close(task.standard, wanted, rtol=1e-4, atol=1e-6)
@@ -304,19 +304,3 @@ def test_targets_are_about_a_part_and_its_tokens(result: Result, tmp_path: Path)
         ) == ["missed", "held", "held", "missed", "missed", "not measured"]
     with pytest.raises(BenchError, match=r"mla step, 41 tokens.*no context of 41 tokens; it has 40"):
         verdicts(tmp_path, made, 'part = "step"\ncontext = 41\nat_least = 1.0')
-
-
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        (f"{RATIO}context = 8\nat_least = 1.0", f"part None of the suite mla is unknown; allowed: {', '.join(PARTS)}"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "prompt"', "'prompt'"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "step"\nqueries = "8"', "queries must be of type int, got '8'"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "step"'.replace("mla", "step"), "got the suite 'step'; leave"),
-    ],
-)
-def test_a_target_says_its_part(entry: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "targets.toml"
-    path.write_text(entry)
-    with pytest.raises(BenchError, match=said):
-        read_targets(path)
