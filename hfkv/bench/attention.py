@@ -85,7 +85,7 @@ class AttentionLane(Lane):
 
     Args:
         contender: whose.
-        config: of a model of so many layers.
+        config: the config of a model of so many layers.
         tokens: what it is filled with.
         module: calls the attention.
         steps: steps it has to have room for, besides the spare ones.

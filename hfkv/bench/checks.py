@@ -31,7 +31,7 @@ class Target:
         at_most: what it must not exceed; with ``against = "floor"`` only.
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
         max_held: what the bytes it holds, over those of `against`, must not exceed.
-        note: for the reader.
+        note: words for the reader.
         part: of the suite mla, in which it has to be said.
         queries: new tokens of a call; suite mla only.
         busy: other processes that kept cores busy; it is about runs with exactly so many.

@@ -28,7 +28,7 @@ class Contender:
     """A cache, or a way to run experts, that takes part.
 
     Attributes:
-        name: as it is shown.
+        name: the name that is shown.
         kv: the config of hfkv's cache; None for a peer and for experts.
         moe: the config of hfkv's experts; None for a peer and for caches.
         new_cache: makes an empty cache from a config or a model, for so many tokens; None without a cache.
@@ -108,7 +108,7 @@ def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.d
 
     Args:
         names: names in `PEERS`, in upper or lower case; None for all of them.
-        config: of the model the caches are for.
+        config: the config of the model the caches are for.
         device: where.
 
     Raises:

@@ -83,7 +83,7 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
 def logit_errors(
     contender: Contender, logits: torch.Tensor, standard: torch.Tensor, num_layers: int, dtype: torch.dtype
 ) -> Errors:
-    """Checks the logits of one forward: hfkv's must be finite, and the same but for rounding where nothing is lost.
+    """Checks the logits of one forward: hfkv's must be finite, and differ by rounding only where nothing is lost.
 
     Args:
         contender: whose.

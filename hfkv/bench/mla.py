@@ -35,7 +35,7 @@ class MLASuite(Suite):
     """The suite; models are built when they are first asked for.
 
     Attributes:
-        shape: of their layers.
+        shape: the shape of their layers.
     """
 
     graphs_are_in = "the part step"
@@ -60,13 +60,13 @@ class MLASuite(Suite):
 
     @functools.cached_property
     def layer(self) -> PreTrainedModel:
-        """Of one layer, whose MLP is as small as it can be."""
+        """The model of one layer, whose MLP is as small as it can be."""
         config = replace(self.shape, intermediate=NO_MLP).config(1)
         return build_model(config, self.dtype, self.device, self.setting.seed, 1)
 
     @functools.cached_property
     def whole(self) -> PreTrainedModel:
-        """Of as many layers as the part step has."""
+        """The model of the part step."""
         config = self.shape.config(self.num_layers)
         return build_model(config, self.dtype, self.device, self.setting.seed, self.setting.layers)
 

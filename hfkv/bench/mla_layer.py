@@ -82,7 +82,7 @@ class LayerTask:
         latents: what caches are filled with; None where nothing is held.
         case: what is measured.
         batch: B.
-        seed: of the hidden states.
+        seed: the seed of the hidden states.
 
     Attributes:
         hidden: what the layer reads, `[B, q, hidden]`.

@@ -35,8 +35,8 @@ class MLAShape:
         latent: r, numbers of a token's latent.
         nope, rope, value: of a head's key without and with positions, and of its value.
         query_latent: r of the queries; None where they are projected at once.
-        intermediate: of a dense MLP.
-        layers: of the whole model.
+        intermediate: the width of a dense MLP.
+        layers: how many the whole model has.
     """
 
     hidden: int
@@ -66,18 +66,18 @@ class MLAShape:
         return cls(**found)
 
     def config(self, num_layers: int) -> DeepseekV3Config:
-        """Of a model of so many layers, dense MLPs and a small vocabulary."""
+        """The config of a model of so many layers, dense MLPs and a small vocabulary."""
         fields = {name: getattr(self, field) for field, name in _NAMES.items()}
         fields |= {"num_hidden_layers": num_layers, "first_k_dense_replace": num_layers, "num_mtp_layers": 0}
         fields |= {"num_key_value_heads": self.heads, "vocab_size": 131, "max_position_embeddings": 131_072}
         return DeepseekV3Config(**fields, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Of one token in one layer's cache."""
+        """The bytes of one token in one layer's cache."""
         return (self.latent + self.rope) * dtype.itemsize
 
     def expanded_bytes(self, dtype: torch.dtype) -> int:
-        """Of one token's keys and values of all heads, and what they are put together from."""
+        """The bytes of one token's keys and values of all heads, and of what they are put together from."""
         return self.heads * (2 * self.nope + self.rope + self.value) * dtype.itemsize
 
     def __str__(self) -> str:
@@ -99,10 +99,10 @@ class LatentTokens(Tokens):
     Args:
         batch: B.
         count: T.
-        shape: of the layer.
-        dtype: of them.
+        shape: the shape of the layer.
+        dtype: their dtype.
         device: where they are.
-        seed: of the numbers.
+        seed: the seed of the numbers.
 
     Attributes:
         keys, values: the latents `[B, 1, T, r]` and the rotary keys `[B, 1, T, dr]`, as transformers caches them.

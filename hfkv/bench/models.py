@@ -40,9 +40,9 @@ def build_model(
 
     Args:
         config: its config.
-        dtype: of the weights.
+        dtype: the weights' dtype.
         device: where they go.
-        seed: of the weights.
+        seed: the weights' seed.
         num_layers: what the user asked for; None where a big shape has not been cut down.
 
     Raises:

@@ -100,7 +100,7 @@ class MoELane(Lane):
         return [queued_milliseconds(lambda: self._run(start), self.calls.device, self.warm_ms) / self.num_calls]
 
     def counted(self) -> dict[str, Any]:
-        """Of the median call: the bytes of the experts that were chosen, and the operations."""
+        """The bytes of the experts that were chosen in the median call, and its operations."""
         shape = self.calls.shape
         return {
             "read_bytes": int(self.layer.held_bytes * quantiles(self.num_chosen)[1] / shape.experts),
@@ -109,7 +109,7 @@ class MoELane(Lane):
 
     @property
     def every(self) -> int:
-        """Of so many turns it takes one."""
+        """How many turns go by until it takes the next one."""
         if self.pace is None or not self.pace.warm_ms:
             return 1
         return min(max(round(self.warm_ms / (SLOW * self.pace.warm_ms)), 1), MOST_SAT_OUT)

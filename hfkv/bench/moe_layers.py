@@ -204,7 +204,7 @@ def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters
     Args:
         contender: whose.
         stock: the model all have their numbers from.
-        adapters: for those with LoRA.
+        adapters: the adapters of those with LoRA.
     """
     model = copy.deepcopy(stock)
     held = sum(getattr(experts_of(model), name).nbytes for name in NAMES)

@@ -24,11 +24,11 @@ class StepClock:
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing."""
+        """The end of the text needs no note."""
 
     @property
     def milliseconds(self) -> list[float]:
-        """From the prompt to the first token, and from each to the next."""
+        """The time from the prompt to the first token, and from each to the next."""
         return [1e3 * (later - earlier) for earlier, later in zip(self.times, self.times[1:], strict=False)]
 
 
@@ -37,7 +37,7 @@ class Prompt:
     """A left-padded batch of random tokens that all contenders read, and DynamicCache's logits after it.
 
     Attributes:
-        model: with the weights.
+        model: the model with the weights.
         ids: `[B, T]`.
         mask: 1 where a token is real, `[B, T]`.
         standard: `[B, V]`, once DynamicCache has been checked; it is the first.

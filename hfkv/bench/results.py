@@ -23,15 +23,15 @@ class Row:
         status: ``"ok"``; ``"wrong"`` where its result does not stand the check, and nothing of its speed is said; or
             ``"left out"``.
         note: the reason where it is not ``"ok"``.
-        p20_ms, p50_ms, p80_ms: of a step; in the suite attention of one layer's step.
+        p20_ms, p50_ms, p80_ms: the time of a step; in the suite attention of one layer's step.
         num_samples: how many steps they are from.
-        held_bytes: of the tokens the cache holds; in the suites attention and memory of one layer; in the suite moe of
-            the experts' weights.
+        held_bytes: bytes of the tokens the cache holds; in the suites attention and memory of one layer; in the suite
+            moe of the experts' weights.
         allocated_bytes: allocated for them.
         peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
         read_bytes: what a step must read: those held, and in the suite step the weights; in the suite moe those of the
             experts that some token chose, the median of all calls.
-        bus_bytes: those of them that have to come from host memory; None where nothing is offloaded.
+        bus_bytes: how many of them have to come from host memory; None where nothing is offloaded.
         floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it, or
             `operations` at the fastest matrix product of the run.
         floor_ratio: `p50_ms` over it.
@@ -113,8 +113,8 @@ class Result:
         copy_bytes_per_second: bytes read and written by a copy on the device, in this run.
         seconds: the whole run.
         tables: one a context.
-        bus_bytes_per_second: from pinned host memory to the device, in this run; None but on GPUs.
-        operations_per_second: of the fastest large matrix product in this run; suite moe only.
+        bus_bytes_per_second: from pinned host memory to the device, in this run; None without a GPU.
+        operations_per_second: the speed of the fastest large matrix product in this run; suite moe only.
     """
 
     command: str
@@ -134,7 +134,7 @@ class Result:
 
     @property
     def kind(self) -> str:
-        """Of the device: ``"cpu"`` or ``"cuda"``."""
+        """The kind of device: ``"cpu"`` or ``"cuda"``."""
         return str(self.machine["device"]).partition(":")[0]
 
     def has(self, field: str) -> bool:

@@ -137,7 +137,7 @@ def compared(suite: Suite, cell: Cell, table: Table, copy: float, bus: float | N
 
     Args:
         suite, cell: it is of.
-        table: as `measure` gave it.
+        table: what `measure` gave.
         copy: bytes a second of a copy on the device.
         bus: of a copy to the device, or None.
     """

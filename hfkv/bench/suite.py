@@ -71,7 +71,7 @@ class Suite:
         raise NotImplementedError
 
     def contenders_of(self, cell: Cell) -> list[Contender]:
-        """Who takes part in a cell, or cannot."""
+        """All who take part in a cell, or cannot."""
         return self.contenders
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
@@ -97,5 +97,5 @@ class Suite:
         return 0
 
     def bases(self, cell: Cell) -> tuple[str, ...]:
-        """By whose time the others' is divided, the first of them that ran; empty for the fastest peer."""
+        """The peers by whose time the others' is divided, the first that ran; empty for the fastest peer."""
         return ()

@@ -21,10 +21,10 @@ class Tokens:
     Args:
         batch: B.
         count: T.
-        heads: of the shape.
-        dtype: of keys and values.
+        heads: the shape's heads.
+        dtype: the dtype of keys and values.
         device: where they are.
-        seed: of the numbers.
+        seed: the seed of the numbers.
 
     Attributes:
         keys, values: `[B, H, T, D]`.
