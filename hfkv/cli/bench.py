@@ -168,9 +168,10 @@ for _suite, (_what, _takes) in SUITES.items():
 def _means_nothing(word: str, suite: str, takes: tuple[str, ...]) -> str:
     if word == "--from":
         return "--from reads earlier results and measures nothing; leave a suite out"
+    if word.removeprefix("--") not in _OPTIONS:
+        return f"{word!r} is no option of the suite {suite!r}; hfkv bench {suite} --help lists them"
     others = ", ".join(f"--{option}" for option in takes)
-    said = word if word.startswith("-") else repr(word)
-    return f"{said} means nothing in the suite {suite!r}; it takes {others}; leave it out"
+    return f"{word} means nothing in the suite {suite!r}; it takes {others}; leave it out"
 
 
 def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Path | None, check: Path | None) -> None:

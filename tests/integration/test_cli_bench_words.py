@@ -54,8 +54,8 @@ def refused(*words: str) -> str:
         (["--from", "x.json", "step"], ["leave a suite out"]),
         (["--shape", "tiny", "step", "--layers", "0"], ["layers must be at least 1"]),
         (["--layers=0", "step", "--shape", "tiny"], ["layers must be at least 1"]),
-        (["step", "attention"], ["'attention'", "leave it out"]),
-        (["step", "--nonsense"], ["--nonsense means nothing"]),
+        (["step", "attention"], ["'attention' is no option of the suite 'step'", "--help"]),
+        (["step", "--nonsense"], ["'--nonsense' is no option", "hfkv bench step --help"]),
     ],
 )
 def test_a_mistake_is_one_line_with_the_remedy(words: list[str], said: list[str]) -> None:
