@@ -33,7 +33,7 @@ def test_a_room_imports_only_those_it_may(room: str) -> None:
             # Not hfkv itself either: its names are those of all rooms.
             is_ours = name == "hfkv" or name.startswith("hfkv.")
             allowed = (room, *MAY_IMPORT[room])
-            assert not is_ours or room_of(name) in allowed or (room == "cli" and name == "hfkv"), f"{module}: {name}"
+            assert not is_ours or room_of(name) in allowed, f"{module}: {name}"
     assert seen
 
 

@@ -40,7 +40,9 @@ def test_every_command_and_option_is_on_a_page() -> None:
     for name, command in commands.items():
         own = DOCS / "reference" / f"{name}.md"
         text = page + (own.read_text() if own.exists() else "")
-        for param in (param for param in command.params if param.opts[0].startswith("--")):
+        suites = getattr(command, "commands", {}).values()
+        params = [param for each in (command, *suites) for param in each.params]
+        for param in (param for param in params if param.opts[0].startswith("--")):
             spellings = "|".join((*param.opts, *param.secondary_opts))
             assert re.search(rf"({spellings})(?![\w-])", text), f"{name} {spellings}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfkv.attention.function import NAME
-from hfkv.bench.contenders import Contender
+from hfkv.bench.caches import CacheSuite
+from hfkv.bench.contenders import NO_CACHE, Contender
 from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors, attention_errors
-from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
+from hfkv.bench.lane import Lane
+from hfkv.bench.suite import Cell
+from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.measure.timing import milliseconds
 from hfkv.models.shapes import Heads, skeleton, with_layers
 
@@ -25,7 +29,7 @@ SPARE_STEPS = 8
 WARM_UPS = 2
 
 
-def rotated_layers(config: PreTrainedConfig, layer_bytes: int, device: torch.device) -> int:
+def rotated_layers(layer_bytes: int, device: torch.device) -> int:
     """How many layers' caches take turns: one on a CPU, where the other contenders' turns empty its caches."""
     if device.type == "cpu":
         return 1
@@ -76,12 +80,12 @@ class AttentionModule:
         return function(self.module, query, keys, values, mask, dropout=0.0, scaling=self.scale)[0]
 
 
-class AttentionLane:
-    """One contender's cache of the layers that take turns.
+class AttentionLane(Lane):
+    """One contender's cache of the layers that take turns; what is counted and timed is one of them.
 
     Args:
         contender: whose.
-        config: of a model of so many layers.
+        config: the config of a model of so many layers.
         tokens: what it is filled with.
         module: calls the attention.
         steps: steps it has to have room for, besides the spare ones.
@@ -90,23 +94,20 @@ class AttentionLane:
     def __init__(
         self, contender: Contender, config: PreTrainedConfig, tokens: Tokens, module: AttentionModule, steps: int
     ) -> None:
-        self.contender = contender
-        self.name = contender.name
+        super().__init__(contender)
         self.config = config
         self.tokens = tokens
         self.module = module
         self.room = tokens.count + steps + SPARE_STEPS
-        self.cache: Any = None
-        self._steps: Any = self._step_layers
+        self.step: Callable[[], None] = self._step_layers
 
     def open(self) -> None:
-        """Makes the cache and fills it."""
         assert self.contender.new_cache is not None
-        self.cache = self.contender.new_cache(self.config, self.room)
-        self.tokens.fill(self.contender, self.cache, self.config.num_hidden_layers, self.room)
+        cache = self.contender.new_cache(self.config, self.room)
+        self.cache = self.tokens.fill(cache, self.config.num_hidden_layers, self.room)
         if self.contender.is_compiled:
             # As transformers compiles the whole forward of a decode step.
-            self._steps = torch.compile(self._step_layers, mode="reduce-overhead")
+            self.step = torch.compile(self._step_layers, mode="reduce-overhead")
 
     def check(self) -> Errors:
         """The first layer's attention against fp32, after a step of every layer."""
@@ -114,10 +115,6 @@ class AttentionLane:
         for layer in range(1, self.config.num_hidden_layers):
             self._step(layer)
         return attention_errors(output, self.tokens, self.cache.layers[0], self.module.scale, self.contender.is_ours)
-
-    def step(self) -> None:
-        """One step of every layer."""
-        self._steps()
 
     def warm_up(self) -> None:
         """A few steps that are not timed."""
@@ -128,25 +125,8 @@ class AttentionLane:
         """One step of every layer, as ms a layer."""
         return [milliseconds(self.step, self.tokens.query.device) / self.config.num_hidden_layers]
 
-    def held_bytes(self) -> int:
-        """Of one layer."""
-        return held_bytes(self.cache, 1)
-
-    def allocated_bytes(self) -> int:
-        """Of one layer."""
-        return allocated_bytes(self.cache, 1)
-
     def read_bytes(self) -> int:
-        """What one layer's step must read."""
-        return self.held_bytes()
-
-    def bus_bytes(self) -> int | None:
-        """What of one layer has to come from host memory."""
-        return bus_bytes(self.cache, 1)
-
-    def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = None
+        return held_bytes(self.cache, 1)
 
     def _step(self, layer: int) -> torch.Tensor:
         tokens = self.tokens
@@ -161,3 +141,26 @@ class AttentionLane:
     def _step_layers(self) -> None:
         for layer in range(self.config.num_hidden_layers):
             self._step(layer)
+
+
+class AttentionSuite(CacheSuite):
+    """The suite."""
+
+    lane: type[AttentionLane] = AttentionLane
+
+    def num_layers(self, context: int) -> int:
+        """Layers that take turns."""
+        layer_bytes = self.batch * context * self.heads.token_bytes(self.dtype)
+        return self.setting.layers or rotated_layers(layer_bytes, self.device)
+
+    def reason(self, contender: Contender, cell: Cell) -> str | None:
+        if contender.name == NO_CACHE:
+            return "without a cache there is nothing to update and nothing held: see the suite step"
+        return super().reason(contender, cell)
+
+    def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
+        """Caches of as many layers as take turns, all with the same tokens."""
+        self.check_memory(cell)
+        config = attention_config(self.config, cell.layers)
+        module, tokens, steps = AttentionModule(config), self.tokens(cell), self.turns(cell).room
+        return lambda contender: self.lane(contender, config, tokens, module, steps)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.errors import BenchError
-from hfkv.bench.mla_setting import MLA, PARTS, SUITES, case_of
 from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
+from hfkv.bench.setting import MLA, PARTS, SUITES
 
 FLOOR, EVERY = "floor", "*"
 HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
@@ -31,7 +31,7 @@ class Target:
         at_most: what it must not exceed; with ``against = "floor"`` only.
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
         max_held: what the bytes it holds, over those of `against`, must not exceed.
-        note: for the reader.
+        note: words for the reader.
         part: of the suite mla, in which it has to be said.
         queries: new tokens of a call; suite mla only.
         busy: other processes that kept cores busy; it is about runs with exactly so many.
@@ -74,31 +74,20 @@ class Target:
 
     def concerns(self, result: Result, table: Table) -> bool:
         """Whether it is about that run, its contexts aside."""
-        seen: tuple[Any, ...] = (
-            result.suite,
-            result.shape,
-            table.batch,
-            table.ragged,
-            result.dtype,
-            table.layers,
-            _kind(result),
-            result.setting.get("busy", 0),
-        )
-        wanted: tuple[Any, ...] = (
-            self.suite,
-            self.shape,
-            self.batch,
-            self.ragged,
-            self.dtype,
-            self.layers,
-            self.device,
-            self.busy,
-        )
-        case = case_of(result, table)
+        seen: dict[str, Any] = {
+            "suite": result.suite,
+            "shape": result.shape,
+            "batch": table.batch,
+            "ragged": table.ragged,
+            "dtype": result.dtype,
+            "layers": table.layers,
+            "device": result.kind,
+            "busy": result.setting.get("busy", 0),
+        }
+        case = result.case(table)
         if case is not None:
-            wanted += self.part, self.queries
-            seen += case.part, case.new
-        return all(value is None or value == given for value, given in zip(wanted, seen, strict=True))
+            seen |= {"part": case.part, "queries": case.new}
+        return all(getattr(self, name) in (None, value) for name, value in seen.items())
 
     def __str__(self) -> str:
         words = self.part, self.shape, self.batch and f"batch {self.batch}"
@@ -179,7 +168,7 @@ def check_results(targets: Sequence[Target], results: Sequence[Result]) -> list[
     """
     verdicts = [verdict for target in targets for verdict in _verdicts(target, results)]
     if all(verdict.verdict == NOT_MEASURED and verdict.note is None for verdict in verdicts):
-        runs = {f"{result.suite} {result.shape} {result.dtype} on {_kind(result)}" for result in results}
+        runs = {f"{result.suite} {result.shape} {result.dtype} on {result.kind}" for result in results}
         raise BenchError(
             f"none of the {len(targets)} targets is about these results ({'; '.join(sorted(runs))}): the first is "
             f"{targets[0]}"
@@ -228,7 +217,3 @@ def _verdict(target: Target, row: Row, table: Table) -> Verdict:
 
 def _ratio(other: Row, row: Row) -> float | None:
     return other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None
-
-
-def _kind(result: Result) -> str:
-    return str(result.machine["device"]).partition(":")[0]

@@ -1,4 +1,4 @@
-"""`Contender`: a cache that takes part, hfkv's or a peer's, and why it cannot where it cannot."""
+"""`Contender`: who takes part, hfkv's or a peer's, and why it cannot where it cannot; those of the suites of caches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticC
 
 from hfkv.bench.errors import BenchError
 from hfkv.cache.kv_cache import KVCache
+from hfkv.experts.config import MoEConfig
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 
@@ -24,27 +25,46 @@ PEERS = (NO_CACHE, DYNAMIC, STATIC, *_QUANTIZED, OFFLOADED)
 
 @dataclass(frozen=True)
 class Contender:
-    """A cache that takes part.
+    """A cache, or a way to run experts, that takes part.
 
     Attributes:
-        name: as it is shown.
-        kv: hfkv's config; None for a peer.
+        name: the name that is shown.
+        kv: the config of hfkv's cache; None for a peer and for experts.
+        moe: the config of hfkv's experts; None for a peer and for caches.
         new_cache: makes an empty cache from a config or a model, for so many tokens; None without a cache.
         is_compiled: whether its decode steps go through torch.compile.
-        reason: why it cannot take part, or None.
         graphs: whether its decode steps are replayed from a CUDA graph.
+        implementation: a peer's, of transformers' experts interface; else None.
+        bare: of experts with adapters on them, the name of the same without; else None.
+        reason: why it cannot take part, or None.
     """
 
     name: str
-    kv: KVConfig | None
-    new_cache: Callable[[Any, int], Any] | None
+    kv: KVConfig | None = None
+    moe: MoEConfig | None = None
+    new_cache: Callable[[Any, int], Any] | None = None
     is_compiled: bool = False
-    reason: str | None = None
     graphs: bool = False
+    implementation: str | None = None
+    bare: str | None = None
+    reason: str | None = None
 
     @property
     def is_ours(self) -> bool:
-        return self.kv is not None
+        return self.kv is not None or self.moe is not None
+
+
+def named(names: Sequence[str], known: Sequence[str]) -> set[str]:
+    """The peers of these names, in upper or lower case.
+
+    Raises:
+        BenchError: a name is not among those known.
+    """
+    spelt = {name.lower(): name for name in known}
+    unknown = [name for name in names if name.lower() not in spelt]
+    if unknown:
+        raise BenchError(f"the peer {unknown[0]!r} is unknown; allowed: all, {', '.join(known)}")
+    return {spelt[name.lower()] for name in names}
 
 
 def ours(text: str) -> Contender:
@@ -64,7 +84,23 @@ def ours(text: str) -> Contender:
             "heads; leave them out (hfkv eval measures what they cost)"
         )
     own = replace(kv, reuse=None)
-    return Contender(text, kv, lambda model, tokens: KVCache(model, own), graphs=text.endswith(GRAPHS))
+    return Contender(text, kv, new_cache=lambda model, tokens: KVCache(model, own), graphs=text.endswith(GRAPHS))
+
+
+def ours_on(texts: Sequence[str], config: PreTrainedConfig) -> list[Contender]:
+    """hfkv's caches of some configs, for models of a config.
+
+    Raises:
+        BenchError: one cannot be had, or not for such a model.
+    """
+    found = [ours(text) for text in texts]
+    for contender in found:
+        assert contender.new_cache is not None
+        try:
+            contender.new_cache(config, 1)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise BenchError(f"kv {contender.name!r} on {config.model_type!r}: {error}") from error
+    return found
 
 
 def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.device) -> list[Contender]:
@@ -72,50 +108,38 @@ def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.d
 
     Args:
         names: names in `PEERS`, in upper or lower case; None for all of them.
-        config: of the model the caches are for.
+        config: the config of the model the caches are for.
         device: where.
 
     Raises:
         BenchError: a name is unknown.
     """
-    known = {name.lower(): name for name in PEERS}
-    unknown = [name for name in names or () if name.lower() not in known]
-    if unknown:
-        raise BenchError(f"the peer {unknown[0]!r} is unknown; allowed: all, {', '.join(PEERS)}")
-    wanted = set(PEERS) if names is None else {DYNAMIC, *(known[name.lower()] for name in names)}
+    wanted = set(PEERS) if names is None else {DYNAMIC, *named(names, PEERS)}
     ordered = [DYNAMIC, *(name for name in PEERS if name in wanted and name != DYNAMIC)]
     return [_peer(name, config, device, is_named=names is not None) for name in ordered]
 
 
 def _peer(name: str, config: PreTrainedConfig, device: torch.device, is_named: bool) -> Contender:
+    def cache(make: Callable[[PreTrainedConfig, int], Any], reason: str | None = None) -> Contender:
+        return Contender(
+            name,
+            new_cache=lambda model, tokens: make(getattr(model, "config", model), tokens),
+            is_compiled=name == STATIC,
+            reason=reason,
+        )
+
     if name == NO_CACHE:
-        return Contender(name, None, None)
+        return Contender(name)
     if name == DYNAMIC:
-        return Contender(name, None, lambda model, tokens: DynamicCache(config=_config(model)))
+        return cache(lambda config, tokens: DynamicCache(config=config))
     if name == STATIC:
-        if device.type == "cpu" and not is_named:
-            reason: str | None = (
-                "on a CPU transformers does not compile by itself; name it among the peers to have it so"
-            )
-        else:
-            reason = _compile_reason(device)
-        return Contender(name, None, lambda model, tokens: StaticCache(_config(model), tokens), True, reason)
+        reason: str | None = "on a CPU transformers does not compile by itself; name it among the peers to have it so"
+        return cache(StaticCache, _compile_reason(device) if device.type != "cpu" or is_named else reason)
     if name == OFFLOADED:
         reason = "needs an accelerator: it moves layers to the host and back" if device.type != "cuda" else None
-        return Contender(
-            name, None, lambda model, tokens: DynamicCache(config=_config(model), offloading=True), reason=reason
-        )
+        return cache(lambda config, tokens: DynamicCache(config=config, offloading=True), reason)
     backend = _QUANTIZED[name]
-    return Contender(
-        name,
-        None,
-        lambda model, tokens: QuantizedCache(backend, _config(model)),
-        reason=_quantized_reason(backend, config),
-    )
-
-
-def _config(model: Any) -> PreTrainedConfig:
-    return getattr(model, "config", model)
+    return cache(lambda config, tokens: QuantizedCache(backend, config), _quantized_reason(backend, config))
 
 
 def _quantized_reason(backend: str, config: PreTrainedConfig) -> str | None:

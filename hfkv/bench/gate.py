@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hfkv.bench.contenders import Contender
 from hfkv.bench.tokens import Tokens
 from hfkv.cache.layers.layer import KVLayer
 
@@ -30,6 +31,22 @@ class Errors:
     wrong: str | None = None
 
 
+def what_is_wrong(output: torch.Tensor, error: float, allowed: float | None, standard: str) -> str | None:
+    """What is wrong with an output, or None.
+
+    Args:
+        output: its numbers, which must be finite.
+        error: how far it is from `standard`.
+        allowed: the largest error that may be; None for any.
+        standard: what it is held against, and how.
+    """
+    if not bool(output.isfinite().all()):
+        return "its output has numbers that are not finite"
+    if allowed is not None and not error <= allowed:
+        return f"its output is {error:.1e} from {standard}; {allowed:.1e} is allowed"
+    return None
+
+
 def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: float, is_ours: bool) -> Errors:
     """Checks the attention of one decode step.
 
@@ -48,7 +65,7 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
         for states, new in ((tokens.keys, tokens.new_key), (tokens.values, tokens.new_value))
     )
     full = _attention(tokens.query, keys, values, scale, torch.float32)
-    error_full = _norm_error(output, full)
+    error_full = norm_error(output, full)
     if not is_ours:
         return Errors(full=error_full)
     del keys, values
@@ -58,38 +75,28 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
     twin = _attention(tokens.query, *held, scale, torch.float32)
     same = _attention(tokens.query, *held, scale, output.dtype)
     error, allowed = largest_error(output, twin), FACTOR * largest_error(same, twin) + SLACK
-    wrong = None
-    if not bool(output.isfinite().all()):
-        wrong = "its attention gives numbers that are not finite"
-    elif error > allowed:
-        wrong = (
-            f"its attention is off by {error:.1e} of the largest number from fp32 attention over its own keys and "
-            f"values; {allowed:.1e} is allowed"
-        )
-    return Errors(_norm_error(output, twin), error_full, None, wrong)
+    standard = "fp32 attention over its own keys and values, of the largest number"
+    wrong = what_is_wrong(output, error, allowed, standard)
+    return Errors(norm_error(output, twin), error_full, None, wrong)
 
 
 def logit_errors(
-    logits: torch.Tensor, standard: torch.Tensor, is_lossless: bool, num_layers: int, dtype: torch.dtype
+    contender: Contender, logits: torch.Tensor, standard: torch.Tensor, num_layers: int, dtype: torch.dtype
 ) -> Errors:
-    """Checks the logits of one forward.
+    """Checks the logits of one forward: hfkv's must be finite, and differ by rounding only where nothing is lost.
 
     Args:
+        contender: whose.
         logits: `[B, V]`.
         standard: DynamicCache's.
-        is_lossless: whether they must be the same but for rounding; else they need only be finite.
         num_layers: layers, each of which rounds.
         dtype: what they round to (`generate` returns logits in fp32, whatever the model computes in).
     """
-    error = _norm_error(logits, standard)
-    allowed = 4 * torch.finfo(dtype).eps * num_layers**0.5 + SLACK
-    if not bool(logits.isfinite().all()):
-        return Errors(logits=error, wrong="its logits are not finite")
-    if is_lossless and not error <= allowed:
-        return Errors(
-            logits=error, wrong=f"its logits are {error:.1e} from DynamicCache's, as norms; {allowed:.1e} is allowed"
-        )
-    return Errors(logits=error)
+    error = norm_error(logits, standard)
+    if contender.kv is None:
+        return Errors(logits=error)
+    allowed = 4 * torch.finfo(dtype).eps * num_layers**0.5 + SLACK if contender.kv.is_lossless else None
+    return Errors(logits=error, wrong=what_is_wrong(logits, error, allowed, "DynamicCache's logits, as norms"))
 
 
 def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -126,7 +133,8 @@ def _attention(
     return torch.stack(rows)
 
 
-def _norm_error(output: torch.Tensor, standard: torch.Tensor) -> float:
+def norm_error(output: torch.Tensor, standard: torch.Tensor) -> float:
+    """The norm of the difference, as a part of the norm."""
     difference = output.float() - standard.float()
     return (difference.norm() / standard.float().norm()).item()
 

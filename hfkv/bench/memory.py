@@ -4,45 +4,69 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hfkv.bench.attention import AttentionLane
+from hfkv.bench.attention import AttentionLane, AttentionSuite
+from hfkv.bench.gate import Errors
+from hfkv.bench.setting import Setting
+from hfkv.bench.suite import Cell
+from hfkv.bench.turns import Turns
 
 
-def peak_of_step(lane: AttentionLane, device: torch.device, check: Callable[[], None]) -> int:
-    """Opens a lane, runs a step and returns the most bytes that were allocated during it, its cache included.
+class MemoryLane(AttentionLane):
+    """One contender's cache, which is filled, checked and stepped under a meter, and takes no turns."""
 
-    Args:
-        lane: a contender's cache; it is left open.
-        device: where it is.
-        check: called once it is open, before the steps.
-    """
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        lane.open()
-        check()
-        lane.step()
-        torch.cuda.reset_peak_memory_stats(device)
-        lane.step()
-        return torch.cuda.max_memory_allocated(device) - before
-    # Torch counts no bytes of a CPU; its profiler sees every block come and go, from the filling on.
-    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        lane.open()
-        check()
-        lane.step()
-        begin = time.time_ns()
-        lane.step()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        allocated += event.nbytes()
-        if event.start_ns() >= begin:
-            peak = max(peak, allocated)
-    return peak
+    def prepare(self) -> tuple[dict[str, Any], Errors]:
+        """Bytes, the most that were allocated during a step among them, and what the check found."""
+        device = self.tokens.query.device
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            figures, errors = super().prepare()
+            self.step()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.step()
+            return {**figures, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, errors
+        # Torch counts no bytes of a CPU; its profiler sees every block come and go, from the filling on.
+        with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            figures, errors = super().prepare()
+            self.step()
+            begin = time.time_ns()
+            self.step()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        allocated = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            allocated += event.nbytes()
+            if event.start_ns() >= begin:
+                peak = max(peak, allocated)
+        return {**figures, "peak_bytes": peak}, errors
+
+
+class MemorySuite(AttentionSuite):
+    """The suite."""
+
+    lane = MemoryLane
+    is_timed = False
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        # Compiled or not, it allocates the same cache.
+        self.contenders = [
+            replace(one, is_compiled=False, reason=None) if one.is_compiled else one for one in self.contenders
+        ]
+
+    def num_layers(self, context: int) -> int:
+        """One unless more are asked for."""
+        return self.setting.layers or 1
+
+    def turns(self, cell: Cell) -> Turns:
+        """None, and no room for any."""
+        return Turns(0, self.setting.seconds)
 
 
 @contextmanager

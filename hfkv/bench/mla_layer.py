@@ -7,21 +7,21 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
+from hfkv.attention.latent import crossover
 from hfkv.bench.contenders import Contender
-from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error
-from hfkv.bench.mla_setting import Case
+from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error, what_is_wrong
+from hfkv.bench.lane import Lane
 from hfkv.bench.mla_shapes import LatentTokens
-from hfkv.bench.shapes import share_weights
-from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
+from hfkv.bench.models import model_of
+from hfkv.bench.setting import Case
+from hfkv.bench.tokens import held_bytes
 from hfkv.measure.timing import milliseconds, queued_milliseconds
-from hfkv.patches.patch import patch
 
 if TYPE_CHECKING:
     from hfkv.attention.latent.crossover import Form
@@ -35,11 +35,43 @@ DECODE_LAYERS = 4
 class _Given:
     """A cache whose one layer holds what it is given, whatever is put into it: that of one new token included."""
 
-    def __init__(self, latents: torch.Tensor, rotary: torch.Tensor) -> None:
-        self.held = latents, rotary
+    def __init__(self, *held: torch.Tensor) -> None:
+        self.held = held
 
-    def update(self, *new: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *new: Any, **given: Any) -> tuple[torch.Tensor, ...]:
         return self.held
+
+
+def attention_of(model: PreTrainedModel) -> Any:
+    """The attention module of the first layer."""
+    decoder: Any = model.base_model
+    return decoder.layers[0].self_attn
+
+
+def layer_call(model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> Callable[[], torch.Tensor]:
+    """A call of a model's first attention layer, with what the model makes for all its layers made before.
+
+    Args:
+        model: the model.
+        hidden: `[B, q, hidden]`.
+        seen: tokens before them.
+        cache: the cache.
+
+    Returns:
+        What gives the output `[B, q, hidden]`.
+    """
+    decoder: Any = model.base_model
+    module = attention_of(model)
+    positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
+    mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=None if isinstance(cache, _Given) else cache,
+        position_ids=positions,
+    )
+    given = {"position_embeddings": decoder.rotary_emb(hidden, positions), "attention_mask": mask}
+    return lambda: module(hidden, **given, past_key_values=cache, position_ids=positions)[0]
 
 
 class LayerTask:
@@ -50,7 +82,7 @@ class LayerTask:
         latents: what caches are filled with; None where nothing is held.
         case: what is measured.
         batch: B.
-        seed: of the hidden states.
+        seed: the seed of the hidden states.
 
     Attributes:
         hidden: what the layer reads, `[B, q, hidden]`.
@@ -65,14 +97,11 @@ class LayerTask:
         size = (batch, case.new, model.config.hidden_size)
         self.hidden = torch.randn(size, dtype=model.dtype, device=model.device, generator=generator)
         self.stock: float | None = None
-        self._standard: torch.Tensor | None = None
 
-    @property
+    @functools.cached_property
     def standard(self) -> torch.Tensor:
         """The output `[B, q, hidden]` of the same layer in fp32, over the latents before any codec."""
-        if self._standard is None:
-            self._standard = self._by_rows(self._in_fp32, self._filled)
-        return self._standard
+        return self._by_rows(self._in_fp32, self._filled)
 
     @property
     def allowed(self) -> float:
@@ -93,10 +122,8 @@ class LayerTask:
 
     def _by_rows(self, model: PreTrainedModel, cache_of: Callable[[int, torch.dtype], Any]) -> torch.Tensor:
         """A model's output, a row at a time: transformers expands all tokens of every row."""
-        hidden = self.hidden.to(model.dtype).split(1)
-        return torch.cat(
-            [LayerCall(model, one, self.case.held, cache_of(row, model.dtype))() for row, one in enumerate(hidden)]
-        )
+        rows = enumerate(self.hidden.to(model.dtype).split(1))
+        return torch.cat([layer_call(model, one, self.case.held, cache_of(row, model.dtype))() for row, one in rows])
 
     def _filled(self, row: int, dtype: torch.dtype) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
@@ -105,47 +132,7 @@ class LayerTask:
         return cache
 
 
-def attention_of(model: PreTrainedModel) -> Any:
-    """The attention module of the first layer."""
-    decoder: Any = model.base_model
-    return decoder.layers[0].self_attn
-
-
-class LayerCall:
-    """One call of a model's first attention layer, with what the model makes for all its layers made before.
-
-    Args:
-        model: the model.
-        hidden: `[B, q, hidden]`.
-        seen: tokens before them.
-        cache: the cache.
-    """
-
-    def __init__(self, model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> None:
-        decoder: Any = model.base_model
-        positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
-        is_given = isinstance(cache, _Given)
-        self.hidden = hidden
-        self.module = attention_of(model)
-        self.given: dict[str, Any] = {
-            "position_embeddings": decoder.rotary_emb(hidden, positions),
-            "attention_mask": create_causal_mask(
-                config=model.config,
-                inputs_embeds=hidden,
-                attention_mask=None,
-                past_key_values=None if is_given else cache,
-                position_ids=positions,
-            ),
-            "past_key_values": cache,
-            "position_ids": positions,
-        }
-
-    def __call__(self) -> torch.Tensor:
-        """The output `[B, q, hidden]`."""
-        return self.module(self.hidden, **self.given)[0]
-
-
-class LayerLane:
+class LayerLane(Lane):
     """One contender's layer, over the same weights as everyone's, and its cache.
 
     Args:
@@ -156,18 +143,14 @@ class LayerLane:
     """
 
     def __init__(self, contender: Contender, task: LayerTask, room: int, forced: Form | None = None) -> None:
-        self.contender = contender
-        self.name = contender.name
+        super().__init__(contender)
         self.task = task
         self.room = room
         self.forced = forced
-        self.cache: Any = None
         self.more: list[Any] = []
         self.warm_ms = 0.0
-        self.model = share_weights(task.model)
+        self.model = model_of(contender, task.model)
         self._output: torch.Tensor | None = None
-        if contender.is_ours:
-            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Makes the cache and fills it; a prompt, before which nothing is held, is read."""
@@ -176,30 +159,19 @@ class LayerLane:
 
     def check(self) -> Errors:
         """The layer's output against fp32."""
-        task = self.task
+        task, kv = self.task, self.contender.kv
         output = self._call(self.cache)() if self._output is None else self._output
         error = largest_error(output, task.standard)
-        if not self.contender.is_ours:
+        if kv is None:
             task.stock = error
             return Errors(full=error)
-        allowed = task.allowed
-        kv = self.contender.kv
-        assert kv is not None
-        twin = None
         if task.case.new == 1 and kv.window is None and not kv.is_lossless:
             layer = self.cache.layers[0]
             twin = largest_error(output, task.over(layer.keys, layer.values))
-        wrong = None
-        if not bool(output.isfinite().all()):
-            wrong = "its output has numbers that are not finite"
-        elif kv.is_lossless and not error <= allowed:
-            wrong = f"its output is off by {error:.1e} of the largest number from fp32; {allowed:.1e} is allowed"
-        elif twin is not None and not twin <= allowed:
-            wrong = (
-                f"its output is off by {twin:.1e} of the largest number from fp32 over its own latents; {allowed:.1e} "
-                "is allowed"
-            )
-        return Errors(twin, error, None, wrong)
+            standard = "fp32 over its own latents, of the largest number"
+            return Errors(twin, error, None, what_is_wrong(output, twin, task.allowed, standard))
+        allowed = task.allowed if kv.is_lossless else None
+        return Errors(full=error, wrong=what_is_wrong(output, error, allowed, "fp32, of the largest number"))
 
     def warm_up(self) -> None:
         """Calls that are not timed; the last says how long one takes, or on a GPU its launching."""
@@ -218,31 +190,17 @@ class LayerLane:
             self._call(self.cache)()
             return [milliseconds(self._call(cache), device) for cache in self.more]
         work = self._ready()
-        if device.type == "cuda":
-            return [queued_milliseconds(work, device, self.warm_ms)]
-        return [milliseconds(work, device)]
-
-    def held_bytes(self) -> int:
-        """Of the layer."""
-        return held_bytes(self.cache, 1)
-
-    def allocated_bytes(self) -> int:
-        """Of the layer."""
-        return allocated_bytes(self.cache, 1)
+        return [queued_milliseconds(work, device, self.warm_ms)]
 
     def read_bytes(self) -> int | None:
         """What one new token must read, the cache and the layer's weights; None for many, which are arithmetic."""
         if self.task.case.new > 1:
             return None
-        return self.held_bytes() + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
-
-    def bus_bytes(self) -> int | None:
-        """What of the layer has to come from host memory."""
-        return bus_bytes(self.cache, 1)
+        return held_bytes(self.cache, 1) + sum(weight.nbytes for weight in attention_of(self.task.model).parameters())
 
     def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = self._output = None
+        super().close()
+        self._output = None
         self.more = []
 
     def _fill(self) -> None:
@@ -252,9 +210,7 @@ class LayerLane:
     def _filled(self) -> Any:
         assert self.contender.new_cache is not None
         cache = self.contender.new_cache(self.model, self.room)
-        if self.task.latents is not None:
-            self.task.latents.fill(self.contender, cache, 1, self.room)
-        return cache
+        return cache if self.task.latents is None else self.task.latents.fill(cache, 1, self.room)
 
     def _ready(self) -> Callable[[], torch.Tensor]:
         if self.task.case.new > 1:
@@ -262,19 +218,10 @@ class LayerLane:
         return self._call(self.cache)
 
     def _call(self, cache: Any) -> Callable[[], torch.Tensor]:
-        call = LayerCall(self.model, self.task.hidden, cache.get_seq_length(), cache)
+        call = layer_call(self.model, self.task.hidden, cache.get_seq_length(), cache)
 
         def run() -> torch.Tensor:
-            with forcing(self.forced):
+            with contextlib.nullcontext() if self.forced is None else crossover.forced(self.forced):
                 return call()
 
         return run
-
-
-def forcing(form: Form | None) -> AbstractContextManager[Any]:
-    """Has hfkv's layers attend by one of the two ways; with None they choose."""
-    if form is None:
-        return contextlib.nullcontext()
-    from hfkv.attention.latent.crossover import forced
-
-    return forced(form)

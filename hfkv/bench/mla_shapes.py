@@ -11,6 +11,19 @@ from transformers import DeepseekV3Config, PreTrainedConfig
 from hfkv.bench.errors import BenchError
 from hfkv.bench.tokens import Tokens
 
+# Names in configs of what `MLAShape` has.
+_NAMES = {
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "latent": "kv_lora_rank",
+    "nope": "qk_nope_head_dim",
+    "rope": "qk_rope_head_dim",
+    "value": "v_head_dim",
+    "query_latent": "q_lora_rank",
+    "intermediate": "intermediate_size",
+    "layers": "num_hidden_layers",
+}
+
 
 @dataclass(frozen=True)
 class MLAShape:
@@ -22,8 +35,8 @@ class MLAShape:
         latent: r, numbers of a token's latent.
         nope, rope, value: of a head's key without and with positions, and of its value.
         query_latent: r of the queries; None where they are projected at once.
-        intermediate: of a dense MLP.
-        layers: of the whole model.
+        intermediate: the width of a dense MLP.
+        layers: how many the whole model has.
     """
 
     hidden: int
@@ -43,51 +56,28 @@ class MLAShape:
         Raises:
             BenchError: it has no latent attention, or says its numbers by other names.
         """
-        names = {
-            "hidden": "hidden_size",
-            "heads": "num_attention_heads",
-            "latent": "kv_lora_rank",
-            "nope": "qk_nope_head_dim",
-            "rope": "qk_rope_head_dim",
-            "value": "v_head_dim",
-            "intermediate": "intermediate_size",
-            "layers": "num_hidden_layers",
-        }
-        found: dict[str, Any] = {field: getattr(config, name, None) for field, name in names.items()}
-        missing = [names[field] for field, number in found.items() if not number]
+        found: dict[str, Any] = {field: getattr(config, name, None) for field, name in _NAMES.items()}
+        missing = [_NAMES[field] for field, number in found.items() if not number and field != "query_latent"]
         if missing:
             raise BenchError(
                 f"the suite mla is of latent attention, and the config of {config.model_type!r} lacks "
                 f"{', '.join(missing)}; take a --shape or another model"
             )
-        return cls(query_latent=getattr(config, "q_lora_rank", None), **found)
+        return cls(**found)
 
     def config(self, num_layers: int) -> DeepseekV3Config:
-        """Of a model of so many layers, dense MLPs and a small vocabulary."""
-        return DeepseekV3Config(
-            vocab_size=131,
-            hidden_size=self.hidden,
-            intermediate_size=self.intermediate,
-            num_hidden_layers=num_layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
-            kv_lora_rank=self.latent,
-            q_lora_rank=self.query_latent,
-            qk_nope_head_dim=self.nope,
-            qk_rope_head_dim=self.rope,
-            v_head_dim=self.value,
-            first_k_dense_replace=num_layers,
-            num_mtp_layers=0,
-            max_position_embeddings=131_072,
-            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        )
+        """The config of a model of so many layers, dense MLPs and a small vocabulary."""
+        fields = {name: getattr(self, field) for field, name in _NAMES.items()}
+        fields |= {"num_hidden_layers": num_layers, "first_k_dense_replace": num_layers, "num_mtp_layers": 0}
+        fields |= {"num_key_value_heads": self.heads, "vocab_size": 131, "max_position_embeddings": 131_072}
+        return DeepseekV3Config(**fields, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
 
     def token_bytes(self, dtype: torch.dtype) -> int:
-        """Of one token in one layer's cache."""
+        """The bytes of one token in one layer's cache."""
         return (self.latent + self.rope) * dtype.itemsize
 
     def expanded_bytes(self, dtype: torch.dtype) -> int:
-        """Of one token's keys and values of all heads, and what they are put together from."""
+        """The bytes of one token's keys and values of all heads, and of what they are put together from."""
         return self.heads * (2 * self.nope + self.rope + self.value) * dtype.itemsize
 
     def __str__(self) -> str:
@@ -109,10 +99,10 @@ class LatentTokens(Tokens):
     Args:
         batch: B.
         count: T.
-        shape: of the layer.
-        dtype: of them.
+        shape: the shape of the layer.
+        dtype: their dtype.
         device: where they are.
-        seed: of the numbers.
+        seed: the seed of the numbers.
 
     Attributes:
         keys, values: the latents `[B, 1, T, r]` and the rotary keys `[B, 1, T, dr]`, as transformers caches them.

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from hfkv.bench.contenders import Contender
 from hfkv.bench.errors import BenchError
-from hfkv.bench.gate import FACTOR, SLACK, Errors
-from hfkv.bench.moe_layers import GROUPED, Contender, Layer, MoEShape, Reference
+from hfkv.bench.gate import FACTOR, SLACK, Errors, norm_error, what_is_wrong
+from hfkv.bench.moe_layers import GROUPED, Layer, MoEShape, Reference
 
 # As norms, of the whole output: three matrix products of Gaussian weights, each rounded once.
 MOST_ERROR = {"int8": 2e-2, "int4": 1.2e-1}
@@ -87,8 +88,7 @@ class Gate:
         most = CHECKED_TOKENS if contender.is_ours or contender.name == GROUPED else CHECKED_TOKENS_OF_PEERS
         calls = self.calls[: -(-most // tokens)]
         output = torch.cat([call.run(layer.experts) for call in calls]).float()
-        standard = self._standard(contender.has_lora)[: len(output)]
-        error = ((output - standard).norm() / standard.norm()).item()
+        error = norm_error(output, self._standard(contender.bare is not None)[: len(output)])
         if contender.name == GROUPED:
             self._stock = error
         if contender.moe is None:
@@ -99,12 +99,7 @@ class Gate:
                 "fewer with --tokens"
             )
         allowed = MOST_ERROR.get(contender.moe.codec, FACTOR * self._stock + SLACK)
-        wrong = None
-        if not bool(output.isfinite().all()):
-            wrong = "its output has numbers that are not finite"
-        elif not error <= allowed:
-            wrong = f"its output is {error:.1e} from the experts in fp32, as norms; {allowed:.1e} is allowed"
-        return Errors(full=error, wrong=wrong)
+        return Errors(full=error, wrong=what_is_wrong(output, error, allowed, "the experts in fp32, as norms"))
 
     def _standard(self, has_lora: bool) -> torch.Tensor:
         if has_lora not in self._standards:

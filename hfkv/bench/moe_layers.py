@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
+from hfkv.bench.contenders import Contender, named
 from hfkv.bench.errors import BenchError
 from hfkv.experts.config import MoEConfig
 from hfkv.patches.patch import patch
@@ -59,34 +60,6 @@ MOE_SHAPES = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A way to run the experts.
-
-    Attributes:
-        name: as it is shown.
-        implementation: of transformers' experts interface; None for hfkv's.
-        moe: hfkv's config; None for a peer.
-        has_lora: whether PEFT has put adapters on the experts.
-        reason: why it cannot take part, or None.
-    """
-
-    name: str
-    implementation: str | None
-    moe: MoEConfig | None = None
-    has_lora: bool = False
-    reason: str | None = None
-
-    @property
-    def is_ours(self) -> bool:
-        return self.moe is not None
-
-    @property
-    def without_lora(self) -> str:
-        """The name of the same without adapters."""
-        return GROUPED if self.moe is None else _name(self.moe, False)
-
-
 def ours(text: str) -> Contender:
     """hfkv's experts of a config such as ``"auto"`` or ``"int8"``, with `LORA` behind it under adapters.
 
@@ -99,12 +72,10 @@ def ours(text: str) -> Contender:
         raise BenchError(f"moe {error}; behind it {LORA} puts adapters on the experts") from error
     if moe.offload:
         raise BenchError(f"moe {text!r}: the suite moe measures experts that are on their device; leave offload out")
-    has_lora = text.endswith(LORA)
-    return Contender(_name(moe, has_lora), None, moe, has_lora, _peft_reason() if has_lora else None)
-
-
-def _name(moe: MoEConfig, has_lora: bool) -> str:
-    return "hfkv" + (f" {moe}" if str(moe) != "auto" else "") + (" + LoRA" if has_lora else "")
+    name = "hfkv" + (f" {moe}" if str(moe) != "auto" else "")
+    if not text.endswith(LORA):
+        return Contender(name, moe=moe)
+    return Contender(f"{name} + LoRA", moe=moe, bare=name, reason=_peft_reason())
 
 
 def peers(names: Sequence[str] | None, device: torch.device) -> list[Contender]:
@@ -117,14 +88,12 @@ def peers(names: Sequence[str] | None, device: torch.device) -> list[Contender]:
     Raises:
         BenchError: a name is unknown.
     """
-    known = {name.lower(): name for name in MOE_PEERS}
-    unknown = [name for name in names or () if name.lower() not in known]
-    if unknown:
-        raise BenchError(f"the peer {unknown[0]!r} is unknown; allowed: all, {', '.join(MOE_PEERS)}")
     wanted = {GROUPED, *((BATCHED,) if device.type != "cpu" else ())}
-    wanted |= {GROUPED, BATCHED, PEFT} if names is None else {known[name.lower()] for name in names}
+    wanted |= {BATCHED, PEFT} if names is None else named(names, MOE_PEERS)
     return [
-        Contender(name, GROUPED, has_lora=True, reason=_peft_reason()) if name == PEFT else Contender(name, name)
+        Contender(name, implementation=GROUPED, bare=GROUPED, reason=_peft_reason())
+        if name == PEFT
+        else Contender(name, implementation=name)
         for name in MOE_PEERS
         if name in wanted
     ]
@@ -235,20 +204,20 @@ def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters
     Args:
         contender: whose.
         stock: the model all have their numbers from.
-        adapters: for those with LoRA.
+        adapters: the adapters of those with LoRA.
     """
     model = copy.deepcopy(stock)
     held = sum(getattr(experts_of(model), name).nbytes for name in NAMES)
     if contender.implementation is not None:
         model.set_experts_implementation(contender.implementation)
-    whole: Any = adapters.add_to(model) if contender.has_lora else model
+    whole: Any = adapters.add_to(model) if contender.bare else model
     form = None
     if contender.moe is not None:
         report = patch(whole, moe=contender.moe).moe
         assert report is not None
         held, swap = report.bytes_after, report.swapped[0]
         form = f"{swap.form}: {swap.why}"
-    if contender.has_lora:
+    if contender.bare:
         held += sum(parameter.nbytes for name, parameter in model.named_parameters() if "lora_" in name)
     return Layer(experts_of(model), held, form)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.mla_setting import CROSSOVER, PREFILL, STEP, Case, case_of
 from hfkv.bench.results import OK, WRONG, Result, Row, Table
 from hfkv.measure.plotting import new_figure
 
@@ -78,7 +77,7 @@ def _draw(axes: Any, result: Result, table: Table) -> None:
     axes.tick_params(axis="y", length=0, labelsize=9)
     axes.tick_params(axis="x", labelsize=8.5)
     axes.set_xlabel("MB" if is_memory else "median, ms", fontsize=9)
-    axes.set_title(_panel_title(result, table), fontsize=10, loc="left")
+    axes.set_title(result.about(table), fontsize=10, loc="left")
     wrong = [row.contender for row in table.rows if row.status == WRONG]
     if wrong:
         text = f"wrong, not timed: {', '.join(wrong)}"
@@ -101,32 +100,9 @@ def digits(value: float) -> str:
 def _legend(result: Result) -> str:
     if result.suite == "memory":
         return "blue: hfkv, grey: transformers; pale: the most during a step, the cache included"
-    has_floor = any(row.floor_ms is not None for table in result.tables for row in table.rows)
-    floor = "\nred: the time a copy of what it must read takes" if has_floor else ""
+    floor = "\nred: the time a copy of what it must read takes" if result.has("floor_ms") else ""
     if result.suite == "moe":
         bases = " or ".join(dict.fromkeys(table.base for table in result.tables if table.base is not None))
         floor = "\nred: the longer of the times that a copy of the chosen experts and the products alone take"
         return f"blue: hfkv, grey: transformers; ×: times as fast as {bases}{floor}"
     return f"blue: hfkv, grey: transformers; ×: times as fast as the fastest grey one{floor}"
-
-
-def case_title(case: Case, batch: int) -> str:
-    """What a table of the suite mla is about."""
-    if case.part == STEP:
-        return f"step of generate(), {batch} × {case.held:,} tokens held"
-    if case.part == PREFILL and not case.held:
-        return f"one layer, prompt of {batch} × {case.new:,} tokens"
-    new = f"{case.new:,} new token{'s' if case.new != 1 else ''}"
-    either = ", absorbed or expanded" if case.part == CROSSOVER else ""
-    return f"one layer, {new} over {batch} × {case.held:,} held{either}"
-
-
-def _panel_title(result: Result, table: Table) -> str:
-    case = case_of(result, table)
-    if case is not None:
-        return case_title(case, table.batch)
-    if table.ragged:
-        return f"left-padded rows of {', '.join(f'{length:,}' for length in table.ragged)} tokens"
-    if result.suite == "moe":
-        return f"{table.context:,} token{'s' if table.context != 1 else ''}"
-    return f"{table.batch} × {table.context:,} tokens"

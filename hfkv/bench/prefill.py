@@ -1,54 +1,25 @@
-"""The suite ``prefill``: a whole prompt to its first new token, of ``generate()`` on a model of the shape."""
+"""The suites ``prefill`` and ``reuse``: a whole prompt to its first new token, of ``generate()``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from hfkv.bench.contenders import DYNAMIC, Contender
+from hfkv.bench.caches import ModelSuite
+from hfkv.bench.contenders import DYNAMIC, NO_CACHE, Contender
 from hfkv.bench.gate import Errors
-from hfkv.bench.shapes import share_weights
-from hfkv.bench.step import StepClock, check_logits
-from hfkv.bench.tokens import allocated_bytes, held_bytes
-from hfkv.patches.patch import patch
+from hfkv.bench.lane import Lane
+from hfkv.bench.models import model_of
+from hfkv.bench.prompt import Prompt, StepClock
+from hfkv.bench.suite import Cell
 
-# A prompt takes long: fewer turns than of steps are waited for.
-LEAST_TURNS = 3
-
-
-@dataclass
-class Prompt:
-    """A left-padded batch of random tokens, and DynamicCache's logits after it.
-
-    Attributes:
-        model: with the weights.
-        ids: `[B, T]`.
-        mask: 1 where a token is real, `[B, T]`.
-        standard: `[B, V]`, once DynamicCache has read it; it is the first.
-    """
-
-    model: PreTrainedModel
-    ids: torch.Tensor
-    mask: torch.Tensor
-    standard: torch.Tensor | None = None
-
-    @classmethod
-    def draw(cls, model: PreTrainedModel, lengths: Sequence[int], seed: int) -> Prompt:
-        """A prompt whose rows have so many real tokens."""
-        device = model.device
-        generator = torch.Generator(device).manual_seed(seed)
-        shape = (len(lengths), max(lengths))
-        ids = torch.randint(model.config.vocab_size, shape, device=device, generator=generator)
-        columns = torch.arange(max(lengths), device=device)
-        mask = columns >= max(lengths) - torch.tensor(lengths, device=device)[:, None]
-        return cls(model, ids * mask, mask.long())
+# Tokens behind the prefix, new in every turn.
+QUESTION = 128
 
 
-class PrefillLane:
+class PrefillLane(Lane):
     """One contender's model, over the same weights as everyone's.
 
     Args:
@@ -57,14 +28,10 @@ class PrefillLane:
     """
 
     def __init__(self, contender: Contender, prompt: Prompt) -> None:
-        self.contender = contender
-        self.name = contender.name
+        super().__init__(contender, prompt.model.config.num_hidden_layers)
         self.prompt = prompt
-        self.model = share_weights(prompt.model)
-        self.cache: Any = None
+        self.model = model_of(contender, prompt.model)
         self.logits: torch.Tensor | None = None
-        if contender.is_ours:
-            patch(self.model, contender.kv)
 
     def open(self) -> None:
         """Reads the prompt a first time; every turn does so anew."""
@@ -72,15 +39,8 @@ class PrefillLane:
 
     def check(self) -> Errors:
         """The first new token's logits against DynamicCache's."""
-        logits = self.logits
-        assert logits is not None
-        if self.contender.name == DYNAMIC:
-            self.prompt.standard = logits
-        assert self.prompt.standard is not None
-        return check_logits(self.contender, self.model, logits, self.prompt.standard)
-
-    def warm_up(self) -> None:
-        """Nothing: `open` has read the prompt."""
+        assert self.logits is not None
+        return self.prompt.check(self.contender, self.logits)
 
     def turn(self) -> list[float]:
         """The prompt once, in ms."""
@@ -106,21 +66,80 @@ class PrefillLane:
         self.cache, self.logits = output.past_key_values, output.logits[0]
         return clock.milliseconds
 
-    def held_bytes(self) -> int:
-        """Of all layers, as the last turn left them."""
-        return held_bytes(self.cache, self.model.config.num_hidden_layers)
 
-    def allocated_bytes(self) -> int:
-        """Of all layers, as the last turn left them."""
-        return allocated_bytes(self.cache, self.model.config.num_hidden_layers)
+class ReuseLane(PrefillLane):
+    """One contender's model; with reuse it has read the prefix before its first turn, without it reads it every time.
 
-    def bus_bytes(self) -> None:
-        """Nothing is said of it."""
+    Args:
+        contender: whose.
+        prompt: the prefix and a first question.
+        keep_first: whether the reading of `open` counts as the first turn of a contender that shares nothing: a long
+            prompt takes minutes.
+    """
 
-    def read_bytes(self) -> None:
-        """Reading a prompt is arithmetic, not bytes: it has no floor here."""
-        return None
+    def __init__(self, contender: Contender, prompt: Prompt, keep_first: bool) -> None:
+        super().__init__(contender, prompt)
+        self.question = prompt.ids[:, -QUESTION:]
+        self._generator = torch.Generator(prompt.ids.device).manual_seed(1)
+        self._keep_first = keep_first
+        self._first: list[float] | None = None
+
+    @property
+    def shares(self) -> bool:
+        """Whether its model keeps prefixes between calls."""
+        return self.contender.kv is not None and self.contender.kv.reuse is not None
+
+    def open(self) -> None:
+        """Reads the prefix, where it is kept, and then the prompt a first time."""
+        if self.shares:
+            prefix = self.prompt.ids[:, :-QUESTION]
+            self.model.generate(prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=1, do_sample=False)
+        self._first = self._read(self.prompt.ids)
+
+    def turn(self) -> list[float]:
+        """The prompt with another question, in ms."""
+        if self._first is not None and self._keep_first and not self.shares:
+            first, self._first = self._first, None
+            return first
+        prompt = self.prompt.ids
+        question = torch.randint(
+            self.model.config.vocab_size, self.question.shape, device=prompt.device, generator=self._generator
+        )
+        return self._read(torch.cat((prompt[:, :-QUESTION], question), dim=1))
+
+    def _read(self, ids: torch.Tensor) -> list[float]:
+        before = self.model.hfkv.reuse_stats().tokens_reused if self.shares else 0
+        times = self.read(ids, torch.ones_like(ids))
+        if self.shares and self.model.hfkv.reuse_stats().tokens_reused - before < ids.numel() - 2 * QUESTION * len(ids):
+            raise MemoryError(f"the budget of {self.contender.name} does not hold the prefix: say +reuse:SIZE")
+        return times
 
     def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = None
+        """Lets go of the cache and of the pages kept."""
+        super().close()
+        if self.shares:
+            self.model.hfkv.clear_reuse()
+
+
+class PromptSuite(ModelSuite):
+    """The suites of whole prompts."""
+
+    least_turns = 3  # they take long
+
+    def reason(self, contender: Contender, cell: Cell) -> str | None:
+        """Why a contender is not run: it would be DynamicCache again."""
+        if contender.name == NO_CACHE:
+            return "a prompt is read at the same cost without a cache: see the suite step"
+        if contender.is_compiled:
+            return "transformers compiles decode steps only, and reads the prompt as it does for DynamicCache"
+        return super().reason(contender, cell)
+
+    def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
+        """Models over the same weights, which read the same prompt, or the same prefix and questions."""
+        self.check_memory(cell)
+        setting, is_reuse = self.setting, self.setting.suite == "reuse"
+        lengths = setting.ragged or (cell.context + QUESTION * is_reuse,) * self.batch
+        prompt = Prompt.draw(self.model, lengths, setting.seed)
+        if is_reuse:
+            return lambda contender: ReuseLane(contender, prompt, keep_first=setting.steps == 1)
+        return lambda contender: PrefillLane(contender, prompt)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, Case
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
 
@@ -22,15 +23,15 @@ class Row:
         status: ``"ok"``; ``"wrong"`` where its result does not stand the check, and nothing of its speed is said; or
             ``"left out"``.
         note: the reason where it is not ``"ok"``.
-        p20_ms, p50_ms, p80_ms: of a step; in the suite attention of one layer's step.
+        p20_ms, p50_ms, p80_ms: the time of a step; in the suite attention of one layer's step.
         num_samples: how many steps they are from.
-        held_bytes: of the tokens the cache holds; in the suites attention and memory of one layer; in the suite moe of
-            the experts' weights.
+        held_bytes: bytes of the tokens the cache holds; in the suites attention and memory of one layer; in the suite
+            moe of the experts' weights.
         allocated_bytes: allocated for them.
         peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
         read_bytes: what a step must read: those held, and in the suite step the weights; in the suite moe those of the
             experts that some token chose, the median of all calls.
-        bus_bytes: those of them that have to come from host memory; None where nothing is offloaded.
+        bus_bytes: how many of them have to come from host memory; None where nothing is offloaded.
         floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it, or
             `operations` at the fastest matrix product of the run.
         floor_ratio: `p50_ms` over it.
@@ -112,8 +113,8 @@ class Result:
         copy_bytes_per_second: bytes read and written by a copy on the device, in this run.
         seconds: the whole run.
         tables: one a context.
-        bus_bytes_per_second: from pinned host memory to the device, in this run; None but on GPUs.
-        operations_per_second: of the fastest large matrix product in this run; suite moe only.
+        bus_bytes_per_second: from pinned host memory to the device, in this run; None without a GPU.
+        operations_per_second: the speed of the fastest large matrix product in this run; suite moe only.
     """
 
     command: str
@@ -130,6 +131,38 @@ class Result:
     tables: list[Table]
     bus_bytes_per_second: float | None = None
     operations_per_second: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of device: ``"cpu"`` or ``"cuda"``."""
+        return str(self.machine["device"]).partition(":")[0]
+
+    def has(self, field: str) -> bool:
+        """Whether a field of `Row` is known of any row."""
+        return any(getattr(row, field) is not None for table in self.tables for row in table.rows)
+
+    def case(self, table: Table) -> Case | None:
+        """What a table of the suite mla is about; None in other suites, whose tables say it themselves."""
+        if self.suite != MLA:
+            return None
+        index = next(index for index, other in enumerate(self.tables) if other is table)
+        return Case(**self.setting["cases"][index])
+
+    def about(self, table: Table) -> str:
+        """The rows and tokens of a table, in words."""
+        case, rows = self.case(table), f"{table.batch} × {table.context:,}"
+        if table.ragged:
+            return f"left-padded rows of {', '.join(f'{length:,}' for length in table.ragged)} tokens"
+        if self.suite == MOE:
+            return plural(table.context, "token")
+        if case is None:
+            return f"{rows} tokens"
+        if case.part == STEP:
+            return f"step of generate(), {rows} tokens held"
+        if case.part == PREFILL and not case.held:
+            return f"one layer, prompt of {rows} tokens"
+        either = ", absorbed or expanded" if case.part == CROSSOVER else ""
+        return f"one layer, {plural(case.new, 'new token')} over {rows} held{either}"
 
     @property
     def wrong(self) -> list[Row]:
@@ -155,6 +188,11 @@ class Result:
             raise BenchError(f"{str(path)!r} could not be read: {error.strerror}; name a result of --json") from error
         except (ValueError, TypeError, KeyError) as error:
             raise BenchError(f"{str(path)!r} is no result that hfkv bench --json wrote: {error}") from error
+
+
+def plural(count: int, noun: str) -> str:
+    """``"1 token"``, ``"2 tokens"``."""
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def canonical(contender: str) -> str:

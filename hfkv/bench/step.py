@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from transformers import CompileConfig, PreTrainedModel
+from transformers import CompileConfig
 
-from hfkv.bench.contenders import DYNAMIC, Contender
-from hfkv.bench.gate import Errors, logit_errors
-from hfkv.bench.shapes import share_weights, weights_read
-from hfkv.bench.tokens import Tokens, allocated_bytes, bus_bytes, held_bytes
-from hfkv.patches.patch import patch
+from hfkv.bench.caches import ModelSuite
+from hfkv.bench.contenders import NO_CACHE, Contender
+from hfkv.bench.gate import Errors
+from hfkv.bench.lane import Lane
+from hfkv.bench.models import model_of, weights_read
+from hfkv.bench.prompt import Prompt, StepClock
+from hfkv.bench.setting import Setting
+from hfkv.bench.suite import Cell
+from hfkv.bench.tokens import Tokens, held_bytes
+from hfkv.bench.turns import LEAST_TURNS, Turns
 
 # Timed steps of one call of generate; the first, which comes with the setting up, is not timed.
 STEPS_A_TURN = 4
@@ -24,73 +27,38 @@ MOST_UNCACHED = 2048
 SPARE_TOKENS = 16
 
 
-class StepClock:
-    """A streamer that notes when `generate` handed over the prompt and each new token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []  # seconds
-
-    def put(self, value: torch.Tensor) -> None:
-        """The tokens are on the host by now: the device is done with them."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing."""
-
-    @property
-    def milliseconds(self) -> list[float]:
-        """From the prompt to the first token, and from each to the next."""
-        return [1e3 * (later - earlier) for earlier, later in zip(self.times, self.times[1:], strict=False)]
+def step_turns(setting: Setting, least: int = LEAST_TURNS) -> Turns:
+    """How often contenders take turns of several steps each."""
+    count = None if setting.steps is None else -(-setting.steps // STEPS_A_TURN)
+    return Turns(count, setting.seconds, least, MOST_TURNS, setting.busy)
 
 
-@dataclass
-class StepTask:
-    """What all contenders of one context share.
-
-    Attributes:
-        model: with the weights.
-        tokens: what caches are filled with.
-        ids: random token ids `[B, T + 1]`; the last has not been read yet.
-        standard: DynamicCache's logits `[B, V]`, once it has been checked; it is the first.
-    """
-
-    model: PreTrainedModel
-    tokens: Tokens
-    ids: torch.Tensor
-    standard: torch.Tensor | None = None
-
-
-class StepLane:
+class StepLane(Lane):
     """One contender's model, over the same weights as everyone's, and its cache.
 
     Args:
         contender: whose.
-        task: what it shares with the others.
+        prompt: the text, whose last token has not been read yet.
+        tokens: what the cache is filled with in place of the others.
         turns: turns it has to have room for.
     """
 
-    def __init__(self, contender: Contender, task: StepTask, turns: int) -> None:
-        self.contender = contender
-        self.name = contender.name
-        self.task = task
-        self.room = task.tokens.count + turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
-        self.cache: Any = None
-        self.ids = task.ids
-        self.model = share_weights(task.model)
-        self.rotary: Any = None
-        if contender.is_ours:
-            self.rotary = patch(self.model, contender.kv, graphs=contender.graphs).rotary
-        if contender.is_compiled and task.ids.device.type == "cpu":
+    def __init__(self, contender: Contender, prompt: Prompt, tokens: Tokens, turns: int) -> None:
+        super().__init__(contender, prompt.model.config.num_hidden_layers)
+        self.prompt = prompt
+        self.tokens = tokens
+        self.room = tokens.count + turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
+        self.ids = prompt.ids
+        self.model = model_of(contender, prompt.model)
+        if contender.is_compiled and prompt.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only
             self.model.generation_config.compile_config = compiling
 
     def open(self) -> None:
-        """Makes the cache and fills it."""
-        self.ids = self.task.ids
+        self.ids = self.prompt.ids
         if self.contender.new_cache is not None:
-            self.cache = self.contender.new_cache(self.model, self.room)
-            self.task.tokens.fill(self.contender, self.cache, self._num_layers, self.room)
+            self.cache = self.tokens.fill(self.contender.new_cache(self.model, self.room), self.layers, self.room)
 
     def check(self) -> Errors:
         """One forward's logits against DynamicCache's."""
@@ -98,12 +66,8 @@ class StepLane:
             return Errors()  # it reads the tokens themselves, and the others' caches hold random numbers
         seen = torch.ones_like(self.ids)
         forward = self.model(input_ids=self.ids[:, -1:], attention_mask=seen, past_key_values=self.cache)
-        logits = forward.logits[:, -1]
         self.ids = torch.cat((self.ids, self.ids[:, :1]), dim=1)
-        if self.contender.name == DYNAMIC:
-            self.task.standard = logits
-        assert self.task.standard is not None
-        return check_logits(self.contender, self.model, logits, self.task.standard)
+        return self.prompt.check(self.contender, forward.logits[:, -1])
 
     def warm_up(self) -> None:
         """A turn that is not timed."""
@@ -123,33 +87,28 @@ class StepLane:
         )
         return clock.milliseconds[1:]
 
-    def held_bytes(self) -> int:
-        """Of all layers."""
-        return 0 if self.cache is None else held_bytes(self.cache, self._num_layers)
-
-    def allocated_bytes(self) -> int:
-        """Of all layers."""
-        return 0 if self.cache is None else allocated_bytes(self.cache, self._num_layers)
-
     def read_bytes(self) -> int:
         """What a step must read: the cache and the weights."""
-        return self.held_bytes() + weights_read(self.model, self.ids.shape[0])
-
-    def bus_bytes(self) -> int | None:
-        """What of all layers has to come from host memory."""
-        return bus_bytes(self.cache, self._num_layers)
-
-    def close(self) -> None:
-        """Lets go of the cache."""
-        self.cache = None
-
-    @property
-    def _num_layers(self) -> int:
-        return self.model.config.num_hidden_layers
+        return held_bytes(self.cache, self.layers) + weights_read(self.model, self.ids.shape[0])
 
 
-def check_logits(contender: Contender, model: PreTrainedModel, logits: torch.Tensor, standard: torch.Tensor) -> Errors:
-    """A contender's logits against DynamicCache's: a lossless one of hfkv's must agree, any of hfkv's be finite."""
-    is_lossless = contender.kv is not None and contender.kv.is_lossless
-    errors = logit_errors(logits, standard, is_lossless, model.config.num_hidden_layers, model.dtype)
-    return errors if contender.is_ours else replace(errors, wrong=None)
+class StepSuite(ModelSuite):
+    """The suite."""
+
+    def has_graphs(self, cell: Cell) -> bool:
+        return True
+
+    def turns(self, cell: Cell) -> Turns:
+        return step_turns(self.setting)
+
+    def reason(self, contender: Contender, cell: Cell) -> str | None:
+        if contender.name == NO_CACHE and self.batch * cell.context > MOST_UNCACHED:
+            return f"a step without a cache reads the whole text again: run for {MOST_UNCACHED:,} tokens at most"
+        return super().reason(contender, cell)
+
+    def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
+        """Models over the same weights, with caches of the same tokens."""
+        self.check_memory(cell)
+        prompt = Prompt.draw(self.model, (cell.context + 1,) * self.batch, self.setting.seed)
+        tokens = self.tokens(cell)
+        return lambda contender: StepLane(contender, prompt, tokens, self.turns(cell).room)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from hfkv.bench.contenders import Contender
 from hfkv.cache.kv_cache import KVCache
 from hfkv.measure.allocated import storage_bytes
 from hfkv.models.shapes import Heads
@@ -22,10 +21,10 @@ class Tokens:
     Args:
         batch: B.
         count: T.
-        heads: of the shape.
-        dtype: of keys and values.
+        heads: the shape's heads.
+        dtype: the dtype of keys and values.
         device: where they are.
-        seed: of the numbers.
+        seed: the seed of the numbers.
 
     Attributes:
         keys, values: `[B, H, T, D]`.
@@ -45,32 +44,36 @@ class Tokens:
         self.new_key, self.new_value = draw(heads.kv_heads, 1), draw(heads.kv_heads, 1)
         self.query = draw(heads.query_heads, 1)
 
-    def fill(self, contender: Contender, cache: Any, num_layers: int, tokens: int) -> None:
+    def fill(self, cache: Any, num_layers: int, tokens: int) -> Any:
         """Puts all of them into the first layers of an empty cache.
 
         Args:
-            contender: whose cache it is.
             cache: the cache.
             num_layers: layers to fill.
             tokens: how many a row will hold in all.
+
+        Returns:
+            The cache.
         """
-        if isinstance(cache, KVCache):
+        is_ours = isinstance(cache, KVCache)
+        if is_ours:
             cache.reserve(tokens)
         # Quantised peers keep apart what comes after the first append. Windows drop at the next one: their last token
         # comes alone, as in generation.
-        starts = [*range(0, self.count - 1, FILL_CHUNK), self.count - 1] if contender.is_ours else [0]
+        starts = [*range(0, self.count - 1, FILL_CHUNK), self.count - 1] if is_ours else [0]
         for layer in range(num_layers):
             for start, end in zip(starts, (*starts[1:], self.count), strict=True):
                 new = (states[:, :, start:end] for states in (self.keys, self.values))
                 cache.update(*new, layer)
+        return cache
 
 
 def held_bytes(cache: Any, layers: int) -> int:
-    """Bytes of the tokens in the first layers of any cache."""
+    """Bytes of the tokens in the first layers of any cache; 0 without one."""
     if isinstance(cache, KVCache):
         return sum(layer.held_bytes() for layer in cache.layers[:layers])
     total = 0
-    for layer in cache.layers[:layers]:
+    for layer in cache.layers[:layers] if cache is not None else ():
         num_bytes = storage_bytes(_tensors(layer))
         capacity = getattr(layer, "max_cache_len", None)
         total += num_bytes * int(layer.get_seq_length()) // capacity if capacity else num_bytes
@@ -78,10 +81,10 @@ def held_bytes(cache: Any, layers: int) -> int:
 
 
 def allocated_bytes(cache: Any, layers: int) -> int:
-    """Bytes allocated for the first layers of any cache."""
+    """Bytes allocated for the first layers of any cache; 0 without one."""
     if isinstance(cache, KVCache):
         return sum(layer.nbytes() for layer in cache.layers[:layers])
-    return sum(storage_bytes(_tensors(layer)) for layer in cache.layers[:layers])
+    return sum(storage_bytes(_tensors(layer)) for layer in (cache.layers[:layers] if cache is not None else ()))
 
 
 def bus_bytes(cache: Any, layers: int) -> int | None:

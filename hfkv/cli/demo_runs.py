@@ -189,9 +189,9 @@ def num_steps(setting: Setting) -> int:
 
 def _cached(model: PreTrainedModel, kv: str | None) -> Any:
     """A patch that gives the model the cache; transformers' own model is left alone."""
-    import hfkv
+    from hfkv.patches.patch import patch
 
-    return nullcontext() if kv is None else hfkv.patch(model, kv)
+    return nullcontext() if kv is None else patch(model, kv)
 
 
 def _generate(model: PreTrainedModel, inputs: Any, run: _Run, num_tokens: int, on_token: Callable[[], None]) -> None:
@@ -213,9 +213,9 @@ def _generate(model: PreTrainedModel, inputs: Any, run: _Run, num_tokens: int, o
 
 
 def _bytes_of(cache: Any) -> tuple[int, int]:
-    import hfkv
+    from hfkv.cache.kv_cache import KVCache
 
-    if isinstance(cache, hfkv.KVCache):
+    if isinstance(cache, KVCache):
         return cache.nbytes(), cache.held_bytes()
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
@@ -224,11 +224,11 @@ def _bytes_of(cache: Any) -> tuple[int, int]:
 def _loss(model: PreTrainedModel, ids: torch.Tensor, kv: str | None, context: int) -> float:
     from transformers import DynamicCache
 
-    import hfkv
+    from hfkv.cache.kv_cache import KVCache
     from hfkv.eval import held_out_loss
 
     def make_cache() -> DynamicCache:
-        return DynamicCache(config=model.config) if kv is None else hfkv.KVCache(model, kv)
+        return DynamicCache(config=model.config) if kv is None else KVCache(model, kv)
 
     with _cached(model, kv):
         return held_out_loss(model, ids, context=context, make_cache=make_cache, batch_size=2).nats

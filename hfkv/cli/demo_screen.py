@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.panel import Panel
@@ -10,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfkv.cli.demo_runs import Report, Row
+from hfkv.cli.tables import new_table, notes_grid
 
 PROMPT_LINES = 8
 # From this width on there is room for the caches' classes and for bars.
@@ -42,12 +42,11 @@ def _panel(report: Report) -> Panel:
 
 
 def _table(report: Report, is_wide: bool) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
-    for header in ("cache\n", "kv\n", "held, of\nDynamicCache") if is_wide else ("cache\n",):
-        table.add_column(header, no_wrap=True)
     num_tokens = f"same, of\n{report.rows[0].num_new_tokens} tokens"
-    for header in ("KV\nKiB", "held\nKiB", "ratio\n", "decode\ntokens/s", num_tokens, "loss\nnats/B", "change\n%"):
-        table.add_column(header, justify="right", no_wrap=True)
+    table = new_table(
+        *(("cache\n", "kv\n", "held, of\nDynamicCache") if is_wide else ("cache\n",)),
+        right=("KV\nKiB", "held\nKiB", "ratio\n", "decode\ntokens/s", num_tokens, "loss\nnats/B", "change\n%"),
+    )
     for row in report.rows:
         name = Text(row.kv or row.cache, "bold")
         label = [Text(row.cache), Text(row.kv or "-", "bold"), _bar(row.held_ratio)] if is_wide else [name]
@@ -105,7 +104,4 @@ def _caption(report: Report) -> Table:
         f"{min(setting.loss_context, setting.loss_bytes):,}; change from {report.rows[0].cache}'s. "
         "16-bit sums in another order differ in their last bits, lossless or not",
     }
-    caption = Table.grid(padding=(0, 2, 0, 0))
-    for name, note in notes.items():
-        caption.add_row(Text(name, "cyan"), Text(note, "dim"))
-    return caption
+    return notes_grid(notes)

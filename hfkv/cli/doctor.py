@@ -58,7 +58,7 @@ def examine(
     Args:
         model: a folder, or a name on the Hub; None for the bundled model.
         kv: the cache, in words.
-        device: of queries and tokens.
+        device: device of queries and tokens.
         dtype: of queries; None for the one that the model's config names, or bfloat16.
         bars: where progress is drawn; None for nowhere.
 

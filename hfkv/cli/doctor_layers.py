@@ -1,4 +1,4 @@
-"""Which kernels each layer of a model would use and why: the second table of ``hfkv doctor``."""
+"""Kernels that each layer of a model would use, and why: the second table of ``hfkv doctor``."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ class ModelReport:
     """What would become of a model.
 
     Attributes:
-        name: as given.
-        model_type: of its text decoder.
+        name: the name that was given.
+        model_type: type of its text decoder.
         kv: the config in its words.
         notes: what else there is to know.
         groups: its layers.
@@ -99,7 +99,7 @@ def read_config(name: str) -> PreTrainedConfig:
 def describe_layers(
     name: str, config: PreTrainedConfig, kv: str, dtype: torch.dtype, device: torch.device
 ) -> ModelReport:
-    """Which kernels every layer would use, from the model's config alone.
+    """Says which kernels every layer would use, from the model's config alone.
 
     Raises:
         CommandError: `kv` does not fit the model, or the model has no layer for it.
@@ -283,8 +283,8 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
     """The heads of a plain attention layer, as a config says them.
 
     Args:
-        config: of the text decoder.
-        index: of the layer.
+        config: config of the text decoder.
+        index: index of the layer.
         is_sliding: whether it has a sliding window of the model's own: others may be wider (gemma4).
     """
     from hfkv.kernels.selftest.inputs import Heads

@@ -24,7 +24,7 @@ class Item:
     """A thing that is here, or could be.
 
     Attributes:
-        name: of it.
+        name: what it is called.
         found: its version, or what else there is to say; None where it is missing.
         note: what it is for, or the remedy; may be empty.
         is_odd: whether the reader should look twice.

@@ -19,9 +19,9 @@ class Report:
     Attributes:
         installed: packages, compiler, processor, GPUs.
         model: which kernels its layers would use.
-        device, dtype: of queries and tokens.
+        device, dtype: device and dtype of queries and tokens.
         checks: the self-test's.
-        seconds: that it took.
+        seconds: duration of the self-test.
     """
 
     installed: list[Item]

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hfkv.cli.eval_screen import wrap
+from hfkv.cli.tables import new_table, wrap
 
 if TYPE_CHECKING:
     from hfkv.cli.doctor_layers import ModelReport
@@ -71,7 +70,7 @@ def _add_column(table: Table, header: str, cells: list[Text], widest: int = WIDE
 
 
 def _layers(model: ModelReport) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    table = new_table()
     rows, ends = [], []
     for group in model.groups:
         layers, cache = _wrapped_ranges(group.layers), _wrapped_cache(group.cache)
@@ -124,7 +123,7 @@ def ranges(indices: list[int]) -> str:
 
 
 def _checks(checks: list[Check]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
+    table = new_table()
     rows = []
     for alike in _alike(checks):
         worst = max((c for c in alike if c.error is not None), key=_share, default=None)

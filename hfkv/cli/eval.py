@@ -13,7 +13,8 @@ from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, Report, Setting, measure
 from hfkv.cli.eval_screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
-from hfkv.cli.said import command_line
+from hfkv.cli.outputs import check_outputs
+from hfkv.cli.said import command_line, whole_numbers
 
 
 def evaluate(
@@ -61,7 +62,7 @@ def evaluate(
             context=None if stream else Setting.context if context_tokens is None else context_tokens,
             tokens=tokens,
             chunk=chunk,
-            lengths=_lengths(pass_key_lengths) if pass_keys else (),
+            lengths=whole_numbers("--pass-key-lengths", pass_key_lengths) if pass_keys else (),
             num_depths=pass_key_depths,
             trials=trials,
         )
@@ -111,19 +112,9 @@ def _read_text(path: Path | None) -> str:
     return text
 
 
-def _lengths(given: str) -> tuple[int, ...]:
-    words = [word.strip() for word in given.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise CommandError(f"--pass-key-lengths takes whole numbers with commas, such as 512,1024; got {given!r}")
-    return tuple(int(word) for word in words)
-
-
 def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
     """Refuses what could not be written, before anything is measured."""
-    if json_path is not None and not json_path.parent.is_dir():
-        raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
-    if json_path is not None and json_path.is_dir():
-        raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
+    check_outputs(json_path, None)
     if plot_folder is None:
         return
     from hfkv.measure.plotting import check_matplotlib

@@ -185,10 +185,10 @@ def measure(
 
 
 def _check_fits(model: Any, kv: str) -> None:
-    import hfkv
+    from hfkv.patches.patch import patch
 
     try:
-        hfkv.patch(model, kv).undo()
+        patch(model, kv).undo()
     except (TypeError, ValueError, NotImplementedError) as error:
         raise CommandError(f"--kv {kv!r} on {type(model).__name__}: {error}") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
@@ -10,14 +9,13 @@ from rich.text import Text
 
 from hfkv.cli.demo_screen import BEARABLE_CHANGE, GOOD_CHANGE
 from hfkv.cli.eval_runs import Report, Row
+from hfkv.cli.tables import Columns, drop_to_fit, notes_grid, room, table_of, unit_of, wrap
 
 PERPLEXITY, ALLOCATED = "ppl\n", "alloc\n"
 # Left out, in this order, where they would leave less than so many columns for the config.
 DISPENSABLE = (ALLOCATED, PERPLEXITY)
 NARROWEST_KV = 13
-# What rich puts between two columns, and at the edges together.
-SPACE = 2
-UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 # A unit is taken for the table where the smallest cache holds so many of it.
 LEAST_UNITS = 10
 
@@ -31,22 +29,13 @@ def show(report: Report, console: Console) -> None:
 
 def _table(report: Report, width: int) -> Table:
     columns = _columns(report)
-    for header in DISPENSABLE:
-        if _room(columns, width) < NARROWEST_KV:
-            del columns[header]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold cyan")
-    table.add_column("kv\n", no_wrap=True)
-    for header in columns:
-        table.add_column(header, justify="right", no_wrap=True)
-    for index, row in enumerate(report.rows):
-        name = Text(wrap(row.text.kv, _room(columns, width)), "bold")
-        table.add_row(name, *(cells[index] for cells in columns.values()), end_section=index == 0)
-    return table
+    drop_to_fit(columns, width, DISPENSABLE, NARROWEST_KV)
+    names = [Text(wrap(row.text.kv, room(columns, width)), "bold") for row in report.rows]
+    return table_of("kv\n", names, columns, ends=(0,))
 
 
-def _columns(report: Report) -> dict[str, list[Text]]:
-    """The cells of every column by its header, two lines."""
-    unit, unit_name = _unit(report)
+def _columns(report: Report) -> Columns:
+    unit, unit_name = unit_of(min(row.text.held_bytes for row in report.rows), UNITS, LEAST_UNITS)
     texts = [row.text for row in report.rows]
     columns = {
         "loss\nnats": [Text(f"{text.nats:.4f}") for text in texts],
@@ -64,28 +53,6 @@ def _columns(report: Report) -> dict[str, list[Text]]:
     if report.setting.lengths:
         columns["keys\n%"] = [Text(_keys(row)) for row in report.rows]
     return columns
-
-
-def _room(columns: dict[str, list[Text]], width: int) -> int:
-    """What the other columns leave for the config."""
-    texts = [[*header.split("\n"), *(cell.plain for cell in cells)] for header, cells in columns.items()]
-    return width - SPACE - sum(max(map(len, column)) + SPACE for column in texts)
-
-
-def wrap(kv: str, width: int) -> str:
-    """A config in lines of up to `width` characters, cut before a plus."""
-    lines = [""]
-    for index, word in enumerate(kv.split("+")):
-        piece = f"+{word}" if index else word
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(lines)
-
-
-def _unit(report: Report) -> tuple[int, str]:
-    least = min(row.text.held_bytes for row in report.rows)
-    return next((unit for unit in UNITS if least >= LEAST_UNITS * unit[0]), (1, "bytes"))
 
 
 def _number(perplexity: float) -> str:
@@ -126,7 +93,4 @@ def _caption(report: Report) -> Table:
             f"the model was made for {report.max_positions:,} tokens and read up to {report.longest:,}: the full "
             "cache is no standard there"
         )
-    caption = Table.grid(padding=(0, 2, 0, 0))
-    for name, note in notes.items():
-        caption.add_row(Text(name, "cyan"), Text(note, "dim"))
-    return caption
+    return notes_grid(notes)

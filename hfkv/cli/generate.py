@@ -68,7 +68,7 @@ def stream(
         tokenizer: its tokenizer.
         prompt: the text to continue; not empty.
         kv: the cache's policies, such as ``"int8+window:1024"``.
-        max_new_tokens: at least 1.
+        max_new_tokens: number of new tokens, at least 1.
         console: where the prefill's progress bar goes; None for stderr.
         moe: how the model's experts are kept, such as ``"int8"``; None leaves them alone.
 
@@ -78,7 +78,7 @@ def stream(
     import torch
     from transformers import TextStreamer
 
-    import hfkv
+    from hfkv.patches.patch import patch
 
     if not prompt.strip():
         raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
@@ -88,11 +88,11 @@ def stream(
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
     num_prompt = inputs["input_ids"].shape[1]
     try:
-        patch = hfkv.patch(model, kv, moe=moe)
+        handle = patch(model, kv, moe=moe)
     except (TypeError, ValueError, NotImplementedError) as error:
         asked = f"--kv {kv!r}" if moe is None else f"--kv {kv!r} --moe {moe!r}"
         raise CommandError(f"{asked} on {type(model).__name__}: {error}") from error
-    with patch, _prefill_bar(patch.model, num_prompt, console or Console(stderr=True)) as end_bar:
+    with handle, _prefill_bar(handle.model, num_prompt, console or Console(stderr=True)) as end_bar:
         clock = TokenClock(end_bar, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         try:
             output = model.generate(
@@ -113,7 +113,7 @@ def stream(
                 "or a shorter text."
             ) from error
     return Generation(
-        kv=str(patch.kv),
+        kv=str(handle.kv),
         prompt_tokens=num_prompt,
         new_tokens=clock.num_tokens,
         prefill_seconds=clock.prefill_seconds,

@@ -152,7 +152,7 @@ def progress_on(console: Console, *columns: ProgressColumn) -> Iterator[Progress
 
 @contextmanager
 def loading_bars(console: Console) -> Iterator[None]:
-    """While it lasts, transformers' loading bars are drawn on `console`, each gone when it is done."""
+    """Draws transformers' loading bars on `console`, each gone when it is done."""
     from transformers.utils import logging
 
     with progress_on(console) as progress:

@@ -66,7 +66,7 @@ def live_line() -> LiveLine | None:
 
 
 def new_console() -> Console:
-    """Of stderr."""
+    """A console of stderr."""
     return StderrConsole(stderr=True)
 
 

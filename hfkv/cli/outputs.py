@@ -1,4 +1,4 @@
-"""Where a command is to write: refused before it starts where that cannot be."""
+"""Files that a command is to write: refused before it starts where that cannot be."""
 
 from __future__ import annotations
 

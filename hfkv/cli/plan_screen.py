@@ -10,15 +10,25 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hfkv.cli.tables import TEXT_WIDTH, new_table
+from hfkv.cli.tables import (
+    TEXT_WIDTH,
+    Columns,
+    drop_to_fit,
+    new_table,
+    notes_grid,
+    pieces,
+    room,
+    table_of,
+    unit_of,
+    wrap,
+)
 from hfkv.planning.fit import MOST_TOKENS
 from hfkv.policy.units import about_bytes
 
 if TYPE_CHECKING:
     from hfkv.planning.plan import MemoryPlan, PlannedCache
 
-UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
-SPACE = 2
+UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 # Columns left out, in this order and by what they begin with, where they would leave less than so many columns for the
 # cache: what a reader is told that wider terminals show.
 DISPENSABLE = {"with\nweights": "KV with weights", "host": "host", "floor": "floor", "most": "most rows"}
@@ -56,13 +66,12 @@ def _title(text: str) -> Padding:
 
 
 def _weights(plan: MemoryPlan) -> Table:
-    table = new_table("weights\n")
     beside = plan.overhead_bytes + plan.activation_bytes
     left = [plan.memory_bytes - beside - weights.nbytes for weights in plan.weights]
     takes, leaves = _Sizes(weights.nbytes for weights in plan.weights), _Sizes(left)
     reads = _Sizes(weights.read(plan.batch) for weights in plan.weights)
-    for header in (f"take\n{takes.unit}", f"leave for\nKV, {leaves.unit}", f"a step\nreads, {reads.unit}"):
-        table.add_column(header, justify="right", no_wrap=True)
+    headers = (f"take\n{takes.unit}", f"leave for\nKV, {leaves.unit}", f"a step\nreads, {reads.unit}")
+    table = new_table("weights\n", right=headers)
     for weights, rest in zip(plan.weights, left, strict=True):
         shown = Text(leaves.of(rest)) if rest > 0 else Text("too big", "red")
         table.add_row(Text(weights.name, "bold"), takes.of(weights.nbytes), shown, reads.of(weights.read(plan.batch)))
@@ -73,8 +82,7 @@ class _Sizes:
     """Sizes of a column, in the unit of its largest."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        most = max(sizes, default=0)
-        self.unit, self._unit = next((each for each in UNITS if most >= 0.0995 * each[1]), UNITS[-1])
+        self._unit, self.unit = unit_of(max(sizes, default=0), UNITS, least=0.0995)
 
     def of(self, size: int) -> str:
         amount = size / self._unit
@@ -85,39 +93,13 @@ class _Sizes:
 def _caches(plan: MemoryPlan, width: int) -> tuple[Table, list[str]]:
     """The table, and the names of columns that it has no room for."""
     columns = _columns(plan)
-    dropped = []
-    needed = max(NARROWEST_KV, *(len(piece) for cache in plan.caches for piece in _pieces(cache.kv)))
-    for start, name in DISPENSABLE.items():
-        header = next((header for header in columns if header.startswith(start)), None)
-        if header is not None and _room(columns, width) < needed:
-            del columns[header]
-            dropped.append(name)
-    table = new_table("cache\n")
-    for header in columns:
-        table.add_column(header, justify="right", no_wrap=True)
-    for index, cache in enumerate(plan.caches):
-        label = Text(_wrap(cache.kv, max(_room(columns, width), needed)), "bold")
-        table.add_row(label, *(cells[index] for cells in columns.values()))
-    return table, dropped
+    needed = max(NARROWEST_KV, *(len(piece) for cache in plan.caches for piece in pieces(cache.kv)))
+    dropped = drop_to_fit(columns, width, DISPENSABLE, needed)
+    names = [Text(wrap(cache.kv, max(room(columns, width), needed)), "bold") for cache in plan.caches]
+    return table_of("cache\n", names, columns), [DISPENSABLE[start] for start in dropped]
 
 
-def _pieces(kv: str) -> list[str]:
-    first, *others = kv.split("+")
-    return [first, *(f"+{word}" for word in others)]
-
-
-def _wrap(kv: str, width: int) -> str:
-    """A config in lines of up to `width` characters, cut before a plus."""
-    lines = [""]
-    for piece in _pieces(kv):
-        if lines[-1] and len(lines[-1]) + len(piece) > width:
-            lines.append("")
-        lines[-1] += piece
-    return "\n".join(lines)
-
-
-def _columns(plan: MemoryPlan) -> dict[str, list[Text]]:
-    """The cells of every column by its header, two lines."""
+def _columns(plan: MemoryPlan) -> Columns:
     caches = plan.caches
     kv, host = _Sizes(cache.kv_bytes for cache in caches), _Sizes(cache.host_bytes for cache in caches)
     total = _Sizes(cache.total_bytes for cache in caches)
@@ -151,12 +133,6 @@ def _is_models_most(plan: MemoryPlan, cache: PlannedCache) -> bool:
 
 def _count(count: int) -> Text:
     return Text(f"{count:,}") if count else Text("-", "dim")
-
-
-def _room(columns: dict[str, list[Text]], width: int) -> int:
-    """What the other columns leave for a cache's name."""
-    texts = [[*header.split("\n"), *(cell.plain for cell in cells)] for header, cells in columns.items()]
-    return width - SPACE - sum(max(map(len, column)) + SPACE for column in texts)
 
 
 def _recommendation(plan: MemoryPlan) -> Text:
@@ -200,9 +176,7 @@ def _caption(plan: MemoryPlan, dropped: list[str]) -> Table:
         notes["more"] = f"wider terminals show: {', '.join(dropped)}"
     if plan.dtype != "bfloat16":
         notes["dtype"] = f"{plan.dtype} for keys, values and what is not quantised"
-    caption = Table.grid(padding=(0, 2, 0, 0))
-    for name, note in notes.items():
-        caption.add_row(Text(name, "cyan", no_wrap=True), Text(note, "dim"))
+    caption = notes_grid(notes)
     for note in plan.notes:
         caption.add_row(Text("note", "yellow", no_wrap=True), Text(note, "yellow"))
     return caption

@@ -6,12 +6,14 @@ import shlex
 
 import typer
 
+from hfkv.cli.errors import CommandError
+
 
 def command_line(context: typer.Context, *words: str) -> str:
     """The command line, from what was given on it.
 
     Args:
-        context: of the command.
+        context: typer's context of the command.
         *words: its name, such as ``"hfkv", "bench"``.
     """
     said = list(words)
@@ -27,3 +29,15 @@ def command_line(context: typer.Context, *words: str) -> str:
         for item in value if isinstance(value, list | tuple) else [value]:
             said += [option.opts[0], str(item)] if option.opts[0].startswith("-") else [str(item)]
     return shlex.join(said)
+
+
+def whole_numbers(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers above 0 with commas between them.
+
+    Raises:
+        CommandError: they are something else.
+    """
+    words = [word.strip() for word in given.split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise CommandError(f"{option} takes whole numbers with commas, such as 512,1024; got {given!r}")
+    return tuple(int(word) for word in words)

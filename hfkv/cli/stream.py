@@ -27,7 +27,7 @@ class TokenClock:
 
     @property
     def prefill_seconds(self) -> float:
-        """From the prompt to the first new token."""
+        """Seconds from the prompt to the first new token."""
         return self.times[1] - self.times[0] if self.num_tokens else 0.0
 
     @property

@@ -19,60 +19,24 @@ from transformers import (
 
 from hfkv.policy.errors import RequestError
 
-_ROPE = {"rope_type": "default"}
+
+def _shape(
+    model_type: str, sizes: tuple[int, int, int, int], heads: tuple[int, int, int], theta: float, **more: Any
+) -> dict[str, Any]:
+    """Fields of a config: vocabulary, hidden, intermediate and layers; query heads, kv heads and their size."""
+    names: tuple[str, ...] = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "head_dim")
+    rope = {"rope_type": "default", "rope_theta": theta}
+    fields = dict(zip(names, (*sizes, *heads), strict=True))
+    return {"model_type": model_type, **fields, "max_position_embeddings": 131_072, "rope_parameters": rope, **more}
+
+
+_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-8b": {
-        "model_type": "llama",
-        "vocab_size": 128_256,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {**_ROPE, "rope_theta": 500_000.0},
-    },
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe",
-        "vocab_size": 151_936,
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {**_ROPE, "rope_theta": 1_000_000.0},
-    },
-    "small": {
-        "model_type": "llama",
-        "vocab_size": 131,
-        "hidden_size": 512,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {**_ROPE, "rope_theta": 500_000.0},
-    },
-    "tiny": {
-        "model_type": "llama",
-        "vocab_size": 131,
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 131_072,
-        "rope_parameters": {**_ROPE, "rope_theta": 10_000.0},
-    },
+    "llama-8b": _shape("llama", (128_256, 4096, 14_336, 32), (32, 8, 128), 500_000.0),
+    "qwen3-30b-a3b": _shape("qwen3_moe", (151_936, 2048, 6144, 48), (32, 4, 128), 1_000_000.0, **_EXPERTS),
+    "small": _shape("llama", (131, 512, 256, 4), (32, 8, 128), 500_000.0),
+    "tiny": _shape("llama", (131, 128, 128, 2), (4, 2, 64), 10_000.0),
 }
 _CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
 

@@ -19,7 +19,6 @@ import hfkv
 from hfkv.attention.function import hfkv_attention
 from hfkv.bench import PEERS, Result, read_targets
 from hfkv.cli.bench_screen import show
-from hfkv.cli.bench_words import setting_of
 from hfkv.cli.commands import app
 from tests.tiny import llama
 
@@ -29,15 +28,6 @@ TARGET = '[[ratio]]\nsuite = "{suite}"\ncontender = "int8"\ncontext = 64\nat_lea
 
 def invoke(*words: str, columns: int = 120) -> Any:
     return CliRunner(env={"COLUMNS": str(columns)}).invoke(app, ["bench", *words])
-
-
-def refused(*words: str) -> str:
-    """What it says: one line, and nothing on stdout."""
-    result = invoke(*words)
-    assert (result.exit_code, result.stdout) == (2, ""), result.output
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -235,53 +225,6 @@ def test_a_busy_machine_is_told(measured: tuple[Any, dict[str, Any], Path], busy
     assert ("load of 1.5" in console.export_text()) == is_told
     show(replace(result, setting={**result.setting, "busy": 2}), console)
     assert "2 other processes" in console.export_text()
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ([], ["name a suite", "--from", "attention, step, memory, prefill, reuse"]),
-        (["speed"], ["'speed'", "attention, step, memory, prefill, reuse"]),
-        (["attention", "--shape", "huge"], ["'huge'", "llama-8b, qwen3-30b-a3b, small, tiny"]),
-        (["attention", "--shape", "tiny", "--model", "a/b"], ["--shape and --model"]),
-        (["attention", "--kv", "int9"], ["'int9'", "allowed: none, int8"]),
-        (["attention", "--kv", "window:64+summary:mean"], ["no check"]),
-        (["attention", "--peers", "vllm"], ["'vllm'", "DynamicCache", "QuantizedCache:fp8"]),
-        (["attention", "--context", "512,x"], ["512,1024", "'512,x'"]),
-        (["prefill", "--ragged", "8,4", "--batch", "2"], ["--ragged", "leave --context and --batch out"]),
-        (["step", "--shape", "tiny", "--ragged", "8,4"], ["prefill only"]),
-        (["step", "--shape", "llama-8b", "--device", "cpu"], ["16.1 GB of weights", "--layers"]),
-        (["attention", "--shape", "tiny", "--context", "9999999999"], ["GB free", "shorter --context"]),
-        (["attention", "--steps", "0"], ["steps must be at least 1"]),
-        (["attention", "--dtype", "float8"], ["'float8'"]),
-        (["attention", "--device", "toaster"], ["'toaster'"]),
-        (["attention", "--json", "no/such/x.json"], ["no folder 'no/such'"]),
-        (["attention", "--plot", "x.svg"], [".png"]),
-        (["attention", "--check", "no-such.toml"], ["'no-such.toml'", "No such file"]),
-        (["--from", "no-such.json"], ["'no-such.json'", "No such file"]),
-        (["--from", "x.json", "--steps", "3"], ["--from reads earlier results", "--steps"]),
-        (["step", "--from", "x.json"], ["leave a suite out"]),
-    ],
-)
-def test_a_mistake_is_one_line_with_the_remedy(words: list[str], said: list[str]) -> None:
-    message = refused(*words)
-    for word in said:
-        assert word in message
-
-
-def test_defaults_follow_the_suite_and_the_device() -> None:
-    from hfkv.cli.bench_words import Words
-
-    def default(suite: str, shape: str | None = None) -> Any:
-        return setting_of(
-            Words(suite, shape, None, None, None, None, None, "auto", "cpu", None, "all", None, 10.0), seed=0
-        )
-
-    assert (default("attention").shape, default("attention").contexts) == ("llama-8b", (32_768,))
-    assert (default("step").shape, default("step").contexts) == ("small", (512, 16_384))
-    assert default("prefill", "tiny").contexts == (512,)
-    assert default("memory").dtype == "bfloat16"
-    assert len(default("memory").kvs) == 7
 
 
 def test_the_pages_example_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hfkv.bench import MLA_SHAPES, MLASetting
-from hfkv.cli.bench_words import Words, setting_of
+from hfkv.bench import MLA_SHAPES, cases_of
+from hfkv.bench.setting import PARTS
+from hfkv.cli.bench_setting import setting_of
 from hfkv.measure.timing import COPY_BYTES
-from tests.integration.test_cli_bench import cells, invoke, refused
+from tests.integration.test_cli_bench import cells, invoke
+from tests.integration.test_cli_bench_words import NOTHING, refused
 
 TINY = ["--steps", "1", "--dtype", "float32", "--device", "cpu", "--tokens", "48"]
 
@@ -20,7 +21,7 @@ TINY = ["--steps", "1", "--dtype", "float32", "--device", "cpu", "--tokens", "48
 def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bandwidth from a glance, and nothing tidied up in between: no figure is looked at."""
     monkeypatch.setitem(COPY_BYTES, "cpu", 2**20)
-    monkeypatch.setattr("hfkv.bench.grid.free_memory", lambda: None)
+    monkeypatch.setattr("hfkv.bench.runner.free_memory", lambda: None)
 
 
 def test_all_parts_of_a_layer(tmp_path: Path) -> None:
@@ -68,12 +69,10 @@ def test_a_model_of_ones_own_is_measured_by_its_config(tmp_path: Path) -> None:
 
 
 def test_defaults_of_latent_attention() -> None:
-    nothing: list[Any] = [None] * 6
-    setting = setting_of(Words("mla", *nothing, "auto", "cpu", None, "all", None, None), seed=0)
-    assert isinstance(setting, MLASetting)
+    setting = setting_of("mla", NOTHING)
     assert (setting.shape, setting.dtype, setting.seconds) == ("deepseek-v2-lite", "bfloat16", 4.0)
     assert setting.kvs == ("none", "int8", "int4", "paged")
-    assert setting.cases == MLASetting(shape="mla-tiny").cases
+    assert setting.cases == cases_of(PARTS)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_defaults_of_latent_attention() -> None:
         (["mla", "--part", "decode,prompt"], ["'prompt'", "allowed: decode, step, prefill, crossover"]),
         (["mla", "--context", "8"], ["--context means nothing in the suite 'mla'", "--tokens, --part, --queries"]),
         (["mla", "--moe", "int8"], ["--moe means nothing"]),
-        (["mla", "--ragged", "8,4"], ["prefill only"]),
+        (["mla", "--ragged", "8,4"], ["--ragged means nothing"]),
         (["mla", "--tokens", "8,x"], ["--tokens", "'8,x'"]),
         (["mla", "--queries", "0"], ["--queries", "'0'"]),
         (["mla", "--kv", "int9"], ["'int9'", "allowed: none"]),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from hfkv.bench.moe import PEAK_SIZE
-from hfkv.cli.bench_words import setting_of
+from hfkv.cli.bench_setting import setting_of
 from hfkv.measure.timing import COPY_BYTES
-from tests.integration.test_cli_bench import invoke, refused
+from tests.integration.test_cli_bench import invoke
+from tests.integration.test_cli_bench_words import NOTHING, refused
 
 
 def test_experts_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,10 +38,7 @@ def test_experts_of_one_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_defaults_of_experts_follow_the_device() -> None:
-    from hfkv.cli.bench_words import Words
-
-    nothing: list[Any] = [None] * 6
-    setting = setting_of(Words("moe", *nothing, "auto", "cpu", None, "all", None, None), seed=0)
+    setting = setting_of("moe", NOTHING)
     assert (setting.shape, setting.contexts, setting.dtype) == ("moe-small", (1, 8, 128, 1024), "bfloat16")
     assert setting.moes == ("auto", "int8", "int4", "auto+lora")
     assert setting.peers is None
@@ -54,7 +51,7 @@ def test_defaults_of_experts_follow_the_device() -> None:
         (["moe", "--context", "8"], ["--context means nothing in the suite 'moe'", "--tokens"]),
         (["moe", "--kv", "int8"], ["--kv means nothing", "--moe"]),
         (["moe", "--model", "a/b"], ["--model means nothing"]),
-        (["moe", "--ragged", "8,4"], ["prefill only"]),
+        (["moe", "--ragged", "8,4"], ["--ragged means nothing"]),
         (["moe", "--tokens", "1,x"], ["--tokens", "'1,x'"]),
         (["moe", "--moe", "int9"], ["'int9'", "allowed: auto"]),
         (["moe", "--moe", "int8", "--moe", "int8"], ["different experts"]),

@@ -21,7 +21,8 @@ import hfkv
 from hfkv import tiny_lm
 from hfkv.cli.commands import app
 from hfkv.cli.eval_runs import Report, Row, Setting
-from hfkv.cli.eval_screen import show, wrap
+from hfkv.cli.eval_screen import show
+from hfkv.cli.tables import wrap
 from hfkv.eval import CacheReport, held_out_loss, pass_key_grid
 from tests.tiny import llama
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from transformers import DynamicCache
 
-from hfkv.bench import PEERS, SHAPES, BenchError, Setting
+from hfkv.bench import PEERS, SHAPES, BenchError, Case, Setting
 from hfkv.bench.attention import AttentionLane, AttentionModule, attention_config
 from hfkv.bench.contenders import DYNAMIC, STATIC, ours, peers
-from hfkv.bench.gate import logit_errors
-from hfkv.bench.grid import _compared
-from hfkv.bench.results import Row
-from hfkv.bench.shapes import build_model, share_weights, weights_read
+from hfkv.bench.gate import Errors, logit_errors
+from hfkv.bench.models import build_model, share_weights, weights_read
+from hfkv.bench.results import Row, Table
+from hfkv.bench.runner import compared
+from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
-from hfkv.measure.timing import Turns, bus_bandwidth, copy_bandwidth, milliseconds, quantiles, take_turns
+from hfkv.measure.timing import bus_bandwidth
 from hfkv.models.shapes import Heads, shape_config, with_layers
 from hfkv.policy.errors import RequestError
 from tests.tiny import llama, llama_config
@@ -97,12 +97,17 @@ def test_peers_attend_to_the_unquantised_keys_and_values() -> None:
 def test_logits_must_agree_where_nothing_is_lost_and_be_finite_anywhere() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 9)
-    near = logits * (1 + 1e-6)
-    assert logit_errors(near, logits, True, 2, torch.float32).wrong is None
-    assert logit_errors(logits * 1.01, logits, True, 2, torch.float32).wrong is not None
-    assert logit_errors(logits * 1.01, logits, True, 2, torch.bfloat16).wrong is None
-    assert logit_errors(logits * 1.01, logits, False, 2, torch.float32).wrong is None
-    lost = logit_errors(logits * torch.nan, logits, False, 2, torch.float32).wrong
+
+    def check(kv: str, given: torch.Tensor, dtype: torch.dtype = torch.float32) -> Errors:
+        return logit_errors(ours(kv), given, logits, 2, dtype)
+
+    assert check("none", logits * (1 + 1e-6)).wrong is None
+    assert check("none", logits * 1.01).wrong is not None
+    assert check("none", logits * 1.01, torch.bfloat16).wrong is None
+    assert check("int8", logits * 1.01).wrong is None
+    (stock,) = peers([DYNAMIC], llama_config(), CPU)
+    assert logit_errors(stock, logits * 2, logits, 2, torch.float32).wrong is None
+    lost = check("int8", logits * torch.nan).wrong
     assert lost is not None
     assert "finite" in lost
 
@@ -113,16 +118,17 @@ def test_bytes_are_those_of_the_tokens() -> None:
     for name, num_bytes in expected.items():
         lane = lane_of(name)
         lane.open()
-        assert lane.held_bytes() == pytest.approx(num_bytes, rel=1e-3), name
-        assert lane.allocated_bytes() >= lane.held_bytes() - 1, name
-        assert held_bytes(lane.cache, 2) == pytest.approx(2 * lane.held_bytes(), abs=2), name
+        figures = lane.figures()
+        assert figures["held_bytes"] == figures["read_bytes"] == pytest.approx(num_bytes, rel=1e-3), name
+        assert figures["allocated_bytes"] >= figures["held_bytes"] - 1, name
+        assert held_bytes(lane.cache, 2) == pytest.approx(2 * figures["held_bytes"], abs=2), name
     assert allocated_bytes(lane.cache, 1) == 2 * (100 + 4 + 8) * TOKEN_BYTES + 8
 
 
 def test_a_filled_window_holds_no_more_than_in_generation() -> None:
     lane = lane_of("window:30+sinks:2", count=9000, batch=1)
     lane.open()
-    assert lane.held_bytes() <= (30 + 2 + 1) * TOKEN_BYTES
+    assert lane.figures()["held_bytes"] <= (30 + 2 + 1) * TOKEN_BYTES
 
 
 def test_all_contenders_hold_the_same_numbers() -> None:
@@ -155,80 +161,6 @@ def test_peers_come_with_the_reason_they_cannot_run() -> None:
 def test_a_cache_without_a_check_is_refused(kv: str) -> None:
     with pytest.raises(BenchError, match=r"int8, int4|no check"):
         ours(kv)
-
-
-class FakeLane:
-    def __init__(self, name: str, log: list[str], fails: bool = False) -> None:
-        self.name, self.log, self.fails = name, log, fails
-
-    def open(self) -> None:
-        self.log.append(f"open {self.name}")
-
-    def warm_up(self) -> None:
-        self.log.append(f"warm {self.name}")
-
-    def turn(self) -> list[float]:
-        if self.fails:
-            raise MemoryError("no room")
-        self.log.append(self.name)
-        return [1.0, 2.0]
-
-    def close(self) -> None:
-        self.log.append(f"close {self.name}")
-
-
-def test_contenders_take_turns() -> None:
-    log: list[str] = []
-    times, failed = take_turns([FakeLane("a", log), FakeLane("b", log)], Turns(2, 1.0), True, lambda what, share: None)
-    assert log == ["warm a", "a", "warm b", "b", "a", "b"]
-    assert (times, failed) == ({"a": [1.0, 2.0] * 2, "b": [1.0, 2.0] * 2}, {})
-
-
-def test_processes_are_busy_while_they_do_and_no_longer() -> None:
-    class Watched(FakeLane):
-        def turn(self) -> list[float]:
-            return [psutil.Process(child.pid).cpu_times().user for child in psutil.Process().children()]
-
-    before = len(psutil.Process().children())
-    times, _ = take_turns([Watched("a", [])], Turns(1, 1.0, busy=2), True, lambda what, share: None)
-    assert len(times["a"]) == before + 2
-    assert sum(time > 0 for time in times["a"]) >= 2
-    assert len(psutil.Process().children()) == before
-
-
-def test_caches_that_do_not_fit_at_once_are_filled_for_every_turn() -> None:
-    log: list[str] = []
-    lanes = [FakeLane("a", log), FakeLane("b", log, fails=True)]
-    times, failed = take_turns(lanes, Turns(2, 1.0), False, lambda what, share: None)
-    assert log == [
-        "open a",
-        "warm a",
-        "a",
-        "close a",
-        "open b",
-        "warm b",
-        "close b",
-        "open a",
-        "warm a",
-        "a",
-        "close a",
-    ]
-    assert times["a"] == [1.0, 2.0] * 2
-    assert failed == {"b": "out of memory: no room"}
-
-
-def test_turns_end_after_their_seconds_and_no_sooner_than_the_least() -> None:
-    turns = Turns(None, 2.0, least=5, most=9)
-    assert turns.share(4, 99.0) == pytest.approx(0.8)
-    assert turns.share(5, 1.0) == pytest.approx(0.5)
-    assert turns.share(6, 2.0) == turns.share(9, 0.1) == 1
-    assert Turns(3, 2.0).share(2, 99.0) == pytest.approx(2 / 3)
-
-
-def test_quantiles_and_clocks() -> None:
-    assert quantiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == pytest.approx((2.0, 3.5, 5.0))
-    assert milliseconds(lambda: sum(range(200_000)), CPU) > 0.1
-    assert copy_bandwidth(CPU) > 1e8
 
 
 def test_a_shape_with_other_layers_keeps_the_rest() -> None:
@@ -286,6 +218,7 @@ def test_a_step_reads_no_embedding_table_and_the_chosen_experts_only() -> None:
         ({"ragged": (4, 2)}, "prefill only"),
         ({"busy": -1}, "busy must be at least 0"),
         ({"suite": "memory", "busy": 1}, "in the suite memory"),
+        ({"cases": (Case("decode", 8, 1),)}, "suite mla only"),
     ],
 )
 def test_a_setting_refuses_what_cannot_be_measured(given: dict[str, Any], said: str) -> None:
@@ -305,10 +238,16 @@ def test_the_floor_of_what_is_offloaded_is_the_way_it_comes() -> None:
         Row("int8+offload", True, p50_ms=10.0, read_bytes=10**9, bus_bytes=4 * 10**8),
         Row("int8+offload+device_budget:1GB", True, p50_ms=2.0, read_bytes=10**9, bus_bytes=10**6),
     ]
-    compared = _compared(rows, bandwidth=10**12, bus=5 * 10**10)
-    assert [row.floor_ms for row in compared] == [1.0, 8.0, 1.0]
-    assert [row.floor_ratio for row in compared] == [30.0, 1.25, 2.0]
-    assert _compared(rows, bandwidth=10**12, bus=None)[1].floor_ms == 1.0
+    suite = Suite(Setting("step", shape="tiny", contexts=(8,)))
+    suite.contenders = []
+
+    def with_bus(bus: float | None) -> list[Row]:
+        return compared(suite, Cell(8), Table(8, 1, [], 1, rows), copy=10**12, bus=bus).rows
+
+    assert [row.floor_ms for row in with_bus(5 * 10**10)] == [1.0, 8.0, 1.0]
+    assert [row.floor_ratio for row in with_bus(5 * 10**10)] == [30.0, 1.25, 2.0]
+    assert [row.speedup for row in with_bus(None)] == [1.0, 3.0, 15.0]
+    assert with_bus(None)[1].floor_ms == 1.0
 
 
 def test_on_a_cpu_no_bus_is_measured() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from hfkv.bench import BenchError, Result, Row, Table, check_results, read_targets
 from hfkv.bench.checks import HELD, MISSED, NOT_MEASURED
+from hfkv.bench.setting import PARTS
 
 DOCS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -157,3 +158,22 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
         Result.read_json(path)
     with pytest.raises(BenchError, match="could not be read"):
         Result.read_json(tmp_path / "none.json")
+
+
+MLA = '[[ratio]]\nsuite = "mla"\ncontender = "int8"\n'
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (f"{MLA}context = 8\nat_least = 1.0", f"part None of the suite mla is unknown; allowed: {', '.join(PARTS)}"),
+        (f'{MLA}context = 8\nat_least = 1.0\npart = "prompt"', "'prompt'"),
+        (f'{MLA}context = 8\nat_least = 1.0\npart = "step"\nqueries = "8"', "queries must be of type int, got '8'"),
+        (f'{MLA}context = 8\nat_least = 1.0\npart = "step"'.replace("mla", "step"), "got the suite 'step'; leave"),
+    ],
+)
+def test_a_target_says_its_part(entry: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "targets.toml"
+    path.write_text(entry)
+    with pytest.raises(BenchError, match=said):
+        read_targets(path)

@@ -17,19 +17,20 @@ from hfkv.bench import (
     MLA_SHAPES,
     BenchError,
     Case,
-    MLASetting,
     Result,
     Row,
+    Setting,
     Table,
+    cases_of,
     check_results,
     read_targets,
-    run_mla,
+    run,
 )
 from hfkv.bench.contenders import ours
-from hfkv.bench.mla import CaseGrid, Models
-from hfkv.bench.mla_layer import LayerCall, LayerLane, LayerTask
-from hfkv.bench.mla_setting import PARTS, cases_of
+from hfkv.bench.mla import MLASuite
+from hfkv.bench.mla_layer import LayerLane, LayerTask, layer_call
 from hfkv.bench.mla_shapes import LatentTokens, MLAShape
+from hfkv.bench.setting import PARTS
 from hfkv.bench.step import StepLane
 from hfkv.measure.timing import COPY_BYTES
 from tests.tiny import llama
@@ -43,7 +44,7 @@ CASES = (
     Case("prefill", 40, 8),
     Case("crossover", 40, 8),
 )
-SETTING = MLASetting(shape="mla-tiny", cases=CASES, dtype="float32", kvs=("none", "int8"), steps=1, layers=2, batch=2)
+SETTING = Setting("mla", "mla-tiny", cases=CASES, dtype="float32", kvs=("none", "int8"), steps=1, layers=2, batch=2)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,13 +52,13 @@ def _quickly() -> Any:
     """Bandwidth from a glance, and nothing tidied up in between: no figure is looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(COPY_BYTES, "cpu", 2**20)
-        patch.setattr("hfkv.bench.grid.free_memory", lambda: None)
+        patch.setattr("hfkv.bench.runner.free_memory", lambda: None)
         yield
 
 
 @pytest.fixture(scope="module")
 def result() -> Result:
-    return run_mla(SETTING)
+    return run(SETTING)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ def test_words_become_cases(parts: Any, tokens: Any, queries: Any, wanted: list[
 
 
 def test_every_part_is_measured_unless_named() -> None:
-    parts = [case.part for case in MLASetting(shape="mla-tiny").cases]
+    parts = [case.part for case in cases_of(PARTS)]
     assert parts == ["decode", "step", *["prefill"] * 4, *["crossover"] * 7]
 
 
@@ -99,7 +100,7 @@ def test_a_case_refuses_what_it_is_not(given: dict[str, Any], said: str) -> None
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"suite": "moe"}, "suite 'mla', got 'moe'"),
+        ({"suite": "moe"}, "suite mla only, got the suite 'moe'"),
         ({"cases": ()}, "at least one; got 0"),
         ({"cases": (CASES[0], CASES[0])}, "different cases"),
         ({"peers": ("StaticCache",)}, "against DynamicCache"),
@@ -122,7 +123,7 @@ def test_a_setting_refuses_what_means_nothing(given: dict[str, Any], said: str) 
 )
 def test_what_cannot_be_measured_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(BenchError, match=said):
-        run_mla(replace(SETTING, **given))
+        run(replace(SETTING, **given))
 
 
 def test_a_model_without_latents_is_refused() -> None:
@@ -149,7 +150,7 @@ def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
         model(torch.randint(131, (2, new)), past_key_values=caches[0])
         handle.remove()
         ((hidden, wanted),) = seen
-        assert torch.equal(LayerCall(model, hidden, held, caches[1])(), wanted)
+        assert torch.equal(layer_call(model, hidden, held, caches[1])(), wanted)
         task = LayerTask(model, latents, Case("prefill", held, new), batch=2, seed=0)
         task.hidden = hidden
         torch.testing.assert_close(task.standard, wanted, rtol=1e-4, atol=1e-6)
@@ -183,7 +184,7 @@ def test_a_run_has_a_table_of_each_case(result: Result) -> None:
             assert 1e-4 < error < 5e-2 if row.contender == "int8" else error < 1e-5
         if case.part == "decode":
             assert rows["int8"].error_twin < 1e-5
-            module = Models(SETTING).layer.model.layers[0].self_attn
+            module = MLASuite(SETTING).layer.model.layers[0].self_attn
             weights = sum(weight.nbytes for weight in module.parameters())
             assert stock.read_bytes == stock.held_bytes + weights
 
@@ -197,7 +198,7 @@ def test_either_form_is_asked_for_in_every_call(monkeypatch: pytest.MonkeyPatch)
         yield
 
     monkeypatch.setattr("hfkv.attention.latent.crossover.forced", forced)
-    run_mla(replace(SETTING, cases=(CASES[4],), steps=3))
+    run(replace(SETTING, cases=(CASES[4],), steps=3))
     # The check's call, two to warm up, and the timed ones.
     assert {form: asked.count(form) for form in asked} == {"absorbed": 6, "expanded": 6}
 
@@ -210,7 +211,7 @@ def scaled(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize("case", CASES[:3])
 def test_no_speed_is_told_of_a_wrong_layer(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(AttentionInterface._global_mapping, "hfkv", scaled)
-    (table,) = run_mla(replace(SETTING, cases=(case,))).tables
+    (table,) = run(replace(SETTING, cases=(case,))).tables
     rows = {row.contender: row for row in table.rows}
     assert rows["DynamicCache"].status == "ok"
     for name in ("none", "int8") if case.part == "decode" else ("none",):
@@ -224,7 +225,7 @@ def test_a_codec_that_gives_no_numbers_is_wrong(monkeypatch: pytest.MonkeyPatch)
         "hfkv",
         lambda *args, **kwargs: (torch.inf * scaled(*args, **kwargs)[0], None),
     )
-    (table,) = run_mla(replace(SETTING, cases=(CASES[3],))).tables
+    (table,) = run(replace(SETTING, cases=(CASES[3],))).tables
     assert [row.status for row in table.rows] == ["ok", "wrong", "wrong"]
     assert "not finite" in str(table.rows[2].note)
 
@@ -239,10 +240,10 @@ def test_without_dynamic_cache_its_error_is_measured_by_rows(monkeypatch: pytest
 
     for kind in opened:
         monkeypatch.setattr(kind, "open", full)
-    (of_step,) = run_mla(replace(SETTING, cases=(CASES[1],))).tables
+    (of_step,) = run(replace(SETTING, cases=(CASES[1],))).tables
     assert [row.status for row in of_step.rows] == ["left out"] * 3
     assert "whose logits are the standard" in str(of_step.rows[1].note)
-    (table,) = run_mla(replace(SETTING, cases=(CASES[0],), dtype="bfloat16")).tables
+    (table,) = run(replace(SETTING, cases=(CASES[0],), dtype="bfloat16")).tables
     assert [row.status for row in table.rows] == ["left out", "ok", "ok"]
     assert table.rows[0].note == "out of memory: no room"
     assert all(row.speedup is None for row in table.rows)
@@ -258,9 +259,11 @@ def test_without_dynamic_cache_its_error_is_measured_by_rows(monkeypatch: pytest
 )
 def test_what_a_part_does_not_run_has_the_reason(kv: str, part: str, said: str) -> None:
     setting = replace(SETTING, kvs=(kv,))
-    grid = CaseGrid(setting, Models(setting), Case(part, 8, 1))
-    assert grid.contenders[1].name == ours(kv).name
-    assert said in str(grid.contenders[1].reason)
+    suite = MLASuite(replace(setting, cases=(Case(part, 8, 1),)))
+    (cell,) = suite.cells
+    contender = suite.contenders_of(cell)[1]
+    assert contender.name == ours(kv).name
+    assert said in str(suite.reason(contender, cell))
 
 
 RATIO = '[[ratio]]\nsuite = "mla"\ncontender = "int8"\n'
@@ -301,19 +304,3 @@ def test_targets_are_about_a_part_and_its_tokens(result: Result, tmp_path: Path)
         ) == ["missed", "held", "held", "missed", "missed", "not measured"]
     with pytest.raises(BenchError, match=r"mla step, 41 tokens.*no context of 41 tokens; it has 40"):
         verdicts(tmp_path, made, 'part = "step"\ncontext = 41\nat_least = 1.0')
-
-
-@pytest.mark.parametrize(
-    ("entry", "said"),
-    [
-        (f"{RATIO}context = 8\nat_least = 1.0", f"part None of the suite mla is unknown; allowed: {', '.join(PARTS)}"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "prompt"', "'prompt'"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "step"\nqueries = "8"', "queries must be of type int, got '8'"),
-        (f'{RATIO}context = 8\nat_least = 1.0\npart = "step"'.replace("mla", "step"), "got the suite 'step'; leave"),
-    ],
-)
-def test_a_target_says_its_part(entry: str, said: str, tmp_path: Path) -> None:
-    path = tmp_path / "targets.toml"
-    path.write_text(entry)
-    with pytest.raises(BenchError, match=said):
-        read_targets(path)

@@ -12,12 +12,12 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hfkv.bench import MOE_PEERS, MOE_SHAPES, BenchError, Setting, run
+from hfkv.bench.contenders import Contender
 from hfkv.bench.moe import PEAK_SIZE, MoELane
 from hfkv.bench.moe_calls import CHECKED_TOKENS, Calls, Gate
 from hfkv.bench.moe_layers import (
     NAMES,
     Adapters,
-    Contender,
     MoEShape,
     Reference,
     build_layer,
@@ -141,7 +141,7 @@ def test_adapters_are_the_same_for_all(adapters: Adapters, dtype: torch.dtype) -
             of_adapters = sum(factor.numel() * 4 for name in NAMES for factor in adapters.factors[name])
             assert layer.held_bytes == plain.held_bytes + of_adapters
     # Without its adapters it is not what it says it is.
-    assert gate.errors(replace(ours("auto"), has_lora=True), plain).wrong is not None
+    assert gate.errors(replace(ours("auto"), bare="hfkv"), plain).wrong is not None
 
 
 @pytest.mark.parametrize("text", ["auto", "int8"])
@@ -171,7 +171,8 @@ def test_a_lane_counts_what_its_calls_chose(stock: Any, adapters: Adapters) -> N
     seen: list[torch.Tensor] = []
     calls = calls_of(3)
     layer = build_layer(ours("auto"), stock, adapters)
-    lane = MoELane(ours("auto"), replace(layer, experts=lambda hidden, index, weights: seen.append(index)), calls)
+    layer = replace(layer, experts=lambda hidden, index, weights: seen.append(index))
+    lane = MoELane(ours("auto"), layer, calls, gate_of(stock, adapters, 3))
     lane.open()
     lane.warm_up()
     assert [len(lane.turn()) for _ in range(3)] == [1, 1, 1]
@@ -188,8 +189,9 @@ def test_a_slow_lane_sits_out_turns_and_calls_as_the_others_do(
     calls = calls_of(3)
     layer = build_layer(ours("auto"), stock, adapters)
     layer = replace(layer, experts=lambda hidden, index, weights: seen.append(index))
-    first = MoELane(ours("auto"), layer, calls)
-    slow = MoELane(ours("auto"), layer, calls, first)
+    gate = gate_of(stock, adapters, 3)
+    first = MoELane(ours("auto"), layer, calls, gate)
+    slow = MoELane(ours("auto"), layer, calls, gate, first)
     first.warm_ms, slow.warm_ms = 2.0, 2.0 * times_as_slow
     taken = [len(slow.turn()) for _ in range(8)]
     assert taken == [int(turn % every == 0) for turn in range(8)]
@@ -280,8 +282,8 @@ def test_a_setting_refuses_what_means_nothing(given: dict[str, Any], said: str) 
 
 
 def test_a_shape_that_does_not_fit_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfkv.bench.moe.free_bytes", lambda device: 10**10)
-    with pytest.raises(BenchError, match=r"2\.8 GB, and . contenders need .* 10\.0 GB free\. Name fewer with --moe"):
+    monkeypatch.setattr("hfkv.bench.models.free_bytes", lambda device: 10**10)
+    with pytest.raises(BenchError, match=r"2\.8 GB, and . contenders need .* 10\.0 GB free; name fewer with --moe"):
         run(replace(SETTING, shape="mixtral-8x7b", dtype="bfloat16"))
 
 

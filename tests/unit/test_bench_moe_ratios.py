@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from hfkv.bench import MOE_SHAPES, Row, Setting, Table
-from hfkv.bench.moe import PEAK_SIZE, MoEGrid, matmul_peak
+from hfkv.bench.moe import PEAK_SIZE, MoESuite, matmul_peak
 from hfkv.bench.moe_layers import ours, peers
+from hfkv.bench.runner import compared
+from hfkv.bench.suite import Cell
 
 SETTING = Setting("moe", shape="moe-tiny", contexts=(1, 8), dtype="float32", steps=1)
 
 
-def grid(setting: Setting = SETTING, device: str = "cpu") -> MoEGrid:
+def unbuilt(setting: Setting = SETTING, device: str = "cpu") -> MoESuite:
     """One whose layers nobody built."""
-    made = object.__new__(MoEGrid)
+    made = object.__new__(MoESuite)
     made.setting, made.shape, made.device, made.dtype = (
         setting,
         MOE_SHAPES["moe-tiny"],
@@ -45,23 +47,24 @@ def test_the_base_is_what_transformers_would_run(device: str, tokens: int, witho
         Row(name, name == "hfkv", p50_ms=None if name == without else ms, read_bytes=10**6, operations=10**6)
         for name, ms in times.items()
     ]
-    compared = grid(device=device).compared(Table(tokens, 1, [], 1, rows), bandwidth=1e10, bus=None)
-    assert compared.base == base
-    assert compared.rows[2].speedup == (None if base is None else times[base])
-    assert compared.rows[2].floor_ms == pytest.approx(0.1)
+    table = compared(unbuilt(device=device), Cell(tokens), Table(tokens, 1, [], 1, rows), copy=1e10, bus=None)
+    assert table.base == base
+    assert table.rows[2].speedup == (None if base is None else times[base])
+    assert table.rows[2].floor_ms == pytest.approx(0.1)
 
 
 def test_the_floor_of_many_tokens_is_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEAK_SIZE, "cpu", 128)
     rows = [Row("grouped_mm", False, p50_ms=8.0, read_bytes=10**6, operations=4 * 10**9)]
-    (row,) = grid().compared(Table(1024, 1, [], 1, rows), bandwidth=1e10, bus=None).rows
+    (row,) = compared(unbuilt(), Cell(1024), Table(1024, 1, [], 1, rows), copy=1e10, bus=None).rows
     assert (row.floor_ms, row.floor_ratio) == (pytest.approx(4.0), pytest.approx(2.0))
     assert matmul_peak(torch.device("cpu"), torch.float32) > 1e6
 
 
 def test_batched_mm_is_left_out_where_it_would_copy_too_much() -> None:
     made = replace(SETTING, peers=("batched_mm",))
-    (_, batched, hfkv) = grid(made).contenders
-    assert grid()._tokens_reason(batched, 8) is None
-    assert "copies the weights of every choice: 1.2 GB, run up to 1.0 GB" in str(grid()._tokens_reason(batched, 4096))
-    assert grid()._tokens_reason(hfkv, 4096) is None
+    suite = unbuilt(made)
+    (_, batched, hfkv) = suite.contenders
+    assert suite.reason(batched, Cell(8)) is None
+    assert "copies the weights of every choice: 1.2 GB, run up to 1.0 GB" in str(suite.reason(batched, Cell(4096)))
+    assert suite.reason(hfkv, Cell(4096)) is None

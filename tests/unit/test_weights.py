@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.bench.shapes import weights_read
+from hfkv.bench.models import weights_read
 from hfkv.models.shapes import shape_config, with_layers
 from hfkv.planning.fit import Planner
 from hfkv.planning.geometry import Geometry

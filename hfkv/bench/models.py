@@ -8,14 +8,29 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from hfkv.bench.contenders import Contender
 from hfkv.bench.errors import BenchError
 from hfkv.measure.machine import free_bytes
 from hfkv.models.shapes import skeleton
+from hfkv.patches.patch import patch
 
 # A shape with more bytes of weights takes minutes to build on a CPU and a second or more for every step.
 MOST_CPU_WEIGHTS = 4 * 10**9
 # What is left of the free memory for everything that is not weights, keys or values.
 MOST_SHARE = 0.9
+
+
+def check_room(what: str, num_bytes: int, device: torch.device, remedy: str) -> None:
+    """Refuses what does not fit in the free memory of a device.
+
+    Raises:
+        BenchError: saying what, how much there is and the remedy.
+    """
+    free = free_bytes(device)
+    if num_bytes > MOST_SHARE * free:
+        raise BenchError(
+            f"{what} need about {num_bytes / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB free; {remedy}"
+        )
 
 
 def build_model(
@@ -25,21 +40,16 @@ def build_model(
 
     Args:
         config: its config.
-        dtype: of the weights.
+        dtype: the weights' dtype.
         device: where they go.
-        seed: of the weights.
+        seed: the weights' seed.
         num_layers: what the user asked for; None where a big shape has not been cut down.
 
     Raises:
         BenchError: it does not fit in memory, or is too big for a CPU.
     """
     num_bytes = sum(weight.numel() for weight in skeleton(config).parameters()) * dtype.itemsize
-    free = free_bytes(device)
-    if num_bytes > MOST_SHARE * free:
-        raise BenchError(
-            f"{config.num_hidden_layers} layers have {num_bytes / 1e9:.1f} GB of weights and {device} has "
-            f"{free / 1e9:.1f} GB free; build fewer with --layers"
-        )
+    check_room(f"the weights of {config.num_hidden_layers} layers", num_bytes, device, "build fewer with --layers")
     if device.type == "cpu" and num_layers is None and num_bytes > MOST_CPU_WEIGHTS:
         raise BenchError(
             f"{config.num_hidden_layers} layers have {num_bytes / 1e9:.1f} GB of weights, too many for a CPU; build "
@@ -57,6 +67,14 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     """A second model over the same weights, to be patched or compiled on its own."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo)
+
+
+def model_of(contender: Contender, model: PreTrainedModel) -> PreTrainedModel:
+    """A contender's own model, patched where it is hfkv's, over the same weights as everyone's."""
+    own = share_weights(model)
+    if contender.kv is not None:
+        patch(own, contender.kv, graphs=contender.graphs)
+    return own
 
 
 def weights_read(model: PreTrainedModel, batch: int) -> int:

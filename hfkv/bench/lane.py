@@ -1,0 +1,69 @@
+"""`Lane`: one contender on its way through a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hfkv.bench.contenders import Contender
+from hfkv.bench.gate import Errors
+from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
+
+
+class Lane:
+    """One contender on its way through a table; a suite says what its cache, its turns and its check are.
+
+    Args:
+        contender: whose.
+        layers: of its cache, whose bytes are counted.
+    """
+
+    def __init__(self, contender: Contender, layers: int = 1) -> None:
+        self.contender = contender
+        self.layers = layers
+        self.cache: Any = None
+
+    @property
+    def name(self) -> str:
+        """The contender's."""
+        return self.contender.name
+
+    def prepare(self) -> tuple[dict[str, Any], Errors]:
+        """Makes it ready, and says what is known before a turn, as fields of `Row`, and what the check found."""
+        self.open()
+        return self.figures(), self.check()
+
+    def open(self) -> None:
+        """Makes the cache and fills it."""
+
+    def figures(self) -> dict[str, Any]:
+        """Fields of `Row`: bytes held, allocated, and those a turn must read."""
+        read = self.read_bytes()
+        return {
+            "held_bytes": held_bytes(self.cache, self.layers),
+            "allocated_bytes": allocated_bytes(self.cache, self.layers),
+            "read_bytes": read,
+            "bus_bytes": None if read is None else bus_bytes(self.cache, self.layers),
+        }
+
+    def read_bytes(self) -> int | None:
+        """What a turn must read; None where it is arithmetic and has no floor of bytes."""
+        return None
+
+    def check(self) -> Errors:
+        """How far its results are from what they should be."""
+        raise NotImplementedError
+
+    def warm_up(self) -> None:
+        """Does what only the first turns do: compiles, allocates."""
+
+    def turn(self) -> list[float]:
+        """Times one or a few steps, in ms each; none where it sits this turn out."""
+        raise NotImplementedError
+
+    def counted(self) -> dict[str, Any]:
+        """Fields of `Row` that are known after all turns only."""
+        return {}
+
+    def close(self) -> None:
+        """Lets go of the cache."""
+        self.cache = None

@@ -1,0 +1,72 @@
+"""`Prompt`: random tokens for whole models, the clock of `generate`, and the check of logits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from hfkv.bench.contenders import DYNAMIC, Contender
+from hfkv.bench.gate import Errors, logit_errors
+
+
+class StepClock:
+    """A streamer that notes when `generate` handed over the prompt and each new token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []  # seconds
+
+    def put(self, value: torch.Tensor) -> None:
+        """The tokens are on the host by now: the device is done with them."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """The end of the text needs no note."""
+
+    @property
+    def milliseconds(self) -> list[float]:
+        """The time from the prompt to the first token, and from each to the next."""
+        return [1e3 * (later - earlier) for earlier, later in zip(self.times, self.times[1:], strict=False)]
+
+
+@dataclass
+class Prompt:
+    """A left-padded batch of random tokens that all contenders read, and DynamicCache's logits after it.
+
+    Attributes:
+        model: the model with the weights.
+        ids: `[B, T]`.
+        mask: 1 where a token is real, `[B, T]`.
+        standard: `[B, V]`, once DynamicCache has been checked; it is the first.
+    """
+
+    model: PreTrainedModel
+    ids: torch.Tensor
+    mask: torch.Tensor
+    standard: torch.Tensor | None = None
+
+    @classmethod
+    def draw(cls, model: PreTrainedModel, lengths: Sequence[int], seed: int) -> Prompt:
+        """A prompt whose rows have so many real tokens."""
+        device = model.device
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (len(lengths), max(lengths))
+        ids = torch.randint(model.config.vocab_size, shape, device=device, generator=generator)
+        columns = torch.arange(max(lengths), device=device)
+        mask = columns >= max(lengths) - torch.tensor(lengths, device=device)[:, None]
+        return cls(model, ids * mask, mask.long())
+
+    def check(self, contender: Contender, logits: torch.Tensor) -> Errors:
+        """A contender's logits `[B, V]` against DynamicCache's.
+
+        Raises:
+            MemoryError: there are none, as DynamicCache ran out of memory.
+        """
+        if contender.name == DYNAMIC:
+            self.standard = logits
+        if self.standard is None:
+            raise MemoryError("DynamicCache's, whose logits are the standard; take fewer tokens or a smaller --batch")
+        return logit_errors(contender, logits, self.standard, self.model.config.num_hidden_layers, self.model.dtype)

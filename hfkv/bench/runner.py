@@ -1,0 +1,176 @@
+"""`run`: every contender of a setting in every cell, checked, timed in turns and put into tables."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from datetime import datetime
+
+import torch
+
+from hfkv.bench.attention import AttentionSuite
+from hfkv.bench.lane import Lane
+from hfkv.bench.memory import MemorySuite
+from hfkv.bench.mla import MLASuite
+from hfkv.bench.moe import MoESuite
+from hfkv.bench.prefill import PromptSuite
+from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
+from hfkv.bench.setting import Setting
+from hfkv.bench.step import StepSuite
+from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.turns import Progress, free_memory, out_of_memory, take_turns
+from hfkv.measure.machine import describe_machine, free_bytes, load
+from hfkv.measure.timing import bus_bandwidth, copy_bandwidth, quantiles
+
+# Of a cell's progress, what filling and checking take.
+CHECKING = 0.4
+_SUITES: dict[str, type[Suite]] = {
+    "attention": AttentionSuite,
+    "step": StepSuite,
+    "memory": MemorySuite,
+    "prefill": PromptSuite,
+    "reuse": PromptSuite,
+    "moe": MoESuite,
+    "mla": MLASuite,
+}
+
+
+def run(setting: Setting, command: str = "", on_progress: Progress = lambda what, share: None) -> Result:
+    """Measures a setting.
+
+    Args:
+        setting: what to measure.
+        command: the command line, for the record.
+        on_progress: called with what is running and how much of all is done, 0 to 1.
+
+    Raises:
+        BenchError: it does not fit in memory, or names something unknown.
+    """
+    start, load_before = time.perf_counter(), load()
+    with torch.no_grad():
+        on_progress("building the layers", 0.0)
+        suite = _SUITES[setting.suite](setting)
+        on_progress("measuring the bandwidth", 0.0)
+        bandwidths = [copy_bandwidth(suite.device)]
+        tables = []
+        for index, cell in enumerate(suite.cells):
+
+            def on_share(what: str, share: float, index: int = index, cell: Cell = cell) -> None:
+                on_progress(f"{cell}: {what}", (index + share) / len(suite.cells))
+
+            tables.append(measure(suite, cell, on_share))
+            bandwidths.append(copy_bandwidth(suite.device))
+    copy, bus = max(bandwidths), bus_bandwidth(suite.device)
+    return Result(
+        command=command,
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        suite=setting.suite,
+        shape=setting.shape or str(setting.model),
+        model_layers=suite.model_layers,
+        dtype=setting.dtype,
+        seed=setting.seed,
+        setting=setting.record(),
+        machine={**describe_machine(suite.device), "load_before": load_before},
+        copy_bytes_per_second=copy,
+        seconds=time.perf_counter() - start,
+        tables=[compared(suite, cell, table, copy, bus) for cell, table in zip(suite.cells, tables, strict=True)],
+        bus_bytes_per_second=bus,
+        operations_per_second=suite.peak,
+    )
+
+
+def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
+    """All contenders of a cell, checked and timed."""
+    contenders = suite.contenders_of(cell)
+    make_lane = suite.lanes(cell)
+    keep_open = suite.cache_bytes(cell) * len(contenders) < 0.5 * free_bytes(suite.device)
+    rows: dict[str, Row] = {}
+    lanes: list[Lane] = []
+    for index, contender in enumerate(contenders):
+        on_share(f"checking {contender.name}", CHECKING * index / len(contenders))
+        row = Row(contender.name, contender.is_ours)
+        reason = suite.reason(contender, cell)
+        if reason is None:
+            lane = make_lane(contender)
+            try:
+                row = _checked(lane, row)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                reason = out_of_memory(error)
+            is_timed = suite.is_timed and reason is None and row.status == OK
+            if is_timed:
+                lanes.append(lane)
+            if not is_timed or not keep_open:
+                lane.close()
+                free_memory()
+        rows[contender.name] = row if reason is None else replace(row, status=LEFT_OUT, note=reason)
+    times, failed = take_turns(
+        lanes, suite.turns(cell), keep_open, lambda what, share: on_share(what, CHECKING + (1 - CHECKING) * share)
+    )
+    for lane in lanes:
+        row = rows[lane.name]
+        if lane.name in failed:
+            rows[lane.name] = replace(row, status=LEFT_OUT, note=failed[lane.name])
+        else:
+            p20, p50, p80 = quantiles(times[lane.name])
+            row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(times[lane.name]))
+            rows[lane.name] = replace(row, **lane.counted())
+        lane.close()
+    free_memory()
+    return Table(cell.context, suite.batch, list(suite.setting.ragged), cell.layers, list(rows.values()))
+
+
+def _checked(lane: Lane, row: Row) -> Row:
+    figures, errors = lane.prepare()
+    return replace(
+        row,
+        status=WRONG if errors.wrong else OK,
+        note=errors.wrong,
+        error_twin=errors.twin,
+        error_full=errors.full,
+        error_logits=errors.logits,
+        **figures,
+    )
+
+
+def compared(suite: Suite, cell: Cell, table: Table, copy: float, bus: float | None) -> Table:
+    """The table with its rows' ratios to the base, or to the fastest peer, and to the floor.
+
+    Args:
+        suite, cell: it is of.
+        table: what `measure` gave.
+        copy: bytes a second of a copy on the device.
+        bus: of a copy to the device, or None.
+    """
+    times = {row.contender: row.p50_ms for row in table.rows if row.p50_ms is not None}
+    bases = suite.bases(cell)
+    base = next((name for name in bases if name in times), None)
+    best = min((times[row.contender] for row in table.rows if row.contender in times and not row.is_ours), default=None)
+    if bases:
+        best = None if base is None else times[base]
+    bare = {contender.name: contender.bare for contender in suite.contenders}
+    rows = []
+    for row in table.rows:
+        if row.p50_ms is not None:
+            floor_ms = _floor_ms(row, copy, bus, suite.peak)
+            bare_ms = times.get(bare.get(row.contender) or "")
+            row = replace(
+                row,
+                floor_ms=floor_ms,
+                floor_ratio=row.p50_ms / floor_ms if floor_ms else None,
+                speedup=best / row.p50_ms if best else None,
+                lora_ratio=row.p50_ms / bare_ms if bare_ms else None,
+            )
+        rows.append(row)
+    return replace(table, rows=rows, base=base)
+
+
+def _floor_ms(row: Row, copy: float, bus: float | None, peak: float | None) -> float | None:
+    """The longest of what its bytes and its operations take at least; None where it has no bytes to read."""
+    if not row.read_bytes:
+        return None
+    seconds = [row.read_bytes / copy]
+    if row.bus_bytes and bus:
+        seconds.append(row.bus_bytes / bus)
+    if row.operations and peak:
+        seconds.append(row.operations / peak)
+    return 1e3 * max(seconds)
