@@ -9,7 +9,7 @@ import transformers
 from transformers import GenerationConfig
 
 from hfkv.cache.kv_cache import KVCache
-from hfkv.models.fingerprint import ModelState
+from hfkv.models.fingerprint import Fingerprint
 
 
 def check_continues(
@@ -17,7 +17,7 @@ def check_continues(
     ids: torch.Tensor,
     mask: torch.Tensor | None,
     mask_length: int | None,
-    state: ModelState,
+    state: Fingerprint,
     copies: int,
 ) -> None:
     """Raises unless `ids` go on where `cache` ends.

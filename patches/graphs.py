@@ -18,7 +18,7 @@ from hfkv.attention.device_step import DeviceStep, advance, step_reason
 from hfkv.attention.latent.projection import projection_of
 from hfkv.cache.kv_cache import KVCache
 from hfkv.codecs import autocast
-from hfkv.models.parallel import spread_of
+from hfkv.models.parallel import parallel_plan_of
 from hfkv.models.probe import growing_rope_type
 from hfkv.patches.mla import latent_modules
 from hfkv.patches.undo import Undo
@@ -48,7 +48,7 @@ class CudaGraph:
         self._graph.replay()
 
 
-class Captured:
+class CapturedStep:
     """A captured decode step of one cache.
 
     Attributes:
@@ -95,7 +95,7 @@ class Graphs:
     def __init__(self, model: Any, forward: Callable[..., Any]) -> None:
         self.model, self.forward = model, forward
         self.off: str | None = None  # why nothing is captured
-        self._captured: weakref.WeakKeyDictionary[KVCache, Captured | None] = weakref.WeakKeyDictionary()
+        self._captured: weakref.WeakKeyDictionary[KVCache, CapturedStep | None] = weakref.WeakKeyDictionary()
         self._modules: list[Any] = []
         self._logged: set[str] = set()
 
@@ -153,7 +153,7 @@ class Graphs:
         mask = kwargs.get("attention_mask")
         with torch.inference_mode(False):
             inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        captured = Captured(DeviceStep(list(cache.layers), befores, mask), inputs, state)
+        captured = CapturedStep(DeviceStep(list(cache.layers), befores, mask), inputs, state)
         # Attention reads the mask that the step holds; a mask of four dimensions is handed through by transformers.
         placeholder = None if mask is None else mask[:, None, None, :].bool()
         given = {**kwargs, **inputs, "attention_mask": placeholder}
@@ -207,7 +207,7 @@ def model_reason(model: Any) -> str | None:
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) != 1 or next(iter(devices)).type not in DEVICE_TYPES:
         return f"its parameters are on {', '.join(sorted(map(str, devices)))}, and a graph is of one CUDA device"
-    if not spread_of(model).is_one:
+    if not parallel_plan_of(model).is_one:
         return "it is spread over several processes"
     hooks = hooks_reason(model)
     if hooks is not None:

@@ -10,7 +10,7 @@ from transformers import cache_utils
 
 from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.layers.base import CacheLayer
-from hfkv.models.fingerprint import ModelState
+from hfkv.models.fingerprint import Fingerprint
 from hfkv.models.parallel import agreed
 from hfkv.patches.handle import Patch
 from hfkv.patches.module_memory import ModuleMemory
@@ -69,7 +69,7 @@ class Trial:
         self._memory = ModuleMemory(model) if known is None else None
 
     @classmethod
-    def of(cls, model: Any, cache: KVCache, state: ModelState) -> Trial | None:
+    def of(cls, model: Any, cache: KVCache, state: Fingerprint) -> Trial | None:
         """Begins a trial; None where it is known that the rows have to be read one by one."""
         patch: Patch = model.hfkv
         key = (state.model, state.adapters, frozenset(map(type, model.modules())))

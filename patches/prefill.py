@@ -11,7 +11,7 @@ import torch
 
 from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.record import TokenRecord
-from hfkv.models.fingerprint import ModelState, state_of
+from hfkv.models.fingerprint import Fingerprint, fingerprint_of
 from hfkv.models.padding import padding_of
 from hfkv.models.parallel import agreed
 from hfkv.patches.continuing import check_continues, check_takes_new_tokens, mask_of, text_length
@@ -64,9 +64,9 @@ def prefill(
 
 def begin(
     model: Any, cache: KVCache, ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], copies: int = 1
-) -> ModelState:
+) -> Fingerprint:
     """Looks at the model, and refuses a used cache that does not go on with this prompt; see `check_continues`."""
-    state = state_of(model, model.hfkv.exact_rotary)
+    state = fingerprint_of(model, model.hfkv.exact_rotary)
     if (peft_model := learned_prompt(model)) is not None:
         state = replace(state, adapters=in_words(peft_model))
     cache.record.repeated = cache.record.root = None
@@ -101,7 +101,7 @@ def _read_once(
     model_kwargs: dict[str, Any],
     is_first_iteration: bool,
     copies: int,
-    state: ModelState,
+    state: Fingerprint,
 ) -> Any:
     """Reads one row of each prompt for all its copies; None where they have to be read row by row."""
     given = one_of_each(model, cache, ids, generation_config, model_kwargs, copies)

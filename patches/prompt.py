@@ -12,7 +12,7 @@ from transformers import EncoderDecoderCache
 from transformers.cache_utils import DynamicCache
 
 from hfkv.cache.kv_cache import KVCache
-from hfkv.models.parallel import own_layers, spread_of
+from hfkv.models.parallel import own_layers, parallel_plan_of
 from hfkv.patches.continuing import text_length
 from hfkv.patches.undo import Undo
 
@@ -126,7 +126,7 @@ def _get_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refill(peft_model: Any, prefix: DynamicCache) -> KVCache:
     base = peft_model.get_base_model()
-    if spread_of(base).heads > 1:
+    if parallel_plan_of(base).heads > 1:
         raise NotImplementedError(
             "PEFT's prefix tuning has keys and values of all kv heads, and tensor parallelism gives each process only "
             "some of them: load the model without tp_size (pp_size will do)"

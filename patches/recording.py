@@ -8,7 +8,7 @@ import torch
 
 from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.record import what_failed
-from hfkv.models.fingerprint import state_of
+from hfkv.models.fingerprint import fingerprint_of
 from hfkv.patches.fresh_cache import check_cache, log_stock_cache, with_cache
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
@@ -38,7 +38,7 @@ def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     if before != record.length:
         record.is_known = False  # some of what is held was not written down
     if before == 0 and record.state is None:
-        record.state = state_of(model, model.hfkv.exact_rotary)
+        record.state = fingerprint_of(model, model.hfkv.exact_rotary)
     if record.repeated is not None:
         kwargs = _without_repeated(cache, kwargs)
     try:

@@ -12,8 +12,8 @@ from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from hfkv.cache.kv_cache import KVCache
-from hfkv.models.fingerprint import ModelState, state_of
-from hfkv.models.parallel import spread_of
+from hfkv.models.fingerprint import Fingerprint, fingerprint_of
+from hfkv.models.parallel import parallel_plan_of
 from hfkv.patches.handle import Patch
 from hfkv.patches.prompt import learned_prompt
 from hfkv.sharing.prefix_pool import page_keys
@@ -25,7 +25,7 @@ PLAIN = {"attention_mask", "position_ids", "past_key_values", "input_ids", "cach
 
 
 def root_of(
-    model: Any, cache: KVCache, state: ModelState, generation_config: Any, model_kwargs: dict[str, Any]
+    model: Any, cache: KVCache, state: Fingerprint, generation_config: Any, model_kwargs: dict[str, Any]
 ) -> bytes | None:
     """The key under which this call's pages may be shared, or None where they may not."""
     patch: Patch = model.hfkv
@@ -40,7 +40,7 @@ def root_of(
     return state.key(patch.kv.reuse.salt)
 
 
-def _reason(model: Any, state: ModelState, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
+def _reason(model: Any, state: Fingerprint, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
     extra = sorted(name for name, value in model_kwargs.items() if name not in PLAIN and is_input(value))
     if extra:
         return f"it is more than ids and left padding ({', '.join(extra)})"
@@ -50,7 +50,7 @@ def _reason(model: Any, state: ModelState, generation_config: Any, model_kwargs:
         return "PEFT puts learned tokens before it"
     if model.training:
         return "the model is in training mode"
-    if spread_of(model).replicas > 1 or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled():
+    if parallel_plan_of(model).replicas > 1 or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled():
         return "processes with batches of their own exchange weights in every forward, and must run equally many"
     if state.has_hooks:
         return "the model has forward hooks, which may change what it computes"
@@ -91,7 +91,7 @@ def keep_pages(model: Any, cache: KVCache) -> None:
     if not pool.missing([key for row in keys for key in row]):
         return
     # Another thread may have changed the model since the prompt was looked up.
-    state = state_of(model, patch.exact_rotary)
+    state = fingerprint_of(model, patch.exact_rotary)
     if state.has_hooks or patch.kv.reuse is None or state.key(patch.kv.reuse.salt) != record.root:
         record.root = None
         return

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hfkv.attention.window_blocks import Look
+from hfkv.attention.window_blocks import WindowBlocks
 from hfkv.attention.windowed import visibility_of
 from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.layers.base import CacheLayer
@@ -50,7 +50,7 @@ def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str |
             if not kernel.reads_device_lengths:
                 return f"{name} has no kernel that reads lengths from the device ({kernel.name}: {kernel.reason})"
         if layer.window is not None and not layer.is_sliding:
-            if Look(layer.held(), layer.span.padding.of(1)).has_more_than_tokens:
+            if WindowBlocks(layer.held(), layer.span.padding.of(1)).has_more_than_tokens:
                 return f"{name} has a window with turned sinks or summaries"
             if mask is not None:
                 return f"{name} has a window, and the batch is padded"
@@ -63,7 +63,7 @@ def advance(cache: KVCache) -> list[Layout]:
 
 
 @dataclass
-class _Group:
+class _AlikeLayers:
     """Layers that hold the same tokens in the same places: one upload serves them all."""
 
     layers: list[KVLayer]
@@ -83,7 +83,7 @@ class DeviceStep:
 
     def __init__(self, layers: list[KVLayer], befores: list[Layout], mask: torch.Tensor | None) -> None:
         self.layers = layers
-        self.groups: list[_Group] = []
+        self.groups: list[_AlikeLayers] = []
         for layer, before in zip(layers, befores, strict=True):
             layer.store.keeps_place = True
             group = next((group for group in self.groups if _alike(group.layers[0], layer)), None)
@@ -147,7 +147,7 @@ def _alike(one: KVLayer, other: KVLayer) -> bool:
     return first.table is None or (second.table is not None and torch.equal(first.table, second.table))
 
 
-def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _Group:
+def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _AlikeLayers:
     columns, tokens = 0, layer.store.planes[0].shape[2]
     if before.is_paged:
         columns = max(-(-layer.store.reserved // tokens), len(before.spans) + 1) + SPARE_COLUMNS
@@ -156,14 +156,14 @@ def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _Group:
     seen = DeviceInputs.allocate(
         layer.store.layout(), _visibility(layer, mask), layer.device, columns=columns, tokens=tokens
     )
-    return _Group([layer], before, written, seen)
+    return _AlikeLayers([layer], before, written, seen)
 
 
 def _visibility(layer: KVLayer, mask: torch.Tensor | None) -> Visibility:
     """What the query of the newest token sees."""
     held = layer.held()
     if layer.window is not None and not layer.is_sliding:
-        return visibility_of(Look(held, layer.span.padding.of(held.batch)), 1)
+        return visibility_of(WindowBlocks(held, layer.span.padding.of(held.batch)), 1)
     # Of a sliding layer of the model's own, the newest tokens.
     first = held.first if layer.sliding is None else max(held.last - layer.sliding, 0)
     if mask is not None:

@@ -8,10 +8,10 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from hfkv.models.padding import padding_of
-from hfkv.models.proxy import StandIn
+from hfkv.models.proxy import Proxy
 
 
-class CausalMask(StandIn):
+class CausalMask(Proxy):
     """A bool mask `[B, 1, q, kv]`: causal, with the gaps of a 2D attention mask.
 
     The windowed attention reads `pads`; any torch operation sees the whole mask, made once.
@@ -88,7 +88,7 @@ class CausalMask(StandIn):
         return self._pads
 
 
-class FullMask(StandIn):
+class FullMask(Proxy):
     """A bool mask `[B, 1, q, kv]` that hides nothing."""
 
     @staticmethod

@@ -12,7 +12,7 @@ from hfkv.kernels.inputs import Scoring
 from hfkv.kernels.merge import Attended
 
 
-class Segment(NamedTuple):
+class SoftmaxPart(NamedTuple):
     """A stretch of keys and values, and the queries as they look at it.
 
     Attributes:
@@ -27,7 +27,7 @@ class Segment(NamedTuple):
     visible: torch.Tensor | None
 
 
-def attend(segments: Sequence[Segment], scoring: Scoring) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+def attend(segments: Sequence[SoftmaxPart], scoring: Scoring) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """One softmax over the keys of all segments.
 
     Every query must see at least one key.
@@ -53,7 +53,7 @@ def attend(segments: Sequence[Segment], scoring: Scoring) -> tuple[torch.Tensor,
     return _unfold(output, num_heads), unfolded
 
 
-def attend_apart(segments: Sequence[Segment], scoring: Scoring) -> Attended:
+def attend_apart(segments: Sequence[SoftmaxPart], scoring: Scoring) -> Attended:
     """One softmax over the keys of all segments, to be merged with others; a query may see none of them."""
     num_heads = segments[0].query.shape[1]
     scores = torch.cat([_scores(segment, scoring, hidden=-torch.inf) for segment in segments], dim=-1)
@@ -66,7 +66,7 @@ def attend_apart(segments: Sequence[Segment], scoring: Scoring) -> Attended:
     return Attended(_unfold(output, num_heads), _unfold(lse[..., None], num_heads)[..., 0])
 
 
-def _joined(segments: Sequence[Segment]) -> Segment:
+def _joined(segments: Sequence[SoftmaxPart]) -> SoftmaxPart:
     """Segments of the same queries as one; a copy, unless there is but one."""
     if len(segments) == 1:
         return segments[0]
@@ -74,10 +74,10 @@ def _joined(segments: Sequence[Segment]) -> Segment:
     masks = [segment.visible for segment in segments]
     batch = max(len(mask) for mask in masks if mask is not None)
     visible = torch.cat([mask.expand(batch, -1, -1) for mask in masks if mask is not None], dim=-1)
-    return Segment(segments[0].query, key, value, visible)
+    return SoftmaxPart(segments[0].query, key, value, visible)
 
 
-def _scores(segment: Segment, scoring: Scoring, hidden: float | None = None) -> torch.Tensor:
+def _scores(segment: SoftmaxPart, scoring: Scoring, hidden: float | None = None) -> torch.Tensor:
     """The scores; what is not seen scores `hidden`, the dtype's least by default: then any row has a softmax."""
     query = _fold(segment.query, segment.key.shape[1])
     scores = (query * scoring.scale) @ segment.key.transpose(2, 3)  # scaled first: in half precision it may overflow
@@ -92,7 +92,7 @@ def _scores(segment: Segment, scoring: Scoring, hidden: float | None = None) -> 
     )
 
 
-def _sdpa(segment: Segment, scoring: Scoring) -> torch.Tensor:
+def _sdpa(segment: SoftmaxPart, scoring: Scoring) -> torch.Tensor:
     query = _fold(segment.query, segment.key.shape[1])
     output = F.scaled_dot_product_attention(
         query, segment.key, segment.value, _fold_mask(segment), dropout_p=scoring.dropout, scale=scoring.scale
@@ -110,7 +110,7 @@ def _unfold(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     return states.reshape(states.shape[0], num_heads, -1, states.shape[3])
 
 
-def _fold_mask(segment: Segment) -> torch.Tensor | None:
+def _fold_mask(segment: SoftmaxPart) -> torch.Tensor | None:
     if segment.visible is None:
         return None
     groups = segment.query.shape[1] // segment.key.shape[1]

@@ -1,4 +1,4 @@
-"""`Look`: the rule of a window as stretches of keys, for a block of queries at a time."""
+"""`WindowBlocks`: the rule of a window as stretches of keys, for a block of queries at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hfkv.attention.softmax_parts import Segment
+from hfkv.attention.softmax_parts import SoftmaxPart
 from hfkv.cache.slots import NOWHERE, starts
 from hfkv.cache.snapshot import HeldTokens, Part
 from hfkv.cache.summary import page_means, sinks_in_pages, take
@@ -21,11 +21,11 @@ FEW_MORE = 128  # keys no query sees, cheaper to mask than to leave out
 class Placed:
     """A segment and the positions of its keys, int64 `[B or 1, n]`; None where they have none."""
 
-    segment: Segment
+    segment: SoftmaxPart
     positions: torch.Tensor | None
 
 
-class Look:
+class WindowBlocks:
     """What queries see of the tokens held.
 
     Args:
@@ -65,11 +65,11 @@ class Look:
 
     def segment(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None
-    ) -> Segment:
+    ) -> SoftmaxPart:
         """A stretch of decoded keys and values as queries meet it."""
         # Under autocast a model caches float32 keys, rotated by float32 angles, beside half-precision values.
         keys, values = (states.to(query.dtype) for states in self.held.joined(keys, values))
-        return Segment(query, keys, values, visible)
+        return SoftmaxPart(query, keys, values, visible)
 
     def _read_around(self, index: torch.Tensor, size: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of a range that has the `size` tokens from each of `index` on, and `index` within it."""
@@ -101,7 +101,7 @@ class Look:
             return self._apart(query, t, bounds, oldest, end)
         return [self._together(query, t, bounds, end)]
 
-    def beside(self, query: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, list[Segment]]:
+    def beside(self, query: torch.Tensor, begin: int, end: int) -> tuple[torch.Tensor, list[SoftmaxPart]]:
         """What is attended to besides the newest tokens, where a kernel takes those: sinks and summaries.
 
         Returns:

@@ -9,7 +9,7 @@ import torch
 
 from hfkv.attention.full import attend_held, kernel_for
 from hfkv.attention.softmax_parts import attend, attend_apart
-from hfkv.attention.window_blocks import Look, Placed
+from hfkv.attention.window_blocks import Placed, WindowBlocks
 from hfkv.cache.snapshot import HeldTokens, Part
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.kernels.inputs import Scoring, Visibility
@@ -39,7 +39,7 @@ def windowed_attention(
     """
     # A cache that was filled outside autocast may hold wider keys than the queries under it are.
     query = query.to(torch.promote_types(query.dtype, held.parts["key"].dtype))
-    look = Look(held, pads, tracked)
+    look = WindowBlocks(held, pads, tracked)
     num_queries = query.shape[2]
     first = held.seen - num_queries
     sees_all = num_queries == 1 and look.sees_all_held(first)
@@ -62,7 +62,7 @@ def windowed_attention(
     return output, torch.cat(weights, dim=2) if weights else None
 
 
-def visibility_of(look: Look, num_queries: int) -> Visibility:
+def visibility_of(look: WindowBlocks, num_queries: int) -> Visibility:
     """What the newest queries see, except turned sinks and summaries."""
     held = look.held
     return Visibility(
@@ -77,7 +77,7 @@ def visibility_of(look: Look, num_queries: int) -> Visibility:
 
 
 def _by_kernel(
-    kernel: Callable[..., Attended], query: torch.Tensor, look: Look, scoring: Scoring, sees_all: bool
+    kernel: Callable[..., Attended], query: torch.Tensor, look: WindowBlocks, scoring: Scoring, sees_all: bool
 ) -> torch.Tensor:
     held = look.held
     if sees_all:

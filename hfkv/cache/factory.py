@@ -15,7 +15,7 @@ from hfkv.cache.layers.head_groups import SplitLayer
 from hfkv.cache.layers.indexed import IndexedLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.models.latents import expands_latents, widths_of
-from hfkv.models.parallel import spread_of
+from hfkv.models.parallel import parallel_plan_of
 from hfkv.models.probe import cross_attention_layers, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
@@ -35,7 +35,7 @@ def build_layers(
     if rotary is None and kv.needs_rotary:
         rotary = _probe(config_or_model)
     layers = [
-        layer if index in cross else _replace(Place(layer, index, kv.for_layer(index), config, rotary or {}))
+        layer if index in cross else _replace(LayerPlace(layer, index, kv.for_layer(index), config, rotary or {}))
         for index, layer in enumerate(stock)
     ]
     _check_layers(layers, kv, config.model_type)
@@ -108,7 +108,7 @@ def _check_heads(kv: KVConfig, config: PreTrainedConfig) -> None:
 
 
 def _check_spread(kv: KVConfig, config_or_model: Any) -> None:
-    spread, window = spread_of(config_or_model), kv.window
+    spread, window = parallel_plan_of(config_or_model), kv.window
     if spread.heads > 1 and isinstance(window, Window) and window.global_heads:
         raise ValueError(
             "Window.global_heads names kv heads of the whole model, and tensor parallelism gives each of "
@@ -149,7 +149,7 @@ def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class LayerPlace:
     """The place in a model that a layer is built for.
 
     Attributes:
@@ -167,7 +167,7 @@ class Place:
     rotary: Mapping[int, Rotary | None]
 
 
-def _indexed(place: Place) -> CacheLayer | None:
+def _indexed(place: LayerPlace) -> CacheLayer | None:
     if type(place.stock) is not DynamicIndexedLayer:
         return None
     if place.kv.window is not None:
@@ -178,13 +178,13 @@ def _indexed(place: Place) -> CacheLayer | None:
     return IndexedLayer(place.kv)
 
 
-def _sliding(place: Place) -> CacheLayer | None:
+def _sliding(place: LayerPlace) -> CacheLayer | None:
     if type(place.stock) is not DynamicSlidingWindowLayer:
         return None
     return KVLayer(place.kv, sliding=place.stock.sliding_window)
 
 
-def _windowed(place: Place) -> CacheLayer | None:
+def _windowed(place: LayerPlace) -> CacheLayer | None:
     window, index = place.kv.window, place.index
     if not isinstance(window, Window):
         return None
@@ -198,20 +198,20 @@ def _windowed(place: Place) -> CacheLayer | None:
     return KVLayer(place.kv, rotary=rotary)
 
 
-def _whole(place: Place) -> CacheLayer | None:
+def _whole(place: LayerPlace) -> CacheLayer | None:
     return KVLayer(place.kv, rotary=place.rotary.get(place.index))
 
 
 # The first builder that gives a layer is taken.
-BUILDERS: list[Callable[[Place], CacheLayer | None]] = [_indexed, _sliding, _windowed, _whole]
+BUILDERS: list[Callable[[LayerPlace], CacheLayer | None]] = [_indexed, _sliding, _windowed, _whole]
 
 
-def register_layer(build: Callable[[Place], CacheLayer | None]) -> None:
+def register_layer(build: Callable[[LayerPlace], CacheLayer | None]) -> None:
     """Registers a builder, asked before the others for every layer to replace; None leaves the layer to them."""
     BUILDERS.insert(0, build)
 
 
-def _replace(place: Place) -> Any:
+def _replace(place: LayerPlace) -> Any:
     """Builds hfkv's layer where `is_replaced`; leaves any other layer as it is."""
     if not is_replaced(place.stock, place.config):
         return place.stock

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils._pytree import tree_iter
 
-from hfkv.models.proxy import StandIn
+from hfkv.models.proxy import Proxy
 
 _WRITE = (
     "{} writes to the keys or values of an hfkv cache; the write would be lost. Edit a clone and assign it to the "
@@ -16,7 +16,7 @@ _WRITE = (
 )
 
 
-class ReadOnly(StandIn):
+class ReadOnly(Proxy):
     """Tensor that reads as the one it stands for; writing to it, or to a view of it, raises.
 
     Raises:

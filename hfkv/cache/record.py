@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hfkv.models.fingerprint import ModelState
+from hfkv.models.fingerprint import Fingerprint
 from hfkv.models.padding import padding_of
 
 # The buffer of tokens grows by this factor, and by so many tokens at least.
@@ -44,7 +44,7 @@ class TokenRecord:
 
     def forget(self) -> None:
         """Forgets all tokens."""
-        self.state: ModelState | None = None
+        self.state: Fingerprint | None = None
         self.is_known = True
         self.broken: str | None = None
         self.root: bytes | None = None

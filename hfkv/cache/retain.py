@@ -11,7 +11,7 @@ from hfkv.cache.snapshot import HeldTokens
 from hfkv.cache.summary import page_means, sinks_in_pages, take, where
 
 
-def keep(held: HeldTokens, gone_below: int) -> None:
+def retain(held: HeldTokens, gone_below: int) -> None:
     """Copies sinks into their slots, and summarises pages, before their tokens below `gone_below` go.
 
     Args:

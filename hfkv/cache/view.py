@@ -60,7 +60,7 @@ class KVView(ReadOnly):
     def decoded(self) -> torch.Tensor:
         """Decodes the tokens, for code that applies the window itself."""
         if self.requires_grad:
-            return _Decode.apply(self)
+            return _DecodeView.apply(self)
         return self.held.decode(self.part)
 
 
@@ -106,7 +106,7 @@ class _InferenceOnly(torch.autograd.Function):
         )
 
 
-class _Decode(torch.autograd.Function):
+class _DecodeView(torch.autograd.Function):
     """Decodes with the autograd edge that leads to `_InferenceOnly` kept."""
 
     @staticmethod

@@ -9,18 +9,20 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
-from hfkv.cli.demo_runs import Setting, measure, num_steps
+from hfkv.cli.demo_runs import DemoSetting, measure, num_steps
 from hfkv.cli.demo_screen import show
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 
 
 def demo(
-    prompt_bytes: Annotated[int, typer.Option(help="Length of the prompt.")] = Setting.prompt_bytes,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate; one is a byte.")] = Setting.max_new_tokens,
-    window: Annotated[int, typer.Option(help="Tokens a sliding window keeps.")] = Setting.window,
-    rounds: Annotated[int, typer.Option(help="Timed runs of each cache.")] = Setting.rounds,
-    loss_bytes: Annotated[int, typer.Option(help="Held-out text to measure the loss on.")] = Setting.loss_bytes,
+    prompt_bytes: Annotated[int, typer.Option(help="Length of the prompt.")] = DemoSetting.prompt_bytes,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate; one is a byte.")
+    ] = DemoSetting.max_new_tokens,
+    window: Annotated[int, typer.Option(help="Tokens a sliding window keeps.")] = DemoSetting.window,
+    rounds: Annotated[int, typer.Option(help="Timed runs of each cache.")] = DemoSetting.rounds,
+    loss_bytes: Annotated[int, typer.Option(help="Held-out text to measure the loss on.")] = DemoSetting.loss_bytes,
     dtype: Annotated[str, typer.Option(help="auto (as stored: bfloat16), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda …")] = "auto",
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file too.")] = None,
@@ -34,7 +36,7 @@ def demo(
     from hfkv import tiny_lm
 
     with told_in_one_line():
-        setting = Setting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
+        setting = DemoSetting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
         if json_path is not None and not json_path.parent.is_dir():
             raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
         if json_path is not None and json_path.is_dir():

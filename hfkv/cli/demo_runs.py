@@ -24,7 +24,7 @@ WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Setting:
+class DemoSetting:
     """What a demo measures.
 
     Attributes:
@@ -72,7 +72,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """What one cache did.
 
     Attributes:
@@ -101,7 +101,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoReport:
     """A demo's numbers and the text it made.
 
     Attributes:
@@ -114,8 +114,8 @@ class Report:
 
     prompt: str
     text: str
-    rows: list[Row]
-    setting: Setting
+    rows: list[DemoRow]
+    setting: DemoSetting
     machine: dict[str, Any] = field(default_factory=dict)
 
     def write_json(self, path: Path) -> None:
@@ -124,8 +124,8 @@ class Report:
 
 
 @dataclass
-class _Run:
-    """One cache's measurements on their way to a `Row`."""
+class _DemoRun:
+    """One cache's measurements on their way to a `DemoRow`."""
 
     cache: str
     kv: str | None
@@ -144,9 +144,9 @@ def measure(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     held_out: str,
-    setting: Setting,
+    setting: DemoSetting,
     on_step: Callable[[str], None] = lambda what: None,
-) -> Report:
+) -> DemoReport:
     """Runs every cache of a setting in this process, taking turns, after a warm-up of each.
 
     Args:
@@ -164,7 +164,7 @@ def measure(
             raise CommandError(f"{option} may be at most {len(held_out)}, the held-out text's length; got {size}")
     prompt = held_out[: setting.prompt_bytes]
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    runs = [_Run(cache, kv) for cache, kv in setting.caches()]
+    runs = [_DemoRun(cache, kv) for cache, kv in setting.caches()]
     for run in runs:
         _generate(model, inputs, run, WARM_UP_TOKENS, partial(on_step, f"warming up: {run.label}"))
     for _ in range(setting.rounds):
@@ -179,10 +179,10 @@ def measure(
         for _ in range(LOSS_STEPS):
             on_step(f"held-out loss: {run.label}")
     text = tokenizer.decode(runs[0].ids, skip_special_tokens=True)
-    return Report(prompt, text, [_row(run, runs[0]) for run in runs], setting, describe_run(model))
+    return DemoReport(prompt, text, [_row(run, runs[0]) for run in runs], setting, describe_run(model))
 
 
-def num_steps(setting: Setting) -> int:
+def num_steps(setting: DemoSetting) -> int:
     """How often `measure` calls `on_step`."""
     return len(setting.caches()) * (WARM_UP_TOKENS + setting.rounds * setting.max_new_tokens + LOSS_STEPS)
 
@@ -194,7 +194,9 @@ def _cached(model: PreTrainedModel, kv: str | None) -> Any:
     return nullcontext() if kv is None else patch(model, kv)
 
 
-def _generate(model: PreTrainedModel, inputs: Any, run: _Run, num_tokens: int, on_token: Callable[[], None]) -> None:
+def _generate(
+    model: PreTrainedModel, inputs: Any, run: _DemoRun, num_tokens: int, on_token: Callable[[], None]
+) -> None:
     clock = TokenClock(on_token)
     with _cached(model, run.kv):
         output: Any = model.generate(
@@ -234,9 +236,9 @@ def _loss(model: PreTrainedModel, ids: torch.Tensor, kv: str | None, context: in
         return held_out_loss(model, ids, context=context, make_cache=make_cache, batch_size=2).nats
 
 
-def _row(run: _Run, stock: _Run) -> Row:
+def _row(run: _DemoRun, stock: _DemoRun) -> DemoRow:
     same = next((i for i, pair in enumerate(zip(run.ids, stock.ids, strict=True)) if pair[0] != pair[1]), len(run.ids))
-    return Row(
+    return DemoRow(
         cache=run.cache,
         kv=run.kv,
         allocated_bytes=run.allocated_bytes,

@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hfkv.cli.demo_runs import Report, Row
+from hfkv.cli.demo_runs import DemoReport, DemoRow
 from hfkv.cli.tables import new_table, notes_grid
 
 PROMPT_LINES = 8
@@ -19,7 +19,7 @@ BAR_WIDTH = 12
 GOOD_CHANGE, BEARABLE_CHANGE = 0.5, 5.0
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: DemoReport, console: Console) -> None:
     """Prints a report, at the console's width."""
     console.print()
     console.print(_panel(report))
@@ -27,7 +27,7 @@ def show(report: Report, console: Console) -> None:
     console.print(Padding(_caption(report), (0, 1)))
 
 
-def _panel(report: Report) -> Panel:
+def _panel(report: DemoReport) -> Panel:
     end = "".join(report.prompt.splitlines(keepends=True)[-PROMPT_LINES:])
     body = Text.assemble((end, "dim"), (report.text.rstrip(), "bold green"))
     return Panel(
@@ -41,7 +41,7 @@ def _panel(report: Report) -> Panel:
     )
 
 
-def _table(report: Report, is_wide: bool) -> Table:
+def _table(report: DemoReport, is_wide: bool) -> Table:
     num_tokens = f"same, of\n{report.rows[0].num_new_tokens} tokens"
     table = new_table(
         *(("cache\n", "kv\n", "held, of\nDynamicCache") if is_wide else ("cache\n",)),
@@ -70,7 +70,7 @@ def _bar(ratio: float) -> Text:
     return Text("█" * full + " ▏▎▍▌▋▊▉"[rest].strip(), "cyan")
 
 
-def _same_tokens(row: Row) -> Text:
+def _same_tokens(row: DemoRow) -> Text:
     if row.kv is None:
         return Text("-", "dim")
     if row.num_same_tokens == row.num_new_tokens:
@@ -78,7 +78,7 @@ def _same_tokens(row: Row) -> Text:
     return Text(f"first {row.num_same_tokens}", "yellow")
 
 
-def _change(row: Row) -> Text:
+def _change(row: DemoRow) -> Text:
     if row.kv is None:
         return Text("-", "dim")
     change = row.loss_change_percent
@@ -86,7 +86,7 @@ def _change(row: Row) -> Text:
     return Text(f"{change:+.2f}", style)
 
 
-def _caption(report: Report) -> Table:
+def _caption(report: DemoReport) -> Table:
     setting, machine = report.setting, report.machine
     rounds = "one run" if setting.rounds == 1 else f"the best of {setting.rounds} runs"
     notes = {

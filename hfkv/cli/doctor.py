@@ -12,7 +12,7 @@ from rich.progress import TaskProgressColumn
 
 from hfkv.cli.doctor_layers import describe_layers, read_config
 from hfkv.cli.doctor_machine import describe_installation
-from hfkv.cli.doctor_report import Report
+from hfkv.cli.doctor_report import DoctorReport
 from hfkv.cli.doctor_screen import show
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import pick_device, pick_dtype, progress_on
@@ -52,7 +52,7 @@ def doctor(
 
 def examine(
     model: str | None, kv: str, device: torch.device, dtype: torch.dtype | None, bars: Console | None = None
-) -> Report:
+) -> DoctorReport:
     """Looks at the installation, the layers and the kernels.
 
     Args:
@@ -88,7 +88,7 @@ def examine(
     name = str(dtype).removeprefix("torch.")
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    return Report(describe_installation(), layers, str(device), name, checks, seconds)
+    return DoctorReport(describe_installation(), layers, str(device), name, checks, seconds)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

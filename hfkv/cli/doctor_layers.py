@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hfkv.cache.kv_cache import KVCache
     from hfkv.kernels.backend import Kernel
-    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.kernels.selftest.inputs import HeadShape
     from hfkv.policy.config import KVConfig
 
 # Queries that stand for a prefill: so many that every device takes its kernel for many.
@@ -38,7 +38,7 @@ class Use:
 
 
 @dataclass
-class Group:
+class LayerGroup:
     """Layers that are alike.
 
     Attributes:
@@ -49,7 +49,7 @@ class Group:
     """
 
     cache: str
-    heads: Heads | None
+    heads: HeadShape | None
     uses: list[Use]
     layers: list[int] = field(default_factory=list)
 
@@ -70,10 +70,10 @@ class ModelReport:
     model_type: str
     kv: str
     notes: list[str]
-    groups: list[Group]
+    groups: list[LayerGroup]
 
     @property
-    def heads(self) -> tuple[Heads, ...]:
+    def heads(self) -> tuple[HeadShape, ...]:
         """The different heads of the layers that are hfkv's."""
         return tuple(dict.fromkeys(group.heads for group in self.groups if group.heads is not None))
 
@@ -132,9 +132,9 @@ def describe_layers(
     num_layers = getattr(decoder, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > len(cache.layers):
         notes.append(f"layers {len(cache.layers)}-{num_layers - 1} have no cache: they share that of earlier layers")
-    groups: list[Group] = []
+    groups: list[LayerGroup] = []
     for index, layer in enumerate(cache.layers):
-        group = _Layer(layer, index, decoder, own, bias, dtype, device).group()
+        group = _AskedLayer(layer, index, decoder, own, bias, dtype, device).group()
         alike = next((g for g in groups if (g.cache, g.heads, g.uses) == (group.cache, group.heads, group.uses)), None)
         if alike is None:
             groups.append(group)
@@ -184,7 +184,7 @@ def _no_kernel(config: PreTrainedConfig) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class _AskedLayer:
     layer: Any
     index: int
     config: PreTrainedConfig
@@ -193,19 +193,21 @@ class _Layer:
     dtype: torch.dtype
     device: torch.device
 
-    def group(self) -> Group:
+    def group(self) -> LayerGroup:
         """What the layer keeps, and what reads and writes it."""
         from hfkv.cache.layers.base import CacheLayer
 
         if not isinstance(self.layer, CacheLayer):
-            return Group(f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())])
+            return LayerGroup(
+                f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())]
+            )
         kv = self.layer.kv
         cache = str(replace(kv, window=None) if self.layer.is_sliding else kv)
         if self.layer.is_sliding:
             cache += f", model's own window: {self.layer.sliding}"
         cache = ", ".join((cache, *self.layer.extras))
         heads = heads_of(self.config, self.index, self.layer.is_sliding)
-        return Group(cache, heads, [*self._reads(heads), self._append(heads)])
+        return LayerGroup(cache, heads, [*self._reads(heads), self._append(heads)])
 
     def _kind(self) -> str:
         from hfkv.models.probe import cross_attention_layers
@@ -218,7 +220,7 @@ class _Layer:
     def _is_windowed(self) -> bool:
         return self.layer.window is not None and not self.layer.is_sliding
 
-    def _reads(self, heads: Heads) -> list[Use]:
+    def _reads(self, heads: HeadShape) -> list[Use]:
         uses = []
         for name, num_queries in (("decode", 1), ("prefill", MANY_QUERIES)):
             kernel, why = self._attention(heads, num_queries)
@@ -241,7 +243,7 @@ class _Layer:
             uses.append(Use(f"{name}, moved", by_torch, f"once the window has moved, {lie}"))
         return uses
 
-    def _attention(self, heads: Heads, num_queries: int, is_moved: bool = False) -> tuple[str, str]:
+    def _attention(self, heads: HeadShape, num_queries: int, is_moved: bool = False) -> tuple[str, str]:
         if self.own_attention is not None:
             return OWN, "the model's own attention reads its tokens decoded"
         if self.position_bias is not None:
@@ -252,7 +254,7 @@ class _Layer:
             return "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}"
         return kernel.name, kernel.reason
 
-    def _kernel(self, heads: Heads, num_queries: int, is_moved: bool) -> Kernel:
+    def _kernel(self, heads: HeadShape, num_queries: int, is_moved: bool) -> Kernel:
         from hfkv.attention.latent.crossover import form_for
         from hfkv.kernels.dispatch import attention_kernel, expanded_kernel, latent_kernel
         from hfkv.models.latents import widths_of
@@ -267,7 +269,7 @@ class _Layer:
         choose = attention_kernel if widths is None else latent_kernel
         return choose(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2])
 
-    def _append(self, heads: Heads) -> Use:
+    def _append(self, heads: HeadShape) -> Use:
         from hfkv.kernels.dispatch import append_kernel
 
         if self.layer.kv.offload and self.device.type != "cpu":
@@ -279,7 +281,7 @@ class _Layer:
         return Use("append", kernel.name, kernel.reason)
 
 
-def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
+def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> HeadShape:
     """The heads of a plain attention layer, as a config says them.
 
     Args:
@@ -287,14 +289,14 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
         index: index of the layer.
         is_sliding: whether it has a sliding window of the model's own: others may be wider (gemma4).
     """
-    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.kernels.selftest.inputs import HeadShape
     from hfkv.models.latents import widths_of
     from hfkv.models.sources import config_of_layer
 
     own, widths = config_of_layer(config, index), widths_of(config, index)
     num_heads = own.num_attention_heads
     if widths is not None:
-        return Heads(widths.latent, widths.rotary, num_heads, is_latent=True)
+        return HeadShape(widths.latent, widths.rotary, num_heads, is_latent=True)
     num_kv_heads = getattr(own, "num_key_value_heads", None)
     groups = num_heads // num_kv_heads if isinstance(num_kv_heads, int) and num_kv_heads else 1
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // num_heads
@@ -303,4 +305,4 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> Heads:
     if getattr(own, "kv_lora_rank", None):
         # Latents that are expanded before they are cached: a rotated and an unrotated part of every key.
         head_dim = own.qk_nope_head_dim + own.qk_rope_head_dim
-    return Heads(head_dim, getattr(own, "v_head_dim", None) or head_dim, groups)
+    return HeadShape(head_dim, getattr(own, "v_head_dim", None) or head_dim, groups)

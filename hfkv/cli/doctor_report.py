@@ -1,4 +1,4 @@
-"""`Report`: what the doctor found."""
+"""`DoctorReport`: what the doctor found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Report:
+class DoctorReport:
     """What the doctor found.
 
     Attributes:

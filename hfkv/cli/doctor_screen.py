@@ -15,8 +15,8 @@ from hfkv.cli.tables import new_table, wrap
 if TYPE_CHECKING:
     from hfkv.cli.doctor_layers import ModelReport
     from hfkv.cli.doctor_machine import Item
-    from hfkv.cli.doctor_report import Report
-    from hfkv.kernels.selftest.inputs import Heads
+    from hfkv.cli.doctor_report import DoctorReport
+    from hfkv.kernels.selftest.inputs import HeadShape
     from hfkv.kernels.selftest.suite import Check
 
 # Columns for a config, and for the indices of a group's layers, before they are wrapped.
@@ -29,7 +29,7 @@ STYLES = {"not tested": "dim", "right": "green", "raised": "bold red", "wrong": 
 MOST_FAILURES = 12
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: DoctorReport, console: Console) -> None:
     """Prints a report, at the console's width."""
     _title(console, "Installed")
     console.print(Padding(_installed(report.installed), (0, 1)))
@@ -90,7 +90,7 @@ def _layers(model: ModelReport) -> Table:
     return table
 
 
-def _dims(heads: Heads) -> str:
+def _dims(heads: HeadShape) -> str:
     key_dim, value_dim = heads[:2]
     if heads.is_latent:
         return f"latent {key_dim}, rotary {value_dim}"
@@ -172,7 +172,7 @@ def _alike(checks: list[Check]) -> Iterable[list[Check]]:
     return groups.values()
 
 
-def _verdict(report: Report) -> Text:
+def _verdict(report: DoctorReport) -> Text:
     num_tested = sum(check.outcome != "not tested" for check in report.checks)
     if not report.failures:
         return Text(f"All {num_tested} checks are right ({report.seconds:.1f} s).", "green")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn
 
 from hfkv.cli.errors import CommandError, told_in_one_line
-from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, Report, Setting, measure
+from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
 from hfkv.cli.eval_screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 from hfkv.cli.outputs import check_outputs
@@ -30,19 +30,19 @@ def evaluate(
         typer.Option(help="A cache to compare; may be given again.", show_default=", ".join(DEFAULT_KV)),
     ] = None,
     context_tokens: Annotated[
-        int | None, typer.Option("--context", help="Tokens of a block.", show_default=f"{Setting.context}")
+        int | None, typer.Option("--context", help="Tokens of a block.", show_default=f"{EvalSetting.context}")
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Read one endless text instead of blocks.")] = False,
     tokens: Annotated[
         int | None, typer.Option(help="Tokens of the text to score.", show_default=f"{DEFAULT_TOKENS}, or all")
     ] = None,
-    chunk: Annotated[int, typer.Option(help="Tokens a forward; 1 reads as generation does.")] = Setting.chunk,
+    chunk: Annotated[int, typer.Option(help="Tokens a forward; 1 reads as generation does.")] = EvalSetting.chunk,
     pass_keys: Annotated[bool, typer.Option(help="Hide pass keys and ask for them.")] = True,
     pass_key_lengths: Annotated[str, typer.Option(help="Tokens of their prompts.")] = ",".join(
-        map(str, Setting.lengths)
+        map(str, EvalSetting.lengths)
     ),
-    pass_key_depths: Annotated[int, typer.Option(help="Depths they lie at.")] = Setting.num_depths,
-    trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = Setting.trials,
+    pass_key_depths: Annotated[int, typer.Option(help="Depths they lie at.")] = EvalSetting.num_depths,
+    trials: Annotated[int, typer.Option(help="Prompts of each length and depth.")] = EvalSetting.trials,
     lora: Annotated[str | None, typer.Option(help="A PEFT adapter for the model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (the accelerator if there is one), cpu, cuda, cuda:1 …")] = "auto",
@@ -57,9 +57,9 @@ def evaluate(
     with told_in_one_line():
         if stream and context_tokens is not None:
             raise CommandError("--stream reads the text as one and --context cuts it into blocks; give one of them")
-        setting = Setting(
+        setting = EvalSetting(
             kvs=tuple(kv or DEFAULT_KV),
-            context=None if stream else Setting.context if context_tokens is None else context_tokens,
+            context=None if stream else EvalSetting.context if context_tokens is None else context_tokens,
             tokens=tokens,
             chunk=chunk,
             lengths=whole_numbers("--pass-key-lengths", pass_key_lengths) if pass_keys else (),
@@ -130,7 +130,7 @@ def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
         ) from error
 
 
-def _write_plots(report: Report, folder: Path) -> None:
+def _write_plots(report: EvalReport, folder: Path) -> None:
     import torch
 
     from hfkv.eval import write_plots

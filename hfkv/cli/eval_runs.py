@@ -30,7 +30,7 @@ CHARACTERS_A_TOKEN = 64
 
 
 @dataclass(frozen=True)
-class Setting:
+class EvalSetting:
     """What an evaluation measures.
 
     Attributes:
@@ -62,7 +62,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """What one cache cost: on the text, and in pass keys found, [depths][lengths], 0 to 1 (None without)."""
 
     text: CacheReport
@@ -78,7 +78,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvalReport:
     """An evaluation's numbers.
 
     Attributes:
@@ -96,9 +96,9 @@ class Report:
     model: str
     text: str
     num_tokens: int
-    setting: Setting
+    setting: EvalSetting
     depths: list[float]
-    rows: list[Row]
+    rows: list[EvalRow]
     seconds: float
     machine: dict[str, Any]
     max_positions: int | None
@@ -122,11 +122,11 @@ def measure(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
-    setting: Setting,
+    setting: EvalSetting,
     names: tuple[str, str] = (BUNDLED, BUNDLED_TEXT),
     on_plan: Callable[[int], None] = lambda num_tokens: None,
     on_tokens: Callable[[str, int], None] = lambda what, num_tokens: None,
-) -> Report:
+) -> EvalReport:
     """Runs every config of a setting, and the full cache first.
 
     Args:
@@ -171,13 +171,13 @@ def measure(
             f"out of memory: {first_line(error)} Every config's cache is held beside the full one: take fewer --kv at "
             "once, a smaller --context or --tokens, or shorter --pass-key-lengths."
         ) from error
-    return Report(
+    return EvalReport(
         model=names[0],
         text=names[1],
         num_tokens=len(ids),
         setting=setting,
         depths=depths,
-        rows=[Row(report, grids.get(report.kv)) for report in reports],
+        rows=[EvalRow(report, grids.get(report.kv)) for report in reports],
         seconds=time.perf_counter() - start,
         machine=describe_run(model),
         max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
@@ -193,7 +193,7 @@ def _check_fits(model: Any, kv: str) -> None:
         raise CommandError(f"--kv {kv!r} on {type(model).__name__}: {error}") from error
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, setting: Setting) -> torch.Tensor:
+def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, setting: EvalSetting) -> torch.Tensor:
     wanted = setting.tokens or DEFAULT_TOKENS
     # verbose: no warning that the text is longer than the model's context; it is cut into blocks.
     ids = tokenizer(text[: wanted * CHARACTERS_A_TOKEN], add_special_tokens=False, return_tensors="pt", verbose=False)[

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfkv.cli.demo_screen import BEARABLE_CHANGE, GOOD_CHANGE
-from hfkv.cli.eval_runs import Report, Row
+from hfkv.cli.eval_runs import EvalReport, EvalRow
 from hfkv.cli.tables import Columns, drop_to_fit, notes_grid, room, table_of, unit_of, wrap
 
 PERPLEXITY, ALLOCATED = "ppl\n", "alloc\n"
@@ -20,21 +20,21 @@ UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 LEAST_UNITS = 10
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: EvalReport, console: Console) -> None:
     """Prints a report, at the console's width."""
     console.print()
     console.print(_table(report, console.width))
     console.print(Padding(_caption(report), (0, 1)))
 
 
-def _table(report: Report, width: int) -> Table:
+def _table(report: EvalReport, width: int) -> Table:
     columns = _columns(report)
     drop_to_fit(columns, width, DISPENSABLE, NARROWEST_KV)
     names = [Text(wrap(row.text.kv, room(columns, width)), "bold") for row in report.rows]
     return table_of("kv\n", names, columns, ends=(0,))
 
 
-def _columns(report: Report) -> Columns:
+def _columns(report: EvalReport) -> Columns:
     unit, unit_name = unit_of(min(row.text.held_bytes for row in report.rows), UNITS, LEAST_UNITS)
     texts = [row.text for row in report.rows]
     columns = {
@@ -59,7 +59,7 @@ def _number(perplexity: float) -> str:
     return f"{perplexity:.3f}" if perplexity < 1000 else f"{perplexity:.2g}"
 
 
-def _keys(row: Row) -> str:
+def _keys(row: EvalRow) -> str:
     return "-" if row.keys_found is None else f"{100 * row.keys_found:.0f}"
 
 
@@ -68,7 +68,7 @@ def _change(percent: float) -> Text:
     return Text(f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.1e}", style)
 
 
-def _caption(report: Report) -> Table:
+def _caption(report: EvalReport) -> Table:
     setting, machine = report.setting, report.machine
     block = report.num_tokens if setting.context is None else min(setting.context, report.num_tokens)
     read = "as one stream" if setting.context is None else f"in blocks of {block:,}"

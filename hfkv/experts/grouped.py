@@ -8,7 +8,7 @@ import torch
 
 from hfkv.experts.projection import Projection
 from hfkv.experts.weights import PlainWeights
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 from hfkv.kernels.triton.support import unsupported
 
 
@@ -33,17 +33,17 @@ def run_grouped(
     from hfkv.kernels.experts.triton_combine import combine
 
     up, down = projections
-    slots = Slots(top_k_index, up.weights.shape[0])
+    slots = ExpertSlots(top_k_index, up.weights.shape[0])
     hidden = _linear(up, hidden_states.to(up.weights.dtype), slots, rows_are_slots=False)
     hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
     out = _linear(down, hidden, slots, rows_are_slots=True)
     if getattr(experts, "has_post_expert_norm", False):
         out = experts.post_expert_norm(out)
-    # Slots of no expert here hold zeros, except what a gate or a norm makes of them; their weights are zero too.
+    # ExpertSlots of no expert here hold zeros, except what a gate or a norm makes of them; their weights are zero too.
     return combine(out, top_k_weights, hidden_states.dtype)
 
 
-def _linear(projection: Projection, x: torch.Tensor, slots: Slots, *, rows_are_slots: bool) -> torch.Tensor:
+def _linear(projection: Projection, x: torch.Tensor, slots: ExpertSlots, *, rows_are_slots: bool) -> torch.Tensor:
     from hfkv.kernels.experts.triton import expert_linear
 
     weights = projection.weights

@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hfkv.experts.weights import ExpertWeights
-from hfkv.models.proxy import StandIn
+from hfkv.models.proxy import Proxy
 
 logger = logging.getLogger("hfkv")
 
@@ -19,7 +19,7 @@ _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default)
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-class ExpertStack(StandIn):
+class ExpertStack(Proxy):
     """Stands for the weights of all experts of a layer, in the model's own layout, as one parameter.
 
     The ``hfkv`` experts read `weights`. Any other code sees an ordinary tensor, decoded when it is read (one expert
@@ -173,4 +173,4 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[ExpertStack]:
 
 def _with(plains: dict[int, torch.Tensor], given: Any) -> Any:
     """Copies `given` with plain tensors instead of stacks, taken from `plains` where they are there."""
-    return tree_map_only(StandIn, lambda stack: plains[id(stack)] if id(stack) in plains else stack.plain(), given)
+    return tree_map_only(Proxy, lambda stack: plains[id(stack)] if id(stack) in plains else stack.plain(), given)

@@ -1,4 +1,4 @@
-"""`ModelState`: what the keys and values of a model depend on besides its tokens."""
+"""`Fingerprint`: what the keys and values of a model depend on besides its tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _LIBRARIES = ("transformers", "accelerate", "kernels", "hfkv")
 
 
 @dataclass(frozen=True)
-class ModelState:
+class Fingerprint:
     """What is known of a model at one moment.
 
     Attributes:
@@ -68,7 +68,7 @@ class ModelState:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "object": None}  # a weak reference cannot be pickled
 
-    def difference(self, other: ModelState) -> str | None:
+    def difference(self, other: Fingerprint) -> str | None:
         """What `other` has that this has not, in words, or None where keys and values of both are the same."""
         is_same_object = self.object is not None and other.object is not None and self.object() is other.object()
         is_rewritten = is_same_object and self.versions != other.versions
@@ -93,7 +93,7 @@ def fingerprint_difference(one: Mapping[str, str], other: Mapping[str, str], is_
     """What the fingerprint `other` has that `one` has not, in words, or None where they are the same.
 
     Args:
-        one, other: two values of `ModelState.fingerprint`.
+        one, other: two values of `Fingerprint.fingerprint`.
         is_rewritten: whether the weights are known to have been written to between them.
     """
     if one["model"] != other["model"]:
@@ -105,7 +105,7 @@ def fingerprint_difference(one: Mapping[str, str], other: Mapping[str, str], is_
     return "other weights" if one["weights"] != other["weights"] or is_rewritten else None
 
 
-def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
+def fingerprint_of(model: Any, exact_rotary: bool = False) -> Fingerprint:
     """Looks at a model: a few numbers of every weight, and PEFT's adapters.
 
     Args:
@@ -144,7 +144,7 @@ def state_of(model: Any, exact_rotary: bool = False) -> ModelState:
     precision = str(next((tensor.dtype for tensor in parameters if tensor.is_floating_point()), None))
     if torch.is_autocast_enabled(device_type):
         precision += f" under autocast to {torch.get_autocast_dtype(device_type)}"
-    return ModelState(
+    return Fingerprint(
         model=f"{type(model).__name__} {digest}",
         adapters=", ".join(adapters) or "none",
         weights=_digest(parameters),

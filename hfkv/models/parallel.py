@@ -1,4 +1,4 @@
-"""`Spread`: over how many processes one model is spread, and what they have to agree on."""
+"""`ParallelPlan`: over how many processes one model is spread, and what they have to agree on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 
 @dataclass(frozen=True)
-class Spread:
+class ParallelPlan:
     """How transformers has spread a model over processes, each of which runs the same program.
 
     Attributes:
@@ -32,19 +32,19 @@ class Spread:
         return self.heads == self.experts == self.stages == self.replicas == 1
 
 
-def spread_of(config_or_model: Any) -> Spread:
-    """The `Spread` that a model's config tells; a single process where it says nothing."""
+def parallel_plan_of(config_or_model: Any) -> ParallelPlan:
+    """The `ParallelPlan` that a model's config tells; a single process where it says nothing."""
     config = getattr(config_or_model, "config", config_or_model)
     asked = getattr(config, "distributed_config", None)
     if asked is None:
-        return Spread()
+        return ParallelPlan()
     heads, experts = asked.tp_size or 1, getattr(asked, "ep_size", None) or 1
     if asked.enable_expert_parallel and not hasattr(asked, "ep_size"):
         heads, experts = 1, heads  # transformers 5.17 shares the experts or everything else
     if asked.tp_plan == {}:
         heads = 1  # experts alone
     replicas = (getattr(asked, "dp_replicate_size", None) or 1) * (asked.fsdp_size or 1)
-    return Spread(heads, experts, asked.pp_size or 1, replicas)
+    return ParallelPlan(heads, experts, asked.pp_size or 1, replicas)
 
 
 def own_layers(model: Any, num_layers: int) -> range:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from hfkv.codecs.autocast import in_own_precision
-from hfkv.models.parallel import spread_of
+from hfkv.models.parallel import parallel_plan_of
 from hfkv.models.rotary import Rotary
 
 # Where the keys are measured: few, small enough for any model, and far enough apart to tell frequencies apart.
@@ -97,7 +97,7 @@ def _rope_settings(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 
 
 def _refusal(model: PreTrainedModel, config: PreTrainedConfig, decoder: PreTrainedModel) -> str | None:
-    if spread_of(model).stages > 1:
+    if parallel_plan_of(model).stages > 1:
         return "its layers are shared by the stages of a pipeline, none of which can run a token through all of them"
     if model.config.is_encoder_decoder:
         return "the keys of encoder-decoder models are not known to be rotated by their positions"

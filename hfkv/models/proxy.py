@@ -1,4 +1,4 @@
-"""`StandIn`: a tensor without values of its own, that stands for a plain one."""
+"""`Proxy`: a tensor without values of its own, that stands for a plain one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-class StandIn(torch.Tensor):
+class Proxy(torch.Tensor):
     """A tensor that stands for `plain()`, which every torch operation, copy and pickle sees instead."""
 
     def __init__(self, *args: Any) -> None:
@@ -45,6 +45,6 @@ class StandIn(torch.Tensor):
 
 def _plain(given: Any) -> Any:
     """An argument of an operation without stand-ins: a tenth of the time of torch's own `tree_map`."""
-    if isinstance(given, StandIn):
+    if isinstance(given, Proxy):
         return given.plain()
     return [_plain(each) for each in given] if type(given) in (list, tuple) else given

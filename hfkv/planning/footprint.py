@@ -33,7 +33,7 @@ LAST_CHUNKS = 32
 ROWS_TOGETHER = 8
 
 
-class Bytes(NamedTuple):
+class FootprintBytes(NamedTuple):
     """The bytes that rows take.
 
     Attributes:
@@ -46,13 +46,13 @@ class Bytes(NamedTuple):
     peak: int
     held: int
 
-    def times(self, factor: int, divisor: int = 1) -> Bytes:
+    def times(self, factor: int, divisor: int = 1) -> FootprintBytes:
         """The product, field by field, rounded down."""
-        return Bytes(*(count * factor // divisor for count in self))
+        return FootprintBytes(*(count * factor // divisor for count in self))
 
-    def plus(self, other: Bytes) -> Bytes:
+    def plus(self, other: FootprintBytes) -> FootprintBytes:
         """The sum, field by field."""
-        return Bytes(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return FootprintBytes(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,11 @@ class Footprint:
             if index in geometry.states
             for kind in _kinds(layer, geometry.states[index])
         )
-        self._known: dict[tuple[int, int], tuple[Bytes, Bytes]] = {}
+        self._known: dict[tuple[int, int], tuple[FootprintBytes, FootprintBytes]] = {}
         self._spare: dict[tuple[_Kind, int, int], int] = {}
         self._check_budget()
 
-    def of(self, tokens: int, batch: int = 1) -> Bytes:
+    def of(self, tokens: int, batch: int = 1) -> FootprintBytes:
         """The bytes that `batch` rows of `tokens` take, on all devices together.
 
         Args:
@@ -106,7 +106,7 @@ class Footprint:
         resident, offloaded = self._parts(tokens, batch)
         return resident.plus(offloaded)
 
-    def offloaded(self, tokens: int, batch: int = 1) -> Bytes:
+    def offloaded(self, tokens: int, batch: int = 1) -> FootprintBytes:
         """The bytes kept in host memory; on a CPU none."""
         return self._parts(tokens, batch)[1]
 
@@ -125,14 +125,14 @@ class Footprint:
             kept = sum(newest) * batch
         return resident.peak + min(offloaded.peak, kept + STAGING)
 
-    def _parts(self, tokens: int, batch: int) -> tuple[Bytes, Bytes]:
+    def _parts(self, tokens: int, batch: int) -> tuple[FootprintBytes, FootprintBytes]:
         """The bytes that stay on the device by themselves, and those that are offloaded."""
         stores = [self._store_of(kind) for kind in self._kinds]
         rounds = any(store.is_paged and store.bound is not None for store in stores)
         rows = min(batch, ROWS_TOGETHER) if rounds else 1
         if (tokens, rows) not in self._known:
             own = rows * (self.geometry.own_row_bytes + tokens * self.geometry.own_token_bytes)
-            resident, offloaded = Bytes(own, own, own), Bytes(0, 0, 0)
+            resident, offloaded = FootprintBytes(own, own, own), FootprintBytes(0, 0, 0)
             for kind, count in self._kinds.items():
                 filled = self._fill(kind, tokens, rows).times(count)
                 resident = resident.plus(_index(kind.states, tokens, rows).times(count))
@@ -177,7 +177,7 @@ class Footprint:
         store = self._store_of(kind)
         return cast("PagedStore", store).page_size * sum(token_bytes(plane) for plane in _planes(kind, 1, 1))
 
-    def _fill(self, kind: _Kind, tokens: int, rows: int) -> Bytes:
+    def _fill(self, kind: _Kind, tokens: int, rows: int) -> FootprintBytes:
         """The bytes that one layer's store takes, filled step by step as `KVLayer` does."""
         window = KVLayer(kind.kv, kind.sliding).window
         if not window:
@@ -216,7 +216,7 @@ class Footprint:
             self._spare[kind, tokens, rows] = most
         return self._spare[kind, tokens, rows]
 
-    def _follow(self, kind: _Kind, tokens: int, rows: int, chunks: Sequence[int]) -> Bytes:
+    def _follow(self, kind: _Kind, tokens: int, rows: int, chunks: Sequence[int]) -> FootprintBytes:
         """The bytes that one layer's store for `tokens` takes after some forwards."""
         window, store = KVLayer(kind.kv, kind.sliding).window, self._store_of(kind)
         slots = window.num_slots if window else 0
@@ -232,7 +232,7 @@ class Footprint:
             store.extend(count)
             span.advance(count)
             peak = max(peak, sum(plane.nbytes for plane in store.planes))
-        return Bytes(sum(plane.nbytes for plane in store.planes), peak, store.held_bytes())
+        return FootprintBytes(sum(plane.nbytes for plane in store.planes), peak, store.held_bytes())
 
 
 def _kinds(layer: CacheLayer, states: States) -> list[_Kind]:
@@ -243,14 +243,14 @@ def _kinds(layer: CacheLayer, states: States) -> list[_Kind]:
     ]
 
 
-def _index(states: States, tokens: int, rows: int) -> Bytes:
+def _index(states: States, tokens: int, rows: int) -> FootprintBytes:
     """The bytes of the keys of a layer's indexer, which stay on the device as they are; see `IndexedLayer`."""
     if not states.index_dim:
-        return Bytes(0, 0, 0)
+        return FootprintBytes(0, 0, 0)
     store = ContiguousStore()
     store.reserve(tokens)
     store.append((torch.empty(rows, 1, tokens, states.index_dim, dtype=states.index_dtype, device="meta"),))
-    return Bytes(*(sum(plane.nbytes for plane in store.planes),) * 2, store.held_bytes())
+    return FootprintBytes(*(sum(plane.nbytes for plane in store.planes),) * 2, store.held_bytes())
 
 
 def _chunks(tokens: int, reply: int) -> list[int]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hfkv.sparse_moe.capacity import expert_capacity, kept_slots
 from hfkv.sparse_moe.last_forward import LastForward
-from hfkv.sparse_moe.layer_experts import ExpertsConfig, default_implementation, experts_class
+from hfkv.sparse_moe.layer_experts import LayerExpertsConfig, default_implementation, experts_class
 from hfkv.sparse_moe.routing import Gate, Routed, Router, Routing, check_routing, is_recomputing, route
 
 BALANCE_COEF = 0.01  # Switch Transformers
@@ -108,7 +108,7 @@ class SparseMoE(nn.Module):
         self.gate = Router(hidden_size, num_experts, device, dtype)
         self._default = default_implementation(hidden_size, intermediate_size, self.gate.weight.dtype)
         # The experts' own, held here too: adapters wrap the experts.
-        self.experts_config = ExpertsConfig(self._default, self.top_k)
+        self.experts_config = LayerExpertsConfig(self._default, self.top_k)
         self.experts = experts_class(gated, bias)(
             self.experts_config, num_experts, hidden_size, intermediate_size, activation, device, dtype
         )

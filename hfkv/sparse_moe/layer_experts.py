@@ -16,7 +16,7 @@ GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED_ROW_BYTES = 16
 
 
-class ExpertsConfig:
+class LayerExpertsConfig:
     """The part of a model config that transformers' experts interface reads, one for every layer.
 
     Args:
@@ -30,7 +30,7 @@ class ExpertsConfig:
         self.num_experts_per_tok = num_experts_per_tok
 
     def __repr__(self) -> str:
-        return f"ExpertsConfig({self._experts_implementation!r})"
+        return f"LayerExpertsConfig({self._experts_implementation!r})"
 
 
 def default_implementation(hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> str:
@@ -51,7 +51,7 @@ class _Stacks(nn.Module):
 
     def __init__(
         self,
-        config: ExpertsConfig,
+        config: LayerExpertsConfig,
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,

@@ -103,7 +103,7 @@ class RoutingStats:
         self._model = model
         self._handles: list[Any] = []
         self._attention_mask: torch.Tensor | None = None
-        self._counts: dict[str, _Counts] = {}
+        self._counts: dict[str, _RoutingCounts] = {}
 
     def __enter__(self) -> RoutingStats:
         if self._handles:
@@ -194,7 +194,7 @@ class RoutingStats:
         is_soft = last is not None and last.is_soft
         if name not in self._counts:
             num_experts = int(experts.num_experts)  # type: ignore[arg-type]
-            self._counts[name] = _Counts(num_experts, 1 if is_soft else index.shape[1], index.device)
+            self._counts[name] = _RoutingCounts(num_experts, 1 if is_soft else index.shape[1], index.device)
         dropped = kept.new_zeros(()) if last is None or last.kept is None else (kept * ~last.kept).sum()
         self._counts[name].add(index, kept * weights.float() if is_soft else kept, kept[:, 0].sum(), dropped)
 
@@ -207,7 +207,7 @@ class RoutingStats:
         return mask[:, -length:].reshape(-1).bool() if 0 < length <= mask.shape[1] else None
 
 
-class _Counts:
+class _RoutingCounts:
     """The sums of one layer, kept on its device: only reading them waits for it."""
 
     def __init__(self, num_experts: int, top_k: int, device: torch.device) -> None:

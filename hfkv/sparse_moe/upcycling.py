@@ -15,7 +15,7 @@ from hfkv.sparse_moe.ffn import DenseFFN, add_noise, decoder_layers
 
 
 @dataclass(frozen=True)
-class Target:
+class UpcyclingTarget:
     """A stock architecture, and the dense models that can become one.
 
     Attributes:
@@ -61,8 +61,10 @@ def _qwen3_refusal(config: Any, layers: list[int]) -> str | None:
 
 
 TARGETS = {
-    "mixtral": Target(MixtralConfig, ("LlamaForCausalLM", "MistralForCausalLM"), _mixtral_fields, _mixtral_refusal),
-    "qwen3_moe": Target(Qwen3MoeConfig, ("Qwen3ForCausalLM",), _qwen3_fields, _qwen3_refusal),
+    "mixtral": UpcyclingTarget(
+        MixtralConfig, ("LlamaForCausalLM", "MistralForCausalLM"), _mixtral_fields, _mixtral_refusal
+    ),
+    "qwen3_moe": UpcyclingTarget(Qwen3MoeConfig, ("Qwen3ForCausalLM",), _qwen3_fields, _qwen3_refusal),
 }
 # Fields of a dense config that say which architecture it is, or what a mixture has of its own.
 OWN_FIELDS = {"model_type", "architectures", "transformers_version", "num_experts_per_tok", "layer_types"}
@@ -118,7 +120,7 @@ def _attention(model: PreTrainedModel) -> str | None:
 
 def _config(
     dense: PreTrainedConfig,
-    target: Target,
+    target: UpcyclingTarget,
     num_experts: int,
     top_k: int,
     layers: list[int],

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv import tiny_lm
 from hfkv.cli.commands import app
-from hfkv.cli.demo_runs import Report, Setting
+from hfkv.cli.demo_runs import DemoReport, DemoSetting
 from hfkv.cli.demo_screen import show
 from hfkv.cli.generate import PREFILL_CHUNK
 
@@ -192,7 +192,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory):
 def test_demo_shows_every_cache(demo) -> None:
     result, numbers = demo
     labels = {(row["cache"], row["kv"]) for row in numbers["rows"]}
-    assert labels == set(Setting(window=32).caches())
+    assert labels == set(DemoSetting(window=32).caches())
     for cache, kv in labels:
         assert cache in result.stdout
         assert kv is None or kv in result.stdout
@@ -221,11 +221,11 @@ def test_demo_json_says_where_it_was_measured(demo) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_cell_of_the_screen_is_cut(demo, width: int) -> None:
-    from hfkv.cli.demo_runs import Row
+    from hfkv.cli.demo_runs import DemoRow
 
     numbers = demo[1]
-    rows = [Row(**row) for row in numbers["rows"]]
-    report = Report(numbers["prompt"], numbers["text"], rows, Setting(**numbers["setting"]), numbers["machine"])
+    rows = [DemoRow(**row) for row in numbers["rows"]]
+    report = DemoReport(numbers["prompt"], numbers["text"], rows, DemoSetting(**numbers["setting"]), numbers["machine"])
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show(report, console)
     assert "…" not in console.export_text()

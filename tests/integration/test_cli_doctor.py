@@ -23,7 +23,7 @@ from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.naive import attention_naive
 from hfkv.kernels.selftest import suite as selftest
-from hfkv.kernels.selftest.inputs import Heads
+from hfkv.kernels.selftest.inputs import HeadShape
 from hfkv.kernels.selftest.suite import RIGHT, Check, Planned
 from tests.tiny import llama_config
 
@@ -142,9 +142,9 @@ def test_layers_and_models_that_stay_transformers_own_say_why() -> None:
 def test_layers_with_dimensions_of_their_own() -> None:
     # Code without expand_kv caches what it has expanded.
     config = llama_config(kv_lora_rank=8, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=16)
-    assert layers_of(config, "none").heads == (Heads(32, 16, 2),)
+    assert layers_of(config, "none").heads == (HeadShape(32, 16, 2),)
     wide = llama_config(num_hidden_layers=3, global_head_dim=48)
-    assert layers_of(wide, "none").heads == (Heads(48, 48, 2),)
+    assert layers_of(wide, "none").heads == (HeadShape(48, 48, 2),)
     gemma4 = pytest.importorskip("transformers.models.gemma4")
     if hasattr(gemma4.Gemma4TextConfig(), "per_layer_config"):
         assert {heads.key_dim for heads in layers_of(gemma4.Gemma4TextConfig(), "none").heads} == {256, 512}

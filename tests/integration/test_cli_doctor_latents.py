@@ -8,11 +8,11 @@ from rich.console import Console
 from transformers import DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
 
 from hfkv.cli.doctor_layers import ModelReport, describe_layers
-from hfkv.cli.doctor_report import Report
+from hfkv.cli.doctor_report import DoctorReport
 from hfkv.cli.doctor_screen import show
 from hfkv.cli.errors import CommandError
 from hfkv.kernels.dispatch import expanded_kernel, latent_kernel
-from hfkv.kernels.selftest.inputs import Heads
+from hfkv.kernels.selftest.inputs import HeadShape
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,7 @@ def layers_of(config: PreTrainedConfig, kv: str) -> ModelReport:
 def test_layers_that_cache_latents_show_the_kernels_for_latents() -> None:
     config = DeepseekV3Config(num_hidden_layers=2, vocab_size=99)
     report = layers_of(config, "int8+window:64")
-    assert report.heads == (Heads(512, 64, 128, is_latent=True),)
+    assert report.heads == (HeadShape(512, 64, 128, is_latent=True),)
     (group,) = report.groups
     assert [(use.name, use.kernel, use.why) for use in group.uses[:2]] == [
         ("decode", *latent_kernel("int8", torch.bfloat16, CPU, 1, (512, 64))[:2]),
@@ -38,7 +38,7 @@ def test_layers_that_cache_latents_show_the_kernels_for_latents() -> None:
         ("prefill, moved", "cpu latent"),
     ]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(Report([], report, "cpu", "bfloat16", [], 1.0), console)
+    show(DoctorReport([], report, "cpu", "bfloat16", [], 1.0), console)
     assert "latent 512, rotary 64" in console.export_text()
 
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from hfkv.cli.doctor_layers import Group, ModelReport, Use
+from hfkv.cli.doctor_layers import LayerGroup, ModelReport, Use
 from hfkv.cli.doctor_machine import Item, describe_installation
-from hfkv.cli.doctor_report import Report
+from hfkv.cli.doctor_report import DoctorReport
 from hfkv.cli.doctor_screen import STYLES, ranges, show
 from hfkv.kernels.selftest import suite as selftest
-from hfkv.kernels.selftest.inputs import Heads
+from hfkv.kernels.selftest.inputs import HeadShape
 from hfkv.kernels.selftest.suite import Check
 from tests.integration.test_cli_doctor import CPU, gemma, layers_of, product_is_exact  # noqa: F401
 
 
 def shown(width: int, items: list[Item], layers: ModelReport, checks: list[Check]) -> str:
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(Report(items, layers, "cpu", "bfloat16", checks, 1.0), console)
+    show(DoctorReport(items, layers, "cpu", "bfloat16", checks, 1.0), console)
     return console.export_text()
 
 
@@ -46,8 +46,10 @@ def test_whatever_a_machine_has_to_say_is_shown_whole(width: int) -> None:
     items = [Item(name, word(), word(), is_odd) for name, is_odd in (("bitsandbytes", False), ("GPU", True))]
     items.append(Item(word(), None))
     groups = [
-        Group(word(), heads, [Use(name, word(), word()) for name in ("prefill, moved", word())], list(range(0, 99, 2)))
-        for heads in (Heads(576, 512), None)
+        LayerGroup(
+            word(), heads, [Use(name, word(), word()) for name in ("prefill, moved", word())], list(range(0, 99, 2))
+        )
+        for heads in (HeadShape(576, 512), None)
     ]
     failed = [Check("decode", word(), "int8", "paged", "plain", 1, None, outcome, 1e9, 1e-5) for outcome in STYLES]
     alike = [replace(check, kernel=failed[0].kernel, what="prefill") for check in failed]

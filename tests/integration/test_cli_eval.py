@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv import tiny_lm
 from hfkv.cli.commands import app
-from hfkv.cli.eval_runs import Report, Row, Setting
+from hfkv.cli.eval_runs import EvalReport, EvalRow, EvalSetting
 from hfkv.cli.eval_screen import show
 from hfkv.cli.tables import wrap
 from hfkv.eval import CacheReport, held_out_loss, pass_key_grid
@@ -183,7 +183,7 @@ def test_an_adapter_is_measured_or_refused(tmp_path: Path) -> None:
     assert "LoRA" in message
 
 
-def report(kvs: list[str], scale: int) -> Report:
+def report(kvs: list[str], scale: int) -> EvalReport:
     """Numbers as long as they may come."""
     text = CacheReport(
         kv="",
@@ -202,10 +202,10 @@ def report(kvs: list[str], scale: int) -> Report:
         chunk=128,
         nats_by_position=[1.0],
     )
-    rows = [Row(CacheReport(**{**vars(text), "kv": kv}), [[1.0]]) for kv in kvs]
+    rows = [EvalRow(CacheReport(**{**vars(text), "kv": kv}), [[1.0]]) for kv in kvs]
     machine = {"processor": "cpu", "device": "cpu", "threads": 2, "dtype": "bfloat16"}
     versions = {"hfkv": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"}
-    return Report("a/model", "a text", 10**6, Setting(), [0.5], rows, 1.0, {**machine, **versions}, 4096)
+    return EvalReport("a/model", "a text", 10**6, EvalSetting(), [0.5], rows, 1.0, {**machine, **versions}, 4096)
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])

@@ -8,7 +8,7 @@ import torch
 
 from hfkv.kernels.experts.codes import GROUP, Codes
 from hfkv.kernels.experts.naive import expert_linear_naive
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 
 CODECS = ("none", "int8", "int4")
 FORMS = (*CODECS, "transposed", "mixed")
@@ -54,10 +54,10 @@ def to(codes: Codes, device: torch.device) -> Codes:
     return Codes(*(None if tensor is None else tensor.to(device) for tensor in tensors), codes.num_inputs)  # type: ignore[arg-type]
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> Slots:
+def choose(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> ExpertSlots:
     """Different experts for each token, at random."""
     scores = torch.rand(num_tokens, num_experts)
-    return Slots(scores.topk(top_k, dim=1).indices.to(device), num_experts)
+    return ExpertSlots(scores.topk(top_k, dim=1).indices.to(device), num_experts)
 
 
 def assert_close(out: torch.Tensor, x: torch.Tensor, *args: Any, **options: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 from hfkv.kernels.experts.triton import expert_linear
 from hfkv.kernels.experts.triton_combine import combine
 from tests.kernels.expert_cases import FORMS, assert_close, choose, stack
@@ -25,7 +25,7 @@ def layer(form: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     down = stack(form, (NUM_EXPERTS, INPUTS, OUTPUTS), dtype, CUDA)
 
     def forward(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        slots = Slots(index, NUM_EXPERTS)
+        slots = ExpertSlots(index, NUM_EXPERTS)
         y = expert_linear(x, up, slots, OUTPUTS, rows_are_slots=False)
         y = expert_linear(y, down, slots, INPUTS, rows_are_slots=True)
         return combine(y, weights, x.dtype)
@@ -46,7 +46,7 @@ def test_layers_of_a_real_size(form: str, dtype: torch.dtype, num_tokens: int) -
     parts = stack(form, (NUM_EXPERTS, OUTPUTS, INPUTS), dtype, CUDA)
     x, index, _ = inputs(num_tokens, dtype)
     bias = torch.randn(NUM_EXPERTS, OUTPUTS).to(CUDA, dtype)
-    slots = Slots(index, NUM_EXPERTS)
+    slots = ExpertSlots(index, NUM_EXPERTS)
     for kernel in ("gemv", "gemm", "invariant", None):
         args = parts, slots, OUTPUTS, bias
         out = expert_linear(x, *args, rows_are_slots=False, kernel=kernel)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def test_the_invariant_kernel_gives_the_same_bits_alone_and_in_company(form: str
     x, index, _ = inputs(500, torch.bfloat16)
 
     def linear(low: int, high: int) -> torch.Tensor:
-        slots = Slots(index[low:high], NUM_EXPERTS)
+        slots = ExpertSlots(index[low:high], NUM_EXPERTS)
         return expert_linear(x[low:high], parts, slots, OUTPUTS, rows_are_slots=False, kernel="invariant")
 
     whole = linear(0, 500)

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from hfkv.kernels.experts import triton as triton_experts
 from hfkv.kernels.experts.codes import Codes
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 from hfkv.kernels.experts.triton import expert_linear
 from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, Device
 from tests.kernels.expert_cases import FORMS, assert_close, choose, part, stack, to
@@ -19,7 +19,7 @@ KERNELS = ("gemv", "gemm")
 
 
 def check(
-    slots: Slots,
+    slots: ExpertSlots,
     form: str,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -76,18 +76,18 @@ def test_many_rows_of_one_expert(rows_are_slots: bool, device: torch.device) -> 
     # 100 of 101 slots on expert 2 of 4: several tiles of it, and experts without any.
     index = torch.full((101, 1), 2)
     index[50] = 0
-    slots = Slots(index.to(device), 4)
+    slots = ExpertSlots(index.to(device), 4)
     check(slots, "int8", (20, 50), torch.bfloat16, "gemm", device, has_bias=True, rows_are_slots=rows_are_slots)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("form", ["none", "mixed"])
 def test_slots_of_no_expert_are_zeros(form: str, kernel: str, device: torch.device) -> None:
-    slots = Slots(torch.tensor([[0, 3], [3, 3], [9, 2], [-1, 2]], device=device), 3)
+    slots = ExpertSlots(torch.tensor([[0, 3], [3, 3], [9, 2], [-1, 2]], device=device), 3)
     out = check(slots, form, (35, 40), torch.bfloat16, kernel, device, has_bias=True)
     assert not out[[1, 2, 3, 4, 6]].any()
     assert out[[0, 5, 7]].any(dim=1).all()
-    nobodys = Slots(torch.full((2, 2), 3, device=device), 3)
+    nobodys = ExpertSlots(torch.full((2, 2), 3, device=device), 3)
     assert not check(nobodys, form, (35, 40), torch.bfloat16, kernel, device, has_bias=True).any()
 
 
@@ -97,7 +97,7 @@ def test_no_expert_is_read_in_place_of_another(kernel: str, device: torch.device
     weight[1::2] = torch.randn(2, 20, 40)
     x = torch.randn(3, 40)
     parts = (to(Codes(weight, None, None, None, None, 40), device),)
-    slots = Slots(torch.tensor([[1, 3], [3, 1], [1, 5]], device=device), 5)
+    slots = ExpertSlots(torch.tensor([[1, 3], [3, 1], [1, 5]], device=device), 5)
     assert_close(
         expert_linear(x.to(device), parts, slots, 20, rows_are_slots=False, kernel=kernel),  # type: ignore[arg-type]
         *(x.to(device), parts, slots, 20),
@@ -112,7 +112,7 @@ def test_inputs_cut_into_splits(form: str, device: torch.device, monkeypatch: py
     splits = []
     choose_splits = triton_experts.gemv_splits
     monkeypatch.setattr(triton_experts, "gemv_splits", lambda *args: splits.append(choose_splits(*args)) or splits[-1])
-    slots = Slots(torch.tensor([[1, 2]], device=device), 2)
+    slots = ExpertSlots(torch.tensor([[1, 2]], device=device), 2)
     out = check(slots, form, (4, 5000), torch.float16, "gemv", device, has_bias=True)
     assert not out[1].any()
     assert splits[0] > 1
@@ -151,7 +151,7 @@ def test_stacks_larger_than_32_bits_count(kernel: str, device: torch.device) -> 
     weight[1] = torch.randint(-127, 128, (16, 32))
     codes = Codes(weight, torch.ones(2, 16, device=device), None, None, None, 32)
     x = torch.randn(1, 32, device=device)
-    slots = Slots(torch.ones(1, 1, dtype=torch.long, device=device), 2)
+    slots = ExpertSlots(torch.ones(1, 1, dtype=torch.long, device=device), 2)
     out = expert_linear(x, (codes,), slots, 16, rows_are_slots=False, kernel=kernel)  # type: ignore[arg-type]
     torch.testing.assert_close(out, x @ weight[1].float().T, rtol=1e-5, atol=1e-3)
 
@@ -176,9 +176,9 @@ def test_invariant_bits_do_not_depend_on_other_rows(form: str, device: torch.dev
     parts = stack(form, (2, 40, 90), torch.bfloat16, device)
     x = torch.randn(60, 90).to(device, torch.bfloat16)
     index = torch.randint(0, 2, (60, 1), device=device)
-    whole = expert_linear(x, parts, Slots(index, 2), 40, rows_are_slots=False, kernel="invariant")
+    whole = expert_linear(x, parts, ExpertSlots(index, 2), 40, rows_are_slots=False, kernel="invariant")
     for low, high in ((0, 1), (1, 8), (8, 60)):
-        some = Slots(index[low:high], 2)
+        some = ExpertSlots(index[low:high], 2)
         out = expert_linear(x[low:high], parts, some, 40, rows_are_slots=False, kernel="invariant")
         assert torch.equal(out, whole[low:high])
 
@@ -214,7 +214,7 @@ def test_it_compiles_as_one_graph(device: torch.device) -> None:
     back = stack("int8", (4, 16, 12), torch.float32, device)
 
     def experts(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        slots = Slots(index, 4)
+        slots = ExpertSlots(index, 4)
         y = expert_linear(x, parts, slots, 12, rows_are_slots=False)
         return expert_linear(y.relu(), back, slots, 16, rows_are_slots=True)
 

@@ -1,4 +1,4 @@
-"""Slots sorted and tiled as their naive twin does it, weighted sums, and what is refused."""
+"""ExpertSlots sorted and tiled as their naive twin does it, weighted sums, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hfkv.kernels.experts import slots as expert_slots
 from hfkv.kernels.experts import triton_slots as triton_experts_slots
 from hfkv.kernels.experts.codes import Codes
 from hfkv.kernels.experts.naive import combine_naive, decode_naive, expert_linear_naive
-from hfkv.kernels.experts.slots import Slots, num_tiles
+from hfkv.kernels.experts.slots import ExpertSlots, num_tiles
 from hfkv.kernels.experts.triton import expert_linear
 from hfkv.kernels.experts.triton_combine import combine
 from hfkv.kernels.experts.triton_slots import tile_slots
@@ -70,13 +70,13 @@ def test_the_operators_keep_torchs_contract(device: torch.device) -> None:
 
 
 def test_order_and_offsets(device: torch.device) -> None:
-    slots = Slots(torch.tensor([[2, 0], [4, 2], [0, 2]], device=device), 4)
+    slots = ExpertSlots(torch.tensor([[2, 0], [4, 2], [0, 2]], device=device), 4)
     assert slots.order.tolist() == [1, 4, 0, 3, 5, 2]
     assert slots.offsets.tolist() == [0, 2, 2, 5, 5]
     assert slots.offsets.dtype == torch.int32
     assert (slots.num_slots, slots.num_tokens, slots.top_k) == (6, 3, 2)
     strided = torch.arange(12, device=device).view(3, 4)[:, 1:2]
-    assert Slots(strided, 12).experts.is_contiguous()
+    assert ExpertSlots(strided, 12).experts.is_contiguous()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -117,7 +117,7 @@ def test_decoding_number_by_number(num_inputs: int) -> None:
 def test_the_naive_layer_slot_by_slot(rows_are_slots: bool) -> None:
     cpu = torch.device("cpu")
     parts = stack("mixed", (3, 20, 33), torch.float32, cpu)
-    slots = Slots(torch.tensor([[0, 2], [3, 0], [2, 0]]), 3)
+    slots = ExpertSlots(torch.tensor([[0, 2], [3, 0], [2, 0]]), 3)
     x, bias = torch.randn(6 if rows_are_slots else 3, 33), torch.randn(3, 20)
     out = expert_linear_naive(x, parts, slots, 20, bias, rows_are_slots=rows_are_slots)
     for slot, expert in enumerate(slots.experts.tolist()):

@@ -15,7 +15,7 @@ from hfkv.attention.function import hfkv_attention
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs import CODECS
 from hfkv.experts.implementation import experts_forward
-from hfkv.models.fingerprint import state_of
+from hfkv.models.fingerprint import fingerprint_of
 from hfkv.models.probe import probe_rotary
 from tests.latent_models import inputs_for, model_of
 from tests.tiny import greedy, llama, prompt
@@ -153,10 +153,10 @@ def test_training_is_transformers_own() -> None:
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 def test_what_is_found_out_about_a_model_does_not_depend_on_it(dtype: torch.dtype) -> None:
     model = llama().to(dtype)
-    found, state = probe_rotary(model), state_of(model)
+    found, state = probe_rotary(model), fingerprint_of(model)
     for to in AUTOCAST:
         with autocast(to):
-            now, its_state = probe_rotary(model), state_of(model)
+            now, its_state = probe_rotary(model), fingerprint_of(model)
         assert its_state.weights == state.weights
         assert its_state.precision == f"{state.precision} under autocast to {str(to)[6:]}"
         for index, rotary in found.items():

@@ -13,8 +13,8 @@ from transformers.distributed.pipeline_parallel import PipelineIdentityLayer, Pi
 
 import hfkv
 from hfkv import KVCache, KVConfig, Window
-from hfkv.models.fingerprint import state_of
-from hfkv.models.parallel import Spread, agreed, own_layers, spread_of
+from hfkv.models.fingerprint import fingerprint_of
+from hfkv.models.parallel import ParallelPlan, agreed, own_layers, parallel_plan_of
 from hfkv.patches import graphs, prefill
 from hfkv.sharing.files import cache_file as files
 from tests.integration.parallel_scenarios import model_of
@@ -141,27 +141,27 @@ def test_an_empty_cache_of_a_stage_cannot_be_saved(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        (None, Spread()),
-        ({"tp_size": 4}, Spread(heads=4)),
-        ({"pp_size": 2, "tp_size": 2}, Spread(heads=2, stages=2)),
-        ({"tp_size": 2, "ep_size": 2}, Spread(heads=2, experts=2)),
-        ({"tp_size": 2, "ep_size": 2, "tp_plan": {}}, Spread(experts=2)),
-        ({"fsdp_size": 2, "dp_replicate_size": 3}, Spread(replicas=6)),
+        (None, ParallelPlan()),
+        ({"tp_size": 4}, ParallelPlan(heads=4)),
+        ({"pp_size": 2, "tp_size": 2}, ParallelPlan(heads=2, stages=2)),
+        ({"tp_size": 2, "ep_size": 2}, ParallelPlan(heads=2, experts=2)),
+        ({"tp_size": 2, "ep_size": 2, "tp_plan": {}}, ParallelPlan(experts=2)),
+        ({"fsdp_size": 2, "dp_replicate_size": 3}, ParallelPlan(replicas=6)),
     ],
 )
 def test_spread_of_a_config(asked, expected):
     config = llama_config()
     if asked is not None:
         config.distributed_config = DistributedConfig(**asked)
-    assert spread_of(config) == spread_of(SimpleNamespace(config=config)) == expected
-    assert expected.is_one == (expected == Spread())
+    assert parallel_plan_of(config) == parallel_plan_of(SimpleNamespace(config=config)) == expected
+    assert expected.is_one == (expected == ParallelPlan())
 
 
 def test_transformers_5_17_shares_experts_or_everything_else():
     asked = SimpleNamespace(tp_size=2, tp_plan=None, enable_expert_parallel=True, fsdp_size=1, pp_size=1)
-    assert spread_of(SimpleNamespace(distributed_config=asked)) == Spread(experts=2)
+    assert parallel_plan_of(SimpleNamespace(distributed_config=asked)) == ParallelPlan(experts=2)
     asked.enable_expert_parallel = False
-    assert spread_of(SimpleNamespace(distributed_config=asked)) == Spread(heads=2)
+    assert parallel_plan_of(SimpleNamespace(distributed_config=asked)) == ParallelPlan(heads=2)
 
 
 def test_a_single_process_agrees_with_itself():
@@ -190,8 +190,10 @@ def test_a_batch_is_read_as_the_process_needs_that_has_kept_least(monkeypatch):
         reused, pages = patch.reuse_stats().tokens_reused, patch.reuse_stats().pages
         lengths = []
         model.model.embed_tokens.register_forward_pre_hook(lambda module, args: lengths.append(tuple(args[0].shape)))
-        monkeypatch.setattr("hfkv.patches.reuse.state_of", lambda *given: replace(state_of(*given), has_hooks=False))
-        monkeypatch.setattr(prefill, "state_of", lambda *given: replace(state_of(*given), has_hooks=False))
+        monkeypatch.setattr(
+            "hfkv.patches.reuse.fingerprint_of", lambda *given: replace(fingerprint_of(*given), has_hooks=False)
+        )
+        monkeypatch.setattr(prefill, "fingerprint_of", lambda *given: replace(fingerprint_of(*given), has_hooks=False))
         greedy(model, inputs)
         assert lengths[0] == (3, 1)
         lengths.clear()
@@ -218,8 +220,10 @@ def test_hooks_of_another_process_are_as_those_of_this_one(monkeypatch):
     model, inputs, lengths = llama(), prompt(batch=1, length=21), []
     with hfkv.patch(model, "paged+page_size:4+reuse") as patch:
         model.model.embed_tokens.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
-        monkeypatch.setattr(prefill, "state_of", lambda *given: replace(state_of(*given), has_hooks=False))
-        monkeypatch.setattr("hfkv.patches.reuse.state_of", lambda *given: replace(state_of(*given), has_hooks=False))
+        monkeypatch.setattr(prefill, "fingerprint_of", lambda *given: replace(fingerprint_of(*given), has_hooks=False))
+        monkeypatch.setattr(
+            "hfkv.patches.reuse.fingerprint_of", lambda *given: replace(fingerprint_of(*given), has_hooks=False)
+        )
         text = greedy(model, inputs, num_return_sequences=2, num_beams=2)
         assert (lengths[0], patch.reuse_stats().lookups) == (1, 1)
         lengths.clear()

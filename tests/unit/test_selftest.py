@@ -17,14 +17,14 @@ from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import append_naive, attention_naive
 from hfkv.kernels.selftest import suite as selftest
-from hfkv.kernels.selftest.suite import NOT_TESTED, RAISED, RIGHT, WRONG, Check, Heads
+from hfkv.kernels.selftest.suite import NOT_TESTED, RAISED, RIGHT, WRONG, Check, HeadShape
 
-CPU, SMALL = torch.device("cpu"), Heads(32, 32, 2)
+CPU, SMALL = torch.device("cpu"), HeadShape(32, 32, 2)
 NUM_READS = len(CODECS) * 2 * len(selftest.CPU_QUERIES) * len(selftest.SETTINGS)
 NUM_APPENDS = len(CODECS) * 2 * len(selftest.NEW_TOKENS)
 
 
-def run(dtype: torch.dtype = torch.float32, heads: Heads = SMALL) -> list[Check]:
+def run(dtype: torch.dtype = torch.float32, heads: HeadShape = SMALL) -> list[Check]:
     """All checks but the product in a process of its own."""
     return [check.run() for check in selftest.plan(CPU, dtype, (heads,)) if check.name != "int8 product"]
 
@@ -34,8 +34,10 @@ def of(checks: list[Check], *uses: str) -> list[Check]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("heads", [Heads(64, 64, 4), Heads(80, 48, 1), Heads(96, 32, 4, is_latent=True)], ids=str)
-def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: Heads) -> None:
+@pytest.mark.parametrize(
+    "heads", [HeadShape(64, 64, 4), HeadShape(80, 48, 1), HeadShape(96, 32, 4, is_latent=True)], ids=str
+)
+def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: HeadShape) -> None:
     checks = run(dtype, heads)
     reads = of(checks, "decode", "prefill")
     assert [check.outcome for check in reads] == [RIGHT] * NUM_READS
@@ -179,7 +181,7 @@ def test_a_wrong_kernel_for_latents_is_found(monkeypatch: pytest.MonkeyPatch) ->
         return Attended(out + 1e-3, lse)
 
     monkeypatch.setattr(selftest, "latent_kernel", lambda *_: Kernel("broken", "for a test", kernel))
-    reads = of(run(heads=Heads(32, 8, 2, is_latent=True)), "decode", "prefill")
+    reads = of(run(heads=HeadShape(32, 8, 2, is_latent=True)), "decode", "prefill")
     assert [(check.outcome, check.kernel) for check in reads] == [(WRONG, "broken")] * NUM_READS
 
 

@@ -6,7 +6,7 @@ import torch
 
 from hfkv.attention.full import fused_attention
 from hfkv.attention.latent.crossover import form_for
-from hfkv.attention.latent.projection import Projection, projection_of
+from hfkv.attention.latent.projection import LatentProjection, projection_of
 from hfkv.attention.latent.snapshot import HeldLatents
 from hfkv.attention.latent.view import Latents
 from hfkv.attention.masks import CausalMask, shown_by
@@ -95,7 +95,7 @@ def windowed_latent_attention(
     return projection.release(attended), weights
 
 
-def _expands(query: torch.Tensor, source: Latents, projection: Projection, scoring: Scoring) -> bool:
+def _expands(query: torch.Tensor, source: Latents, projection: LatentProjection, scoring: Scoring) -> bool:
     """Whether latents under a window are expanded: by the one kernel that does it, and only for many queries."""
     window, device = source.held.window, source.held.device
     assert window is not None
@@ -109,7 +109,7 @@ def _expands(query: torch.Tensor, source: Latents, projection: Projection, scori
     return form == "expanded"
 
 
-def _is_followed(query: torch.Tensor, source: Latents, projection: Projection) -> bool:
+def _is_followed(query: torch.Tensor, source: Latents, projection: LatentProjection) -> bool:
     if not torch.is_grad_enabled():
         return False
     if source.is_followed or query.requires_grad:

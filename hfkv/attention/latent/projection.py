@@ -1,4 +1,4 @@
-"""`Projection`: the matrix that expands latents into keys and values, taken apart so that it can be absorbed."""
+"""`LatentProjection`: the matrix that expands latents into keys and values, taken apart so that it can be absorbed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _QUANTIZED = (
 _MOVERS = {("accelerate.hooks", name) for name in ("AlignDevicesHook", "CpuOffload")}
 
 
-class Factors(NamedTuple):
+class LatentFactors(NamedTuple):
     """What LoRA adds to the matrix: ``scaling · B A``, never multiplied out.
 
     Attributes:
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
     scaling: float
 
 
-class Projection:
+class LatentProjection:
     """``kv_b_proj`` as it is in this forward: views of its weight, nothing that could go stale.
 
     Args:
@@ -49,7 +49,7 @@ class Projection:
     """
 
     def __init__(
-        self, linear: Any, widths: Widths, base: Any, weight: torch.Tensor | None, factors: tuple[Factors, ...]
+        self, linear: Any, widths: Widths, base: Any, weight: torch.Tensor | None, factors: tuple[LatentFactors, ...]
     ) -> None:
         self.linear, self.widths, self.factors = linear, widths, factors
         self._base, self._weight = base, weight
@@ -118,7 +118,7 @@ def _product(states: torch.Tensor, matrices: torch.Tensor, is_turned: bool) -> t
     return (matrices @ states.transpose(-1, -2)).transpose(-1, -2)
 
 
-def projection_of(module: Any, query: torch.Tensor) -> Projection | str:
+def projection_of(module: Any, query: torch.Tensor) -> LatentProjection | str:
     """The projection of an attention module of transformers, or why it cannot be absorbed.
 
     Args:
@@ -130,14 +130,14 @@ def projection_of(module: Any, query: torch.Tensor) -> Projection | str:
     if _global_forward_hooks or _global_forward_pre_hooks:
         return "torch has forward hooks for all modules, which would not be called for its kv_b_proj"
     widths, linear = Widths.of(module), module.kv_b_proj
-    base, factors = linear, tuple[Factors, ...]()
+    base, factors = linear, tuple[LatentFactors, ...]()
     if _is_lora(linear):
         found = _factors_of(linear, widths)
         if isinstance(found, str):
             return found
         base, factors = linear.get_base_layer(), found
     weight = _weight_of(base, query.dtype)
-    return weight if isinstance(weight, str) else Projection(linear, widths, base, weight, factors)
+    return weight if isinstance(weight, str) else LatentProjection(linear, widths, base, weight, factors)
 
 
 def of_heads(weight: torch.Tensor, widths: Widths) -> torch.Tensor:
@@ -190,7 +190,7 @@ def _is_lora(linear: Any) -> bool:
     return layer is not None and isinstance(linear, layer.LoraLayer)
 
 
-def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
+def _factors_of(linear: Any, widths: Widths) -> tuple[LatentFactors, ...] | str:
     """What the active adapters of a PEFT LoRA layer add to its base layer, or why that is no pair of factors."""
     if _is_watched(linear) or "forward" in vars(linear):
         return "the rows of this batch have adapters of their own on kv_b_proj, or hooks on it would not be called"
@@ -198,7 +198,7 @@ def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
         return "the adapters on its kv_b_proj are merged and switched off" if linear.merged else ()
     if linear.merged:
         return ()
-    found: list[Factors] = []
+    found: list[LatentFactors] = []
     for name in linear.active_adapters:
         if name not in linear.lora_A:
             continue
@@ -211,5 +211,5 @@ def _factors_of(linear: Any, widths: Widths) -> tuple[Factors, ...] | str:
             return f"the adapter {name!r} on its kv_b_proj drops inputs in training"
         if a.weight.device.type == "meta":
             return f"the adapter {name!r} on its kv_b_proj is on meta"
-        found.append(Factors(a.weight, of_heads(b.weight, widths), linear.scaling[name]))
+        found.append(LatentFactors(a.weight, of_heads(b.weight, widths), linear.scaling[name]))
     return tuple(found)

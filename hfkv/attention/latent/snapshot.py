@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from hfkv.attention.latent.projection import Projection
+from hfkv.attention.latent.projection import LatentProjection
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.kernels.dispatch import Kernel, expanded_kernel, latent_kernel
 
@@ -20,10 +20,10 @@ class HeldLatents(HeldTokens):
         projection: what expands a stretch of latents for the model's own queries; None where queries are absorbed.
     """
 
-    projection: Projection | None = None
+    projection: LatentProjection | None = None
 
     @classmethod
-    def of(cls, held: HeldTokens, projection: Projection | None = None) -> HeldLatents:
+    def of(cls, held: HeldTokens, projection: LatentProjection | None = None) -> HeldLatents:
         """The tokens of `held`, as latents."""
         return cls(**vars(held), projection=projection)
 

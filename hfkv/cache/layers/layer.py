@@ -11,8 +11,8 @@ from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.rows import Rows
 from hfkv.cache.layers.span import Span
-from hfkv.cache.layers.storage import Stored
-from hfkv.cache.retain import keep
+from hfkv.cache.layers.storage import Storage
+from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.view import make_views
 from hfkv.codecs import CODECS
@@ -24,7 +24,7 @@ from hfkv.stores import Store
 from hfkv.stores.layout import Layout
 
 
-class KVLayer(Assignable, Rows, Stored, CacheLayer):
+class KVLayer(Assignable, Rows, Storage, CacheLayer):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -251,7 +251,7 @@ class KVLayer(Assignable, Rows, Stored, CacheLayer):
         if gone_below == self.span.gone_below:
             return
         if self._num_slots:
-            keep(self._held(), gone_below)
+            retain(self._held(), gone_below)
         dropped = self.span.forget_below(gone_below)
         self.store.drop(self._num_slots, self._num_slots + dropped)
 

@@ -1,4 +1,4 @@
-"""`Stored`: the store that a layer holds its bytes in."""
+"""`Storage`: the store that a layer holds its bytes in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hfkv.policy.window import Window
 from hfkv.stores import Budget, Offload, Place, Store, make_store
 
 
-class Stored:
+class Storage:
     """The store of a `KVLayer`, made when its device is known.
 
     Attributes:

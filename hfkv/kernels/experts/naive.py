@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hfkv.kernels.experts.codes import GROUP, Codes, check_linear
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 
 
 def decode_naive(codes: Codes, expert: int) -> torch.Tensor:
@@ -25,7 +25,7 @@ def decode_naive(codes: Codes, expert: int) -> torch.Tensor:
 def expert_linear_naive(
     x: torch.Tensor,
     parts: tuple[Codes, ...],
-    slots: Slots,
+    slots: ExpertSlots,
     num_outputs: int,
     bias: torch.Tensor | None = None,
     *,

@@ -1,4 +1,4 @@
-"""`Slots`: which expert each token goes to, for every linear layer of one forward."""
+"""`ExpertSlots`: which expert each token goes to, for every linear layer of one forward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 Tile = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Slots:
+class ExpertSlots:
     """S = T * K slots: slot t * K + k is the k-th expert of token t.
 
     Ids that are no expert's (expert parallelism writes E) belong to another machine: their slots are skipped, and what
@@ -39,7 +39,7 @@ class Slots:
 
     @property
     def order(self) -> torch.Tensor:
-        """Slots sorted by expert, each expert's in their order, and slots of no expert last: int64 `[S]`."""
+        """ExpertSlots sorted by expert, each expert's in their order, and slots of no expert last: int64 `[S]`."""
         return self._sort()[0]
 
     @property
@@ -60,7 +60,7 @@ class Slots:
 
 
 def sort_slots(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Slots.order` and `Slots.offsets` of ids `[S]`."""
+    """`ExpertSlots.order` and `ExpertSlots.offsets` of ids `[S]`."""
     is_expert = (experts >= 0) & (experts < num_experts)
     ids, order = torch.where(is_expert, experts, num_experts).sort(stable=True)
     offsets = torch.searchsorted(ids, torch.arange(num_experts + 1, device=ids.device), out_int32=True)
@@ -84,7 +84,7 @@ def tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[t
         block_m: rows a tile has at most.
 
     Returns:
-        The slots in the order of `Slots.order`, int32 `[S]`, and for each place the expert (E for none, -1 for no
+        The slots in the order of `ExpertSlots.order`, int32 `[S]`, and for each place the expert (E for none, -1 for no
         tile), and where in the order its slots begin and end, int32 `[num_tiles, 3]`.
     """
     order, offsets = sort_slots(experts, num_experts)

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from hfkv.kernels.experts.codes import Codes, check_linear, codec_of
-from hfkv.kernels.experts.slots import Slots
+from hfkv.kernels.experts.slots import ExpertSlots
 from hfkv.kernels.experts.triton_gemm import _gemm_kernel
 from hfkv.kernels.experts.triton_gemv import _gemv_kernel
 from hfkv.kernels.experts.triton_slots import tile_slots
@@ -142,7 +142,7 @@ def _(x, experts, order, tiles, block_m, weights, scales, groups, columns, bias,
 def expert_linear(
     x: torch.Tensor,
     parts: tuple[Codes, ...],
-    slots: Slots,
+    slots: ExpertSlots,
     num_outputs: int,
     bias: torch.Tensor | None = None,
     *,

@@ -17,7 +17,7 @@ PAGE_SIZE, NUM_TOKENS = 64, 203
 NUM_KV_HEADS = 2
 
 
-class Heads(NamedTuple):
+class HeadShape(NamedTuple):
     """The dimensions of a layer's heads: Dk, Dv and G; or r, dr and Hq for latents, which are one kv head.
 
     Attributes:
@@ -43,7 +43,7 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class Scenario:
     """The conditions of attention besides its tokens and queries.
 
     Attributes:
@@ -62,18 +62,24 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("plain"),
+    Scenario("plain"),
     # One row is nothing but padding.
-    Setting("left padding", pads=(0, 17, NUM_TOKENS)),
+    Scenario("left padding", pads=(0, 17, NUM_TOKENS)),
     # The second row's text begins so late that two of its sinks are still among the newest tokens.
-    Setting("window and sinks", pads=(0, 38), window=True),
-    Setting("softcap and sink logits", softcap=5.0, has_sink_logits=True),
+    Scenario("window and sinks", pads=(0, 38), window=True),
+    Scenario("softcap and sink logits", softcap=5.0, has_sink_logits=True),
 )
 WINDOW_SIZE, NUM_SINKS, HELD_FROM = 100, 4, 40
 
 
 def random_arguments(
-    heads: Heads, codec: str, store: str, num_queries: int, setting: Setting, device: torch.device, dtype: torch.dtype
+    heads: HeadShape,
+    codec: str,
+    store: str,
+    num_queries: int,
+    setting: Scenario,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility, Scoring]:
     """Makes random arguments of an attention kernel; memory without tokens is poison."""
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +95,7 @@ def random_arguments(
     return query, parts[0], parts[1], layout, _visibility(setting, num_queries, device), scoring
 
 
-def _visibility(setting: Setting, num_queries: int, device: torch.device) -> Visibility:
+def _visibility(setting: Scenario, num_queries: int, device: torch.device) -> Visibility:
     if not setting.window:
         return Visibility(NUM_TOKENS, setting.pads)
     seen = HELD_FROM + NUM_TOKENS - NUM_SINKS

@@ -24,8 +24,8 @@ from hfkv.kernels.selftest.inputs import (
     PAGE_SIZE,
     SETTINGS,
     STORES,
-    Heads,
-    Setting,
+    HeadShape,
+    Scenario,
     randn,
     random_arguments,
     random_layout,
@@ -66,7 +66,7 @@ class Check:
     store: str
     setting: str
     num_tokens: int
-    heads: Heads | None
+    heads: HeadShape | None
     outcome: str
     error: float | None = None
     allowed: float | None = None
@@ -84,7 +84,7 @@ class Planned(NamedTuple):
     run: Callable[[], Check]
 
 
-def plan(device: torch.device, dtype: torch.dtype, heads: tuple[Heads, ...] = (Heads(),)) -> list[Planned]:
+def plan(device: torch.device, dtype: torch.dtype, heads: tuple[HeadShape, ...] = (HeadShape(),)) -> list[Planned]:
     """All checks of a device's kernels; none of them raises.
 
     Args:
@@ -129,7 +129,7 @@ def _caught(blank: Check, run: Callable[[], Check]) -> Check:
         return replace(blank, outcome=RAISED, note=f"{type(error).__name__}: {error}")
 
 
-def _check_attention(blank: Check, setting: Setting, device: torch.device, dtype: torch.dtype) -> Check:
+def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtype: torch.dtype) -> Check:
     assert blank.heads is not None
     choose, twin = (
         (latent_kernel, latent_attention_naive) if blank.heads.is_latent else (attention_kernel, attention_naive)

@@ -13,7 +13,7 @@ from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.layer import KVLayer
-from hfkv.models.fingerprint import ModelState, fingerprint_difference, state_of
+from hfkv.models.fingerprint import Fingerprint, fingerprint_difference, fingerprint_of
 from hfkv.models.parallel import own_layers
 from hfkv.models.probe import base_model, decoder_of
 from hfkv.sharing.files.header import VERSION, FileHeader, LeafHeader, canonical, read_json
@@ -83,7 +83,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
         raise ValueError(
             f"{name} is of version {given['version']:,} of the format, and this hfkv reads {VERSION}: update hfkv"
         )
-    state = _state_of(base)
+    state = _fingerprint_of(base)
     difference = fingerprint_difference(header.fingerprint, state.fingerprint())
     if difference is not None:
         raise ValueError(
@@ -136,7 +136,7 @@ def _fingerprint(cache: KVCache, model: Any) -> Mapping[str, str]:
                 "cache.save(path, model)"
             )
         return filled_by.fingerprint()
-    now = _state_of(_base_of(model))
+    now = _fingerprint_of(_base_of(model))
     difference = None if filled_by is None else filled_by.difference(now)
     if difference is not None:
         raise ValueError(
@@ -274,7 +274,9 @@ def _device_of(module: torch.nn.Module) -> torch.device | None:
     return next((weight.device for weight in module.parameters() if weight.device.type != "meta"), None)
 
 
-def _write_down(cache: KVCache, tensors: Mapping[str, torch.Tensor], state: ModelState, model: PreTrainedModel) -> None:
+def _write_down(
+    cache: KVCache, tensors: Mapping[str, torch.Tensor], state: Fingerprint, model: PreTrainedModel
+) -> None:
     """Writes down the tokens, and what computed them."""
     record, ids, hidden = cache.record, tensors.get("ids"), tensors.get("padding")
     record.state = state
@@ -285,8 +287,8 @@ def _write_down(cache: KVCache, tensors: Mapping[str, torch.Tensor], state: Mode
     record.append(ids.to(device), ids.shape[1], None if hidden is None else (~hidden).long().to(device))
 
 
-def _state_of(base: PreTrainedModel) -> ModelState:
-    return state_of(base, "hfkv" in vars(base) and base.hfkv.exact_rotary)
+def _fingerprint_of(base: PreTrainedModel) -> Fingerprint:
+    return fingerprint_of(base, "hfkv" in vars(base) and base.hfkv.exact_rotary)
 
 
 def _base_of(model: Any) -> PreTrainedModel:

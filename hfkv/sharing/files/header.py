@@ -60,7 +60,7 @@ class FileHeader:
         kv: the cache's policies.
         model_type, num_layers: type and layers of the model it was built for.
         leaves: the headers of its `KVLayer`s, also inside split layers; None for a pipeline's other stages.
-        fingerprint: the fingerprint of the model that filled it; see `ModelState.fingerprint`.
+        fingerprint: the fingerprint of the model that filled it; see `Fingerprint.fingerprint`.
     """
 
     kv: KVConfig
