@@ -78,7 +78,7 @@ def test_fp8_error_is_below_half_a_step_of_its_mantissa(head_dim: int) -> None:
     x = states(head_dim)
     error = (x - CODECS["fp8"].decode(CODECS["fp8"].encode(x), head_dim, x.dtype)).abs()
     smallest = x.abs().amax(-1, keepdim=True) / 448 * 2**-9
-    assert bool((error <= x.abs() * 2**-4 * (1 + 2**-3) + smallest).all())
+    assert bool((error <= x.abs() * 2**-4 + smallest).all())
 
 
 @pytest.mark.parametrize(("name", "limit"), [("int8", 0.53), ("fp8", 0.53), ("int4", 0.30)])
@@ -109,10 +109,12 @@ def test_any_magnitude_keeps_its_relative_error(name: str, magnitude: float) -> 
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
-def test_rows_of_the_smallest_numbers_stay_finite(name: str) -> None:
-    # A scale without all its bits may bring a row's largest number half as far again as the codec's own largest.
+def test_rows_of_the_smallest_numbers_lose_their_tops_at_most(name: str) -> None:
+    # A scale that has few bits left brings a row's largest number up to half as far again as codes go.
     x = torch.linspace(0.5, 1.5, 300)[None, None, :, None] * torch.randn(1, 1, 300, 64) * 2.0**-125
-    assert CODECS[name].decode(CODECS[name].encode(x), 64, x.dtype).isfinite().all()
+    y = CODECS[name].decode(CODECS[name].encode(x), 64, x.dtype)
+    x, y = x.double(), y.double()
+    assert bool(((x - y).norm(dim=-1) <= x.norm(dim=-1) / 4).all())
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
