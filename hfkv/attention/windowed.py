@@ -44,8 +44,7 @@ def windowed_attention(
     first = held.seen - num_queries
     sees_all = num_queries == 1 and look.sees_all_held(first)
     kernel = kernel_for(query, held, scoring) if tracked is None else None
-    # On a CPU, plain keys and values are attended to where they lie, without a kernel's help.
-    if kernel is not None and (not held.codec.is_lossless or query.device.type != "cpu" or held.is_latent):
+    if kernel is not None and held.kernel(query).reads_moved_windows:
         return _by_kernel(kernel, query, look, scoring, sees_all), None
     if sees_all and scoring.is_plain:
         return attend([look.segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None

@@ -230,7 +230,7 @@ class _AskedLayer:
                 if self._is_windowed and moved != (kernel, why):
                     uses.append(Use(f"{name}, moved", *moved))
                 continue
-            if self.layer.kv.codec != "none" or self.device.type != "cpu" or not self._is_windowed:
+            if not self._is_windowed or self._reads_moved_windows(heads, num_queries):
                 uses.append(Use(name, kernel, why))
                 continue
             # What `windowed_attention` does.
@@ -242,6 +242,12 @@ class _AskedLayer:
             uses.append(Use(name, kernel, why))
             uses.append(Use(f"{name}, moved", by_torch, f"once the window has moved, {lie}"))
         return uses
+
+    def _reads_moved_windows(self, heads: HeadShape, num_queries: int) -> bool:
+        try:
+            return self._kernel(heads, num_queries, is_moved=True).reads_moved_windows
+        except Exception:  # `_attention` tells it
+            return True
 
     def _attention(self, heads: HeadShape, num_queries: int, is_moved: bool = False) -> tuple[str, str]:
         if self.own_attention is not None:

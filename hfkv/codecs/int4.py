@@ -52,7 +52,7 @@ def _unpacked(packed: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Unpacks two nibbles a byte, less `_CENTRE`, to int8 `[..., head_dim]`; low nibbles are the row's first half."""
     half = packed.shape[-1]
     signed = (packed ^ 0x88).view(torch.int8)  # n ^ 8 is n - 8 in two's complement, where shifts extend its sign
-    numbers = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.int8)
+    numbers = torch.empty(*packed.shape[:-1], 2 * half, dtype=torch.int8, device=packed.device)
     torch.bitwise_left_shift(signed, 4, out=numbers[..., :half]).bitwise_right_shift_(4)
     torch.bitwise_right_shift(signed, 4, out=numbers[..., half:])
     return numbers[..., :head_dim]

@@ -20,12 +20,14 @@ class Kernel(NamedTuple):
         run: function, called as `attention_naive`, `latent_attention_naive` or `append_naive` are; None where torch's
             own operations do the work.
         reads_device_lengths: whether it takes lengths from the device (`DeviceInputs`), as a CUDA graph needs it.
+        reads_moved_windows: whether it attends under a window of ours that has moved; else torch's own operations do.
     """
 
     name: str
     reason: str
     run: Callable[..., Any] | None
     reads_device_lengths: bool = False
+    reads_moved_windows: bool = True
 
 
 class Asked(NamedTuple):

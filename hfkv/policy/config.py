@@ -12,7 +12,7 @@ from hfkv.policy.ports import port
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.units import read_bytes
 from hfkv.policy.window import Window
-from hfkv.policy.words import CODECS, STORES, read_words, words_of
+from hfkv.policy.words import CODEC_WORDS, STORES, read_words, words_of
 
 _LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
 
@@ -51,7 +51,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
             object.__setattr__(self, "window", Window(self.window))
-        _check_choice("codec", self.codec, tuple(CODECS))
+        _check_choice("codec", self.codec, tuple(CODEC_WORDS))
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")

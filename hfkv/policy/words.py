@@ -10,8 +10,8 @@ from hfkv.policy.rules import RULES
 from hfkv.policy.units import read_bytes, say_bytes
 from hfkv.policy.window import Window
 
-# The names of codecs; `hfkv.codecs.register_codec` adds to them.
-CODECS = ["none", "int8", "int4", "fp8"]
+# The names of codecs: those of `hfkv.codecs`, which is not imported for them, and what `register_codec` has added.
+CODEC_WORDS = ["none", "int8", "int4", "fp8"]
 STORES = ("auto", "contiguous", "paged")
 
 
@@ -148,7 +148,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
         except ValueError:
             raise ValueError(f"{text!r}: {name} takes {looks}, got {value!r}") from None
     if not colon:
-        if word in CODECS:
+        if word in CODEC_WORDS:
             return "codec", word
         if word in STORES:
             return "store", word
@@ -157,7 +157,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
         if word == "reuse":
             return "reuse", Reuse()
     allowed = (
-        *CODECS,
+        *CODEC_WORDS,
         "window:SIZE",
         *(f"window:{rule}" for rule in RULES),
         *_WORDS,
@@ -172,10 +172,10 @@ def add_codec_word(name: str) -> None:
     Raises:
         ValueError: it is no plain word, or means something else.
     """
-    if name in CODECS:
+    if name in CODEC_WORDS:
         return
     taken = {*STORES, "offload", *_VALUED}
     if not name.isidentifier() or name in taken:
         others = ", ".join(sorted(taken))
         raise ValueError(f"a codec cannot be called {name!r}: names are plain words, and not {others}")
-    CODECS.append(name)
+    CODEC_WORDS.append(name)

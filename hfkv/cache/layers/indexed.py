@@ -65,14 +65,6 @@ class IndexedLayer(KVLayer):
         """The bytes of the indexer's keys; see `Store.memory`."""
         return [] if self._index is None else self._index.memory()
 
-    def nbytes(self) -> int:
-        """Bytes allocated."""
-        return super().nbytes() + sum(plane.allocated for plane in self.extra_memory())
-
-    def held_bytes(self) -> int:
-        """Bytes of the tokens held."""
-        return super().held_bytes() + sum(plane.held for plane in self.extra_memory())
-
     def contents(self) -> Contents | None:
         """None before the first key; then raises NotImplementedError: no file has a place for the indexer's keys."""
         if self.is_initialized:

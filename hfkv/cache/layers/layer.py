@@ -292,6 +292,14 @@ class KVLayer(Assignable, Rows, Storage, CacheLayer):
             self.store.write(0, contents.slots)
         self.span.adopt(contents.seen, contents.gone_below, contents.pads)
 
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return super().nbytes() + sum(plane.allocated for plane in self.extra_memory())
+
+    def held_bytes(self) -> int:
+        """Bytes of the tokens held."""
+        return super().held_bytes() + sum(plane.held for plane in self.extra_memory())
+
     def offload(self) -> None:
         """Does nothing: `KVConfig.offload` decides where the bytes live."""
 

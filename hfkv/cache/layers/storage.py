@@ -48,12 +48,12 @@ class Storage:
             self._store.reserve(tokens + self._num_slots)
 
     def nbytes(self) -> int:
-        """Bytes allocated."""
+        """Bytes allocated for keys and values."""
         store = self._store  # another thread may reset the layer meanwhile
         return store.nbytes() if store else 0
 
     def held_bytes(self) -> int:
-        """Bytes of the tokens held."""
+        """Bytes of the keys and values held."""
         store = self._store
         return store.held_bytes() if store else 0
 

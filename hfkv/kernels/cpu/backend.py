@@ -37,7 +37,8 @@ class CPUBackend(Backend):
             is_int8 = codec.numbers == torch.int8
             numbers = "int8 products read the tokens' own bytes" if is_int8 else "float32 products of stretches"
             return Kernel("cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention)
-        return Kernel("cpu flash", why, flash_attention)
+        # Plain tokens of a window lie close together: they are attended to where they lie, without a kernel's help.
+        return Kernel("cpu flash", why, flash_attention, reads_moved_windows=not codec.is_lossless)
 
     def latent(self, asked: Asked) -> Kernel:
         if asked.dtype not in DTYPES:

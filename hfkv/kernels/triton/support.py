@@ -10,7 +10,7 @@ import torch
 from hfkv.kernels.inputs import Scoring
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-CODECS = ("none", "int8", "int4", "fp8")
+TRITON_CODECS = ("none", "int8", "int4", "fp8")
 # Tiles of wider heads do not fit the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
 # Of latents, which are loaded once for both products, and of the rotary keys beside them.
@@ -47,9 +47,9 @@ def unsupported(
     capability = _capability(torch.cuda.current_device() if device.index is None else device.index)
     if capability < (8, 0):
         return f"Triton kernels need compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}"
-    unknown = [codec for codec in codecs if codec not in CODECS]
+    unknown = [codec for codec in codecs if codec not in TRITON_CODECS]
     if unknown:
-        return f"Triton kernels read {', '.join(CODECS)}, not {unknown[0]}"
+        return f"Triton kernels read {', '.join(TRITON_CODECS)}, not {unknown[0]}"
     if "fp8" in codecs and capability < (8, 9):
         return f"8-bit floats need compute capability 8.9, and this GPU has {capability[0]}.{capability[1]}"
     if 0 in head_dims:
