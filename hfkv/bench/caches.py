@@ -23,31 +23,31 @@ class CacheSuite(Suite):
         self.heads = Heads.of(self.config)
         self.contenders = [*peers(setting.peers, self.config, self.device), *ours_on(setting.kvs, self.config)]
         contexts = [max(setting.ragged)] if setting.ragged else setting.contexts
-        self.cells = [Cell(context, self.num_layers(context)) for context in contexts]
+        self.cells = [Cell(context, setting.layers or self.num_layers(context)) for context in contexts]
 
     def num_layers(self, context: int) -> int:
-        """Layers that are measured."""
-        return self.setting.layers or self.model_layers
+        """Layers that are measured unless the setting says so."""
+        return self.model_layers
+
+    def layer_bytes(self, context: int) -> int:
+        """Bytes of one layer's uncompressed cache."""
+        return self.batch * context * self.heads.token_bytes(self.dtype)
 
     def cache_bytes(self, cell: Cell) -> int:
-        return cell.layers * self.batch * cell.context * self.heads.token_bytes(self.dtype)
+        return cell.layers * self.layer_bytes(cell.context)
 
     def check_memory(self, cell: Cell) -> None:
-        """Refuses a cell of which not even one cache would fit.
-
-        Raises:
-            BenchError: saying how much is there.
-        """
-        layer = self.batch * cell.context * self.heads.token_bytes(self.dtype)
+        """Refuses a cell of which not even one cache would fit, with a `BenchError`."""
         check_room(
             f"{self.batch} × {cell.context:,} tokens in {cell.layers} layers, one cache and its working copies,",
-            (cell.layers + 1) * layer + WORKING_COPIES * layer * 4 // self.dtype.itemsize,
+            (cell.layers + 1 + WORKING_COPIES * 4 // self.dtype.itemsize) * self.layer_bytes(cell.context),
             self.device,
             "take a shorter --context, a smaller --batch or fewer --layers",
         )
 
     def tokens(self, cell: Cell) -> Tokens:
-        """What the caches of a cell are filled with."""
+        """What the caches of a cell are filled with, where there is room for it."""
+        self.check_memory(cell)
         return Tokens(self.batch, cell.context, self.heads, self.dtype, self.device, self.setting.seed)
 
 

@@ -61,8 +61,7 @@ class MemorySuite(AttentionSuite):
         ]
 
     def num_layers(self, context: int) -> int:
-        """One unless more are asked for."""
-        return self.setting.layers or 1
+        return 1
 
     def turns(self, cell: Cell) -> Turns:
         """None, and no room for any."""

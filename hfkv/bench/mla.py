@@ -16,7 +16,7 @@ from hfkv.bench.mla_layer import FORMS, LayerLane, LayerTask
 from hfkv.bench.mla_shapes import MLA_SHAPES, LatentTokens, MLAShape
 from hfkv.bench.models import build_model, check_room
 from hfkv.bench.prompt import Prompt
-from hfkv.bench.setting import CROSSOVER, STEP, Case, Setting
+from hfkv.bench.setting import CROSSOVER, STEP, Setting
 from hfkv.bench.step import StepLane, step_turns
 from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.turns import LEAST_TURNS, Turns
@@ -32,26 +32,18 @@ LEAST_LONG_TURNS = 3
 
 
 class MLASuite(Suite):
-    """The suite; models are built when they are first asked for.
-
-    Attributes:
-        shape: the shape of their layers.
-    """
+    """The suite; models are built when they are first asked for."""
 
     graphs_are_in = "the part step"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        if setting.model is not None:
-            self.shape = MLAShape.of(shape_config(None, setting.model))
-        elif setting.shape in MLA_SHAPES:
-            self.shape = MLA_SHAPES[setting.shape]
-        else:
-            raise BenchError(
-                f"the suite mla has no shape {setting.shape!r}; allowed: {', '.join(MLA_SHAPES)}, or a model of your "
-                "own"
-            )
-        self.model_layers = self.shape.layers
+        if setting.model is None and setting.shape not in MLA_SHAPES:
+            allowed = f"{', '.join(MLA_SHAPES)}, or a model of your own"
+            raise BenchError(f"the suite mla has no shape {setting.shape!r}; allowed: {allowed}")
+        own = None if setting.model is None else MLAShape.of(shape_config(None, setting.model))
+        self.shape = own or MLA_SHAPES[str(setting.shape)]
+        self.model_layers = self.shape.num_hidden_layers
         self.num_layers = setting.layers or MLA_LAYERS
         config = self.shape.config(1)
         self.contenders = [*peers((DYNAMIC,), config, self.device), *ours_on(setting.kvs, config)]
@@ -61,7 +53,7 @@ class MLASuite(Suite):
     @functools.cached_property
     def layer(self) -> PreTrainedModel:
         """The model of one layer, whose MLP is as small as it can be."""
-        config = replace(self.shape, intermediate=NO_MLP).config(1)
+        config = self.shape._replace(intermediate_size=NO_MLP).config(1)
         return build_model(config, self.dtype, self.device, self.setting.seed, 1)
 
     @functools.cached_property
@@ -72,54 +64,39 @@ class MLASuite(Suite):
 
     def contenders_of(self, cell: Cell) -> list[Contender]:
         """Caches, or the forms of the part crossover."""
-        return self.forms if _case(cell).part == CROSSOVER else self.contenders
+        return self.forms if cell.case.part == CROSSOVER else self.contenders
 
     def has_graphs(self, cell: Cell) -> bool:
-        return _case(cell).part == STEP
+        return cell.case.part == STEP
 
     def turns(self, cell: Cell) -> Turns:
-        case = _case(cell)
-        if case.part == STEP:
+        if cell.case.part == STEP:
             return step_turns(self.setting, LEAST_LONG_TURNS)
-        least = LEAST_LONG_TURNS if case.new > 1 else LEAST_TURNS
-        return Turns(self.setting.steps, self.setting.seconds, least, busy=self.setting.busy)
+        return replace(super().turns(cell), least=LEAST_LONG_TURNS if cell.case.new > 1 else LEAST_TURNS)
 
     def cache_bytes(self, cell: Cell) -> int:
         return cell.layers * self.batch * cell.context * self.shape.token_bytes(self.dtype)
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """Models over the same weights, with caches of the same latents."""
-        case, seed = _case(cell), self.setting.seed
-        self._check_memory(cell, case)
-        latents = None
-        if case.held:
-            latents = LatentTokens(self.batch, case.held, self.shape, self.dtype, self.device, seed)
-        turns = self.turns(cell).room
+        case, seed, turns = cell.case, self.setting.seed, self.turns(cell).room
+        self._check_memory(cell)
+        latents = LatentTokens(self.batch, case.held, self.shape, self.dtype, self.device, seed)
         if case.part == STEP:
-            assert latents is not None
-            tokens, prompt = latents, Prompt.draw(self.whole, (case.held + 1,) * self.batch, seed)
-            return lambda contender: StepLane(contender, prompt, tokens, turns)
-        task = LayerTask(self.layer, latents, case, self.batch, seed)
+            prompt = Prompt.draw(self.whole, (case.held + 1,) * self.batch, seed)
+            return lambda contender: StepLane(contender, prompt, latents, turns)
+        task = LayerTask(self.layer, latents if case.held else None, case, self.batch, seed)
         room = case.held + case.new * (turns + SPARE_CALLS if case.new == 1 else 1)
-        return lambda contender: LayerLane(
-            contender, task, room, next((form for form in FORMS if form == contender.name), None)
-        )
+        return lambda contender: LayerLane(contender, task, room)
 
-    def _check_memory(self, cell: Cell, case: Case) -> None:
+    def _check_memory(self, cell: Cell) -> None:
         """Transformers' expansion of all tokens, which takes more than any cache, and that of a row in fp32."""
-        tokens = case.held + case.new
+        tokens = cell.case.held + cell.case.new
         caches = (cell.layers + 1) * self.batch * tokens * self.shape.token_bytes(self.dtype)
+        expanded = self.batch * tokens * self.shape.expanded_bytes(self.dtype)
         check_room(
             f"{self.batch} × {tokens:,} tokens of all heads, where latents are expanded,",
-            max(
-                caches + self.batch * tokens * self.shape.expanded_bytes(self.dtype),
-                tokens * self.shape.expanded_bytes(torch.float32),
-            ),
+            max(caches + expanded, tokens * self.shape.expanded_bytes(torch.float32)),
             self.device,
             "take fewer --tokens or a smaller --batch",
         )
-
-
-def _case(cell: Cell) -> Case:
-    assert cell.case is not None
-    return cell.case

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from transformers import DeepseekV3Config, PreTrainedConfig
@@ -11,43 +10,19 @@ from transformers import DeepseekV3Config, PreTrainedConfig
 from hfkv.bench.errors import BenchError
 from hfkv.bench.tokens import Tokens
 
-# Names in configs of what `MLAShape` has.
-_NAMES = {
-    "hidden": "hidden_size",
-    "heads": "num_attention_heads",
-    "latent": "kv_lora_rank",
-    "nope": "qk_nope_head_dim",
-    "rope": "qk_rope_head_dim",
-    "value": "v_head_dim",
-    "query_latent": "q_lora_rank",
-    "intermediate": "intermediate_size",
-    "layers": "num_hidden_layers",
-}
 
+class MLAShape(NamedTuple):
+    """Latent attention as DeepSeek-V3's code computes it, each number by its name in configs."""
 
-@dataclass(frozen=True)
-class MLAShape:
-    """Latent attention as DeepSeek-V3's code computes it.
-
-    Attributes:
-        hidden: size of the hidden states.
-        heads: Hq.
-        latent: r, numbers of a token's latent.
-        nope, rope, value: of a head's key without and with positions, and of its value.
-        query_latent: r of the queries; None where they are projected at once.
-        intermediate: the width of a dense MLP.
-        layers: how many the whole model has.
-    """
-
-    hidden: int
-    heads: int
-    latent: int
-    nope: int
-    rope: int
-    value: int
-    query_latent: int | None
-    intermediate: int
-    layers: int
+    hidden_size: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None  # None where queries are projected at once
+    intermediate_size: int
+    num_hidden_layers: int
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> MLAShape:
@@ -56,34 +31,35 @@ class MLAShape:
         Raises:
             BenchError: it has no latent attention, or says its numbers by other names.
         """
-        found: dict[str, Any] = {field: getattr(config, name, None) for field, name in _NAMES.items()}
-        missing = [_NAMES[field] for field, number in found.items() if not number and field != "query_latent"]
+        found = {name: getattr(config, name, None) for name in cls._fields}
+        missing = [name for name, number in found.items() if not number and name != "q_lora_rank"]
         if missing:
             raise BenchError(
                 f"the suite mla is of latent attention, and the config of {config.model_type!r} lacks "
                 f"{', '.join(missing)}; take a --shape or another model"
             )
-        return cls(**found)
+        return cls(**found)  # type: ignore[arg-type]
 
     def config(self, num_layers: int) -> DeepseekV3Config:
         """The config of a model of so many layers, dense MLPs and a small vocabulary."""
-        fields = {name: getattr(self, field) for field, name in _NAMES.items()}
+        fields = {**self._asdict(), "num_key_value_heads": self.num_attention_heads, "vocab_size": 131}
         fields |= {"num_hidden_layers": num_layers, "first_k_dense_replace": num_layers, "num_mtp_layers": 0}
-        fields |= {"num_key_value_heads": self.heads, "vocab_size": 131, "max_position_embeddings": 131_072}
-        return DeepseekV3Config(**fields, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0})
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        return DeepseekV3Config(**fields, max_position_embeddings=131_072, rope_parameters=rope)
 
     def token_bytes(self, dtype: torch.dtype) -> int:
         """The bytes of one token in one layer's cache."""
-        return (self.latent + self.rope) * dtype.itemsize
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * dtype.itemsize
 
     def expanded_bytes(self, dtype: torch.dtype) -> int:
         """The bytes of one token's keys and values of all heads, and of what they are put together from."""
-        return self.heads * (2 * self.nope + self.rope + self.value) * dtype.itemsize
+        head = 2 * self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        return self.num_attention_heads * head * dtype.itemsize
 
     def __str__(self) -> str:
-        queries = "" if self.query_latent is None else f", queries' {self.query_latent}"
-        heads = f"{self.heads} heads of {self.nope} + {self.rope} and {self.value}"
-        return f"hidden {self.hidden}, {heads}, latent {self.latent}{queries}"
+        queries = "" if self.q_lora_rank is None else f", queries' {self.q_lora_rank}"
+        heads = f"{self.num_attention_heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim}"
+        return f"hidden {self.hidden_size}, {heads} and {self.v_head_dim}, latent {self.kv_lora_rank}{queries}"
 
 
 MLA_SHAPES = {
@@ -94,19 +70,7 @@ MLA_SHAPES = {
 
 
 class LatentTokens(Tokens):
-    """Latents and rotary keys of standard normal numbers for one layer, the same for all layers and contenders.
-
-    Args:
-        batch: B.
-        count: T.
-        shape: the shape of the layer.
-        dtype: their dtype.
-        device: where they are.
-        seed: the seed of the numbers.
-
-    Attributes:
-        keys, values: the latents `[B, 1, T, r]` and the rotary keys `[B, 1, T, dr]`, as transformers caches them.
-    """
+    """Random latents `[B, 1, T, r]` and rotary keys `[B, 1, T, dr]`, as transformers caches them as keys and values."""
 
     def __init__(
         self, batch: int, count: int, shape: MLAShape, dtype: torch.dtype, device: torch.device, seed: int
@@ -115,5 +79,5 @@ class LatentTokens(Tokens):
         generator = torch.Generator(device).manual_seed(seed)
         self.keys, self.values = (
             torch.randn(batch, 1, count, size, dtype=dtype, device=device, generator=generator)
-            for size in (shape.latent, shape.rope)
+            for size in (shape.kv_lora_rank, shape.qk_rope_head_dim)
         )

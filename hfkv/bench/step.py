@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import CompileConfig
@@ -33,24 +34,25 @@ def step_turns(setting: Setting, least: int = LEAST_TURNS) -> Turns:
     return Turns(count, setting.seconds, least, MOST_TURNS, setting.busy)
 
 
+@dataclass(eq=False)
 class StepLane(Lane):
-    """One contender's model, over the same weights as everyone's, and its cache.
+    """One contender's model, over the same weights as everyone's, and its cache with room for so many turns.
 
-    Args:
-        contender: whose.
-        prompt: the text, whose last token has not been read yet.
-        tokens: what the cache is filled with in place of the others.
-        turns: turns it has to have room for.
+    The cache is filled with tokens in place of the prompt's, of which the last has not been read yet.
     """
 
-    def __init__(self, contender: Contender, prompt: Prompt, tokens: Tokens, turns: int) -> None:
-        super().__init__(contender, prompt.model.config.num_hidden_layers)
-        self.prompt = prompt
-        self.tokens = tokens
-        self.room = tokens.count + turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
-        self.ids = prompt.ids
-        self.model = model_of(contender, prompt.model)
-        if contender.is_compiled and prompt.ids.device.type == "cpu":
+    prompt: Prompt
+    tokens: Tokens
+    turns: int
+
+    warm_ups = 1
+
+    def __post_init__(self) -> None:
+        self.layers = self.prompt.model.config.num_hidden_layers
+        self.room = self.tokens.count + self.turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
+        self.ids = self.prompt.ids
+        self.model = model_of(self.contender, self.prompt.model)
+        if self.contender.is_compiled and self.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only
             self.model.generation_config.compile_config = compiling
@@ -69,22 +71,12 @@ class StepLane(Lane):
         self.ids = torch.cat((self.ids, self.ids[:, :1]), dim=1)
         return self.prompt.check(self.contender, forward.logits[:, -1])
 
-    def warm_up(self) -> None:
-        """A turn that is not timed."""
-        self.turn()
-
     def turn(self) -> list[float]:
         """A few steps of `generate`, in ms."""
-        clock = StepClock()
+        clock, seen = StepClock(), torch.ones_like(self.ids)
         given = {"use_cache": False} if self.cache is None else {"past_key_values": self.cache}
-        self.ids = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            max_new_tokens=STEPS_A_TURN + 1,
-            do_sample=False,
-            streamer=clock,
-            **given,
-        )
+        given |= {"attention_mask": seen, "max_new_tokens": STEPS_A_TURN + 1, "do_sample": False}
+        self.ids = self.model.generate(self.ids, streamer=clock, **given)
         return clock.milliseconds[1:]
 
     def read_bytes(self) -> int:
@@ -108,7 +100,6 @@ class StepSuite(ModelSuite):
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """Models over the same weights, with caches of the same tokens."""
-        self.check_memory(cell)
+        tokens, room = self.tokens(cell), self.turns(cell).room
         prompt = Prompt.draw(self.model, (cell.context + 1,) * self.batch, self.setting.seed)
-        tokens = self.tokens(cell)
-        return lambda contender: StepLane(contender, prompt, tokens, self.turns(cell).room)
+        return lambda contender: StepLane(contender, prompt, tokens, room)

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from hfkv.bench.contenders import Contender
 from hfkv.bench.lane import Lane
-from hfkv.bench.setting import Case, Setting
+from hfkv.bench.setting import Setting
 from hfkv.bench.turns import LEAST_TURNS, Turns
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One table to be measured.
-
-    Attributes:
-        context: see `Table`.
-        layers: layers that are measured.
-        case: of the suite mla, else None.
-    """
+class Cell(NamedTuple):
+    """One table to be measured: its tokens, its layers and, in the suite mla, its `Case`."""
 
     context: int
     layers: int = 1
-    case: Case | None = None
+    case: Any = None
 
     def __str__(self) -> str:
         return f"{self.context:,}" if self.case is None else f"{self.case.part} {self.context:,}"
@@ -33,9 +26,6 @@ class Cell:
 
 class Suite:
     """A setting made ready.
-
-    Args:
-        setting: what to measure.
 
     Attributes:
         contenders: all who take part or cannot, peers first.
@@ -63,11 +53,7 @@ class Suite:
         self.batch = len(setting.ragged) or setting.batch
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
-        """What makes the lane of each contender of a cell.
-
-        Raises:
-            BenchError: a cell does not fit in memory.
-        """
+        """What makes the lane of each contender of a cell; a `BenchError` where it does not fit in memory."""
         raise NotImplementedError
 
     def contenders_of(self, cell: Cell) -> list[Contender]:
@@ -76,7 +62,7 @@ class Suite:
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
         """Why a contender is not run in a cell, or None."""
-        if contender.kv is not None and contender.kv.reuse is not None and self.setting.suite != "reuse":
+        if contender.shares and self.setting.suite != "reuse":
             return "it shares prefixes between calls: see the suite reuse"
         if contender.graphs and not self.has_graphs(cell):
             return f"CUDA graphs are of whole decode steps: see {self.graphs_are_in}"
