@@ -18,23 +18,18 @@ HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """One ratio, a table ``[[ratio]]`` of the file.
+    """One ratio, a table ``[[ratio]]`` of the file, about the runs that have what it says of them.
 
     Attributes:
-        suite, shape, batch, ragged, dtype, layers, device: the run it is about; those left out may be anything.
-            `device` is ``"cpu"`` or ``"cuda"``.
         contender: a name; ``"*"`` for every one of hfkv's.
-        context: tokens of the table it is about.
         against: whose time is divided by the contender's. With ``"floor"`` it is the contender's time that is divided,
             by its floor's.
-        at_least: what the ratio must reach.
-        at_most: what it must not exceed; with ``against = "floor"`` only.
+        at_least: what the ratio must reach; with ``against = "floor"`` `at_most`, what it must not exceed.
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
         max_held: what the bytes it holds, over those of `against`, must not exceed.
-        note: words for the reader.
-        part: of the suite mla, in which it has to be said.
-        queries: new tokens of a call; suite mla only.
-        busy: other processes that kept cores busy; it is about runs with exactly so many.
+        device: ``"cpu"`` or ``"cuda"``.
+        part, queries: the part of the suite mla, which has to be said there, and new tokens of a call.
+        busy: other processes that kept cores busy, exactly so many.
     """
 
     suite: str
@@ -99,16 +94,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and what was seen of it.
+    """A target and what was seen of it; None where nothing was, or nothing was asked for.
 
     Attributes:
-        target: what was asked for.
-        contender: whom it is about: a name in place of ``"*"``.
-        ratio: what was seen; None where nothing was.
-        error: what was seen; None where none was asked for.
-        verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run.
-        note: why the peer could not run; else None.
-        held: the part of the other's bytes that was seen; None where none was asked for.
+        contender: a name in place of ``"*"``.
+        verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run,
+            which `note` says.
+        held: the part of the other's bytes that was seen.
     """
 
     target: Target

@@ -18,28 +18,16 @@ FACTOR, SLACK = 2.0, 1e-5
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a contender's results are from what they should be.
-
-    Attributes:
-        twin, full, logits: see `Row`; None where it was not looked at.
-        wrong: what is wrong, or None.
-    """
+    """How far a contender's results are from what they should be, as in `Row`; None where it was not looked at."""
 
     twin: float | None = None
     full: float | None = None
     logits: float | None = None
-    wrong: str | None = None
+    wrong: str | None = None  # what is wrong
 
 
 def what_is_wrong(output: torch.Tensor, error: float, allowed: float | None, standard: str) -> str | None:
-    """What is wrong with an output, or None.
-
-    Args:
-        output: its numbers, which must be finite.
-        error: how far it is from `standard`.
-        allowed: the largest error that may be; None for any.
-        standard: what it is held against, and how.
-    """
+    """What is wrong with an output, of numbers that must be finite and may be so far from a standard (None: any)."""
     if not bool(output.isfinite().all()):
         return "its output has numbers that are not finite"
     if allowed is not None and not error <= allowed:
@@ -48,14 +36,9 @@ def what_is_wrong(output: torch.Tensor, error: float, allowed: float | None, sta
 
 
 def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: float, is_ours: bool) -> Errors:
-    """Checks the attention of one decode step.
+    """Checks the attention `[B, 1, Hq, D]` of one decode step, which added the tokens' new key and value to a layer.
 
-    Args:
-        output: `[B, 1, Hq, D]`, as attention functions return it.
-        tokens: what the cache was filled with; the step added their new key and value.
-        layer: the cache's layer.
-        scale: factor on the scores.
-        is_ours: whether the layer is hfkv's, whose own keys and values it is held against.
+    A layer of hfkv's is held against its own keys and values too.
     """
     output = output.transpose(1, 2)
     seen = tokens.count + 1
@@ -83,14 +66,9 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
 def logit_errors(
     contender: Contender, logits: torch.Tensor, standard: torch.Tensor, num_layers: int, dtype: torch.dtype
 ) -> Errors:
-    """Checks the logits of one forward: hfkv's must be finite, and differ by rounding only where nothing is lost.
+    """Checks the logits `[B, V]` of one forward: hfkv's must be finite, and where nothing is lost differ by rounding.
 
-    Args:
-        contender: whose.
-        logits: `[B, V]`.
-        standard: DynamicCache's.
-        num_layers: layers, each of which rounds.
-        dtype: what they round to (`generate` returns logits in fp32, whatever the model computes in).
+    Each layer rounds to `dtype`: `generate` returns logits in fp32, whatever the model computes in.
     """
     error = norm_error(logits, standard)
     if contender.kv is None:

@@ -34,19 +34,12 @@ class StepClock:
 
 @dataclass
 class Prompt:
-    """A left-padded batch of random tokens that all contenders read, and DynamicCache's logits after it.
-
-    Attributes:
-        model: the model with the weights.
-        ids: `[B, T]`.
-        mask: 1 where a token is real, `[B, T]`.
-        standard: `[B, V]`, once DynamicCache has been checked; it is the first.
-    """
+    """A left-padded batch of random tokens `[B, T]` that all contenders read, and its mask, 1 where one is real."""
 
     model: PreTrainedModel
     ids: torch.Tensor
     mask: torch.Tensor
-    standard: torch.Tensor | None = None
+    standard: torch.Tensor | None = None  # DynamicCache's logits `[B, V]`, once it has been checked, as the first
 
     @classmethod
     def draw(cls, model: PreTrainedModel, lengths: Sequence[int], seed: int) -> Prompt:
@@ -60,11 +53,7 @@ class Prompt:
         return cls(model, ids * mask, mask.long())
 
     def check(self, contender: Contender, logits: torch.Tensor) -> Errors:
-        """A contender's logits `[B, V]` against DynamicCache's.
-
-        Raises:
-            MemoryError: there are none, as DynamicCache ran out of memory.
-        """
+        """A contender's logits `[B, V]` against DynamicCache's; MemoryError where DynamicCache ran out of memory."""
         if contender.name == DYNAMIC:
             self.standard = logits
         if self.standard is None:

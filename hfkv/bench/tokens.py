@@ -16,19 +16,7 @@ FILL_CHUNK = 4096
 
 
 class Tokens:
-    """Keys and values of standard normal numbers for one layer, the same for all layers and contenders.
-
-    Args:
-        batch: B.
-        count: T.
-        heads: the shape's heads.
-        dtype: the dtype of keys and values.
-        device: where they are.
-        seed: the seed of the numbers.
-
-    Attributes:
-        keys, values: `[B, H, T, D]`.
-    """
+    """Keys and values `[B, H, T, D]` of normal numbers for one layer, the same for all layers and contenders."""
 
     def __init__(
         self, batch: int, count: int, heads: Heads, dtype: torch.dtype, device: torch.device, seed: int
@@ -45,16 +33,7 @@ class Tokens:
         self.query = draw(heads.query_heads, 1)
 
     def fill(self, cache: Any, num_layers: int, tokens: int) -> Any:
-        """Puts all of them into the first layers of an empty cache.
-
-        Args:
-            cache: the cache.
-            num_layers: layers to fill.
-            tokens: how many a row will hold in all.
-
-        Returns:
-            The cache.
-        """
+        """Puts all of them into the first layers of an empty cache whose rows will hold so many, and returns it."""
         is_ours = isinstance(cache, KVCache)
         if is_ours:
             cache.reserve(tokens)

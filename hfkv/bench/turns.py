@@ -19,13 +19,9 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Turns:
-    """How often the contenders of one context take turns.
+    """How often the contenders of one context take turns: `count` times, or as often as fit in `seconds`.
 
-    Attributes:
-        count: how often; None for as often as fit in `seconds`.
-        seconds: see there.
-        busy: other processes that keep cores busy meanwhile.
-        least, most: turns where `seconds` decide. A static cache has room for the most, and attends over all of it.
+    A static cache has room for the most, and attends over all of it. Meanwhile `busy` processes keep cores busy.
     """
 
     count: int | None
@@ -51,16 +47,9 @@ class Turns:
 def take_turns(
     lanes: Sequence[Lane], turns: Turns, keep_open: bool, on_share: Progress
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times lanes one after the other, again and again.
+    """Times lanes one after the other, again and again: by lane the times in ms, and why it ran out of memory.
 
-    Args:
-        lanes: the contenders; already open where `keep_open`.
-        turns: how often.
-        keep_open: whether the caches of all fit in memory at once; else each is filled anew for every turn.
-        on_share: called with the lane that runs next and how much is done, 0 to 1.
-
-    Returns:
-        The times in ms by lane, and why a lane ran out of memory by lane.
+    Where not the caches of all fit in memory at once (`keep_open`), each is filled anew for every turn.
     """
     times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
     failed: dict[str, str] = {}

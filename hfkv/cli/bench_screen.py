@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hfkv.bench import MLA_SHAPES, MOE_SHAPES, Result, Row, Verdict
+from hfkv.bench import Table as Measured
+from hfkv.bench.plots import digits
+from hfkv.bench.results import plural
 from hfkv.cli.bench_notes import caption
 from hfkv.cli.tables import Columns, drop_to_fit, new_table, notes_grid, room, table_of, unit_of, wrap
-
-if TYPE_CHECKING:
-    from hfkv.bench import Result, Row, Verdict
-    from hfkv.bench import Table as Measured
 
 # A speedup this much below 1 is coloured as bearable.
 BEARABLE_SPEEDUP = 0.9
@@ -70,9 +68,6 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
 
 
 def _title(result: Result, measured: Measured) -> str:
-    from hfkv.bench import MLA_SHAPES, MOE_SHAPES
-    from hfkv.bench.results import plural
-
     case, about, layers = result.case(measured), result.about(measured), plural(measured.layers, "layer")
     shapes: dict[str, dict[str, object]] = {"moe": {**MOE_SHAPES}, "mla": {**MLA_SHAPES}}
     known = shapes.get(result.suite, {}).get(result.shape)
@@ -102,11 +97,11 @@ def _time_columns(result: Result, measured: Measured) -> Columns:
         times = f"×\n{measured.base}" if measured.base else "× base\n"
     unit, unit_name = _unit(rows)
     columns = {
-        "median\nms": [_main(row, row.p50_ms and _digits(row.p50_ms)) for row in rows],
-        SPREAD: [_cell(row.p20_ms and f"{_digits(row.p20_ms)}–{_digits(row.p80_ms or 0)}", "dim") for row in rows],
+        "median\nms": [_main(row, row.p50_ms and digits(row.p50_ms)) for row in rows],
+        SPREAD: [_cell(row.p20_ms and f"{digits(row.p20_ms)}–{digits(row.p80_ms or 0)}", "dim") for row in rows],
         times: [_speedup(row) for row in rows],
-        "× with-\nout LoRA": [_cell(row.lora_ratio and _digits(row.lora_ratio)) for row in rows],
-        "× its\nfloor": [_cell(row.floor_ratio and _digits(row.floor_ratio)) for row in rows],
+        "× with-\nout LoRA": [_cell(row.lora_ratio and digits(row.lora_ratio)) for row in rows],
+        "× its\nfloor": [_cell(row.floor_ratio and digits(row.floor_ratio)) for row in rows],
         f"held\n{unit_name}": [_cell(_bytes(row.held_bytes, unit)) for row in rows],
     }
     plain = next((row.held_bytes for row in rows if row.held_bytes), None)
@@ -164,14 +159,8 @@ def _speedup(row: Row) -> Text:
     return Text(f"{row.speedup:.2f}", style if row.is_ours else "")
 
 
-def _digits(value: float) -> str:
-    from hfkv.bench.plots import digits
-
-    return digits(value)
-
-
 def _bytes(value: float | None, unit: float) -> str | None:
-    return None if value is None else _digits(value / unit)
+    return None if value is None else digits(value / unit)
 
 
 def _unit(rows: list[Row], times: int = 1) -> tuple[float, str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hfkv.bench import Case, Setting, cases_of
+from hfkv.bench.contenders import GRAPHS
+from hfkv.bench.setting import DEFAULT_KV, DEFAULT_MOE, GRAPHS_KV, MLA_KV, PARTS, REUSE_KV
 from hfkv.cli.errors import CommandError
 from hfkv.cli.generate import check_kv
 from hfkv.cli.loading import pick_device, pick_dtype
 from hfkv.cli.said import whole_numbers
-from hfkv.policy.errors import RequestError
-
-if TYPE_CHECKING:
-    from hfkv.bench import Case, Setting
 
 # By suite: the shape on a CPU and elsewhere, tokens, and how long contenders take turns. Those left out are as SHAPE.
 SHAPE = "llama-8b"
@@ -26,19 +25,11 @@ SECONDS = {"moe": 4.0, "mla": 4.0}
 
 
 def setting_of(suite: str, given: dict[str, Any]) -> Setting:
-    """What to measure.
-
-    Args:
-        suite: its name.
-        given: values of the options that the suite takes; None where they were not said.
+    """What to measure: a suite by its name, and values of the options it takes, None where they were not said.
 
     Raises:
-        CommandError: a word is unknown, or words contradict each other.
+        CommandError, BenchError: a word is unknown, or words contradict each other.
     """
-    from hfkv.bench import Setting, cases_of
-    from hfkv.bench.contenders import GRAPHS
-    from hfkv.bench.setting import DEFAULT_KV, DEFAULT_MOE, GRAPHS_KV, MLA_KV, PARTS, REUSE_KV
-
     shape, model, ragged, peers = given["shape"], given.get("model"), given.get("ragged"), given["peers"]
     if shape is not None and model is not None:
         raise CommandError("--shape and --model both say what to build; give one of them")
@@ -66,29 +57,26 @@ def setting_of(suite: str, given: dict[str, Any]) -> Setting:
         contexts = ()
     else:
         contexts = numbers("context", TINY_CONTEXTS if shape == "tiny" else CONTEXTS[suite])
-    try:
-        cases: tuple[Case, ...] = ()
-        if suite == "mla":
-            parts = PARTS if given["part"] is None else [part.strip() for part in given["part"].split(",")]
-            cases = cases_of(parts, numbers("tokens"), numbers("queries"))
-        return Setting(
-            suite=suite,
-            shape=shape,
-            model=model,
-            layers=given.get("layers"),
-            contexts=contexts,
-            batch=1 if given.get("batch") is None else given["batch"],
-            ragged=numbers("ragged"),
-            dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
-            device=str(device),
-            kvs=tuple(given.get("kv") or kvs),
-            peers=None if suite == "mla" or peers == "all" else tuple(name.strip() for name in peers.split(",")),
-            steps=given["steps"],
-            seconds=SECONDS.get(suite, 10.0) if given["seconds"] is None else given["seconds"],
-            seed=given["seed"],
-            moes=tuple(given.get("moe") or DEFAULT_MOE),
-            busy=given["busy"],
-            cases=cases,
-        )
-    except RequestError as error:
-        raise CommandError(str(error)) from error
+    cases: tuple[Case, ...] = ()
+    if suite == "mla":
+        parts = PARTS if given["part"] is None else [part.strip() for part in given["part"].split(",")]
+        cases = cases_of(parts, numbers("tokens"), numbers("queries"))
+    return Setting(
+        suite=suite,
+        shape=shape,
+        model=model,
+        layers=given.get("layers"),
+        contexts=contexts,
+        batch=1 if given.get("batch") is None else given["batch"],
+        ragged=numbers("ragged"),
+        dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
+        device=str(device),
+        kvs=tuple(given.get("kv") or kvs),
+        peers=None if suite == "mla" or peers == "all" else tuple(name.strip() for name in peers.split(",")),
+        steps=given["steps"],
+        seconds=SECONDS.get(suite, 10.0) if given["seconds"] is None else given["seconds"],
+        seed=given["seed"],
+        moes=tuple(given.get("moe") or DEFAULT_MOE),
+        busy=given["busy"],
+        cases=cases,
+    )
