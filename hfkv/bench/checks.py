@@ -62,23 +62,15 @@ class Target:
             raise BenchError(f"{self} says neither at_least, at_most, max_error nor max_held")
         if self.max_held is not None and self.against == FLOOR:
             raise BenchError(f"{self} says max_held, and the floor holds nothing; name a row with against")
-        wanted = "at_most" if self.against == FLOOR else "at_least"
-        other = "at_least" if self.against == FLOOR else "at_most"
+        wanted, other = ("at_most", "at_least") if self.against == FLOOR else ("at_least", "at_most")
         if getattr(self, other) is not None:
             raise BenchError(f"{self} says {other}; against {self.against!r} goes with {wanted}")
 
     def concerns(self, result: Result, table: Table) -> bool:
         """Whether it is about that run, its contexts aside."""
-        seen: dict[str, Any] = {
-            "suite": result.suite,
-            "shape": result.shape,
-            "batch": table.batch,
-            "ragged": table.ragged,
-            "dtype": result.dtype,
-            "layers": table.layers,
-            "device": result.kind,
-            "busy": result.setting.get("busy", 0),
-        }
+        of_result = {name: getattr(result, name) for name in ("suite", "shape", "dtype")}
+        of_table = {name: getattr(table, name) for name in ("batch", "ragged", "layers")}
+        seen = {**of_result, **of_table, "device": result.kind, "busy": result.setting.get("busy", 0)}
         case = result.case(table)
         if case is not None:
             seen |= {"part": case.part, "queries": case.new}
@@ -177,35 +169,29 @@ def _verdicts(target: Target, results: Sequence[Result]) -> list[Verdict]:
         there = ", ".join(f"{table.context:,}" for table in about)
         raise BenchError(f"{target}: the result has no context of {target.context:,} tokens; it has {there}")
     table = tables[0]
-    rows = [row for row in table.rows if row.is_ours] if target.contender == EVERY else [table.row(target.contender)]
-    if not rows or rows[0] is None:
+    if target.contender == EVERY:
+        return [_verdict(target, row, table) for row in table.rows if row.is_ours]
+    return [_verdict(target, _row(target, target.contender, table), table)]
+
+
+def _row(target: Target, name: str, table: Table) -> Row:
+    row = table.row(name)
+    if row is None:
         there = ", ".join(row.contender for row in table.rows)
-        raise BenchError(f"{target}: the result has no row {target.contender!r}; it has {there}")
-    return [_verdict(target, row, table) for row in rows if row is not None]
+        raise BenchError(f"{target}: the result has no row {name!r}; it has {there}")
+    return row
 
 
 def _verdict(target: Target, row: Row, table: Table) -> Verdict:
-    other = None if target.against == FLOOR else table.row(target.against)
-    if other is None and target.against != FLOOR:
-        there = ", ".join(row.contender for row in table.rows)
-        raise BenchError(f"{target}: the result has no row {target.against!r}; it has {there}")
-    if other is not None and other.status == LEFT_OUT:
-        return Verdict(target, row.contender, None, None, NOT_MEASURED, f"{other.contender}: {other.note}")
-    ratio = row.floor_ratio if other is None else _ratio(other, row)
-    is_held = row.status == OK
-    if target.at_least is not None:
-        is_held &= ratio is not None and ratio >= target.at_least
-    if target.at_most is not None:
-        is_held &= ratio is not None and ratio <= target.at_most
-    if target.max_error is not None:
-        is_held &= row.error_full is not None and row.error_full <= target.max_error
-    held = None
-    if target.max_held is not None:
-        held = row.held_bytes / other.held_bytes if other and row.held_bytes and other.held_bytes else None
-        is_held &= held is not None and held <= target.max_held
-    error = row.error_full if target.max_error is not None else None
+    ratio, held, error = row.floor_ratio, None, row.error_full if target.max_error is not None else None
+    if target.against != FLOOR:
+        other = _row(target, target.against, table)
+        if other.status == LEFT_OUT:
+            return Verdict(target, row.contender, None, None, NOT_MEASURED, f"{other.contender}: {other.note}")
+        ratio = other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None
+        if target.max_held is not None:
+            held = row.held_bytes / other.held_bytes if row.held_bytes and other.held_bytes else None
+    is_held = row.status == OK and (target.at_least is None or (ratio is not None and ratio >= target.at_least))
+    for seen, most in ((ratio, target.at_most), (error, target.max_error), (held, target.max_held)):
+        is_held &= most is None or (seen is not None and seen <= most)
     return Verdict(target, row.contender, ratio, error, HELD if is_held else MISSED, held=held)
-
-
-def _ratio(other: Row, row: Row) -> float | None:
-    return other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None

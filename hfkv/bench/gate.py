@@ -42,19 +42,16 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
     """
     output = output.transpose(1, 2)
     seen = tokens.count + 1
-    positions, visible = _visible(layer, seen, output.device) if is_ours else (torch.arange(seen), None)
+    shown, visible = _visible(layer, seen, output.device) if is_ours else (slice(None), slice(None))
     keys, values = (
-        torch.cat((states, new), dim=2) if visible is None else _picked(states, new, positions[visible])
+        torch.cat((states, new), dim=2)[:, :, shown]
         for states, new in ((tokens.keys, tokens.new_key), (tokens.values, tokens.new_value))
     )
-    full = _attention(tokens.query, keys, values, scale, torch.float32)
-    error_full = norm_error(output, full)
+    error_full = norm_error(output, _attention(tokens.query, keys, values, scale, torch.float32))
     if not is_ours:
         return Errors(full=error_full)
     del keys, values
-    held = (layer.keys, layer.values)
-    if visible is not None and not bool(visible.all()):
-        held = tuple(states[:, :, visible] for states in held)
+    held = layer.keys[:, :, visible], layer.values[:, :, visible]
     twin = _attention(tokens.query, *held, scale, torch.float32)
     same = _attention(tokens.query, *held, scale, output.dtype)
     error, allowed = largest_error(output, twin), FACTOR * largest_error(same, twin) + SLACK
@@ -77,11 +74,11 @@ def logit_errors(
     return Errors(logits=error, wrong=what_is_wrong(logits, error, allowed, "DynamicCache's logits, as norms"))
 
 
-def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The position of each token `layer.keys` shows, and which of them the newest query sees (None: all)."""
+def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[Any, Any]:
+    """Of the tokens that the newest query sees, the positions, and which they are among those `layer.keys` shows."""
     window = layer.window
     if window is None:
-        return torch.arange(seen, device=device), None
+        return slice(None), slice(None)
     assert layer.keys is not None
     held_from = layer.span.held_from
     newest = torch.arange(held_from, seen, device=device)
@@ -91,11 +88,8 @@ def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Ten
     # A slot is filled once its token has gone from among the newest.
     is_there = torch.cat((slots < held_from, torch.ones_like(newest, dtype=torch.bool)))
     is_seen = (positions >= window.lower_bound(seen - 1)) | (positions < window.sinks)
-    return positions, is_there & is_seen
-
-
-def _picked(states: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return torch.cat((states, new), dim=2)[:, :, positions]
+    visible = is_there & is_seen
+    return positions[visible], slice(None) if bool(visible.all()) else visible
 
 
 def _attention(

@@ -56,9 +56,9 @@ class MemorySuite(AttentionSuite):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         # Compiled or not, it allocates the same cache.
-        self.contenders = [
-            replace(one, is_compiled=False, reason=None) if one.is_compiled else one for one in self.contenders
-        ]
+        for index, one in enumerate(self.contenders):
+            if one.is_compiled:
+                self.contenders[index] = replace(one, is_compiled=False, reason=None)
 
     def num_layers(self, context: int) -> int:
         return 1

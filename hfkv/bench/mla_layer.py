@@ -73,10 +73,8 @@ class LayerTask:
         self.model = model
         self.latents = latents
         self.case = case
-        generator, size = (
-            torch.Generator(model.device).manual_seed(seed + 1),
-            (batch, case.new, model.config.hidden_size),
-        )
+        generator = torch.Generator(model.device).manual_seed(seed + 1)
+        size = (batch, case.new, model.config.hidden_size)
         self.hidden = torch.randn(size, dtype=model.dtype, device=model.device, generator=generator)
         self.stock: float | None = None
 

@@ -34,7 +34,7 @@ class Row:
         error_twin: its attention against fp32 attention over the keys and values this cache decodes to, as norms.
         error_full: against fp32 attention over the keys and values before any codec; in moe against experts in fp32.
         error_logits: one forward's logits against DynamicCache's, as norms.
-        operations: in the suite moe two for each number of a weight and token.
+        operations: two for each number of a weight and token, in the suite moe.
         lora_ratio: `p50_ms` over that of the same experts without LoRA.
         form: how hfkv keeps the experts, and why.
     """

@@ -121,38 +121,25 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
 
 def _checked(lane: Lane, row: Row) -> Row:
     figures, errors = lane.prepare()
-    return replace(
-        row,
-        status=WRONG if errors.wrong else OK,
-        note=errors.wrong,
-        error_twin=errors.twin,
-        error_full=errors.full,
-        error_logits=errors.logits,
-        **figures,
-    )
+    figures |= {"error_twin": errors.twin, "error_full": errors.full, "error_logits": errors.logits}
+    return replace(row, status=WRONG if errors.wrong else OK, note=errors.wrong, **figures)
 
 
 def compared(suite: Suite, cell: Cell, table: Table, copy: float, bus: float | None) -> Table:
     """The table with its rows' ratios to the base, or to the fastest peer, and to the floor.
 
-    Args:
-        suite, cell: it is of.
-        table: what `measure` gave.
-        copy: bytes a second of a copy on the device.
-        bus: of a copy to the device, or None.
+    Bytes are copied on the device at `copy` a second, and to it at `bus`, if there is one.
     """
     times = {row.contender: row.p50_ms for row in table.rows if row.p50_ms is not None}
     bases = suite.bases(cell)
     base = next((name for name in bases if name in times), None)
-    best = min((times[row.contender] for row in table.rows if row.contender in times and not row.is_ours), default=None)
-    if bases:
-        best = None if base is None else times[base]
+    peers = [row.contender for row in table.rows if not row.is_ours and row.contender in times]
+    best = min((times[name] for name in ((base,) if bases else peers) if name is not None), default=None)
     bare = {contender.name: contender.bare for contender in suite.contenders}
     rows = []
     for row in table.rows:
         if row.p50_ms is not None:
-            floor_ms = _floor_ms(row, copy, bus, suite.peak)
-            bare_ms = times.get(bare.get(row.contender) or "")
+            floor_ms, bare_ms = _floor_ms(row, copy, bus, suite.peak), times.get(bare.get(row.contender) or "")
             row = replace(
                 row,
                 floor_ms=floor_ms,
@@ -168,9 +155,5 @@ def _floor_ms(row: Row, copy: float, bus: float | None, peak: float | None) -> f
     """The longest of what its bytes and its operations take at least; None where it has no bytes to read."""
     if not row.read_bytes:
         return None
-    seconds = [row.read_bytes / copy]
-    if row.bus_bytes and bus:
-        seconds.append(row.bus_bytes / bus)
-    if row.operations and peak:
-        seconds.append(row.operations / peak)
-    return 1e3 * max(seconds)
+    speeds = ((row.read_bytes, copy), (row.bus_bytes, bus), (row.operations, peak))
+    return 1e3 * max(count / speed for count, speed in speeds if count and speed)
