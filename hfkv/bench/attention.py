@@ -12,12 +12,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfkv.attention.function import NAME
-from hfkv.bench.caches import CacheSuite
 from hfkv.bench.contenders import NO_CACHE, Contender
-from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors, attention_errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.suite import Cell
+from hfkv.bench.setting import BenchError
+from hfkv.bench.suite import CacheSuite, Cell
 from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.measure.timing import milliseconds
 from hfkv.models.shapes import Heads, skeleton, with_layers

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.errors import BenchError
 from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
-from hfkv.bench.setting import MLA, PARTS, SUITES
+from hfkv.bench.setting import MLA, PARTS, SUITES, BenchError
 
 FLOOR, EVERY = "floor", "*"
 HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.cache.kv_cache import KVCache
 from hfkv.experts.config import MoEConfig
 from hfkv.policy.config import KVConfig

@@ -16,10 +16,9 @@ from transformers.masking_utils import create_causal_mask
 from hfkv.attention.latent import crossover
 from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error, what_is_wrong
 from hfkv.bench.lane import Lane
-from hfkv.bench.mla_shapes import LatentTokens
 from hfkv.bench.models import model_of
 from hfkv.bench.setting import Case
-from hfkv.bench.tokens import held_bytes
+from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.measure.timing import milliseconds, queued_milliseconds
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ class LayerTask:
         stock: the largest error of DynamicCache's output, once it has been checked; it is the first. None till then.
     """
 
-    def __init__(self, model: PreTrainedModel, latents: LatentTokens | None, case: Case, batch: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, latents: Tokens, case: Case, batch: int, seed: int) -> None:
         self.model = model
         self.latents = latents
         self.case = case
@@ -107,7 +106,7 @@ class LayerTask:
 
     def _filled(self, row: int, dtype: torch.dtype) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        if self.latents is not None:
+        if self.case.held:
             cache.update(*(states[row : row + 1].to(dtype) for states in (self.latents.keys, self.latents.values)), 0)
         return cache
 
@@ -173,7 +172,7 @@ class LayerLane(Lane):
         assert self.contender.new_cache is not None
         is_decode = self.task.case.new == 1 and self.task.hidden.device.type == "cpu"
         caches = [self.contender.new_cache(self.model, self.room) for _ in range(DECODE_LAYERS if is_decode else 1)]
-        if self.task.latents is not None:
+        if self.task.case.held:
             caches = [self.task.latents.fill(cache, 1, self.room) for cache in caches]
         self.cache, *self.more = caches
 

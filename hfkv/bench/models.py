@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.measure.machine import free_bytes
 from hfkv.models.shapes import skeleton
 from hfkv.patches.patch import patch

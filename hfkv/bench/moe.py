@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import FACTOR, SLACK, Errors, norm_error, what_is_wrong
 from hfkv.bench.lane import Lane
 from hfkv.bench.models import check_room
@@ -28,7 +27,7 @@ from hfkv.bench.moe_layers import (
     reference,
     stock_model,
 )
-from hfkv.bench.setting import Setting
+from hfkv.bench.setting import BenchError, Setting
 from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.turns import out_of_memory
 from hfkv.experts.packed import PackedWeights, unpackable

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from hfkv.bench.contenders import Contender, named
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.experts.config import MoEConfig
 from hfkv.patches.patch import patch
 

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from hfkv.bench.caches import ModelSuite
 from hfkv.bench.contenders import DYNAMIC, NO_CACHE, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.models import model_of
-from hfkv.bench.prompt import Prompt, StepClock
-from hfkv.bench.suite import Cell
+from hfkv.bench.prompt import GenerateLane, Prompt
+from hfkv.bench.suite import Cell, ModelSuite
 
 # Tokens behind the prefix, new in every turn.
 QUESTION = 128
 
 
 @dataclass(eq=False)
-class PrefillLane(Lane):
-    """One contender's model, over the same weights as everyone's, and the prompt it reads."""
+class PrefillLane(GenerateLane):
+    """One contender's model, which reads the prompt in every turn."""
 
-    prompt: Prompt
-
-    def __post_init__(self) -> None:
-        self.layers = self.prompt.model.config.num_hidden_layers
-        self.model = model_of(self.contender, self.prompt.model)
-        self.logits: Any = None
+    logits: Any = field(default=None, init=False)
 
     def open(self) -> None:
-        """Reads the prompt a first time; every turn does so anew."""
+        """Reads the prompt a first time."""
         self.turn()
 
     def check(self) -> Errors:
@@ -45,14 +38,12 @@ class PrefillLane(Lane):
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> list[float]:
         """A prompt `[B, T]` with its mask to the first new token, in ms."""
-        clock, self.cache = StepClock(), None
-        given: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 1, "do_sample": False}
+        self.cache, given = None, {}
         if not self.contender.is_ours and self.contender.name != DYNAMIC and self.contender.new_cache is not None:
             given["past_key_values"] = self.contender.new_cache(self.model, ids.shape[1] + 1)
-        given |= {"return_dict_in_generate": True, "output_logits": True}
-        output: Any = self.model.generate(ids, streamer=clock, **given)
+        output, times = self.generate(ids, mask, 1, output_logits=True, **given)
         self.cache, self.logits = output.past_key_values, output.logits[0]
-        return clock.milliseconds
+        return times
 
 
 @dataclass(eq=False)
@@ -73,7 +64,7 @@ class ReuseLane(PrefillLane):
         """Reads the prefix, where it is kept, and then the prompt a first time."""
         if self.contender.shares:
             prefix = self.prompt.ids[:, :-QUESTION]
-            self.model.generate(prefix, attention_mask=torch.ones_like(prefix), max_new_tokens=1, do_sample=False)
+            self.generate(prefix, torch.ones_like(prefix), 1)
         self._first = self._read(self.prompt.ids)
 
     def turn(self) -> list[float]:

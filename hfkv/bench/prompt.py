@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors, logit_errors
+from hfkv.bench.lane import Lane
+from hfkv.bench.models import model_of
 
 
 class StepClock:
@@ -59,3 +62,21 @@ class Prompt:
         if self.standard is None:
             raise MemoryError("DynamicCache's, whose logits are the standard; take fewer tokens or a smaller --batch")
         return logit_errors(contender, logits, self.standard, self.model.config.num_hidden_layers, self.model.dtype)
+
+
+@dataclass(eq=False)
+class GenerateLane(Lane):
+    """One contender's model, over the same weights as everyone's, that goes on from a prompt."""
+
+    prompt: Prompt
+
+    def __post_init__(self) -> None:
+        self.layers = self.prompt.model.config.num_hidden_layers
+        self.model = model_of(self.contender, self.prompt.model)
+
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **given: Any) -> tuple[Any, list[float]]:
+        """What `generate` makes of tokens `[B, T]`, and the time in ms of each new one."""
+        clock = StepClock()
+        given |= {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
+        output = self.model.generate(ids, attention_mask=mask, streamer=clock, **given)
+        return output, clock.milliseconds

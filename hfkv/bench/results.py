@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.errors import BenchError
-from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, Case
+from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, BenchError, Case
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from hfkv.bench.errors import BenchError
+from hfkv.policy.errors import RequestError
 
 MOE, MLA = "moe", "mla"
 SUITES = ("attention", "step", "memory", "prefill", "reuse", MOE, MLA)
@@ -24,6 +24,10 @@ PARTS: dict[str, tuple[int, tuple[int, ...]]] = {
     CROSSOVER: (4096, (16, 32, 64, 128, 170, 256, 512)),
 }
 PROMPTS = (256, 1024, 4096)
+
+
+class BenchError(RequestError):
+    """What cannot be measured, what is allowed and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import CompileConfig
 
-from hfkv.bench.caches import ModelSuite
 from hfkv.bench.contenders import NO_CACHE, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.models import model_of, weights_read
-from hfkv.bench.prompt import Prompt, StepClock
+from hfkv.bench.models import weights_read
+from hfkv.bench.prompt import GenerateLane, Prompt
 from hfkv.bench.setting import Setting
-from hfkv.bench.suite import Cell
+from hfkv.bench.suite import Cell, ModelSuite
 from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.bench.turns import LEAST_TURNS, Turns
 
@@ -35,23 +34,21 @@ def step_turns(setting: Setting, least: int = LEAST_TURNS) -> Turns:
 
 
 @dataclass(eq=False)
-class StepLane(Lane):
+class StepLane(GenerateLane):
     """One contender's model, over the same weights as everyone's, and its cache with room for so many turns.
 
     The cache is filled with tokens in place of the prompt's, of which the last has not been read yet.
     """
 
-    prompt: Prompt
     tokens: Tokens
     turns: int
 
     warm_ups = 1
 
     def __post_init__(self) -> None:
-        self.layers = self.prompt.model.config.num_hidden_layers
+        super().__post_init__()
         self.room = self.tokens.count + self.turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
         self.ids = self.prompt.ids
-        self.model = model_of(self.contender, self.prompt.model)
         if self.contender.is_compiled and self.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only
@@ -73,11 +70,10 @@ class StepLane(Lane):
 
     def turn(self) -> list[float]:
         """A few steps of `generate`, in ms."""
-        clock, seen = StepClock(), torch.ones_like(self.ids)
         given = {"use_cache": False} if self.cache is None else {"past_key_values": self.cache}
-        given |= {"attention_mask": seen, "max_new_tokens": STEPS_A_TURN + 1, "do_sample": False}
-        self.ids = self.model.generate(self.ids, streamer=clock, **given)
-        return clock.milliseconds[1:]
+        output, times = self.generate(self.ids, torch.ones_like(self.ids), STEPS_A_TURN + 1, **given)
+        self.ids = output.sequences
+        return times[1:]
 
     def read_bytes(self) -> int:
         """What a step must read: the cache and the weights."""

@@ -27,9 +27,8 @@ from hfkv.bench import (
     run,
 )
 from hfkv.bench.contenders import ours
-from hfkv.bench.mla import MLASuite
+from hfkv.bench.mla import LatentTokens, MLAShape, MLASuite
 from hfkv.bench.mla_layer import LayerLane, LayerTask, layer_call
-from hfkv.bench.mla_shapes import LatentTokens, MLAShape
 from hfkv.bench.setting import PARTS
 from hfkv.bench.step import StepLane
 from hfkv.measure.timing import COPY_BYTES
@@ -136,7 +135,7 @@ def test_a_model_without_latents_is_refused() -> None:
 def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPE.config(1), dtype=torch.float32).eval()
-    latents = LatentTokens(2, held, SHAPE, torch.float32, CPU, seed=0) if held else None
+    latents = LatentTokens(2, held, SHAPE, torch.float32, CPU, seed=0)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     seen: list[Any] = []
     module: Any = model.model.layers[0].self_attn
@@ -145,7 +144,7 @@ def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
     )
     with torch.no_grad():
         for cache in caches:
-            if latents is not None:
+            if held:
                 cache.update(latents.keys, latents.values, 0)
         model(torch.randint(131, (2, new)), past_key_values=caches[0])
         handle.remove()
