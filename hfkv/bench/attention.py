@@ -28,13 +28,6 @@ ROTATED_BYTES, LEAST_ROTATED, MOST_ROTATED = 2**30, 4, 32
 SPARE_STEPS = 8
 
 
-def rotated_layers(layer_bytes: int, device: torch.device) -> int:
-    """How many layers' caches take turns: one on a CPU, where the other contenders' turns empty its caches."""
-    if device.type == "cpu":
-        return 1
-    return min(max(-(-ROTATED_BYTES // layer_bytes), LEAST_ROTATED), MOST_ROTATED)
-
-
 def attention_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     """The config of a model of plain layers only, as many as are measured; a `BenchError` where the model has none."""
     kinds = [type(layer) for layer in DynamicCache(config=config).layers]
@@ -131,8 +124,9 @@ class AttentionSuite(CacheSuite):
     lane: type[AttentionLane] = AttentionLane
 
     def num_layers(self, context: int) -> int:
-        """Layers that take turns."""
-        return rotated_layers(self.layer_bytes(context), self.device)
+        """Layers that take turns: one on a CPU, where the other contenders' turns empty its caches."""
+        wanted = -(-ROTATED_BYTES // self.layer_bytes(context))
+        return 1 if self.device.type == "cpu" else min(max(wanted, LEAST_ROTATED), MOST_ROTATED)
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
         if contender.name == NO_CACHE:

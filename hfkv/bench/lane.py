@@ -19,6 +19,8 @@ class Lane:
     contender: Contender
     layers: int = field(default=1, init=False)  # of its cache, whose bytes are counted
     cache: Any = field(default=None, init=False)
+    times: list[float] = field(default_factory=list, init=False)  # of all turns, in ms
+    failure: str | None = field(default=None, init=False)  # why it takes no more of them
 
     warm_ups = 0
     warm_ms = 0.0

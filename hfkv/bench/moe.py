@@ -29,7 +29,7 @@ from hfkv.bench.moe_layers import (
 )
 from hfkv.bench.setting import BenchError, Setting
 from hfkv.bench.suite import Cell, Suite
-from hfkv.bench.turns import out_of_memory
+from hfkv.bench.turns import OUT_OF_MEMORY, out_of_memory
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.measure.machine import free_bytes
 from hfkv.measure.timing import milliseconds, quantiles, queued_milliseconds
@@ -199,7 +199,7 @@ class MoESuite(Suite):
             try:
                 if contender.reason is None:
                     self.layers[contender.name] = build_layer(contender, stock, adapters)
-            except (MemoryError, torch.OutOfMemoryError, RequestError) as error:
+            except (*OUT_OF_MEMORY, RequestError) as error:
                 reason = str(error) if isinstance(error, RequestError) else out_of_memory(error)
                 self.contenders[index] = replace(contender, reason=reason)
         self.peak = matmul_peak(self.device, self.dtype)

@@ -52,11 +52,7 @@ MOE_SHAPES = {
 
 
 def ours(text: str) -> Contender:
-    """hfkv's experts of a config such as ``"auto"`` or ``"int8"``, with `LORA` behind it under adapters.
-
-    Raises:
-        BenchError: the text is no config, or one of experts that are not where they are computed.
-    """
+    """hfkv's experts of a config such as ``"int8"``, with `LORA` behind it under adapters; else a `BenchError`."""
     try:
         moe = MoEConfig.parse(text.removesuffix(LORA))
     except (TypeError, ValueError) as error:

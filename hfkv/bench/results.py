@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, BenchError, Case
+from hfkv.policy.config import KVConfig
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
 
@@ -183,8 +184,6 @@ def plural(count: int, noun: str) -> str:
 
 def canonical(contender: str) -> str:
     """One spelling for all strings of the same config; a peer's name as it is."""
-    from hfkv.policy.config import KVConfig
-
     try:
         return str(KVConfig.parse(contender))
     except (TypeError, ValueError):

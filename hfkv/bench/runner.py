@@ -18,7 +18,7 @@ from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
 from hfkv.bench.setting import Setting
 from hfkv.bench.step import StepSuite
 from hfkv.bench.suite import Cell, Suite
-from hfkv.bench.turns import Progress, free_memory, out_of_memory, take_turns
+from hfkv.bench.turns import OUT_OF_MEMORY, Progress, free_memory, out_of_memory, take_turns
 from hfkv.measure.machine import describe_machine, free_bytes, load
 from hfkv.measure.timing import bus_bandwidth, copy_bandwidth, quantiles
 
@@ -94,7 +94,7 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
             lane = make_lane(contender)
             try:
                 row = _checked(lane, row)
-            except (MemoryError, torch.OutOfMemoryError) as error:
+            except OUT_OF_MEMORY as error:
                 reason = out_of_memory(error)
             is_timed = suite.is_timed and reason is None and row.status == OK
             if is_timed:
@@ -103,17 +103,15 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
                 lane.close()
                 free_memory()
         rows[contender.name] = row if reason is None else replace(row, status=LEFT_OUT, note=reason)
-    times, failed = take_turns(
+    take_turns(
         lanes, suite.turns(cell), keep_open, lambda what, share: on_share(what, CHECKING + (1 - CHECKING) * share)
     )
     for lane in lanes:
         row = rows[lane.name]
-        if lane.name in failed:
-            rows[lane.name] = replace(row, status=LEFT_OUT, note=failed[lane.name])
-        else:
-            p20, p50, p80 = quantiles(times[lane.name])
-            row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(times[lane.name]))
-            rows[lane.name] = replace(row, **lane.counted())
+        if lane.failure is None:
+            p20, p50, p80 = quantiles(lane.times)
+            row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(lane.times), **lane.counted())
+        rows[lane.name] = row if lane.failure is None else replace(row, status=LEFT_OUT, note=lane.failure)
         lane.close()
     free_memory()
     return Table(cell.context, suite.batch, list(suite.setting.ragged), cell.layers, list(rows.values()))

@@ -12,14 +12,20 @@ from hfkv.cli.generate import check_kv
 from hfkv.cli.loading import pick_device, pick_dtype
 from hfkv.cli.said import whole_numbers
 
-# By suite: the shape on a CPU and elsewhere, tokens, and how long contenders take turns. Those left out are as SHAPE.
+# By suite: the shape on a CPU and elsewhere, tokens, and how long contenders take turns. Others are as SHAPE.
 SHAPE = "llama-8b"
 SHAPES = {"moe": ("moe-small", "qwen3-30b-a3b"), "mla": ("deepseek-v2-lite", "deepseek-v3")}
 SHAPES |= dict.fromkeys(("step", "prefill", "reuse"), ("small", SHAPE))
-CONTEXTS = {"attention": (32_768,), "memory": (32_768,), "step": (512, 16_384), "prefill": (4096,), "reuse": (4096,)}
+# Tokens on a CPU and elsewhere; in the suite moe of a call: decoding, and then reading prompts.
+CONTEXTS = {
+    "attention": ((32_768,), (32_768,)),
+    "memory": ((32_768,), (32_768,)),
+    "step": ((512, 16_384), (512, 16_384)),
+    "prefill": ((4096,), (4096,)),
+    "reuse": ((4096,), (4096,)),
+    "moe": ((1, 8, 128, 1024), (1, 32, 128, 4096)),
+}
 TINY_CONTEXTS = (512,)
-# Of a call in the suite moe, on a CPU and elsewhere: decoding, and then reading prompts.
-TOKENS = (1, 8, 128, 1024), (1, 32, 128, 4096)
 # A step or a prompt takes longer than a call of experts or of a layer, of which many numbers of tokens are timed.
 SECONDS = {"moe": 4.0, "mla": 4.0}
 
@@ -51,12 +57,10 @@ def setting_of(suite: str, given: dict[str, Any]) -> Setting:
         said = given.get(option)
         return default if said is None else whole_numbers(f"--{option}", said)
 
-    if suite == "moe":
-        contexts = numbers("tokens", TOKENS[is_other])
-    elif suite == "mla" or ragged is not None:
-        contexts = ()
-    else:
-        contexts = numbers("context", TINY_CONTEXTS if shape == "tiny" else CONTEXTS[suite])
+    contexts: tuple[int, ...] = ()
+    if suite != "mla" and ragged is None:
+        default = TINY_CONTEXTS if shape == "tiny" else CONTEXTS[suite][is_other]
+        contexts = numbers("tokens" if suite == "moe" else "context", default)
     cases: tuple[Case, ...] = ()
     if suite == "mla":
         parts = PARTS if given["part"] is None else [part.strip() for part in given["part"].split(",")]
