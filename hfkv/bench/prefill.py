@@ -38,10 +38,10 @@ class PrefillLane(GenerateLane):
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> list[float]:
         """A prompt `[B, T]` with its mask to the first new token, in ms."""
-        self.cache, given = None, {}
+        self.cache, given = None, {"return_dict_in_generate": True, "output_logits": True}
         if not self.contender.is_ours and self.contender.name != DYNAMIC and self.contender.new_cache is not None:
             given["past_key_values"] = self.contender.new_cache(self.model, ids.shape[1] + 1)
-        output, times = self.generate(ids, mask, 1, output_logits=True, **given)
+        output, times = self.generate(ids, mask, 1, **given)
         self.cache, self.logits = output.past_key_values, output.logits[0]
         return times
 

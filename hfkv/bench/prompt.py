@@ -76,7 +76,5 @@ class GenerateLane(Lane):
 
     def generate(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **given: Any) -> tuple[Any, list[float]]:
         """What `generate` makes of tokens `[B, T]`, and the time in ms of each new one."""
-        clock = StepClock()
-        given |= {"max_new_tokens": new_tokens, "do_sample": False, "return_dict_in_generate": True}
-        output = self.model.generate(ids, attention_mask=mask, streamer=clock, **given)
-        return output, clock.milliseconds
+        clock, given = StepClock(), {**given, "max_new_tokens": new_tokens, "do_sample": False}
+        return self.model.generate(ids, attention_mask=mask, streamer=clock, **given), clock.milliseconds

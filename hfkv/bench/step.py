@@ -71,8 +71,7 @@ class StepLane(GenerateLane):
     def turn(self) -> list[float]:
         """A few steps of `generate`, in ms."""
         given = {"use_cache": False} if self.cache is None else {"past_key_values": self.cache}
-        output, times = self.generate(self.ids, torch.ones_like(self.ids), STEPS_A_TURN + 1, **given)
-        self.ids = output.sequences
+        self.ids, times = self.generate(self.ids, torch.ones_like(self.ids), STEPS_A_TURN + 1, **given)
         return times[1:]
 
     def read_bytes(self) -> int:
