@@ -9,6 +9,7 @@ from typing import Any
 
 from hfkv.bench.contenders import Contender
 from hfkv.bench.gate import Errors
+from hfkv.bench.results import OK, WRONG
 from hfkv.bench.tokens import allocated_bytes, bus_bytes, held_bytes
 
 
@@ -30,10 +31,12 @@ class Lane:
         """The contender's name."""
         return self.contender.name
 
-    def prepare(self) -> tuple[dict[str, Any], Errors]:
-        """Makes it ready, and says what is known before a turn, as fields of `Row`, and what the check found."""
+    def prepare(self) -> dict[str, Any]:
+        """Makes it ready and checks it: fields of `Row` that are known before a turn."""
         self.open()
-        return self.figures(), self.check()
+        figures, errors = self.figures(), self.check()
+        figures |= {"error_twin": errors.twin, "error_full": errors.full, "error_logits": errors.logits}
+        return {**figures, "status": WRONG if errors.wrong else OK, "note": errors.wrong}
 
     def open(self) -> None:
         """Makes the cache and fills it."""

@@ -14,7 +14,7 @@ from hfkv.bench.memory import MemorySuite
 from hfkv.bench.mla import MLASuite
 from hfkv.bench.moe import MoESuite
 from hfkv.bench.prefill import PromptSuite
-from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
+from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
 from hfkv.bench.setting import Setting
 from hfkv.bench.step import StepSuite
 from hfkv.bench.suite import Cell, Suite
@@ -93,10 +93,10 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
         if reason is None:
             lane = make_lane(contender)
             try:
-                row = _checked(lane, row)
+                row = replace(row, **lane.prepare())
             except OUT_OF_MEMORY as error:
                 reason = out_of_memory(error)
-            is_timed = suite.is_timed and reason is None and row.status == OK
+            is_timed = suite.turns(cell).count != 0 and reason is None and row.status == OK
             if is_timed:
                 lanes.append(lane)
             if not is_timed or not keep_open:
@@ -115,12 +115,6 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
         lane.close()
     free_memory()
     return Table(cell.context, suite.batch, list(suite.setting.ragged), cell.layers, list(rows.values()))
-
-
-def _checked(lane: Lane, row: Row) -> Row:
-    figures, errors = lane.prepare()
-    figures |= {"error_twin": errors.twin, "error_full": errors.full, "error_logits": errors.logits}
-    return replace(row, status=WRONG if errors.wrong else OK, note=errors.wrong, **figures)
 
 
 def compared(suite: Suite, cell: Cell, table: Table, copy: float, bus: float | None) -> Table:

@@ -38,7 +38,6 @@ class Suite:
         cells: a table each.
         model_layers: layers of the whole shape.
         peak: operations a second of a large matrix product; None where no floor is of operations.
-        is_timed: whether contenders take turns once they are checked.
 
     Raises:
         BenchError: it names something unknown, or does not fit in memory.
@@ -48,7 +47,6 @@ class Suite:
     cells: list[Cell]
     model_layers = 1
     peak: float | None = None
-    is_timed = True
     least_turns = LEAST_TURNS
     graphs_are_in = "the suite step"
 
