@@ -148,4 +148,5 @@ def _floor_ms(row: Row, copy: float, bus: float | None, peak: float | None) -> f
     if not row.read_bytes:
         return None
     speeds = ((row.read_bytes, copy), (row.bus_bytes, bus), (row.operations, peak))
-    return 1e3 * max(count / speed for count, speed in speeds if count and speed)
+    seconds = [count / speed for count, speed in speeds if count and speed]
+    return 1e3 * max(seconds)
