@@ -2,12 +2,11 @@
 
 from hfkv.bench.checks import Verdict, check_results, read_targets
 from hfkv.bench.contenders import PEERS, Contender
-from hfkv.bench.errors import BenchError
-from hfkv.bench.mla_shapes import MLA_SHAPES
+from hfkv.bench.mla import MLA_SHAPES
 from hfkv.bench.moe_layers import MOE_PEERS, MOE_SHAPES
 from hfkv.bench.results import Result, Row, Table
 from hfkv.bench.runner import run
-from hfkv.bench.setting import SUITES, Case, Setting, cases_of
+from hfkv.bench.setting import SUITES, BenchError, Case, Setting, cases_of
 from hfkv.models.shapes import SHAPES
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,38 +12,24 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hfkv.attention.function import NAME
-from hfkv.bench.caches import CacheSuite
 from hfkv.bench.contenders import NO_CACHE, Contender
-from hfkv.bench.errors import BenchError
 from hfkv.bench.gate import Errors, attention_errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.suite import Cell
+from hfkv.bench.setting import BenchError
+from hfkv.bench.suite import CacheSuite, Cell
 from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.measure.timing import milliseconds
 from hfkv.models.shapes import Heads, skeleton, with_layers
 
 # On an accelerator so many bytes of keys and values take turns, that its L2 (50 to 60 MB) holds none of them even at a
 # quarter of the size, and so many layers at least, that launches overlap as in a model.
-ROTATED_BYTES, ROTATED_LAYERS = 2**30, range(4, 33)
+ROTATED_BYTES, LEAST_ROTATED, MOST_ROTATED = 2**30, 4, 32
 # Steps besides the timed ones: the check and the warm-up.
 SPARE_STEPS = 8
-WARM_UPS = 2
-
-
-def rotated_layers(layer_bytes: int, device: torch.device) -> int:
-    """How many layers' caches take turns: one on a CPU, where the other contenders' turns empty its caches."""
-    if device.type == "cpu":
-        return 1
-    wanted = -(-ROTATED_BYTES // layer_bytes)
-    return min(max(wanted, ROTATED_LAYERS.start), ROTATED_LAYERS.stop - 1)
 
 
 def attention_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
-    """The config of a model of plain layers only, as many as are measured.
-
-    Raises:
-        BenchError: the model has none, or does not run scaled_dot_product_attention.
-    """
+    """The config of a model of plain layers only, as many as are measured; a `BenchError` where the model has none."""
     kinds = [type(layer) for layer in DynamicCache(config=config).layers]
     if DynamicLayer not in kinds:
         raise BenchError(f"{config.model_type!r} has no layer of full attention; use the suite step")
@@ -54,11 +41,7 @@ def attention_config(config: PreTrainedConfig, num_layers: int) -> PreTrainedCon
 
 
 class AttentionModule:
-    """A model's attention module, to call attention functions as it does.
-
-    Raises:
-        BenchError: the model's own code does not call scaled_dot_product_attention.
-    """
+    """A model's attention module, to call attention functions as it does; a `BenchError` where it does not run sdpa."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         model = skeleton(config)
@@ -80,25 +63,19 @@ class AttentionModule:
         return function(self.module, query, keys, values, mask, dropout=0.0, scaling=self.scale)[0]
 
 
+@dataclass(eq=False)
 class AttentionLane(Lane):
-    """One contender's cache of the layers that take turns; what is counted and timed is one of them.
+    """One contender's cache of the layers that take turns; what is counted and timed is one of them."""
 
-    Args:
-        contender: whose.
-        config: the config of a model of so many layers.
-        tokens: what it is filled with.
-        module: calls the attention.
-        steps: steps it has to have room for, besides the spare ones.
-    """
+    config: PreTrainedConfig
+    tokens: Tokens
+    module: AttentionModule
+    steps: int  # it has room for them, and the spare ones
 
-    def __init__(
-        self, contender: Contender, config: PreTrainedConfig, tokens: Tokens, module: AttentionModule, steps: int
-    ) -> None:
-        super().__init__(contender)
-        self.config = config
-        self.tokens = tokens
-        self.module = module
-        self.room = tokens.count + steps + SPARE_STEPS
+    warm_ups = 2
+
+    def __post_init__(self) -> None:
+        self.room = self.tokens.count + self.steps + SPARE_STEPS
         self.step: Callable[[], None] = self._step_layers
 
     def open(self) -> None:
@@ -116,10 +93,8 @@ class AttentionLane(Lane):
             self._step(layer)
         return attention_errors(output, self.tokens, self.cache.layers[0], self.module.scale, self.contender.is_ours)
 
-    def warm_up(self) -> None:
-        """A few steps that are not timed."""
-        for _ in range(WARM_UPS):
-            self.step()
+    def work(self) -> Callable[[], object]:
+        return self.step
 
     def turn(self) -> list[float]:
         """One step of every layer, as ms a layer."""
@@ -149,9 +124,9 @@ class AttentionSuite(CacheSuite):
     lane: type[AttentionLane] = AttentionLane
 
     def num_layers(self, context: int) -> int:
-        """Layers that take turns."""
-        layer_bytes = self.batch * context * self.heads.token_bytes(self.dtype)
-        return self.setting.layers or rotated_layers(layer_bytes, self.device)
+        """Layers that take turns: one on a CPU, where the other contenders' turns empty its caches."""
+        wanted = -(-ROTATED_BYTES // self.layer_bytes(context))
+        return 1 if self.device.type == "cpu" else min(max(wanted, LEAST_ROTATED), MOST_ROTATED)
 
     def reason(self, contender: Contender, cell: Cell) -> str | None:
         if contender.name == NO_CACHE:
@@ -160,7 +135,6 @@ class AttentionSuite(CacheSuite):
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """Caches of as many layers as take turns, all with the same tokens."""
-        self.check_memory(cell)
-        config = attention_config(self.config, cell.layers)
-        module, tokens, steps = AttentionModule(config), self.tokens(cell), self.turns(cell).room
+        tokens, config = self.tokens(cell), attention_config(self.config, cell.layers)
+        module, steps = AttentionModule(config), self.turns(cell).room
         return lambda contender: self.lane(contender, config, tokens, module, steps)

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.errors import BenchError
 from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
-from hfkv.bench.setting import MLA, PARTS, SUITES
+from hfkv.bench.setting import MLA, PARTS, SUITES, BenchError
 
 FLOOR, EVERY = "floor", "*"
 HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
@@ -18,23 +17,18 @@ HELD, MISSED, NOT_MEASURED = "held", "missed", "not measured"
 
 @dataclass(frozen=True)
 class Target:
-    """One ratio, a table ``[[ratio]]`` of the file.
+    """One ratio, a table ``[[ratio]]`` of the file, about the runs that have what it says of them.
 
     Attributes:
-        suite, shape, batch, ragged, dtype, layers, device: the run it is about; those left out may be anything.
-            `device` is ``"cpu"`` or ``"cuda"``.
         contender: a name; ``"*"`` for every one of hfkv's.
-        context: tokens of the table it is about.
         against: whose time is divided by the contender's. With ``"floor"`` it is the contender's time that is divided,
             by its floor's.
-        at_least: what the ratio must reach.
-        at_most: what it must not exceed; with ``against = "floor"`` only.
+        at_least: what the ratio must reach; with ``against = "floor"`` `at_most`, what it must not exceed.
         max_error: what the contender's error against fp32 attention over the unquantised must not exceed.
         max_held: what the bytes it holds, over those of `against`, must not exceed.
-        note: words for the reader.
-        part: of the suite mla, in which it has to be said.
-        queries: new tokens of a call; suite mla only.
-        busy: other processes that kept cores busy; it is about runs with exactly so many.
+        device: ``"cpu"`` or ``"cuda"``.
+        part, queries: the part of the suite mla, which has to be said there, and new tokens of a call.
+        busy: other processes that kept cores busy, exactly so many.
     """
 
     suite: str
@@ -67,23 +61,15 @@ class Target:
             raise BenchError(f"{self} says neither at_least, at_most, max_error nor max_held")
         if self.max_held is not None and self.against == FLOOR:
             raise BenchError(f"{self} says max_held, and the floor holds nothing; name a row with against")
-        wanted = "at_most" if self.against == FLOOR else "at_least"
-        other = "at_least" if self.against == FLOOR else "at_most"
+        wanted, other = ("at_most", "at_least") if self.against == FLOOR else ("at_least", "at_most")
         if getattr(self, other) is not None:
             raise BenchError(f"{self} says {other}; against {self.against!r} goes with {wanted}")
 
     def concerns(self, result: Result, table: Table) -> bool:
         """Whether it is about that run, its contexts aside."""
-        seen: dict[str, Any] = {
-            "suite": result.suite,
-            "shape": result.shape,
-            "batch": table.batch,
-            "ragged": table.ragged,
-            "dtype": result.dtype,
-            "layers": table.layers,
-            "device": result.kind,
-            "busy": result.setting.get("busy", 0),
-        }
+        of_result = {name: getattr(result, name) for name in ("suite", "shape", "dtype")}
+        of_table = {name: getattr(table, name) for name in ("batch", "ragged", "layers")}
+        seen = {**of_result, **of_table, "device": result.kind, "busy": result.setting.get("busy", 0)}
         case = result.case(table)
         if case is not None:
             seen |= {"part": case.part, "queries": case.new}
@@ -99,16 +85,13 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target and what was seen of it.
+    """A target and what was seen of it; None where nothing was, or nothing was asked for.
 
     Attributes:
-        target: what was asked for.
-        contender: whom it is about: a name in place of ``"*"``.
-        ratio: what was seen; None where nothing was.
-        error: what was seen; None where none was asked for.
-        verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run.
-        note: why the peer could not run; else None.
-        held: the part of the other's bytes that was seen; None where none was asked for.
+        contender: a name in place of ``"*"``.
+        verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run,
+            which `note` says.
+        held: the part of the other's bytes that was seen.
     """
 
     target: Target
@@ -185,35 +168,29 @@ def _verdicts(target: Target, results: Sequence[Result]) -> list[Verdict]:
         there = ", ".join(f"{table.context:,}" for table in about)
         raise BenchError(f"{target}: the result has no context of {target.context:,} tokens; it has {there}")
     table = tables[0]
-    rows = [row for row in table.rows if row.is_ours] if target.contender == EVERY else [table.row(target.contender)]
-    if not rows or rows[0] is None:
+    if target.contender == EVERY:
+        return [_verdict(target, row, table) for row in table.rows if row.is_ours]
+    return [_verdict(target, _row(target, target.contender, table), table)]
+
+
+def _row(target: Target, name: str, table: Table) -> Row:
+    row = table.row(name)
+    if row is None:
         there = ", ".join(row.contender for row in table.rows)
-        raise BenchError(f"{target}: the result has no row {target.contender!r}; it has {there}")
-    return [_verdict(target, row, table) for row in rows if row is not None]
+        raise BenchError(f"{target}: the result has no row {name!r}; it has {there}")
+    return row
 
 
 def _verdict(target: Target, row: Row, table: Table) -> Verdict:
-    other = None if target.against == FLOOR else table.row(target.against)
-    if other is None and target.against != FLOOR:
-        there = ", ".join(row.contender for row in table.rows)
-        raise BenchError(f"{target}: the result has no row {target.against!r}; it has {there}")
-    if other is not None and other.status == LEFT_OUT:
-        return Verdict(target, row.contender, None, None, NOT_MEASURED, f"{other.contender}: {other.note}")
-    ratio = row.floor_ratio if other is None else _ratio(other, row)
-    is_held = row.status == OK
-    if target.at_least is not None:
-        is_held &= ratio is not None and ratio >= target.at_least
-    if target.at_most is not None:
-        is_held &= ratio is not None and ratio <= target.at_most
-    if target.max_error is not None:
-        is_held &= row.error_full is not None and row.error_full <= target.max_error
-    held = None
-    if target.max_held is not None:
-        held = row.held_bytes / other.held_bytes if other and row.held_bytes and other.held_bytes else None
-        is_held &= held is not None and held <= target.max_held
-    error = row.error_full if target.max_error is not None else None
+    ratio, held, error = row.floor_ratio, None, row.error_full if target.max_error is not None else None
+    if target.against != FLOOR:
+        other = _row(target, target.against, table)
+        if other.status == LEFT_OUT:
+            return Verdict(target, row.contender, None, None, NOT_MEASURED, f"{other.contender}: {other.note}")
+        ratio = other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None
+        if target.max_held is not None:
+            held = row.held_bytes / other.held_bytes if row.held_bytes and other.held_bytes else None
+    is_held = row.status == OK and (target.at_least is None or (ratio is not None and ratio >= target.at_least))
+    for seen, most in ((ratio, target.at_most), (error, target.max_error), (held, target.max_held)):
+        is_held &= most is None or (seen is not None and seen <= most)
     return Verdict(target, row.contender, ratio, error, HELD if is_held else MISSED, held=held)
-
-
-def _ratio(other: Row, row: Row) -> float | None:
-    return other.p50_ms / row.p50_ms if other.p50_ms and row.p50_ms else None

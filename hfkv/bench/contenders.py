@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import DynamicCache, PreTrainedConfig, QuantizedCache, StaticCache
 
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.cache.kv_cache import KVCache
 from hfkv.experts.config import MoEConfig
 from hfkv.policy.config import KVConfig
@@ -18,9 +18,18 @@ from hfkv.policy.window import Window
 
 GRAPHS = "+graphs"  # behind a config: its decode steps replayed from CUDA graphs
 NO_CACHE, DYNAMIC, STATIC, OFFLOADED = "no-cache", "DynamicCache", "StaticCache+compile", "DynamicCache+offload"
-_QUANTIZED = {f"QuantizedCache:{backend}": backend for backend in ("fp8", "quanto", "hqq")}
-_PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
-PEERS = (NO_CACHE, DYNAMIC, STATIC, *_QUANTIZED, OFFLOADED)
+# By peer, what makes an empty cache for so many tokens.
+_MAKERS: dict[str, Callable[[PreTrainedConfig, int], Any] | None] = {
+    NO_CACHE: None,
+    DYNAMIC: lambda config, tokens: DynamicCache(config=config),
+    STATIC: StaticCache,
+    "QuantizedCache:fp8": lambda config, tokens: QuantizedCache("fp8", config),
+    "QuantizedCache:quanto": lambda config, tokens: QuantizedCache("quanto", config),
+    "QuantizedCache:hqq": lambda config, tokens: QuantizedCache("hqq", config),
+    OFFLOADED: lambda config, tokens: DynamicCache(config=config, offloading=True),
+}
+_PACKAGES = {"QuantizedCache:quanto": "optimum-quanto", "QuantizedCache:hqq": "hqq"}
+PEERS = tuple(_MAKERS)
 
 
 @dataclass(frozen=True)
@@ -28,14 +37,12 @@ class Contender:
     """A cache, or a way to run experts, that takes part.
 
     Attributes:
-        name: the name that is shown.
-        kv: the config of hfkv's cache; None for a peer and for experts.
-        moe: the config of hfkv's experts; None for a peer and for caches.
+        kv, moe: the config of hfkv's cache, or of hfkv's experts; both None for a peer.
         new_cache: makes an empty cache from a config or a model, for so many tokens; None without a cache.
         is_compiled: whether its decode steps go through torch.compile.
         graphs: whether its decode steps are replayed from a CUDA graph.
         implementation: a peer's, of transformers' experts interface; else None.
-        bare: of experts with adapters on them, the name of the same without; else None.
+        bare: for experts with adapters on them, the name of the same without; else None.
         reason: why it cannot take part, or None.
     """
 
@@ -53,13 +60,14 @@ class Contender:
     def is_ours(self) -> bool:
         return self.kv is not None or self.moe is not None
 
+    @property
+    def shares(self) -> bool:
+        """Whether its model keeps prefixes between calls."""
+        return self.kv is not None and self.kv.reuse is not None
+
 
 def named(names: Sequence[str], known: Sequence[str]) -> set[str]:
-    """The peers of these names, in upper or lower case.
-
-    Raises:
-        BenchError: a name is not among those known.
-    """
+    """The peers of these names, in upper or lower case; a `BenchError` where one is not known."""
     spelt = {name.lower(): name for name in known}
     unknown = [name for name in names if name.lower() not in spelt]
     if unknown:
@@ -70,8 +78,7 @@ def named(names: Sequence[str], known: Sequence[str]) -> set[str]:
 def ours(text: str) -> Contender:
     """hfkv's cache of a config; with `GRAPHS` behind it, its decode steps from CUDA graphs.
 
-    Raises:
-        BenchError: the text is no config, or one whose results hfkv bench has no check for.
+    A text that is no config, or one whose results hfkv bench has no check for, raises a `BenchError`.
     """
     try:
         kv = KVConfig.parse(text.removesuffix(GRAPHS))
@@ -88,11 +95,7 @@ def ours(text: str) -> Contender:
 
 
 def ours_on(texts: Sequence[str], config: PreTrainedConfig) -> list[Contender]:
-    """hfkv's caches of some configs, for models of a config.
-
-    Raises:
-        BenchError: one cannot be had, or not for such a model.
-    """
+    """hfkv's caches of some configs, for models of a config; a `BenchError` where one cannot be had."""
     found = [ours(text) for text in texts]
     for contender in found:
         assert contender.new_cache is not None
@@ -104,50 +107,36 @@ def ours_on(texts: Sequence[str], config: PreTrainedConfig) -> list[Contender]:
 
 
 def peers(names: Sequence[str] | None, config: PreTrainedConfig, device: torch.device) -> list[Contender]:
-    """The peers of these names, DynamicCache first and always, those that cannot run with the reason.
+    """The peers of these names (None: all), for a model's config, DynamicCache first and always.
 
-    Args:
-        names: names in `PEERS`, in upper or lower case; None for all of them.
-        config: the config of the model the caches are for.
-        device: where.
-
-    Raises:
-        BenchError: a name is unknown.
+    Those that cannot run come with the reason.
     """
     wanted = set(PEERS) if names is None else {DYNAMIC, *named(names, PEERS)}
-    ordered = [DYNAMIC, *(name for name in PEERS if name in wanted and name != DYNAMIC)]
-    return [_peer(name, config, device, is_named=names is not None) for name in ordered]
+    ordered = sorted((name for name in PEERS if name in wanted), key=lambda name: name != DYNAMIC)
+    return [
+        Contender(name, None, None, _new_cache(name), name == STATIC, reason=_reason(name, config, device, names))
+        for name in ordered
+    ]
 
 
-def _peer(name: str, config: PreTrainedConfig, device: torch.device, is_named: bool) -> Contender:
-    def cache(make: Callable[[PreTrainedConfig, int], Any], reason: str | None = None) -> Contender:
-        return Contender(
-            name,
-            new_cache=lambda model, tokens: make(getattr(model, "config", model), tokens),
-            is_compiled=name == STATIC,
-            reason=reason,
-        )
+def _new_cache(name: str) -> Callable[[Any, int], Any] | None:
+    make = _MAKERS[name]
+    return make and (lambda model, tokens: make(getattr(model, "config", model), tokens))
 
-    if name == NO_CACHE:
-        return Contender(name)
-    if name == DYNAMIC:
-        return cache(lambda config, tokens: DynamicCache(config=config))
+
+def _reason(name: str, config: PreTrainedConfig, device: torch.device, names: Sequence[str] | None) -> str | None:
+    if name == STATIC and device.type == "cpu" and names is None:
+        return "on a CPU transformers does not compile by itself; name it among the peers to have it so"
     if name == STATIC:
-        reason: str | None = "on a CPU transformers does not compile by itself; name it among the peers to have it so"
-        return cache(StaticCache, _compile_reason(device) if device.type != "cpu" or is_named else reason)
+        return _compile_reason(device)
     if name == OFFLOADED:
-        reason = "needs an accelerator: it moves layers to the host and back" if device.type != "cuda" else None
-        return cache(lambda config, tokens: DynamicCache(config=config, offloading=True), reason)
-    backend = _QUANTIZED[name]
-    return cache(lambda config, tokens: QuantizedCache(backend, config), _quantized_reason(backend, config))
-
-
-def _quantized_reason(backend: str, config: PreTrainedConfig) -> str | None:
+        return "needs an accelerator: it moves layers to the host and back" if device.type != "cuda" else None
     try:
-        QuantizedCache(backend, config)
+        make = _MAKERS[name]
+        if make is not None:
+            make(config, 1)
     except ImportError:
-        package = _PACKAGES[backend]
-        return f"needs {package}, which is not installed: pip install {package}"
+        return f"needs {_PACKAGES[name]}, which is not installed: pip install {_PACKAGES[name]}"
     except ValueError as error:  # layers it does not do, or a transformers that does not know the backend
         return f"transformers {transformers.__version__} refuses it: {' '.join(str(error).split())}"
     return None

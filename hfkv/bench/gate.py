@@ -18,28 +18,16 @@ FACTOR, SLACK = 2.0, 1e-5
 
 @dataclass(frozen=True)
 class Errors:
-    """How far a contender's results are from what they should be.
-
-    Attributes:
-        twin, full, logits: see `Row`; None where it was not looked at.
-        wrong: what is wrong, or None.
-    """
+    """How far a contender's results are from what they should be, as in `Row`; None where it was not looked at."""
 
     twin: float | None = None
     full: float | None = None
     logits: float | None = None
-    wrong: str | None = None
+    wrong: str | None = None  # what is wrong
 
 
 def what_is_wrong(output: torch.Tensor, error: float, allowed: float | None, standard: str) -> str | None:
-    """What is wrong with an output, or None.
-
-    Args:
-        output: its numbers, which must be finite.
-        error: how far it is from `standard`.
-        allowed: the largest error that may be; None for any.
-        standard: what it is held against, and how.
-    """
+    """What is wrong with an output, of numbers that must be finite and may be so far from a standard (None: any)."""
     if not bool(output.isfinite().all()):
         return "its output has numbers that are not finite"
     if allowed is not None and not error <= allowed:
@@ -48,30 +36,22 @@ def what_is_wrong(output: torch.Tensor, error: float, allowed: float | None, sta
 
 
 def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: float, is_ours: bool) -> Errors:
-    """Checks the attention of one decode step.
+    """Checks the attention `[B, 1, Hq, D]` of one decode step, which added the tokens' new key and value to a layer.
 
-    Args:
-        output: `[B, 1, Hq, D]`, as attention functions return it.
-        tokens: what the cache was filled with; the step added their new key and value.
-        layer: the cache's layer.
-        scale: factor on the scores.
-        is_ours: whether the layer is hfkv's, whose own keys and values it is held against.
+    A layer of hfkv's is held against its own keys and values too.
     """
     output = output.transpose(1, 2)
     seen = tokens.count + 1
-    positions, visible = _visible(layer, seen, output.device) if is_ours else (torch.arange(seen), None)
+    shown, visible = _visible(layer, seen, output.device) if is_ours else (slice(None), slice(None))
     keys, values = (
-        torch.cat((states, new), dim=2) if visible is None else _picked(states, new, positions[visible])
+        torch.cat((states, new), dim=2)[:, :, shown]
         for states, new in ((tokens.keys, tokens.new_key), (tokens.values, tokens.new_value))
     )
-    full = _attention(tokens.query, keys, values, scale, torch.float32)
-    error_full = norm_error(output, full)
+    error_full = norm_error(output, _attention(tokens.query, keys, values, scale, torch.float32))
     if not is_ours:
         return Errors(full=error_full)
     del keys, values
-    held = (layer.keys, layer.values)
-    if visible is not None and not bool(visible.all()):
-        held = tuple(states[:, :, visible] for states in held)
+    held = layer.keys[:, :, visible], layer.values[:, :, visible]
     twin = _attention(tokens.query, *held, scale, torch.float32)
     same = _attention(tokens.query, *held, scale, output.dtype)
     error, allowed = largest_error(output, twin), FACTOR * largest_error(same, twin) + SLACK
@@ -83,14 +63,9 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
 def logit_errors(
     contender: Contender, logits: torch.Tensor, standard: torch.Tensor, num_layers: int, dtype: torch.dtype
 ) -> Errors:
-    """Checks the logits of one forward: hfkv's must be finite, and differ by rounding only where nothing is lost.
+    """Checks the logits `[B, V]` of one forward: hfkv's must be finite, and where nothing is lost differ by rounding.
 
-    Args:
-        contender: whose.
-        logits: `[B, V]`.
-        standard: DynamicCache's.
-        num_layers: layers, each of which rounds.
-        dtype: what they round to (`generate` returns logits in fp32, whatever the model computes in).
+    Each layer rounds to `dtype`: `generate` returns logits in fp32, whatever the model computes in.
     """
     error = norm_error(logits, standard)
     if contender.kv is None:
@@ -99,11 +74,11 @@ def logit_errors(
     return Errors(logits=error, wrong=what_is_wrong(logits, error, allowed, "DynamicCache's logits, as norms"))
 
 
-def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The position of each token `layer.keys` shows, and which of them the newest query sees (None: all)."""
+def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[Any, Any]:
+    """Of the tokens that the newest query sees, the positions, and which they are among those `layer.keys` shows."""
     window = layer.window
     if window is None:
-        return torch.arange(seen, device=device), None
+        return slice(None), slice(None)
     assert layer.keys is not None
     held_from = layer.span.held_from
     newest = torch.arange(held_from, seen, device=device)
@@ -113,11 +88,8 @@ def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[torch.Ten
     # A slot is filled once its token has gone from among the newest.
     is_there = torch.cat((slots < held_from, torch.ones_like(newest, dtype=torch.bool)))
     is_seen = (positions >= window.lower_bound(seen - 1)) | (positions < window.sinks)
-    return positions, is_there & is_seen
-
-
-def _picked(states: torch.Tensor, new: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return torch.cat((states, new), dim=2)[:, :, positions]
+    visible = is_there & is_seen
+    return positions[visible], slice(None) if bool(visible.all()) else visible
 
 
 def _attention(

@@ -13,7 +13,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from hfkv.bench.attention import AttentionLane, AttentionSuite
-from hfkv.bench.gate import Errors
 from hfkv.bench.setting import Setting
 from hfkv.bench.suite import Cell
 from hfkv.bench.turns import Turns
@@ -22,19 +21,19 @@ from hfkv.bench.turns import Turns
 class MemoryLane(AttentionLane):
     """One contender's cache, which is filled, checked and stepped under a meter, and takes no turns."""
 
-    def prepare(self) -> tuple[dict[str, Any], Errors]:
-        """Bytes, the most that were allocated during a step among them, and what the check found."""
+    def prepare(self) -> dict[str, Any]:
+        """Makes it ready and checks it, and sees the most that is allocated during a step."""
         device = self.tokens.query.device
         if device.type == "cuda":
             before = torch.cuda.memory_allocated(device)
-            figures, errors = super().prepare()
+            figures = super().prepare()
             self.step()
             torch.cuda.reset_peak_memory_stats(device)
             self.step()
-            return {**figures, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}, errors
+            return {**figures, "peak_bytes": torch.cuda.max_memory_allocated(device) - before}
         # Torch counts no bytes of a CPU; its profiler sees every block come and go, from the filling on.
         with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            figures, errors = super().prepare()
+            figures = super().prepare()
             self.step()
             begin = time.time_ns()
             self.step()
@@ -44,28 +43,26 @@ class MemoryLane(AttentionLane):
             allocated += event.nbytes()
             if event.start_ns() >= begin:
                 peak = max(peak, allocated)
-        return {**figures, "peak_bytes": peak}, errors
+        return {**figures, "peak_bytes": peak}
 
 
 class MemorySuite(AttentionSuite):
     """The suite."""
 
     lane = MemoryLane
-    is_timed = False
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         # Compiled or not, it allocates the same cache.
-        self.contenders = [
-            replace(one, is_compiled=False, reason=None) if one.is_compiled else one for one in self.contenders
-        ]
+        for index, one in enumerate(self.contenders):
+            if one.is_compiled:
+                self.contenders[index] = replace(one, is_compiled=False, reason=None)
 
     def num_layers(self, context: int) -> int:
-        """One unless more are asked for."""
-        return self.setting.layers or 1
+        return 1
 
     def turns(self, cell: Cell) -> Turns:
-        """None, and no room for any."""
+        """None at all, and no room for any."""
         return Turns(0, self.setting.seconds)
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import DeepseekV3Config, PreTrainedConfig, PreTrainedModel
 
 from hfkv.bench.contenders import DYNAMIC, Contender, ours_on, peers
-from hfkv.bench.errors import BenchError
 from hfkv.bench.lane import Lane
 from hfkv.bench.mla_layer import FORMS, LayerLane, LayerTask
-from hfkv.bench.mla_shapes import MLA_SHAPES, LatentTokens, MLAShape
 from hfkv.bench.models import build_model, check_room
 from hfkv.bench.prompt import Prompt
-from hfkv.bench.setting import CROSSOVER, STEP, Case, Setting
+from hfkv.bench.setting import CROSSOVER, STEP, BenchError, Setting
 from hfkv.bench.step import StepLane, step_turns
 from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.tokens import Tokens
 from hfkv.bench.turns import LEAST_TURNS, Turns
 from hfkv.models.shapes import shape_config
 
@@ -31,27 +31,91 @@ SPARE_CALLS = 8
 LEAST_LONG_TURNS = 3
 
 
-class MLASuite(Suite):
-    """The suite; models are built when they are first asked for.
+class MLAShape(NamedTuple):
+    """Latent attention as DeepSeek-V3's code computes it, each number by its name in configs."""
 
-    Attributes:
-        shape: the shape of their layers.
-    """
+    hidden_size: int
+    num_attention_heads: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None  # None where queries are projected at once
+    intermediate_size: int
+    num_hidden_layers: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> MLAShape:
+        """The numbers of any model's config.
+
+        Raises:
+            BenchError: it has no latent attention, or says its numbers by other names.
+        """
+        found = {name: getattr(config, name, None) for name in cls._fields}
+        missing = [name for name, number in found.items() if not number and name != "q_lora_rank"]
+        if missing:
+            raise BenchError(
+                f"the suite mla is of latent attention, and the config of {config.model_type!r} lacks "
+                f"{', '.join(missing)}; take a --shape or another model"
+            )
+        return cls(**found)  # type: ignore[arg-type]
+
+    def config(self, num_layers: int) -> DeepseekV3Config:
+        """The config of a model of so many layers, dense MLPs and a small vocabulary."""
+        fields = {**self._asdict(), "num_key_value_heads": self.num_attention_heads, "vocab_size": 131}
+        fields |= {"num_hidden_layers": num_layers, "first_k_dense_replace": num_layers, "num_mtp_layers": 0}
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        return DeepseekV3Config(**fields, max_position_embeddings=131_072, rope_parameters=rope)
+
+    def token_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes of one token in one layer's cache."""
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * dtype.itemsize
+
+    def expanded_bytes(self, dtype: torch.dtype) -> int:
+        """The bytes of one token's keys and values of all heads, and of what they are put together from."""
+        head = 2 * self.qk_nope_head_dim + self.qk_rope_head_dim + self.v_head_dim
+        return self.num_attention_heads * head * dtype.itemsize
+
+    def __str__(self) -> str:
+        queries = "" if self.q_lora_rank is None else f", queries' {self.q_lora_rank}"
+        heads = f"{self.num_attention_heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim}"
+        return f"hidden {self.hidden_size}, {heads} and {self.v_head_dim}, latent {self.kv_lora_rank}{queries}"
+
+
+MLA_SHAPES = {
+    "deepseek-v2-lite": MLAShape(2048, 16, 512, 128, 64, 128, None, 10_944, 27),
+    "deepseek-v3": MLAShape(7168, 128, 512, 128, 64, 128, 1536, 18_432, 61),
+    "mla-tiny": MLAShape(128, 4, 64, 32, 16, 32, 48, 128, 2),
+}
+
+
+class LatentTokens(Tokens):
+    """Random latents `[B, 1, T, r]` and rotary keys `[B, 1, T, dr]`, as transformers caches them as keys and values."""
+
+    def __init__(
+        self, batch: int, count: int, shape: MLAShape, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> None:
+        self.count = count
+        generator = torch.Generator(device).manual_seed(seed)
+        self.keys, self.values = (
+            torch.randn(batch, 1, count, size, dtype=dtype, device=device, generator=generator)
+            for size in (shape.kv_lora_rank, shape.qk_rope_head_dim)
+        )
+
+
+class MLASuite(Suite):
+    """The suite; models are built when they are first asked for."""
 
     graphs_are_in = "the part step"
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        if setting.model is not None:
-            self.shape = MLAShape.of(shape_config(None, setting.model))
-        elif setting.shape in MLA_SHAPES:
-            self.shape = MLA_SHAPES[setting.shape]
-        else:
-            raise BenchError(
-                f"the suite mla has no shape {setting.shape!r}; allowed: {', '.join(MLA_SHAPES)}, or a model of your "
-                "own"
-            )
-        self.model_layers = self.shape.layers
+        if setting.model is None and setting.shape not in MLA_SHAPES:
+            allowed = f"{', '.join(MLA_SHAPES)}, or a model of your own"
+            raise BenchError(f"the suite mla has no shape {setting.shape!r}; allowed: {allowed}")
+        own = None if setting.model is None else MLAShape.of(shape_config(None, setting.model))
+        self.shape = own or MLA_SHAPES[str(setting.shape)]
+        self.model_layers = self.shape.num_hidden_layers
         self.num_layers = setting.layers or MLA_LAYERS
         config = self.shape.config(1)
         self.contenders = [*peers((DYNAMIC,), config, self.device), *ours_on(setting.kvs, config)]
@@ -61,7 +125,7 @@ class MLASuite(Suite):
     @functools.cached_property
     def layer(self) -> PreTrainedModel:
         """The model of one layer, whose MLP is as small as it can be."""
-        config = replace(self.shape, intermediate=NO_MLP).config(1)
+        config = self.shape._replace(intermediate_size=NO_MLP).config(1)
         return build_model(config, self.dtype, self.device, self.setting.seed, 1)
 
     @functools.cached_property
@@ -72,54 +136,39 @@ class MLASuite(Suite):
 
     def contenders_of(self, cell: Cell) -> list[Contender]:
         """Caches, or the forms of the part crossover."""
-        return self.forms if _case(cell).part == CROSSOVER else self.contenders
+        return self.forms if cell.case.part == CROSSOVER else self.contenders
 
     def has_graphs(self, cell: Cell) -> bool:
-        return _case(cell).part == STEP
+        return cell.case.part == STEP
 
     def turns(self, cell: Cell) -> Turns:
-        case = _case(cell)
-        if case.part == STEP:
+        if cell.case.part == STEP:
             return step_turns(self.setting, LEAST_LONG_TURNS)
-        least = LEAST_LONG_TURNS if case.new > 1 else LEAST_TURNS
-        return Turns(self.setting.steps, self.setting.seconds, least, busy=self.setting.busy)
+        return replace(super().turns(cell), least=LEAST_LONG_TURNS if cell.case.new > 1 else LEAST_TURNS)
 
     def cache_bytes(self, cell: Cell) -> int:
         return cell.layers * self.batch * cell.context * self.shape.token_bytes(self.dtype)
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """Models over the same weights, with caches of the same latents."""
-        case, seed = _case(cell), self.setting.seed
-        self._check_memory(cell, case)
-        latents = None
-        if case.held:
-            latents = LatentTokens(self.batch, case.held, self.shape, self.dtype, self.device, seed)
-        turns = self.turns(cell).room
+        case, seed, turns = cell.case, self.setting.seed, self.turns(cell).room
+        self._check_memory(cell)
+        latents = LatentTokens(self.batch, case.held, self.shape, self.dtype, self.device, seed)
         if case.part == STEP:
-            assert latents is not None
-            tokens, prompt = latents, Prompt.draw(self.whole, (case.held + 1,) * self.batch, seed)
-            return lambda contender: StepLane(contender, prompt, tokens, turns)
+            prompt = Prompt.draw(self.whole, (case.held + 1,) * self.batch, seed)
+            return lambda contender: StepLane(contender, prompt, latents, turns)
         task = LayerTask(self.layer, latents, case, self.batch, seed)
         room = case.held + case.new * (turns + SPARE_CALLS if case.new == 1 else 1)
-        return lambda contender: LayerLane(
-            contender, task, room, next((form for form in FORMS if form == contender.name), None)
-        )
+        return lambda contender: LayerLane(contender, task, room)
 
-    def _check_memory(self, cell: Cell, case: Case) -> None:
+    def _check_memory(self, cell: Cell) -> None:
         """Transformers' expansion of all tokens, which takes more than any cache, and that of a row in fp32."""
-        tokens = case.held + case.new
+        tokens = cell.case.held + cell.case.new
         caches = (cell.layers + 1) * self.batch * tokens * self.shape.token_bytes(self.dtype)
+        expanded = self.batch * tokens * self.shape.expanded_bytes(self.dtype)
         check_room(
             f"{self.batch} × {tokens:,} tokens of all heads, where latents are expanded,",
-            max(
-                caches + self.batch * tokens * self.shape.expanded_bytes(self.dtype),
-                tokens * self.shape.expanded_bytes(torch.float32),
-            ),
+            max(caches + expanded, tokens * self.shape.expanded_bytes(torch.float32)),
             self.device,
             "take fewer --tokens or a smaller --batch",
         )
-
-
-def _case(cell: Cell) -> Case:
-    assert cell.case is not None
-    return cell.case

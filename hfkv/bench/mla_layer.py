@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,20 +14,17 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
 from hfkv.attention.latent import crossover
-from hfkv.bench.contenders import Contender
 from hfkv.bench.gate import FACTOR, SLACK, Errors, largest_error, what_is_wrong
 from hfkv.bench.lane import Lane
-from hfkv.bench.mla_shapes import LatentTokens
 from hfkv.bench.models import model_of
 from hfkv.bench.setting import Case
-from hfkv.bench.tokens import held_bytes
+from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.measure.timing import milliseconds, queued_milliseconds
 
 if TYPE_CHECKING:
     from hfkv.attention.latent.crossover import Form
 
 FORMS: tuple[Form, ...] = ("absorbed", "expanded")
-WARM_UPS = 2
 # Caches that a contender decodes with in turn on a CPU: together they are more than its own caches hold.
 DECODE_LAYERS = 4
 
@@ -49,17 +46,7 @@ def attention_of(model: PreTrainedModel) -> Any:
 
 
 def layer_call(model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: Any) -> Callable[[], torch.Tensor]:
-    """A call of a model's first attention layer, with what the model makes for all its layers made before.
-
-    Args:
-        model: the model.
-        hidden: `[B, q, hidden]`.
-        seen: tokens before them.
-        cache: the cache.
-
-    Returns:
-        What gives the output `[B, q, hidden]`.
-    """
+    """What calls a model's first attention layer with `[B, q, hidden]` behind tokens seen, its mask made before."""
     decoder: Any = model.base_model
     module = attention_of(model)
     positions = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]
@@ -75,21 +62,13 @@ def layer_call(model: PreTrainedModel, hidden: torch.Tensor, seen: int, cache: A
 
 
 class LayerTask:
-    """What all contenders of a case share.
-
-    Args:
-        model: of one layer, unpatched.
-        latents: what caches are filled with; None where nothing is held.
-        case: what is measured.
-        batch: B.
-        seed: the seed of the hidden states.
+    """What all contenders of a case share: an unpatched model of one layer, and what it reads and holds, if anything.
 
     Attributes:
-        hidden: what the layer reads, `[B, q, hidden]`.
         stock: the largest error of DynamicCache's output, once it has been checked; it is the first. None till then.
     """
 
-    def __init__(self, model: PreTrainedModel, latents: LatentTokens | None, case: Case, batch: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, latents: Tokens, case: Case, batch: int, seed: int) -> None:
         self.model = model
         self.latents = latents
         self.case = case
@@ -127,29 +106,24 @@ class LayerTask:
 
     def _filled(self, row: int, dtype: torch.dtype) -> DynamicCache:
         cache = DynamicCache(config=self.model.config)
-        if self.latents is not None:
+        if self.case.held:
             cache.update(*(states[row : row + 1].to(dtype) for states in (self.latents.keys, self.latents.values)), 0)
         return cache
 
 
+@dataclass(eq=False)
 class LayerLane(Lane):
-    """One contender's layer, over the same weights as everyone's, and its cache.
+    """One contender's layer, over the same weights as everyone's, and its cache with room for so many tokens."""
 
-    Args:
-        contender: whose.
-        task: what it shares with the others.
-        room: tokens its cache has to have room for.
-        forced: `"absorbed"` or `"expanded"`, or None for its own choice.
-    """
+    task: LayerTask
+    room: int
 
-    def __init__(self, contender: Contender, task: LayerTask, room: int, forced: Form | None = None) -> None:
-        super().__init__(contender)
-        self.task = task
-        self.room = room
-        self.forced = forced
+    warm_ups = 2
+
+    def __post_init__(self) -> None:
         self.more: list[Any] = []
-        self.warm_ms = 0.0
-        self.model = model_of(contender, task.model)
+        self.model = model_of(self.contender, self.task.model)
+        self.forced: Form | None = next((form for form in FORMS if form == self.contender.name), None)
         self._output: torch.Tensor | None = None
 
     def open(self) -> None:
@@ -173,14 +147,6 @@ class LayerLane(Lane):
         allowed = task.allowed if kv.is_lossless else None
         return Errors(full=error, wrong=what_is_wrong(output, error, allowed, "fp32, of the largest number"))
 
-    def warm_up(self) -> None:
-        """Calls that are not timed; the last says how long one takes, or on a GPU its launching."""
-        for _ in range(WARM_UPS):
-            work = self._ready()
-            begin = time.perf_counter()
-            work()
-            self.warm_ms = 1e3 * (time.perf_counter() - begin)
-
     def turn(self) -> list[float]:
         """Calls, in ms; a cache grows by a token, or is filled anew where many are read at once."""
         device = self.task.hidden.device
@@ -189,8 +155,7 @@ class LayerLane(Lane):
             # what the contender before has left behind.
             self._call(self.cache)()
             return [milliseconds(self._call(cache), device) for cache in self.more]
-        work = self._ready()
-        return [queued_milliseconds(work, device, self.warm_ms)]
+        return [queued_milliseconds(self.work(), device, self.warm_ms)]
 
     def read_bytes(self) -> int | None:
         """What one new token must read, the cache and the layer's weights; None for many, which are arithmetic."""
@@ -204,15 +169,15 @@ class LayerLane(Lane):
         self.more = []
 
     def _fill(self) -> None:
-        is_decode = self.task.case.new == 1 and self.task.hidden.device.type == "cpu"
-        self.cache, *self.more = (self._filled() for _ in range(DECODE_LAYERS if is_decode else 1))
-
-    def _filled(self) -> Any:
         assert self.contender.new_cache is not None
-        cache = self.contender.new_cache(self.model, self.room)
-        return cache if self.task.latents is None else self.task.latents.fill(cache, 1, self.room)
+        is_decode = self.task.case.new == 1 and self.task.hidden.device.type == "cpu"
+        caches = [self.contender.new_cache(self.model, self.room) for _ in range(DECODE_LAYERS if is_decode else 1)]
+        if self.task.case.held:
+            caches = [self.task.latents.fill(cache, 1, self.room) for cache in caches]
+        self.cache, *self.more = caches
 
-    def _ready(self) -> Callable[[], torch.Tensor]:
+    def work(self) -> Callable[[], torch.Tensor]:
+        """A call with a cache that holds what it should."""
         if self.task.case.new > 1:
             self._fill()
         return self._call(self.cache)

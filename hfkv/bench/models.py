@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.measure.machine import free_bytes
 from hfkv.models.shapes import skeleton
 from hfkv.patches.patch import patch
@@ -21,11 +21,7 @@ MOST_SHARE = 0.9
 
 
 def check_room(what: str, num_bytes: int, device: torch.device, remedy: str) -> None:
-    """Refuses what does not fit in the free memory of a device.
-
-    Raises:
-        BenchError: saying what, how much there is and the remedy.
-    """
+    """Refuses what does not fit in the free memory of a device, with how much there is and the remedy."""
     free = free_bytes(device)
     if num_bytes > MOST_SHARE * free:
         raise BenchError(
@@ -38,15 +34,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A causal language model with random weights of real shapes, for greedy generation without an end.
 
-    Args:
-        config: its config.
-        dtype: the weights' dtype.
-        device: where they go.
-        seed: the weights' seed.
-        num_layers: what the user asked for; None where a big shape has not been cut down.
-
-    Raises:
-        BenchError: it does not fit in memory, or is too big for a CPU.
+    It is refused where it does not fit in memory or, unless a number of layers was asked for, is too big for a CPU.
     """
     num_bytes = sum(weight.numel() for weight in skeleton(config).parameters()) * dtype.itemsize
     check_room(f"the weights of {config.num_hidden_layers} layers", num_bytes, device, "build fewer with --layers")
@@ -78,11 +66,9 @@ def model_of(contender: Contender, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def weights_read(model: PreTrainedModel, batch: int) -> int:
-    """Bytes of weights one decode step must read: no rows of an embedding table, and the chosen experts only.
+    """Bytes of weights one decode step must read: no rows of an embedding table, and of experts those chosen only.
 
-    Args:
-        model: the model.
-        batch: rows, each of which may choose other experts.
+    Each of its rows may choose other experts.
     """
     config = model.config
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None) or 0
@@ -92,8 +78,6 @@ def weights_read(model: PreTrainedModel, batch: int) -> int:
     tied = output is not None and output.weight is table
     total = 0
     for name, weight in model.named_parameters():
-        if weight is table and not tied:
-            continue
-        share = chosen / experts if experts and ".experts." in name else 1.0
-        total += int(weight.nbytes * share)
+        if weight is not table or tied:
+            total += int(weight.nbytes * (chosen / experts if experts and ".experts." in name else 1.0))
     return total

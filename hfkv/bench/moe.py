@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from hfkv.bench.contenders import Contender
-from hfkv.bench.errors import BenchError
-from hfkv.bench.gate import Errors
+from hfkv.bench.gate import FACTOR, SLACK, Errors, norm_error, what_is_wrong
 from hfkv.bench.lane import Lane
 from hfkv.bench.models import check_room
-from hfkv.bench.moe_calls import Calls, Gate
 from hfkv.bench.moe_layers import (
     BATCHED,
     GROUPED,
@@ -23,15 +20,16 @@ from hfkv.bench.moe_layers import (
     PEFT,
     Adapters,
     Layer,
-    Reference,
+    MoEShape,
     build_layer,
     ours,
     peers,
+    reference,
     stock_model,
 )
-from hfkv.bench.setting import Setting
+from hfkv.bench.setting import BenchError, Setting
 from hfkv.bench.suite import Cell, Suite
-from hfkv.bench.turns import out_of_memory
+from hfkv.bench.turns import OUT_OF_MEMORY, out_of_memory
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.measure.machine import free_bytes
 from hfkv.measure.timing import milliseconds, quantiles, queued_milliseconds
@@ -47,33 +45,94 @@ MOST_DECODED = 128
 # A contender more than so many times as slow as `grouped_mm` sits out turns, so that the others have more of them: it
 # takes every fourth at least.
 SLOW, MOST_SAT_OUT = 5.0, 4
-LEAST_TURNS = 8
 # Sides of the square matrices whose product shows the peak.
 PEAK_SIZE, PEAK_PRODUCTS = {"cpu": 2048, "other": 8192}, 5
+# As norms, of the whole output: three matrix products of Gaussian weights, each rounded once.
+MOST_ERROR = {"int8": 2e-2, "int4": 1.2e-1}
+# Tokens checked at least where calls have fewer: a single one's error is a matter of luck. Each call takes PEFT long.
+CHECKED_TOKENS, CHECKED_TOKENS_OF_PEERS = 64, 4
 
 
+class Call(NamedTuple):
+    """What experts are called with: hidden `[T, H]`, K different experts a token, and their weights, of sum 1."""
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    num_chosen: int  # experts that some token chose
+
+
+@dataclass
+class Calls:
+    """The calls of one number of tokens, in the order in which every contender takes them."""
+
+    shape: MoEShape
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    _made: list[Call] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._generator = torch.Generator().manual_seed(self.seed)
+        self._hidden = torch.randn(self.tokens, self.shape.hidden, generator=self._generator)
+        self._hidden = self._hidden.to(self.device, self.dtype)
+
+    def __getitem__(self, index: int) -> Call:
+        while len(self._made) <= index:
+            chosen = torch.rand(self.tokens, self.shape.experts, generator=self._generator)
+            chosen = chosen.topk(self.shape.top_k).indices
+            weights = torch.rand(chosen.shape, generator=self._generator).softmax(dim=1)
+            num_chosen = int(chosen.unique().numel())
+            self._made.append(Call(self._hidden, chosen.to(self.device), weights.to(self.device), num_chosen))
+        return self._made[index]
+
+
+class Gate:
+    """The check of one number of tokens: outputs against fp32, and how far `grouped_mm` itself is from it."""
+
+    def __init__(self, references: dict[bool, Any], calls: Calls) -> None:
+        self.references = references  # in fp32, without and with adapters
+        self.calls = [calls[index] for index in range(-(-CHECKED_TOKENS // calls.tokens))]
+        self._standards: dict[bool, torch.Tensor] = {}
+        self._stock: float | None = None
+
+    def errors(self, contender: Contender, layer: Layer) -> Errors:
+        """How far a contender's output is off, and whether that is too far; `grouped_mm` is the first to be asked."""
+        tokens, has_lora = self.calls[0].hidden.shape[0], contender.bare is not None
+        most = CHECKED_TOKENS if contender.is_ours or contender.name == GROUPED else CHECKED_TOKENS_OF_PEERS
+        output = torch.cat([layer.experts(*call[:3]) for call in self.calls[: -(-most // tokens)]]).float()
+        if has_lora not in self._standards:
+            hidden, index, weights = map(torch.cat, zip(*(call[:3] for call in self.calls), strict=True))
+            self._standards[has_lora] = self.references[has_lora](hidden.float(), index, weights)
+        error = norm_error(output, self._standards[has_lora][: len(output)])
+        if contender.name == GROUPED:
+            self._stock = error
+        if contender.moe is None:
+            return Errors(full=error)
+        if self._stock is None:
+            raise BenchError(
+                f"{GROUPED}, whose own error is the measure of hfkv's, did not run at {tokens:,} tokens; ask for "
+                "fewer with --tokens"
+            )
+        allowed = MOST_ERROR.get(contender.moe.codec, FACTOR * self._stock + SLACK)
+        return Errors(full=error, wrong=what_is_wrong(output, error, allowed, "the experts in fp32, as norms"))
+
+
+@dataclass(eq=False)
 class MoELane(Lane):
-    """One contender's layer at one number of tokens.
+    """One contender's layer at one number of tokens; it sits out turns where it is slower than `pace`, if any."""
 
-    Args:
-        contender: whose.
-        layer: its experts, there for the whole run.
-        calls: what it is called with, the same for all.
-        gate: checks what it returns.
-        pace: of the lane that the slow ones are measured by, which warms up before them; None where none sits out.
-    """
+    layer: Layer
+    calls: Calls
+    gate: Gate
+    pace: MoELane | None = None
 
-    def __init__(
-        self, contender: Contender, layer: Layer, calls: Calls, gate: Gate, pace: MoELane | None = None
-    ) -> None:
-        super().__init__(contender)
-        self.layer = layer
-        self.calls = calls
-        self.gate = gate
-        self.num_calls = CALLS_A_TURN["cpu" if calls.device.type == "cpu" else "other"]
+    warm_ups = 2
+
+    def __post_init__(self) -> None:
+        self.num_calls = CALLS_A_TURN["cpu" if self.calls.device.type == "cpu" else "other"]
         self.num_chosen: list[int] = []
-        self.pace = pace
-        self.warm_ms = 0.0
         self._turn = -1
 
     def figures(self) -> dict[str, Any]:
@@ -83,12 +142,16 @@ class MoELane(Lane):
     def check(self) -> Errors:
         return self.gate.errors(self.contender, self.layer)
 
-    def warm_up(self) -> None:
-        """Two turns that are not timed; the second says how long one takes, or on a GPU its launching."""
-        for _ in range(2):
-            begin = time.perf_counter()
-            self._run(0)
-            self.warm_ms = 1e3 * (time.perf_counter() - begin)
+    def work(self) -> Callable[[], object]:
+        """The calls of the turn that it is."""
+        start = max(self._turn, 0) * self.num_calls
+        calls = [self.calls[start + index] for index in range(self.num_calls)]
+
+        def run() -> None:
+            for call in calls:
+                self.layer.experts(call.hidden, call.chosen, call.weights)
+
+        return run
 
     def turn(self) -> list[float]:
         """The next calls, as ms a call; nothing where it sits out."""
@@ -97,7 +160,7 @@ class MoELane(Lane):
             return []
         start = self._turn * self.num_calls
         self.num_chosen += [self.calls[start + index].num_chosen for index in range(self.num_calls)]
-        return [queued_milliseconds(lambda: self._run(start), self.calls.device, self.warm_ms) / self.num_calls]
+        return [queued_milliseconds(self.work(), self.calls.device, self.warm_ms) / self.num_calls]
 
     def counted(self) -> dict[str, Any]:
         """The bytes of the experts that were chosen in the median call, and its operations."""
@@ -114,15 +177,11 @@ class MoELane(Lane):
             return 1
         return min(max(round(self.warm_ms / (SLOW * self.pace.warm_ms)), 1), MOST_SAT_OUT)
 
-    def _run(self, start: int) -> None:
-        for index in range(start, start + self.num_calls):
-            self.calls[index].run(self.layer.experts)
-
 
 class MoESuite(Suite):
     """The suite; every contender's layer is built here."""
 
-    least_turns = LEAST_TURNS
+    least_turns = 8
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -134,31 +193,28 @@ class MoESuite(Suite):
         self._check_memory()
         stock = stock_model(self.shape, self.dtype, self.device, setting.seed)
         adapters = Adapters(self.shape, self.device, setting.seed + 1)
-        self.references = {False: Reference(stock, None), True: Reference(stock, adapters)}
+        self.references = {False: reference(stock, None), True: reference(stock, adapters)}
         self.layers: dict[str, Layer] = {}
         for index, contender in enumerate(self.contenders):
             try:
                 if contender.reason is None:
                     self.layers[contender.name] = build_layer(contender, stock, adapters)
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                self.contenders[index] = replace(contender, reason=out_of_memory(error))
-            except RequestError as error:
-                self.contenders[index] = replace(contender, reason=str(error))
+            except (*OUT_OF_MEMORY, RequestError) as error:
+                reason = str(error) if isinstance(error, RequestError) else out_of_memory(error)
+                self.contenders[index] = replace(contender, reason=reason)
         self.peak = matmul_peak(self.device, self.dtype)
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """The layers, with the same calls for all."""
-        setting = self.setting
-        calls, checked = (
-            Calls(self.shape, cell.context, self.dtype, self.device, seed) for seed in (setting.seed, setting.seed + 1)
-        )
-        gate = Gate(self.references, checked)
-        made: list[MoELane] = []
+        seed, given = self.setting.seed, (self.shape, cell.context, self.dtype, self.device)
+        calls, gate = Calls(*given, seed), Gate(self.references, Calls(*given, seed + 1))
+        first: list[MoELane] = []
 
         def lane(contender: Contender) -> MoELane:
-            pace = made[0] if made and setting.steps is None else None
-            made.append(MoELane(contender, self.layers[contender.name], calls, gate, pace))
-            return made[-1]
+            made = MoELane(contender, self.layers[contender.name], calls, gate, next(iter(first), None))
+            if not first and self.setting.steps is None:
+                first.append(made)
+            return made
 
         return lane
 

@@ -6,15 +6,14 @@ import copy
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 
 from hfkv.bench.contenders import Contender, named
-from hfkv.bench.errors import BenchError
+from hfkv.bench.setting import BenchError
 from hfkv.experts.config import MoEConfig
 from hfkv.patches.patch import patch
 
@@ -27,16 +26,8 @@ ADAPTER_STD = 0.02
 NAMES = "gate_up_proj", "down_proj"
 
 
-@dataclass(frozen=True)
-class MoEShape:
-    """One layer of experts.
-
-    Attributes:
-        hidden: H.
-        intermediate: I, of one expert.
-        experts: E.
-        top_k: K, experts a token chooses.
-    """
+class MoEShape(NamedTuple):
+    """The sizes of one layer of experts: H, I of one expert, E, and K, the experts a token chooses."""
 
     hidden: int
     intermediate: int
@@ -61,48 +52,31 @@ MOE_SHAPES = {
 
 
 def ours(text: str) -> Contender:
-    """hfkv's experts of a config such as ``"auto"`` or ``"int8"``, with `LORA` behind it under adapters.
-
-    Raises:
-        BenchError: the text is no config, or one of experts that are not where they are computed.
-    """
+    """hfkv's experts of a config such as ``"int8"``, with `LORA` behind it under adapters; else a `BenchError`."""
     try:
         moe = MoEConfig.parse(text.removesuffix(LORA))
     except (TypeError, ValueError) as error:
         raise BenchError(f"moe {error}; behind it {LORA} puts adapters on the experts") from error
     if moe.offload:
         raise BenchError(f"moe {text!r}: the suite moe measures experts that are on their device; leave offload out")
-    name = "hfkv" + (f" {moe}" if str(moe) != "auto" else "")
+    name = "hfkv" if str(moe) == "auto" else f"hfkv {moe}"
     if not text.endswith(LORA):
         return Contender(name, moe=moe)
     return Contender(f"{name} + LoRA", moe=moe, bare=name, reason=_peft_reason())
 
 
 def peers(names: Sequence[str] | None, device: torch.device) -> list[Contender]:
-    """Transformers' own, first those whose time the others' is compared with.
-
-    Args:
-        names: names in `MOE_PEERS`, in upper or lower case; None for all but `EAGER`.
-        device: where.
-
-    Raises:
-        BenchError: a name is unknown.
-    """
-    wanted = {GROUPED, *((BATCHED,) if device.type != "cpu" else ())}
-    wanted |= {BATCHED, PEFT} if names is None else named(names, MOE_PEERS)
-    return [
-        Contender(name, implementation=GROUPED, bare=GROUPED, reason=_peft_reason())
-        if name == PEFT
-        else Contender(name, implementation=name)
-        for name in MOE_PEERS
-        if name in wanted
-    ]
+    """Transformers' own of these names, None for all but `EAGER`; first those that the others are compared with."""
+    wanted = {BATCHED, PEFT} if names is None else named(names, MOE_PEERS)
+    wanted |= {GROUPED} if device.type == "cpu" else {GROUPED, BATCHED}
+    known = {name: Contender(name, implementation=name) for name in MOE_PEERS}
+    known[PEFT] = Contender(PEFT, implementation=GROUPED, bare=GROUPED, reason=_peft_reason())
+    return [contender for name, contender in known.items() if name in wanted]
 
 
 def _peft_reason() -> str | None:
-    if importlib.util.find_spec("peft") is None:
-        return 'needs PEFT, which is not installed: pip install "hfkv[lora]"'
-    return None
+    is_there = importlib.util.find_spec("peft") is not None
+    return None if is_there else 'needs PEFT, which is not installed: pip install "hfkv[lora]"'
 
 
 def stock_model(shape: MoEShape, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
@@ -125,29 +99,22 @@ def stock_model(shape: MoEShape, dtype: torch.dtype, device: torch.device, seed:
 
 
 class Adapters:
-    """The LoRA of one run, the same for all who have one.
-
-    Attributes:
-        factors: by parameter, A `[E r, inputs]` and B `[outputs, r E]`, as PEFT keeps them.
-    """
+    """The LoRA of one run: of each parameter A `[E r, inputs]` and B `[outputs, r E]`, as PEFT keeps them."""
 
     def __init__(self, shape: MoEShape, device: torch.device, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        sizes = {NAMES[0]: (shape.hidden, 2 * shape.intermediate), NAMES[1]: (shape.intermediate, shape.hidden)}
-        rank = RANK * shape.experts
-
-        def draw(*size: int) -> torch.Tensor:
-            return (torch.randn(size, generator=generator) * ADAPTER_STD).to(device)
-
         self.num_experts = shape.experts
-        self.factors = {name: (draw(rank, inputs), draw(outputs, rank)) for name, (inputs, outputs) in sizes.items()}
+        generator, rank = torch.Generator().manual_seed(seed), RANK * shape.experts
+        widths = zip(NAMES, (shape.hidden, shape.intermediate), (2 * shape.intermediate, shape.hidden), strict=True)
+        self.factors = {
+            name: tuple(
+                (torch.randn(size, generator=generator) * ADAPTER_STD).to(device)
+                for size in ((rank, inputs), (outputs, rank))
+            )
+            for name, inputs, outputs in widths
+        }
 
     def add_to(self, model: PreTrainedModel) -> Any:
-        """Puts them on the experts of a model with PEFT, and returns what PEFT makes of it.
-
-        Raises:
-            BenchError: this PEFT keeps adapters of experts in other shapes.
-        """
+        """Puts them on the experts of a model with PEFT, and returns what PEFT makes of it."""
         targets = [f"mlp.experts.{name}" for name in NAMES]
         with warnings.catch_warnings():
             # PEFT calls what transformers deprecates, and imports bitsandbytes, which misses kernels nothing here uses.
@@ -158,15 +125,12 @@ class Adapters:
             wrapped = get_peft_model(model, lora).eval()
         wrapper = experts_of(model)
         while hasattr(wrapper, "parameter_name"):
-            for layers, factor in zip(
-                (wrapper.lora_A, wrapper.lora_B), self.factors[wrapper.parameter_name], strict=True
-            ):
+            name = wrapper.parameter_name
+            for layers, factor in zip((wrapper.lora_A, wrapper.lora_B), self.factors[name], strict=True):
                 weight = layers["default"].weight
                 if weight.shape != factor.shape:
-                    raise BenchError(
-                        f"this PEFT keeps {wrapper.parameter_name}'s adapter as {list(weight.shape)}, not as "
-                        f"{list(factor.shape)}; pip install --upgrade peft"
-                    )
+                    shapes = f"{list(weight.shape)}, not as {list(factor.shape)}"
+                    raise BenchError(f"this PEFT keeps {name}'s adapter as {shapes}; pip install --upgrade peft")
                 weight.detach().copy_(factor)
             wrapper = wrapper.base_layer
         return wrapped
@@ -183,15 +147,8 @@ def experts_of(model: Any) -> Any:
     return model.model.layers[0].mlp.experts
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A contender's layer.
-
-    Attributes:
-        experts: the module, called as a decoder layer calls it.
-        held_bytes: of its weights, adapters included.
-        form: how hfkv keeps them, and why; None for a peer.
-    """
+class Layer(NamedTuple):
+    """A contender's experts, the bytes of their weights and adapters, and how hfkv keeps them and why."""
 
     experts: Any
     held_bytes: int
@@ -199,13 +156,7 @@ class Layer:
 
 
 def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters) -> Layer:
-    """A contender's layer, with weights of its own: what one has read does not lie in a cache for the next.
-
-    Args:
-        contender: whose.
-        stock: the model all have their numbers from.
-        adapters: the adapters of those with LoRA.
-    """
+    """A contender's layer, with weights of its own: what one has read does not lie in a cache for the next."""
     model = copy.deepcopy(stock)
     held = sum(getattr(experts_of(model), name).nbytes for name in NAMES)
     if contender.implementation is not None:
@@ -222,26 +173,16 @@ def build_layer(contender: Contender, stock: PreTrainedModel, adapters: Adapters
     return Layer(experts_of(model), held, form)
 
 
-class Reference:
-    """The layer in fp32 as transformers' eager code runs it, one expert's matrices in fp32 at a time.
-
-    Args:
-        stock: the model with the numbers.
-        adapters: what is added to them; None for nothing.
-    """
-
-    def __init__(self, stock: PreTrainedModel, adapters: Adapters | None) -> None:
-        given = experts_of(stock)
-        with torch.device("meta"):
-            self.experts: Any = type(given)(copy.deepcopy(given.config)).eval()
-        self.experts.config._experts_implementation = EAGER
-        for name in NAMES:
-            delattr(self.experts, name)
-            setattr(self.experts, name, _InFloat(getattr(given, name).detach(), name, adapters))
-
-    def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """The output `[T, H]` for `hidden` `[T, H]`, and `index` and `weights` `[T, K]` of a router."""
-        return self.experts(hidden.float(), index, weights)
+def reference(stock: PreTrainedModel, adapters: Adapters | None) -> Any:
+    """The experts in fp32 as transformers' eager code runs them, one expert's matrices in fp32 at a time."""
+    given = experts_of(stock)
+    with torch.device("meta"):
+        experts: Any = type(given)(copy.deepcopy(given.config)).eval()
+    experts.config._experts_implementation = EAGER
+    for name in NAMES:
+        delattr(experts, name)
+        setattr(experts, name, _InFloat(getattr(given, name).detach(), name, adapters))
+    return experts
 
 
 class _InFloat(nn.Module):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from hfkv.bench.contenders import DYNAMIC, Contender
 from hfkv.bench.gate import Errors, logit_errors
+from hfkv.bench.lane import Lane
+from hfkv.bench.models import model_of
 
 
 class StepClock:
@@ -34,19 +37,12 @@ class StepClock:
 
 @dataclass
 class Prompt:
-    """A left-padded batch of random tokens that all contenders read, and DynamicCache's logits after it.
-
-    Attributes:
-        model: the model with the weights.
-        ids: `[B, T]`.
-        mask: 1 where a token is real, `[B, T]`.
-        standard: `[B, V]`, once DynamicCache has been checked; it is the first.
-    """
+    """A left-padded batch of random tokens `[B, T]` that all contenders read, and its mask, 1 where one is real."""
 
     model: PreTrainedModel
     ids: torch.Tensor
     mask: torch.Tensor
-    standard: torch.Tensor | None = None
+    standard: torch.Tensor | None = None  # DynamicCache's logits `[B, V]`, once it has been checked, as the first
 
     @classmethod
     def draw(cls, model: PreTrainedModel, lengths: Sequence[int], seed: int) -> Prompt:
@@ -60,13 +56,25 @@ class Prompt:
         return cls(model, ids * mask, mask.long())
 
     def check(self, contender: Contender, logits: torch.Tensor) -> Errors:
-        """A contender's logits `[B, V]` against DynamicCache's.
-
-        Raises:
-            MemoryError: there are none, as DynamicCache ran out of memory.
-        """
+        """A contender's logits `[B, V]` against DynamicCache's; MemoryError where DynamicCache ran out of memory."""
         if contender.name == DYNAMIC:
             self.standard = logits
         if self.standard is None:
             raise MemoryError("DynamicCache's, whose logits are the standard; take fewer tokens or a smaller --batch")
         return logit_errors(contender, logits, self.standard, self.model.config.num_hidden_layers, self.model.dtype)
+
+
+@dataclass(eq=False)
+class GenerateLane(Lane):
+    """One contender's model, over the same weights as everyone's, that goes on from a prompt."""
+
+    prompt: Prompt
+
+    def __post_init__(self) -> None:
+        self.layers = self.prompt.model.config.num_hidden_layers
+        self.model = model_of(self.contender, self.prompt.model)
+
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int, **given: Any) -> tuple[Any, list[float]]:
+        """What `generate` makes of tokens `[B, T]`, and the time in ms of each new one."""
+        clock, given = StepClock(), {**given, "max_new_tokens": new_tokens, "do_sample": False}
+        return self.model.generate(ids, attention_mask=mask, streamer=clock, **given), clock.milliseconds

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.errors import BenchError
-from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, Case
+from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, BenchError, Case
+from hfkv.policy.config import KVConfig
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
 
@@ -19,29 +19,22 @@ class Row:
 
     Attributes:
         contender: ``"int8+paged"``, as it was asked for, or a peer's name.
-        is_ours: whether it is hfkv's.
         status: ``"ok"``; ``"wrong"`` where its result does not stand the check, and nothing of its speed is said; or
             ``"left out"``.
         note: the reason where it is not ``"ok"``.
-        p20_ms, p50_ms, p80_ms: the time of a step; in the suite attention of one layer's step.
-        num_samples: how many steps they are from.
+        p20_ms, p50_ms, p80_ms: the time of a step, from `num_samples`; in the suite attention of one layer's step.
         held_bytes: bytes of the tokens the cache holds; in the suites attention and memory of one layer; in the suite
-            moe of the experts' weights.
-        allocated_bytes: allocated for them.
+            moe of the experts' weights. `allocated_bytes` are allocated for them.
         peak_bytes: the most that was allocated during one step, the cache included; suite memory only.
         read_bytes: what a step must read: those held, and in the suite step the weights; in the suite moe those of the
-            experts that some token chose, the median of all calls.
-        bus_bytes: how many of them have to come from host memory; None where nothing is offloaded.
+            experts that some token chose, the median of all calls. `bus_bytes` come from host memory, if any.
         floor_ms: the time a copy of `read_bytes` alone would take on this device, or one of `bus_bytes` to it, or
-            `operations` at the fastest matrix product of the run.
-        floor_ratio: `p50_ms` over it.
-        speedup: the fastest peer's `p50_ms` over this one's: above 1 is faster than every peer; in the suite moe that
-            of the table's `base`.
-        error_twin: of the attention against fp32 attention over the keys and values this cache decodes to, as norms.
-        error_full: against fp32 attention over the keys and values before any codec, as norms; in the suite moe of the
-            output against the same experts in fp32.
-        error_logits: of one forward's logits against DynamicCache's, as norms.
-        operations: of the matrix products of a call, two for each number of a weight and token; suite moe only, as are:
+            `operations` at the fastest matrix product of the run; `floor_ratio` is `p50_ms` over it.
+        speedup: the `p50_ms` of the table's `base`, or of the fastest peer, over this one's: above 1 is faster.
+        error_twin: its attention against fp32 attention over the keys and values this cache decodes to, as norms.
+        error_full: against fp32 attention over the keys and values before any codec; in moe against experts in fp32.
+        error_logits: one forward's logits against DynamicCache's, as norms.
+        operations: two for each number of a weight and token, in the suite moe.
         lora_ratio: `p50_ms` over that of the same experts without LoRA.
         form: how hfkv keeps the experts, and why.
     """
@@ -76,7 +69,6 @@ class Table:
 
     Attributes:
         context: tokens in the cache, or of the longest prompt, or of a call in the suite moe.
-        batch: rows.
         ragged: real tokens of each row of a left-padded prompt; empty where all are full.
         layers: layers that were measured.
         rows: peers first.
@@ -98,20 +90,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Result:
-    """A run.
+    """What a run measured.
 
     Attributes:
-        command: the command line.
         date: when it ended, ISO 8601 with the zone.
-        suite: its name.
-        shape: the shape's name, or the model's.
-        model_layers: layers of the whole shape.
-        dtype: of keys, values and weights.
-        seed: see `Setting`.
-        setting: the whole setting.
+        shape: the shape's name, or the model's, which has `model_layers`.
+        setting: the whole `Setting`.
         machine: see `describe_machine`.
         copy_bytes_per_second: bytes read and written by a copy on the device, in this run.
-        seconds: the whole run.
+        seconds: how long it took.
         tables: one a context.
         bus_bytes_per_second: from pinned host memory to the device, in this run; None without a GPU.
         operations_per_second: the speed of the fastest large matrix product in this run; suite moe only.
@@ -197,8 +184,6 @@ def plural(count: int, noun: str) -> str:
 
 def canonical(contender: str) -> str:
     """One spelling for all strings of the same config; a peer's name as it is."""
-    from hfkv.policy.config import KVConfig
-
     try:
         return str(KVConfig.parse(contender))
     except (TypeError, ValueError):

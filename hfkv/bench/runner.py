@@ -14,11 +14,11 @@ from hfkv.bench.memory import MemorySuite
 from hfkv.bench.mla import MLASuite
 from hfkv.bench.moe import MoESuite
 from hfkv.bench.prefill import PromptSuite
-from hfkv.bench.results import LEFT_OUT, OK, WRONG, Result, Row, Table
+from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
 from hfkv.bench.setting import Setting
 from hfkv.bench.step import StepSuite
 from hfkv.bench.suite import Cell, Suite
-from hfkv.bench.turns import Progress, free_memory, out_of_memory, take_turns
+from hfkv.bench.turns import OUT_OF_MEMORY, Progress, free_memory, out_of_memory, take_turns
 from hfkv.measure.machine import describe_machine, free_bytes, load
 from hfkv.measure.timing import bus_bandwidth, copy_bandwidth, quantiles
 
@@ -93,66 +93,45 @@ def measure(suite: Suite, cell: Cell, on_share: Progress) -> Table:
         if reason is None:
             lane = make_lane(contender)
             try:
-                row = _checked(lane, row)
-            except (MemoryError, torch.OutOfMemoryError) as error:
+                row = replace(row, **lane.prepare())
+            except OUT_OF_MEMORY as error:
                 reason = out_of_memory(error)
-            is_timed = suite.is_timed and reason is None and row.status == OK
+            is_timed = suite.turns(cell).count != 0 and reason is None and row.status == OK
             if is_timed:
                 lanes.append(lane)
             if not is_timed or not keep_open:
                 lane.close()
                 free_memory()
         rows[contender.name] = row if reason is None else replace(row, status=LEFT_OUT, note=reason)
-    times, failed = take_turns(
+    take_turns(
         lanes, suite.turns(cell), keep_open, lambda what, share: on_share(what, CHECKING + (1 - CHECKING) * share)
     )
     for lane in lanes:
         row = rows[lane.name]
-        if lane.name in failed:
-            rows[lane.name] = replace(row, status=LEFT_OUT, note=failed[lane.name])
-        else:
-            p20, p50, p80 = quantiles(times[lane.name])
-            row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(times[lane.name]))
-            rows[lane.name] = replace(row, **lane.counted())
+        if lane.failure is None:
+            p20, p50, p80 = quantiles(lane.times)
+            row = replace(row, p20_ms=p20, p50_ms=p50, p80_ms=p80, num_samples=len(lane.times), **lane.counted())
+        rows[lane.name] = row if lane.failure is None else replace(row, status=LEFT_OUT, note=lane.failure)
         lane.close()
     free_memory()
     return Table(cell.context, suite.batch, list(suite.setting.ragged), cell.layers, list(rows.values()))
 
 
-def _checked(lane: Lane, row: Row) -> Row:
-    figures, errors = lane.prepare()
-    return replace(
-        row,
-        status=WRONG if errors.wrong else OK,
-        note=errors.wrong,
-        error_twin=errors.twin,
-        error_full=errors.full,
-        error_logits=errors.logits,
-        **figures,
-    )
-
-
 def compared(suite: Suite, cell: Cell, table: Table, copy: float, bus: float | None) -> Table:
     """The table with its rows' ratios to the base, or to the fastest peer, and to the floor.
 
-    Args:
-        suite, cell: it is of.
-        table: what `measure` gave.
-        copy: bytes a second of a copy on the device.
-        bus: of a copy to the device, or None.
+    Bytes are copied on the device at `copy` a second, and to it at `bus`, if there is one.
     """
     times = {row.contender: row.p50_ms for row in table.rows if row.p50_ms is not None}
     bases = suite.bases(cell)
     base = next((name for name in bases if name in times), None)
-    best = min((times[row.contender] for row in table.rows if row.contender in times and not row.is_ours), default=None)
-    if bases:
-        best = None if base is None else times[base]
+    peers = [row.contender for row in table.rows if not row.is_ours and row.contender in times]
+    best = min((times[name] for name in ((base,) if bases else peers) if name is not None), default=None)
     bare = {contender.name: contender.bare for contender in suite.contenders}
     rows = []
     for row in table.rows:
         if row.p50_ms is not None:
-            floor_ms = _floor_ms(row, copy, bus, suite.peak)
-            bare_ms = times.get(bare.get(row.contender) or "")
+            floor_ms, bare_ms = _floor_ms(row, copy, bus, suite.peak), times.get(bare.get(row.contender) or "")
             row = replace(
                 row,
                 floor_ms=floor_ms,
@@ -168,9 +147,6 @@ def _floor_ms(row: Row, copy: float, bus: float | None, peak: float | None) -> f
     """The longest of what its bytes and its operations take at least; None where it has no bytes to read."""
     if not row.read_bytes:
         return None
-    seconds = [row.read_bytes / copy]
-    if row.bus_bytes and bus:
-        seconds.append(row.bus_bytes / bus)
-    if row.operations and peak:
-        seconds.append(row.operations / peak)
+    speeds = ((row.read_bytes, copy), (row.bus_bytes, bus), (row.operations, peak))
+    seconds = [count / speed for count, speed in speeds if count and speed]
     return 1e3 * max(seconds)

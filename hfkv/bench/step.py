@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from transformers import CompileConfig
 
-from hfkv.bench.caches import ModelSuite
 from hfkv.bench.contenders import NO_CACHE, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.models import model_of, weights_read
-from hfkv.bench.prompt import Prompt, StepClock
+from hfkv.bench.models import weights_read
+from hfkv.bench.prompt import GenerateLane, Prompt
 from hfkv.bench.setting import Setting
-from hfkv.bench.suite import Cell
+from hfkv.bench.suite import Cell, ModelSuite
 from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.bench.turns import LEAST_TURNS, Turns
 
@@ -33,24 +33,23 @@ def step_turns(setting: Setting, least: int = LEAST_TURNS) -> Turns:
     return Turns(count, setting.seconds, least, MOST_TURNS, setting.busy)
 
 
-class StepLane(Lane):
-    """One contender's model, over the same weights as everyone's, and its cache.
+@dataclass(eq=False)
+class StepLane(GenerateLane):
+    """One contender's model, over the same weights as everyone's, and its cache with room for so many turns.
 
-    Args:
-        contender: whose.
-        prompt: the text, whose last token has not been read yet.
-        tokens: what the cache is filled with in place of the others.
-        turns: turns it has to have room for.
+    The cache is filled with tokens in place of the prompt's, of which the last has not been read yet.
     """
 
-    def __init__(self, contender: Contender, prompt: Prompt, tokens: Tokens, turns: int) -> None:
-        super().__init__(contender, prompt.model.config.num_hidden_layers)
-        self.prompt = prompt
-        self.tokens = tokens
-        self.room = tokens.count + turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
-        self.ids = prompt.ids
-        self.model = model_of(contender, prompt.model)
-        if contender.is_compiled and prompt.ids.device.type == "cpu":
+    tokens: Tokens
+    turns: int
+
+    warm_ups = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.room = self.tokens.count + self.turns * (STEPS_A_TURN + 1) + SPARE_TOKENS
+        self.ids = self.prompt.ids
+        if self.contender.is_compiled and self.ids.device.type == "cpu":
             compiling = CompileConfig()
             compiling._compile_all_devices = True  # by itself transformers compiles on accelerators only
             self.model.generation_config.compile_config = compiling
@@ -69,23 +68,11 @@ class StepLane(Lane):
         self.ids = torch.cat((self.ids, self.ids[:, :1]), dim=1)
         return self.prompt.check(self.contender, forward.logits[:, -1])
 
-    def warm_up(self) -> None:
-        """A turn that is not timed."""
-        self.turn()
-
     def turn(self) -> list[float]:
         """A few steps of `generate`, in ms."""
-        clock = StepClock()
         given = {"use_cache": False} if self.cache is None else {"past_key_values": self.cache}
-        self.ids = self.model.generate(
-            self.ids,
-            attention_mask=torch.ones_like(self.ids),
-            max_new_tokens=STEPS_A_TURN + 1,
-            do_sample=False,
-            streamer=clock,
-            **given,
-        )
-        return clock.milliseconds[1:]
+        self.ids, times = self.generate(self.ids, torch.ones_like(self.ids), STEPS_A_TURN + 1, **given)
+        return times[1:]
 
     def read_bytes(self) -> int:
         """What a step must read: the cache and the weights."""
@@ -108,7 +95,6 @@ class StepSuite(ModelSuite):
 
     def lanes(self, cell: Cell) -> Callable[[Contender], Lane]:
         """Models over the same weights, with caches of the same tokens."""
-        self.check_memory(cell)
+        tokens, room = self.tokens(cell), self.turns(cell).room
         prompt = Prompt.draw(self.model, (cell.context + 1,) * self.batch, self.setting.seed)
-        tokens = self.tokens(cell)
-        return lambda contender: StepLane(contender, prompt, tokens, self.turns(cell).room)
+        return lambda contender: StepLane(contender, prompt, tokens, room)

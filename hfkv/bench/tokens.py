@@ -16,19 +16,7 @@ FILL_CHUNK = 4096
 
 
 class Tokens:
-    """Keys and values of standard normal numbers for one layer, the same for all layers and contenders.
-
-    Args:
-        batch: B.
-        count: T.
-        heads: the shape's heads.
-        dtype: the dtype of keys and values.
-        device: where they are.
-        seed: the seed of the numbers.
-
-    Attributes:
-        keys, values: `[B, H, T, D]`.
-    """
+    """Keys and values `[B, H, T, D]` of normal numbers for one layer, the same for all layers and contenders."""
 
     def __init__(
         self, batch: int, count: int, heads: Heads, dtype: torch.dtype, device: torch.device, seed: int
@@ -45,16 +33,7 @@ class Tokens:
         self.query = draw(heads.query_heads, 1)
 
     def fill(self, cache: Any, num_layers: int, tokens: int) -> Any:
-        """Puts all of them into the first layers of an empty cache.
-
-        Args:
-            cache: the cache.
-            num_layers: layers to fill.
-            tokens: how many a row will hold in all.
-
-        Returns:
-            The cache.
-        """
+        """Puts all of them into the first layers of an empty cache whose rows will hold so many, and returns it."""
         is_ours = isinstance(cache, KVCache)
         if is_ours:
             cache.reserve(tokens)
@@ -73,9 +52,8 @@ def held_bytes(cache: Any, layers: int) -> int:
     if isinstance(cache, KVCache):
         return sum(layer.held_bytes() for layer in cache.layers[:layers])
     total = 0
-    for layer in cache.layers[:layers] if cache is not None else ():
-        num_bytes = storage_bytes(_tensors(layer))
-        capacity = getattr(layer, "max_cache_len", None)
+    for layer in _layers(cache, layers):
+        num_bytes, capacity = storage_bytes(_tensors(vars(layer))), getattr(layer, "max_cache_len", None)
         total += num_bytes * int(layer.get_seq_length()) // capacity if capacity else num_bytes
     return total
 
@@ -84,7 +62,7 @@ def allocated_bytes(cache: Any, layers: int) -> int:
     """Bytes allocated for the first layers of any cache; 0 without one."""
     if isinstance(cache, KVCache):
         return sum(layer.nbytes() for layer in cache.layers[:layers])
-    return sum(storage_bytes(_tensors(layer)) for layer in (cache.layers[:layers] if cache is not None else ()))
+    return sum(storage_bytes(_tensors(vars(layer))) for layer in _layers(cache, layers))
 
 
 def bus_bytes(cache: Any, layers: int) -> int | None:
@@ -96,20 +74,16 @@ def bus_bytes(cache: Any, layers: int) -> int | None:
     return elsewhere if any(row.device.type != "cpu" for row in rows) else None
 
 
-def _tensors(layer: Any) -> list[torch.Tensor]:
-    return [tensor for value in vars(layer).values() for tensor in _plain(value)]
+def _layers(cache: Any, layers: int) -> list[Any]:
+    return [] if cache is None else cache.layers[:layers]
 
 
-def _plain(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in a layer's attribute: in tuples and dicts (hqq), and inside tensor subclasses (quanto)."""
-    if isinstance(value, dict):
-        value = tuple(value.values())
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _plain(item)
-    elif isinstance(value, torch.Tensor):
-        if hasattr(value, "__tensor_flatten__"):
-            for name in value.__tensor_flatten__()[0]:
-                yield from _plain(getattr(value, name))
-        else:
-            yield value
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in attributes of a layer: in tuples and dicts (hqq), and inside tensor subclasses (quanto)."""
+    if hasattr(value, "__tensor_flatten__"):
+        value = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

@@ -14,18 +14,15 @@ from hfkv.measure.busy import busy_processes
 
 # Fewer turns say nothing of the spread; more only take time.
 LEAST_TURNS, MOST_TURNS = 5, 200
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How often the contenders of one context take turns.
+    """How often the contenders of one context take turns: `count` times, or as often as fit in `seconds`.
 
-    Attributes:
-        count: how often; None for as often as fit in `seconds`.
-        seconds: see there.
-        busy: other processes that keep cores busy meanwhile.
-        least, most: turns where `seconds` decide. A static cache has room for the most, and attends over all of it.
+    A static cache has room for the most, and attends over all of it. Meanwhile `busy` processes keep cores busy.
     """
 
     count: int | None
@@ -48,44 +45,29 @@ class Turns:
         return min(turns / self.least, seconds / self.seconds, 1.0)
 
 
-def take_turns(
-    lanes: Sequence[Lane], turns: Turns, keep_open: bool, on_share: Progress
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times lanes one after the other, again and again.
+def take_turns(lanes: Sequence[Lane], turns: Turns, keep_open: bool, on_share: Progress) -> None:
+    """Times lanes one after the other, again and again, until each has its times or has run out of memory.
 
-    Args:
-        lanes: the contenders; already open where `keep_open`.
-        turns: how often.
-        keep_open: whether the caches of all fit in memory at once; else each is filled anew for every turn.
-        on_share: called with the lane that runs next and how much is done, 0 to 1.
-
-    Returns:
-        The times in ms by lane, and why a lane ran out of memory by lane.
+    Where not the caches of all fit in memory at once (`keep_open`), each is filled anew for every turn.
     """
-    times: dict[str, list[float]] = {lane.name: [] for lane in lanes}
-    failed: dict[str, str] = {}
-    cold = {lane.name for lane in lanes}
-    start, done = time.perf_counter(), 0
+    start, done, waiting = time.perf_counter(), 0, list(lanes)
     with busy_processes(turns.busy):
-        while len(failed) < len(lanes) and turns.share(done, time.perf_counter() - start) < 1:
-            for lane in lanes:
-                if lane.name in failed:
-                    continue
+        while waiting and turns.share(done, time.perf_counter() - start) < 1:
+            for lane in tuple(waiting):
                 on_share(lane.name, turns.share(done, time.perf_counter() - start))
                 try:
                     if not keep_open:
                         lane.open()
-                    if not keep_open or lane.name in cold:
+                    if not keep_open or not lane.times:
                         lane.warm_up()
-                        cold.discard(lane.name)
-                    times[lane.name] += lane.turn()
-                except (MemoryError, torch.OutOfMemoryError) as error:
-                    failed[lane.name] = out_of_memory(error)
-                if not keep_open or lane.name in failed:
+                    lane.times += lane.turn()
+                except OUT_OF_MEMORY as error:
+                    lane.failure = out_of_memory(error)
+                    waiting.remove(lane)
+                if not keep_open or lane.failure is not None:
                     lane.close()
                     free_memory()
             done += 1
-    return times, failed
 
 
 def out_of_memory(error: BaseException) -> str:

@@ -13,8 +13,6 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn
 from typer.core import TyperGroup
 
-from hfkv.cli.bench_screen import show, show_verdicts
-from hfkv.cli.bench_setting import setting_of
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
 from hfkv.cli.outputs import check_outputs
@@ -22,7 +20,7 @@ from hfkv.cli.said import command_line
 from hfkv.policy.errors import RequestError
 
 if TYPE_CHECKING:
-    from hfkv.bench import Result, Setting
+    from hfkv.bench import Result
 
 # What is wrong with a result, where nothing was wrong with the command.
 EXIT_CODE = 1
@@ -154,7 +152,7 @@ def _command(suite: str, takes: tuple[str, ...]) -> Callable[..., None]:
             if context_.args:
                 raise CommandError(_means_nothing(context_.args[0].partition("=")[0], suite, takes))
             said = command_line(context_, "hfkv", "bench", suite)
-            _report(lambda: [_measure(setting_of(suite, given), said)], json, plot, check)
+            _report(lambda: [_measure(suite, given, said)], json, plot, check)
 
     return _with_options(command, [name for name in _OPTIONS if name in takes or name not in {*_SOME_TAKE, "from"}])
 
@@ -178,6 +176,7 @@ def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Pat
     """Shows, writes, draws and checks results."""
     check_outputs(json, plot)
     from hfkv.bench import check_results, read_targets
+    from hfkv.cli.bench_screen import show, show_verdicts
 
     with _told("--check: "):
         targets = [] if check is None else read_targets(check)
@@ -201,10 +200,12 @@ def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Pat
         raise typer.Exit(EXIT_CODE)
 
 
-def _measure(setting: Setting, command: str) -> Result:
+def _measure(suite: str, given: dict[str, Any], command: str) -> Result:
     from hfkv.bench import run
+    from hfkv.cli.bench_setting import setting_of
 
-    with _told(), progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
+    setting = setting_of(suite, given)
+    with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
         task = progress.add_task("", total=1.0)
         return run(
             setting,
@@ -221,7 +222,7 @@ def _read(paths: list[Path]) -> list[Result]:
 
 
 @contextmanager
-def _told(where: str = "") -> Iterator[None]:
+def _told(where: str) -> Iterator[None]:
     """Says which option a refusal is about."""
     try:
         yield

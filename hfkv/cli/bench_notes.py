@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from hfkv.bench import Result
+from hfkv.bench import Result
+from hfkv.bench.results import plural
 
 # A load on the machine before a run that does not disturb it.
 MOST_LOAD = 0.5
@@ -14,8 +12,6 @@ _BY_ALL_LAYERS = ("step", "prefill", "reuse")
 
 def caption(result: Result) -> dict[str, str]:
     """Notes by what they are about."""
-    from hfkv.bench.results import plural
-
     machine = result.machine
     place = machine["accelerator"] or f"{machine['processor']}, {machine['instructions']}"
     where = (

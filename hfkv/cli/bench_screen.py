@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from hfkv.bench import MLA_SHAPES, MOE_SHAPES, Result, Row, Verdict
+from hfkv.bench import Table as Measured
+from hfkv.bench.plots import digits
+from hfkv.bench.results import plural
 from hfkv.cli.bench_notes import caption
 from hfkv.cli.tables import Columns, drop_to_fit, new_table, notes_grid, room, table_of, unit_of, wrap
-
-if TYPE_CHECKING:
-    from hfkv.bench import Result, Row, Verdict
-    from hfkv.bench import Table as Measured
 
 # A speedup this much below 1 is coloured as bearable.
 BEARABLE_SPEEDUP = 0.9
@@ -51,16 +51,14 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
         name = str(target).replace("*", verdict.contender) if verdict.contender != target.contender else str(target)
         if verdict.note is not None:
             name += f" ({verdict.note})"
-        wanted, seen = [], []
-        if target.at_least is not None or target.at_most is not None:
-            wanted.append(f"≥ {target.at_least:g}" if target.at_least is not None else f"≤ {target.at_most:g}")
-            seen.append("-" if verdict.ratio is None else f"{verdict.ratio:.2f}")
-        if target.max_held is not None:
-            wanted.append(f"bytes ≤ {target.max_held:g}")
-            seen.append("-" if verdict.held is None else f"{verdict.held:.3f}")
-        if target.max_error is not None:
-            wanted.append(f"error ≤ {target.max_error:g}")
-            seen.append("-" if verdict.error is None else f"{verdict.error:.1e}")
+        parts = (
+            ("≥ ", target.at_least, verdict.ratio, ".2f"),
+            ("≤ ", target.at_most, verdict.ratio, ".2f"),
+            ("bytes ≤ ", target.max_held, verdict.held, ".3f"),
+            ("error ≤ ", target.max_error, verdict.error, ".1e"),
+        )
+        wanted = [f"{what}{limit:g}" for what, limit, _, _ in parts if limit is not None]
+        seen = ["-" if value is None else f"{value:{form}}" for _, limit, value, form in parts if limit is not None]
         table.add_row(name, "\n".join(wanted), "\n".join(seen), Text(verdict.verdict, STYLES[verdict.verdict]))
     console.print()
     console.print(table)
@@ -70,11 +68,8 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
 
 
 def _title(result: Result, measured: Measured) -> str:
-    from hfkv.bench import MLA_SHAPES, MOE_SHAPES
-    from hfkv.bench.results import plural
-
     case, about, layers = result.case(measured), result.about(measured), plural(measured.layers, "layer")
-    shapes: dict[str, dict[str, object]] = {"moe": {**MOE_SHAPES}, "mla": {**MLA_SHAPES}}
+    shapes: dict[str, Any] = {"moe": MOE_SHAPES, "mla": MLA_SHAPES}
     known = shapes.get(result.suite, {}).get(result.shape)
     shape = f"{result.shape}{f' ({known})' if known else ''}, {result.dtype}"
     if result.suite == "moe":
@@ -97,28 +92,22 @@ def _table(result: Result, measured: Measured, width: int) -> Table:
 
 def _time_columns(result: Result, measured: Measured) -> Columns:
     rows, is_moe = measured.rows, result.suite == "moe"
-    times = "× stock\n" if result.suite == "mla" else "× best\npeer"
-    if is_moe:
-        times = f"×\n{measured.base}" if measured.base else "× base\n"
+    times = {"mla": "× stock\n", "moe": f"×\n{measured.base}" if measured.base else "× base\n"}
     unit, unit_name = _unit(rows)
+    plain = next((row.held_bytes for row in rows if row.held_bytes), 0) if result.suite in times else 0
     columns = {
-        "median\nms": [_main(row, row.p50_ms and _digits(row.p50_ms)) for row in rows],
-        SPREAD: [_cell(row.p20_ms and f"{_digits(row.p20_ms)}–{_digits(row.p80_ms or 0)}", "dim") for row in rows],
-        times: [_speedup(row) for row in rows],
-        "× with-\nout LoRA": [_cell(row.lora_ratio and _digits(row.lora_ratio)) for row in rows],
-        "× its\nfloor": [_cell(row.floor_ratio and _digits(row.floor_ratio)) for row in rows],
-        f"held\n{unit_name}": [_cell(_bytes(row.held_bytes, unit)) for row in rows],
-    }
-    plain = next((row.held_bytes for row in rows if row.held_bytes), None)
-    if plain and result.suite in ("moe", "mla"):
-        shares = [_cell(row.held_bytes and f"{row.held_bytes / plain:.3f}") for row in rows]
-        columns["of\nplain" if is_moe else SHARE] = shares
-    columns |= {
+        "median\nms": [_main(row, row.p50_ms and digits(row.p50_ms)) for row in rows],
+        SPREAD: [_cell(row.p20_ms and f"{digits(row.p20_ms)}–{digits(row.p80_ms or 0)}", "dim") for row in rows],
+        times.get(result.suite, "× best\npeer"): [_speedup(row) for row in rows],
+        "× with-\nout LoRA": [_cell(row.lora_ratio and digits(row.lora_ratio)) for row in rows],
+        "× its\nfloor": [_cell(row.floor_ratio and digits(row.floor_ratio)) for row in rows],
+        f"held\n{unit_name}": [_bytes(row.held_bytes, unit) for row in rows],
+        "of\nplain" if is_moe else SHARE: [_share(row, plain) for row in rows],
         TO_OWN: [_error(row.error_twin) for row in rows],
         "error\nto fp32" if is_moe else "error\nto full": [_error(row.error_full) for row in rows],
         "logits'\nerror": [_error(row.error_logits) for row in rows],
     }
-    optional = ("× with-", "× its", "error", "logits'")
+    optional = ("× with-", "× its", "of", "error", "logits'")
     return {
         header: cells
         for header, cells in columns.items()
@@ -134,11 +123,11 @@ def _memory_columns(result: Result, measured: Measured) -> Columns:
     tokens = measured.batch * measured.context
     return {
         f"held\n{unit_name}": [_main(row, _bytes(row.held_bytes, unit)) for row in rows],
-        SHARE: [_cell(row.held_bytes and full and f"{row.held_bytes / full:.3f}") for row in rows],
+        SHARE: [_share(row, full) for row in rows],
         "bytes a\ntoken": [_cell(row.held_bytes and f"{row.held_bytes / tokens:,.0f}") for row in rows],
-        f"alloc\n{unit_name}": [_cell(_bytes(row.allocated_bytes, unit)) for row in rows],
-        f"peak\n{unit_name}": [_cell(_bytes(row.peak_bytes, unit)) for row in rows],
-        f"× {layers}\n{whole_name}": [_cell(_bytes(row.held_bytes and row.held_bytes * layers, whole)) for row in rows],
+        f"alloc\n{unit_name}": [_bytes(row.allocated_bytes, unit) for row in rows],
+        f"peak\n{unit_name}": [_bytes(row.peak_bytes, unit) for row in rows],
+        f"× {layers}\n{whole_name}": [_bytes(row.held_bytes and row.held_bytes * layers, whole) for row in rows],
     }
 
 
@@ -164,14 +153,12 @@ def _speedup(row: Row) -> Text:
     return Text(f"{row.speedup:.2f}", style if row.is_ours else "")
 
 
-def _digits(value: float) -> str:
-    from hfkv.bench.plots import digits
-
-    return digits(value)
+def _bytes(value: float | None, unit: float) -> Text:
+    return _cell(None if value is None else digits(value / unit))
 
 
-def _bytes(value: float | None, unit: float) -> str | None:
-    return None if value is None else _digits(value / unit)
+def _share(row: Row, whole: int) -> Text:
+    return _cell(row.held_bytes and whole and f"{row.held_bytes / whole:.3f}")
 
 
 def _unit(rows: list[Row], times: int = 1) -> tuple[float, str]:

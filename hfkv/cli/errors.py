@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from hfkv.policy.errors import RequestError
+
 EXIT_CODE = 2
 
 
@@ -19,7 +21,7 @@ class CommandError(Exception):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turns a `CommandError` or a full disk into one red line on stderr and exit code 2; other errors pass."""
+    """Turns a `CommandError`, a refusal of hfkv's or a full disk into one red line on stderr and exit code 2."""
     try:
         try:
             yield
@@ -27,7 +29,7 @@ def told_in_one_line() -> Iterator[None]:
             if error.errno != errno.ENOSPC:
                 raise
             raise CommandError(f"could not write the output: {error.strerror}") from error
-    except CommandError as error:
+    except (CommandError, RequestError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
         raise typer.Exit(EXIT_CODE) from None

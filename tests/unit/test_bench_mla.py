@@ -27,9 +27,8 @@ from hfkv.bench import (
     run,
 )
 from hfkv.bench.contenders import ours
-from hfkv.bench.mla import MLASuite
+from hfkv.bench.mla import LatentTokens, MLAShape, MLASuite
 from hfkv.bench.mla_layer import LayerLane, LayerTask, layer_call
-from hfkv.bench.mla_shapes import LatentTokens, MLAShape
 from hfkv.bench.setting import PARTS
 from hfkv.bench.step import StepLane
 from hfkv.measure.timing import COPY_BYTES
@@ -129,14 +128,14 @@ def test_what_cannot_be_measured_is_refused(given: dict[str, Any], said: str) ->
 def test_a_model_without_latents_is_refused() -> None:
     with pytest.raises(BenchError, match="'llama' lacks kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim"):
         MLAShape.of(llama().config)
-    assert MLAShape.of(SHAPE.config(SHAPE.layers)) == SHAPE
+    assert MLAShape.of(SHAPE.config(SHAPE.num_hidden_layers)) == SHAPE
 
 
 @pytest.mark.parametrize(("held", "new"), [(20, 1), (20, 6), (0, 6)])
 def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(SHAPE.config(1), dtype=torch.float32).eval()
-    latents = LatentTokens(2, held, SHAPE, torch.float32, CPU, seed=0) if held else None
+    latents = LatentTokens(2, held, SHAPE, torch.float32, CPU, seed=0)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     seen: list[Any] = []
     module: Any = model.model.layers[0].self_attn
@@ -145,7 +144,7 @@ def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
     )
     with torch.no_grad():
         for cache in caches:
-            if latents is not None:
+            if held:
                 cache.update(latents.keys, latents.values, 0)
         model(torch.randint(131, (2, new)), past_key_values=caches[0])
         handle.remove()
@@ -160,10 +159,10 @@ def test_a_layer_is_called_as_its_model_calls_it(held: int, new: int) -> None:
 
 
 def test_a_run_has_a_table_of_each_case(result: Result) -> None:
-    assert (result.suite, result.shape, result.model_layers) == ("mla", "mla-tiny", SHAPE.layers)
+    assert (result.suite, result.shape, result.model_layers) == ("mla", "mla-tiny", SHAPE.num_hidden_layers)
     assert result.setting["cases"] == tuple(asdict(case) for case in CASES)
     assert not result.wrong
-    a_token = (SHAPE.latent + SHAPE.rope) * 4
+    a_token = (SHAPE.kv_lora_rank + SHAPE.qk_rope_head_dim) * 4
     for case, table in zip(CASES, result.tables, strict=True):
         rows = {row.contender: row for row in table.rows}
         stock = rows["DynamicCache"]

@@ -13,17 +13,16 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hfkv.bench import MOE_PEERS, MOE_SHAPES, BenchError, Setting, run
 from hfkv.bench.contenders import Contender
-from hfkv.bench.moe import PEAK_SIZE, MoELane
-from hfkv.bench.moe_calls import CHECKED_TOKENS, Calls, Gate
+from hfkv.bench.moe import CHECKED_TOKENS, PEAK_SIZE, Calls, Gate, MoELane
 from hfkv.bench.moe_layers import (
     NAMES,
     Adapters,
     MoEShape,
-    Reference,
     build_layer,
     experts_of,
     ours,
     peers,
+    reference,
     stock_model,
 )
 from hfkv.bench.results import OK
@@ -66,7 +65,7 @@ def calls_of(tokens: int, shape: MoEShape = SHAPE, dtype: torch.dtype = torch.fl
 
 
 def gate_of(stock: Any, adapters: Adapters, tokens: int, dtype: torch.dtype = torch.float32) -> Gate:
-    gate = Gate({False: Reference(stock, None), True: Reference(stock, adapters)}, calls_of(tokens, dtype=dtype))
+    gate = Gate({False: reference(stock, None), True: reference(stock, adapters)}, calls_of(tokens, dtype=dtype))
     (grouped,) = peers(["grouped_mm"], CPU)
     gate.errors(grouped, build_layer(grouped, stock, adapters))
     return gate
@@ -75,28 +74,28 @@ def gate_of(stock: Any, adapters: Adapters, tokens: int, dtype: torch.dtype = to
 @pytest.mark.parametrize("tokens", [1, 8, 40])
 def test_a_routing_is_new_each_time_and_the_same_for_all(tokens: int) -> None:
     calls, again = calls_of(tokens), calls_of(tokens)
-    assert torch.equal(again[3].index, calls[3].index)  # asked for in another order
+    assert torch.equal(again[3].chosen, calls[3].chosen)  # asked for in another order
     assert torch.equal(again[3].weights, calls[3].weights)
-    assert not all(torch.equal(calls[0].index, calls[index].index) for index in range(1, 6))
+    assert not all(torch.equal(calls[0].chosen, calls[index].chosen) for index in range(1, 6))
     for index in range(20):
         call = calls[index]
-        assert all(len(set(row)) == SHAPE.top_k for row in call.index.tolist())
-        assert call.num_chosen == len(set(call.index.flatten().tolist()))
+        assert all(len(set(row)) == SHAPE.top_k for row in call.chosen.tolist())
+        assert call.num_chosen == len(set(call.chosen.flatten().tolist()))
         assert call.weights.sum(dim=1).tolist() == pytest.approx([1.0] * tokens)
 
 
 def test_every_expert_is_as_likely_as_any() -> None:
-    counts = torch.bincount(calls_of(4000)[0].index.flatten(), minlength=SHAPE.experts) / 4000
+    counts = torch.bincount(calls_of(4000)[0].chosen.flatten(), minlength=SHAPE.experts) / 4000
     assert counts.tolist() == pytest.approx([SHAPE.top_k / SHAPE.experts] * SHAPE.experts, rel=0.15)
 
 
 def test_the_reference_is_the_eager_layer(stock: Any, adapters: Adapters) -> None:
     (eager,) = [contender for contender in peers(["eager"], CPU) if contender.name == "eager"]
     call = calls_of(12)[0]
-    given = call.hidden, call.index, call.weights
-    assert torch.equal(Reference(stock, None)(*given), call.run(build_layer(eager, stock, adapters).experts))
-    moved = Reference(stock, adapters)(*given)
-    assert 0.03 < (moved - Reference(stock, None)(*given)).norm() / moved.norm() < 0.5
+    given = call[:3]
+    assert torch.equal(reference(stock, None)(*given), build_layer(eager, stock, adapters).experts(*given))
+    moved = reference(stock, adapters)(*given)
+    assert 0.03 < (moved - reference(stock, None)(*given)).norm() / moved.norm() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -155,13 +154,13 @@ def test_wrong_experts_do_not_pass(stock: Any, adapters: Adapters, text: str, fa
             return layer.experts(hidden.roll(1, 0), index, weights)
         return layer.experts(hidden, index, weights) * (1.05 if fault == "scaled" else torch.inf)
 
-    errors = gate_of(stock, adapters, 8).errors(contender, replace(layer, experts=wrong))
+    errors = gate_of(stock, adapters, 8).errors(contender, layer._replace(experts=wrong))
     assert errors.wrong is not None
     assert ("finite" in errors.wrong) == (fault == "not finite")
 
 
 def test_a_single_token_is_checked_often_enough_and_without_the_base_nothing_is(stock: Any, adapters: Adapters) -> None:
-    gate = Gate({False: Reference(stock, None)}, calls_of(1))
+    gate = Gate({False: reference(stock, None)}, calls_of(1))
     assert len(gate.calls) == CHECKED_TOKENS
     with pytest.raises(BenchError, match=r"grouped_mm.*did not run at 1 tokens; ask for fewer"):
         gate.errors(ours("auto"), build_layer(ours("auto"), stock, adapters))
@@ -171,14 +170,14 @@ def test_a_lane_counts_what_its_calls_chose(stock: Any, adapters: Adapters) -> N
     seen: list[torch.Tensor] = []
     calls = calls_of(3)
     layer = build_layer(ours("auto"), stock, adapters)
-    layer = replace(layer, experts=lambda hidden, index, weights: seen.append(index))
+    layer = layer._replace(experts=lambda hidden, index, weights: seen.append(index))
     lane = MoELane(ours("auto"), layer, calls, gate_of(stock, adapters, 3))
     lane.open()
     lane.warm_up()
     assert [len(lane.turn()) for _ in range(3)] == [1, 1, 1]
     lane.close()
     assert lane.num_chosen == [calls[index].num_chosen for index in range(3)]
-    assert all(torch.equal(seen[2 + index], calls[index].index) for index in range(3))
+    assert all(torch.equal(seen[2 + index], calls[index].chosen) for index in range(3))
 
 
 @pytest.mark.parametrize(("times_as_slow", "every"), [(0.5, 1), (4.0, 1), (10.0, 2), (500.0, 4)])
@@ -188,14 +187,14 @@ def test_a_slow_lane_sits_out_turns_and_calls_as_the_others_do(
     seen: list[torch.Tensor] = []
     calls = calls_of(3)
     layer = build_layer(ours("auto"), stock, adapters)
-    layer = replace(layer, experts=lambda hidden, index, weights: seen.append(index))
+    layer = layer._replace(experts=lambda hidden, index, weights: seen.append(index))
     gate = gate_of(stock, adapters, 3)
     first = MoELane(ours("auto"), layer, calls, gate)
     slow = MoELane(ours("auto"), layer, calls, gate, first)
     first.warm_ms, slow.warm_ms = 2.0, 2.0 * times_as_slow
     taken = [len(slow.turn()) for _ in range(8)]
     assert taken == [int(turn % every == 0) for turn in range(8)]
-    assert all(torch.equal(index, calls[turn * every].index) for turn, index in enumerate(seen))
+    assert all(torch.equal(index, calls[turn * every].chosen) for turn, index in enumerate(seen))
     assert len(slow.num_chosen) == len(seen) == sum(taken)
     assert [len(first.turn()) for _ in range(3)] == [1, 1, 1]
 

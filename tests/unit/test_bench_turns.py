@@ -37,9 +37,10 @@ class FakeLane(Lane):
 
 def test_contenders_take_turns() -> None:
     log: list[str] = []
-    times, failed = take_turns([FakeLane("a", log), FakeLane("b", log)], Turns(2, 1.0), True, lambda what, share: None)
+    lanes = [FakeLane("a", log), FakeLane("b", log)]
+    take_turns(lanes, Turns(2, 1.0), True, lambda what, share: None)
     assert log == ["warm a", "a", "warm b", "b", "a", "b"]
-    assert (times, failed) == ({"a": [1.0, 2.0] * 2, "b": [1.0, 2.0] * 2}, {})
+    assert [(lane.times, lane.failure) for lane in lanes] == [([1.0, 2.0] * 2, None)] * 2
 
 
 def test_processes_are_busy_while_they_do_and_no_longer() -> None:
@@ -48,16 +49,17 @@ def test_processes_are_busy_while_they_do_and_no_longer() -> None:
             return [psutil.Process(child.pid).cpu_times().user for child in psutil.Process().children()]
 
     before = len(psutil.Process().children())
-    times, _ = take_turns([Watched("a", [])], Turns(1, 1.0, busy=2), True, lambda what, share: None)
-    assert len(times["a"]) == before + 2
-    assert sum(time > 0 for time in times["a"]) >= 2
+    lane = Watched("a", [])
+    take_turns([lane], Turns(1, 1.0, busy=2), True, lambda what, share: None)
+    assert len(lane.times) == before + 2
+    assert sum(time > 0 for time in lane.times) >= 2
     assert len(psutil.Process().children()) == before
 
 
 def test_caches_that_do_not_fit_at_once_are_filled_for_every_turn() -> None:
     log: list[str] = []
     lanes = [FakeLane("a", log), FakeLane("b", log, fails=True)]
-    times, failed = take_turns(lanes, Turns(2, 1.0), False, lambda what, share: None)
+    take_turns(lanes, Turns(2, 1.0), False, lambda what, share: None)
     assert log == [
         "open a",
         "warm a",
@@ -71,8 +73,8 @@ def test_caches_that_do_not_fit_at_once_are_filled_for_every_turn() -> None:
         "a",
         "close a",
     ]
-    assert times["a"] == [1.0, 2.0] * 2
-    assert failed == {"b": "out of memory: no room"}
+    assert (lanes[0].times, lanes[0].failure) == ([1.0, 2.0] * 2, None)
+    assert (lanes[1].times, lanes[1].failure) == ([], "out of memory: no room")
 
 
 def test_turns_end_after_their_seconds_and_no_sooner_than_the_least() -> None:
