@@ -99,7 +99,7 @@ connect(
         "routing_table": "hfkv.cli.report_tables:routing_table",
         "monitor_line": "hfkv.cli.monitor_screen:live_line",
         "monitor_table": "hfkv.cli.monitor_screen:summary",
-        "plan_tables": "hfkv.cli.plan_screen:tables",
+        "plan_tables": "hfkv.cli.plan.screen:tables",
     }
 )
 register(REGISTRARS)

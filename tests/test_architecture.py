@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,15 @@ def test_a_forbidden_import_is_found(tmp_path: Path) -> None:
         ("hfkv.patches.patch", False),
         ("hfkv.cli.tables", False),
     )
+
+
+# Folders with more files than a reader takes in at a glance; none of them is to grow.
+CROWDED = {"patches": 26, "hfkv/kernels/triton": 19}
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    counted = Counter(str(path.parent.relative_to(ROOT)) for path in modules().values())
+    assert {folder: count for folder, count in counted.items() if count > CROWDED.get(folder, 16)} == {}
 
 
 def test_files_hold_one_noun_each() -> None:

@@ -8,16 +8,16 @@ from datetime import datetime
 
 import torch
 
-from hfkv.bench.attention import AttentionSuite
 from hfkv.bench.lane import Lane
-from hfkv.bench.memory import MemorySuite
-from hfkv.bench.mla import MLASuite
-from hfkv.bench.moe import MoESuite
-from hfkv.bench.prefill import PromptSuite
 from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
 from hfkv.bench.setting import Setting
-from hfkv.bench.step import StepSuite
 from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.suites.attention import AttentionSuite
+from hfkv.bench.suites.memory import MemorySuite
+from hfkv.bench.suites.mla import MLASuite
+from hfkv.bench.suites.moe import MoESuite
+from hfkv.bench.suites.prefill import PromptSuite
+from hfkv.bench.suites.step import StepSuite
 from hfkv.bench.turns import OUT_OF_MEMORY, Progress, free_memory, out_of_memory, take_turns
 from hfkv.measure.machine import describe_machine, free_bytes, load
 from hfkv.measure.timing import bus_bandwidth, copy_bandwidth, quantiles

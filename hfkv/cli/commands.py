@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from hfkv.cli.bench import bench
-from hfkv.cli.demo import demo
-from hfkv.cli.doctor import doctor
-from hfkv.cli.eval import evaluate
+from hfkv.cli.bench.command import bench
+from hfkv.cli.demo.command import demo
+from hfkv.cli.doctor.command import doctor
+from hfkv.cli.eval.command import evaluate
 from hfkv.cli.generate import generate
-from hfkv.cli.plan import plan
+from hfkv.cli.plan.command import plan
 
 app = typer.Typer(
     name="hfkv",

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv import tiny_lm
 from hfkv.cli.commands import app
-from hfkv.cli.demo_runs import DemoReport, DemoSetting
-from hfkv.cli.demo_screen import show
+from hfkv.cli.demo.runs import DemoReport, DemoSetting
+from hfkv.cli.demo.screen import show
 from hfkv.cli.generate import PREFILL_CHUNK
 
 PROMPT = "def add(first, second):\n    return "
@@ -221,7 +221,7 @@ def test_demo_json_says_where_it_was_measured(demo) -> None:
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_no_cell_of_the_screen_is_cut(demo, width: int) -> None:
-    from hfkv.cli.demo_runs import DemoRow
+    from hfkv.cli.demo.runs import DemoRow
 
     numbers = demo[1]
     rows = [DemoRow(**row) for row in numbers["rows"]]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv.attention.function import hfkv_attention
 from hfkv.bench import PEERS, Result, read_targets
-from hfkv.cli.bench_screen import show
+from hfkv.cli.bench.screen import show
 from hfkv.cli.commands import app
 from tests.tiny import llama
 

@@ -9,7 +9,7 @@ import pytest
 
 from hfkv.bench import MLA_SHAPES, cases_of
 from hfkv.bench.setting import PARTS
-from hfkv.cli.bench_setting import setting_of
+from hfkv.cli.bench.setting import setting_of
 from hfkv.measure.timing import COPY_BYTES
 from tests.integration.test_cli_bench import cells, invoke
 from tests.integration.test_cli_bench_words import NOTHING, refused

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hfkv.bench.moe import PEAK_SIZE
-from hfkv.cli.bench_setting import setting_of
+from hfkv.bench.suites.moe import PEAK_SIZE
+from hfkv.cli.bench.setting import setting_of
 from hfkv.measure.timing import COPY_BYTES
 from tests.integration.test_cli_bench import invoke
 from tests.integration.test_cli_bench_words import NOTHING, refused

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from hfkv.bench import SUITES
-from hfkv.cli.bench import SUITES as COMMANDS
-from hfkv.cli.bench_setting import setting_of
+from hfkv.cli.bench.command import SUITES as COMMANDS
+from hfkv.cli.bench.setting import setting_of
 from tests.integration.test_cli_bench import invoke
 
 # Of the options that all suites take, what they are worth where they are not said.

@@ -14,11 +14,11 @@ from packaging.version import Version
 from transformers import BloomConfig, Gemma3TextConfig, MambaConfig, PreTrainedConfig, Qwen3NextConfig, T5Config
 from typer.testing import CliRunner
 
-from hfkv.cli import doctor_machine
 from hfkv.cli.commands import app
-from hfkv.cli.doctor import examine
-from hfkv.cli.doctor_layers import ModelReport, describe_layers
-from hfkv.cli.doctor_machine import TRANSFORMERS, Item, describe_installation
+from hfkv.cli.doctor import machine as doctor_machine
+from hfkv.cli.doctor.command import examine
+from hfkv.cli.doctor.layers import ModelReport, describe_layers
+from hfkv.cli.doctor.machine import TRANSFORMERS, Item, describe_installation
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.naive import attention_naive

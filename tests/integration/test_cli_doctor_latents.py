@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 from transformers import DeepseekV3Config, DeepseekV32Config, PreTrainedConfig
 
-from hfkv.cli.doctor_layers import ModelReport, describe_layers
-from hfkv.cli.doctor_report import DoctorReport
-from hfkv.cli.doctor_screen import show
+from hfkv.cli.doctor.layers import ModelReport, describe_layers
+from hfkv.cli.doctor.report import DoctorReport
+from hfkv.cli.doctor.screen import show
 from hfkv.cli.errors import CommandError
 from hfkv.kernels.dispatch import expanded_kernel, latent_kernel
 from hfkv.kernels.selftest.inputs import HeadShape

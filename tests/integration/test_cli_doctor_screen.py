@@ -8,10 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from hfkv.cli.doctor_layers import LayerGroup, ModelReport, Use
-from hfkv.cli.doctor_machine import Item, describe_installation
-from hfkv.cli.doctor_report import DoctorReport
-from hfkv.cli.doctor_screen import STYLES, ranges, show
+from hfkv.cli.doctor.layers import LayerGroup, ModelReport, Use
+from hfkv.cli.doctor.machine import Item, describe_installation
+from hfkv.cli.doctor.report import DoctorReport
+from hfkv.cli.doctor.screen import STYLES, ranges, show
 from hfkv.kernels.selftest import suite as selftest
 from hfkv.kernels.selftest.inputs import HeadShape
 from hfkv.kernels.selftest.suite import Check

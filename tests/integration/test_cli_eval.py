@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 import hfkv
 from hfkv import tiny_lm
 from hfkv.cli.commands import app
-from hfkv.cli.eval_runs import EvalReport, EvalRow, EvalSetting
-from hfkv.cli.eval_screen import show
+from hfkv.cli.eval.runs import EvalReport, EvalRow, EvalSetting
+from hfkv.cli.eval.screen import show
 from hfkv.cli.tables import wrap
 from hfkv.eval import CacheReport, held_out_loss, pass_key_grid
 from tests.tiny import llama

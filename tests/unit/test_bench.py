@@ -9,13 +9,13 @@ import torch
 from transformers import DynamicCache
 
 from hfkv.bench import PEERS, SHAPES, BenchError, Case, Setting
-from hfkv.bench.attention import AttentionLane, AttentionModule, attention_config
 from hfkv.bench.contenders import DYNAMIC, STATIC, ours, peers
 from hfkv.bench.gate import Errors, logit_errors
 from hfkv.bench.models import build_model, share_weights, weights_read
 from hfkv.bench.results import Row, Table
 from hfkv.bench.runner import compared
 from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.suites.attention import AttentionLane, AttentionModule, attention_config
 from hfkv.bench.tokens import Tokens, allocated_bytes, held_bytes
 from hfkv.measure.timing import bus_bandwidth
 from hfkv.models.shapes import Heads, shape_config, with_layers

@@ -27,10 +27,10 @@ from hfkv.bench import (
     run,
 )
 from hfkv.bench.contenders import ours
-from hfkv.bench.mla import LatentTokens, MLAShape, MLASuite
-from hfkv.bench.mla_layer import LayerLane, LayerTask, layer_call
 from hfkv.bench.setting import PARTS
-from hfkv.bench.step import StepLane
+from hfkv.bench.suites.mla import LatentTokens, MLAShape, MLASuite
+from hfkv.bench.suites.mla_layer import LayerLane, LayerTask, layer_call
+from hfkv.bench.suites.step import StepLane
 from hfkv.measure.timing import COPY_BYTES
 from tests.tiny import llama
 

@@ -13,8 +13,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from hfkv.bench import MOE_PEERS, MOE_SHAPES, BenchError, Setting, run
 from hfkv.bench.contenders import Contender
-from hfkv.bench.moe import CHECKED_TOKENS, PEAK_SIZE, Calls, Gate, MoELane
-from hfkv.bench.moe_layers import (
+from hfkv.bench.results import OK
+from hfkv.bench.suites.moe import CHECKED_TOKENS, PEAK_SIZE, Calls, Gate, MoELane
+from hfkv.bench.suites.moe_layers import (
     NAMES,
     Adapters,
     MoEShape,
@@ -25,7 +26,6 @@ from hfkv.bench.moe_layers import (
     reference,
     stock_model,
 )
-from hfkv.bench.results import OK
 from hfkv.experts.stack import ExpertStack
 from hfkv.measure.timing import COPY_BYTES
 
@@ -232,7 +232,7 @@ def test_a_layer_that_runs_out_of_memory_is_left_out(monkeypatch: pytest.MonkeyP
             raise MemoryError("no room")
         return build_layer(contender, *given)
 
-    monkeypatch.setattr("hfkv.bench.moe.build_layer", build)
+    monkeypatch.setattr("hfkv.bench.suites.moe.build_layer", build)
     setting = replace(SETTING, contexts=(2,), peers=("grouped_mm",), moes=("auto", "int8"))
     rows = {row.contender: row for row in run(setting).tables[0].rows}
     assert (rows["hfkv"].status, rows["hfkv int8"].status) == ("ok", "left out")
@@ -287,7 +287,7 @@ def test_a_shape_that_does_not_fit_is_refused_with_the_remedy(monkeypatch: pytes
 
 
 def test_adapters_need_peft(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hfkv.bench.moe_layers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hfkv.bench.suites.moe_layers.importlib.util.find_spec", lambda name: None)
     assert "hfkv[lora]" in str(ours("auto+lora").reason)
     assert {contender.name: contender.reason is None for contender in peers(None, CPU)} == {
         "grouped_mm": True,

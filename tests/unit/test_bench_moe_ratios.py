@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hfkv.bench import MOE_SHAPES, Row, Setting, Table
-from hfkv.bench.moe import PEAK_SIZE, MoESuite, matmul_peak
-from hfkv.bench.moe_layers import ours, peers
 from hfkv.bench.runner import compared
 from hfkv.bench.suite import Cell
+from hfkv.bench.suites.moe import PEAK_SIZE, MoESuite, matmul_peak
+from hfkv.bench.suites.moe_layers import ours, peers
 
 SETTING = Setting("moe", shape="moe-tiny", contexts=(1, 8), dtype="float32", steps=1)
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 import hfkv
 from hfkv import KVConfig, tiny_lm
-from hfkv.cli.plan_screen import show
+from hfkv.cli.plan.screen import show
 from hfkv.planning.footprint import Footprint
 from hfkv.planning.geometry import Geometry
 from tests.tiny import llama_config

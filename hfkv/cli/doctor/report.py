@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from hfkv.cli.doctor_layers import ModelReport
-from hfkv.cli.doctor_machine import Item
+from hfkv.cli.doctor.layers import ModelReport
+from hfkv.cli.doctor.machine import Item
 
 if TYPE_CHECKING:
     from hfkv.kernels.selftest.suite import Check

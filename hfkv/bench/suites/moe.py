@@ -13,7 +13,9 @@ from hfkv.bench.contenders import Contender
 from hfkv.bench.gate import FACTOR, SLACK, Errors, norm_error, what_is_wrong
 from hfkv.bench.lane import Lane
 from hfkv.bench.models import check_room
-from hfkv.bench.moe_layers import (
+from hfkv.bench.setting import BenchError, Setting
+from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.suites.moe_layers import (
     BATCHED,
     GROUPED,
     MOE_SHAPES,
@@ -27,8 +29,6 @@ from hfkv.bench.moe_layers import (
     reference,
     stock_model,
 )
-from hfkv.bench.setting import BenchError, Setting
-from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.turns import OUT_OF_MEMORY, out_of_memory
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.measure.machine import free_bytes

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import TaskProgressColumn
 
 from hfkv.cli.errors import CommandError, told_in_one_line
-from hfkv.cli.eval_runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
-from hfkv.cli.eval_screen import show
+from hfkv.cli.eval.runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
+from hfkv.cli.eval.screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 from hfkv.cli.outputs import check_outputs
 from hfkv.cli.said import command_line, whole_numbers

@@ -13,7 +13,7 @@ from hfkv.bench import MLA_SHAPES, MOE_SHAPES, Result, Row, Verdict
 from hfkv.bench import Table as Measured
 from hfkv.bench.plots import digits
 from hfkv.bench.results import plural
-from hfkv.cli.bench_notes import caption
+from hfkv.cli.bench.notes import caption
 from hfkv.cli.tables import Columns, drop_to_fit, new_table, notes_grid, room, table_of, unit_of, wrap
 
 # A speedup this much below 1 is coloured as bearable.

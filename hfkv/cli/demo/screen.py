@@ -8,7 +8,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hfkv.cli.demo_runs import DemoReport, DemoRow
+from hfkv.cli.demo.runs import DemoReport, DemoRow
 from hfkv.cli.tables import new_table, notes_grid
 
 PROMPT_LINES = 8

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
-from hfkv.cli.doctor_layers import describe_layers, read_config
-from hfkv.cli.doctor_machine import describe_installation
-from hfkv.cli.doctor_report import DoctorReport
-from hfkv.cli.doctor_screen import show
+from hfkv.cli.doctor.layers import describe_layers, read_config
+from hfkv.cli.doctor.machine import describe_installation
+from hfkv.cli.doctor.report import DoctorReport
+from hfkv.cli.doctor.screen import show
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import pick_device, pick_dtype, progress_on
 

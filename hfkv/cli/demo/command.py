@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
-from hfkv.cli.demo_runs import DemoSetting, measure, num_steps
-from hfkv.cli.demo_screen import show
+from hfkv.cli.demo.runs import DemoSetting, measure, num_steps
+from hfkv.cli.demo.screen import show
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 

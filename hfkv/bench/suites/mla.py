@@ -12,12 +12,12 @@ from transformers import DeepseekV3Config, PreTrainedConfig, PreTrainedModel
 
 from hfkv.bench.contenders import DYNAMIC, Contender, ours_on, peers
 from hfkv.bench.lane import Lane
-from hfkv.bench.mla_layer import FORMS, LayerLane, LayerTask
 from hfkv.bench.models import build_model, check_room
-from hfkv.bench.prompt import Prompt
 from hfkv.bench.setting import CROSSOVER, STEP, BenchError, Setting
-from hfkv.bench.step import StepLane, step_turns
 from hfkv.bench.suite import Cell, Suite
+from hfkv.bench.suites.mla_layer import FORMS, LayerLane, LayerTask
+from hfkv.bench.suites.prompt import Prompt
+from hfkv.bench.suites.step import StepLane, step_turns
 from hfkv.bench.tokens import Tokens
 from hfkv.bench.turns import LEAST_TURNS, Turns
 from hfkv.models.shapes import shape_config

@@ -12,9 +12,9 @@ from hfkv.bench.contenders import NO_CACHE, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.lane import Lane
 from hfkv.bench.models import weights_read
-from hfkv.bench.prompt import GenerateLane, Prompt
 from hfkv.bench.setting import Setting
 from hfkv.bench.suite import Cell, ModelSuite
+from hfkv.bench.suites.prompt import GenerateLane, Prompt
 from hfkv.bench.tokens import Tokens, held_bytes
 from hfkv.bench.turns import LEAST_TURNS, Turns
 

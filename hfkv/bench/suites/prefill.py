@@ -11,8 +11,8 @@ import torch
 from hfkv.bench.contenders import DYNAMIC, NO_CACHE, Contender
 from hfkv.bench.gate import Errors
 from hfkv.bench.lane import Lane
-from hfkv.bench.prompt import GenerateLane, Prompt
 from hfkv.bench.suite import Cell, ModelSuite
+from hfkv.bench.suites.prompt import GenerateLane, Prompt
 
 # Tokens behind the prefix, new in every turn.
 QUESTION = 128

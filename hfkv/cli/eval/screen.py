@@ -7,8 +7,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from hfkv.cli.demo_screen import BEARABLE_CHANGE, GOOD_CHANGE
-from hfkv.cli.eval_runs import EvalReport, EvalRow
+from hfkv.cli.demo.screen import BEARABLE_CHANGE, GOOD_CHANGE
+from hfkv.cli.eval.runs import EvalReport, EvalRow
 from hfkv.cli.tables import Columns, drop_to_fit, notes_grid, room, table_of, unit_of, wrap
 
 PERPLEXITY, ALLOCATED = "ppl\n", "alloc\n"

@@ -13,9 +13,9 @@ from rich.text import Text
 from hfkv.cli.tables import new_table, wrap
 
 if TYPE_CHECKING:
-    from hfkv.cli.doctor_layers import ModelReport
-    from hfkv.cli.doctor_machine import Item
-    from hfkv.cli.doctor_report import DoctorReport
+    from hfkv.cli.doctor.layers import ModelReport
+    from hfkv.cli.doctor.machine import Item
+    from hfkv.cli.doctor.report import DoctorReport
     from hfkv.kernels.selftest.inputs import HeadShape
     from hfkv.kernels.selftest.suite import Check
 

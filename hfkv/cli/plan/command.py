@@ -64,13 +64,13 @@ def plan(
     with told_in_one_line():
         check_outputs(json_path, plot)
         made = make_plan(model, memory, context, batch, reply, kv, weights, dtype, device, bandwidth, bus)
-        from hfkv.cli.plan_screen import show
+        from hfkv.cli.plan.screen import show
 
         show(made, Console(highlight=False))
         if json_path is not None:
             json_path.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
         if plot is not None:
-            from hfkv.cli.plan_picture import write_plot
+            from hfkv.cli.plan.picture import write_plot
 
             write_plot(plot, made)
 

@@ -176,7 +176,7 @@ def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Pat
     """Shows, writes, draws and checks results."""
     check_outputs(json, plot)
     from hfkv.bench import check_results, read_targets
-    from hfkv.cli.bench_screen import show, show_verdicts
+    from hfkv.cli.bench.screen import show, show_verdicts
 
     with _told("--check: "):
         targets = [] if check is None else read_targets(check)
@@ -202,7 +202,7 @@ def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Pat
 
 def _measure(suite: str, given: dict[str, Any], command: str) -> Result:
     from hfkv.bench import run
-    from hfkv.cli.bench_setting import setting_of
+    from hfkv.cli.bench.setting import setting_of
 
     setting = setting_of(suite, given)
     with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from hfkv.bench.attention import AttentionLane, AttentionSuite
 from hfkv.bench.setting import Setting
 from hfkv.bench.suite import Cell
+from hfkv.bench.suites.attention import AttentionLane, AttentionSuite
 from hfkv.bench.turns import Turns
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfkv.cli.demo_runs import describe_run
+from hfkv.cli.demo.runs import describe_run
 from hfkv.cli.errors import CommandError, first_line
 from hfkv.cli.generate import check_kv
 

@@ -1,0 +1,1 @@
+"""What each suite of ``hfkv bench`` measures."""
