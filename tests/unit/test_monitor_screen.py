@@ -70,7 +70,7 @@ def test_a_live_line_shows_the_peak_and_only_one_at_a_time(monkeypatch, capsys):
     # pytest's stdout is no terminal: what goes there is left alone.
     assert capsys.readouterr().out == "to the program's own output\n"
     last = file.getvalue().rpartition("cpu")[2]
-    assert re.search(r"\(peak [\d.]+ .iB\).*caches.*\(peak ", last)
+    assert re.search(r"\(peak [\d.,]+ .iB\).*caches.*\(peak ", last)
     with MemoryMonitor(live=True) as after:
         assert after._line is not None
 
