@@ -7,9 +7,8 @@ import functools
 import torch
 
 from hfkv.codecs import CODECS
-from hfkv.kernels.backend import Asked, Backend, Kernel
+from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
 from hfkv.kernels.cpu.backend import CPUBackend
-from hfkv.kernels.many import MANY
 from hfkv.kernels.triton.backend import TritonBackend
 
 # The first backend that serves a device and has a kernel is taken.

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.kernels.backend import Asked, Backend, Kernel, dtype_name
+from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
 from hfkv.kernels.cpu.decode import decode_attention
 from hfkv.kernels.cpu.expanded import expanded_attention
 from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.cpu.latent import latent_attention
-from hfkv.kernels.many import MANY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.kernels.backend import Asked, Backend, Kernel
-from hfkv.kernels.many import MANY
+from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
 from hfkv.kernels.triton.support import unsupported, unsupported_latent
 
 

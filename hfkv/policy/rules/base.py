@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 
-
-class WindowRule(ABC):
+class WindowRule:
     """A rule of which tokens stay: the newest `size(seen)` of them, besides sinks and summaries.
 
     What a window has let go of stays gone, so the lowest position a query sees never falls:
@@ -15,13 +13,15 @@ class WindowRule(ABC):
         name: the word for it: ``Window(schedule=name)``, ``"window:name"``.
         most: the most that `size` returns without a limit of its own, in tokens: what memory is planned by.
         steps: where the size changes in a few steps only, those as (last number of tokens seen, size), in rising order:
-            many positions are then worked out at once. None: `size` is asked for each.
+            many positions are then worked out at once, and `size` follows from them. None: `size` is asked for each.
     """
 
     name: str
     most: int
     steps: tuple[tuple[int, int], ...] | None = None
 
-    @abstractmethod
     def size(self, seen: int) -> int:
         """How many of the newest tokens a query sees when `seen` (at least 1) have been seen, itself included."""
+        if self.steps is None:
+            raise NotImplementedError(f"the rule {self.name!r} has neither steps nor a size of its own")
+        return next(size for last, size in self.steps if seen <= last)

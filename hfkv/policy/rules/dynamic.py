@@ -13,6 +13,3 @@ class Dynamic(WindowRule):
     name = "dynamic"
     most = 4096
     steps = ((1023, EVERYTHING), (8191, 2048), (EVERYTHING, 4096))
-
-    def size(self, seen: int) -> int:
-        return next(size for last, size in self.steps if seen <= last)
