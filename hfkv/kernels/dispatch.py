@@ -79,7 +79,7 @@ def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dim
 def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
     """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
     found = [backend.expanded(dtype) for backend in BACKENDS if backend.serves(device)]
-    return next((kernel for kernel in found if kernel.run is not None), found[-1])
+    return _taken(found, Kernel("expand + sdpa", f"no backend is for {device.type}", None))
 
 
 def _first(
@@ -90,5 +90,9 @@ def _first(
         return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
     asked = Asked(CODECS[codec], dtype, device, num, head_dims)
     found = [getattr(backend, use)(asked) for backend in BACKENDS if backend.serves(device)]
-    none = Kernel(without, f"no backend is for {device.type}", None)
+    return _taken(found, Kernel(without, f"no backend is for {device.type}", None))
+
+
+def _taken(found: list[Kernel], none: Kernel) -> Kernel:
+    """The first that is a kernel; else what the last backend said, or `none`."""
     return next((kernel for kernel in found if kernel.run is not None), found[-1] if found else none)
