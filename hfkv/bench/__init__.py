@@ -5,8 +5,8 @@ from hfkv.bench.contenders import PEERS, Contender
 from hfkv.bench.results import Result, Row, Table
 from hfkv.bench.runner import run
 from hfkv.bench.setting import SUITES, BenchError, Case, Setting, cases_of
-from hfkv.bench.suites.mla import MLA_SHAPES
-from hfkv.bench.suites.moe_layers import MOE_PEERS, MOE_SHAPES
+from hfkv.bench.suites.moe_layers import MOE_PEERS
+from hfkv.models.layer_shapes import MLA_SHAPES, MOE_SHAPES
 from hfkv.models.shapes import SHAPES
 
 __all__ = [

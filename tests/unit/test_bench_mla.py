@@ -28,10 +28,12 @@ from hfkv.bench import (
 )
 from hfkv.bench.contenders import ours
 from hfkv.bench.setting import PARTS
-from hfkv.bench.suites.mla import LatentTokens, MLAShape, MLASuite
+from hfkv.bench.suites.mla import LatentTokens, MLASuite
 from hfkv.bench.suites.mla_layer import LayerLane, LayerTask, layer_call
 from hfkv.bench.suites.step import StepLane
 from hfkv.measure.timing import COPY_BYTES
+from hfkv.models.layer_shapes import MLAShape
+from hfkv.policy.errors import RequestError
 from tests.tiny import llama
 
 CPU = torch.device("cpu")
@@ -126,7 +128,9 @@ def test_what_cannot_be_measured_is_refused(given: dict[str, Any], said: str) ->
 
 
 def test_a_model_without_latents_is_refused() -> None:
-    with pytest.raises(BenchError, match="'llama' lacks kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim"):
+    with pytest.raises(
+        RequestError, match="'llama' lacks kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim"
+    ):
         MLAShape.of(llama().config)
     assert MLAShape.of(SHAPE.config(SHAPE.num_hidden_layers)) == SHAPE
 

@@ -18,7 +18,6 @@ from hfkv.bench.suites.moe import CHECKED_TOKENS, PEAK_SIZE, Calls, Gate, MoELan
 from hfkv.bench.suites.moe_layers import (
     NAMES,
     Adapters,
-    MoEShape,
     build_layer,
     experts_of,
     ours,
@@ -28,6 +27,7 @@ from hfkv.bench.suites.moe_layers import (
 )
 from hfkv.experts.stack import ExpertStack
 from hfkv.measure.timing import COPY_BYTES
+from hfkv.models.layer_shapes import MoEShape
 
 CPU = torch.device("cpu")
 SHAPE = MOE_SHAPES["moe-tiny"]

@@ -18,11 +18,9 @@ from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.suites.moe_layers import (
     BATCHED,
     GROUPED,
-    MOE_SHAPES,
     PEFT,
     Adapters,
     Layer,
-    MoEShape,
     build_layer,
     ours,
     peers,
@@ -33,6 +31,7 @@ from hfkv.bench.turns import OUT_OF_MEMORY, out_of_memory
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.measure.machine import free_bytes
 from hfkv.measure.timing import milliseconds, quantiles, queued_milliseconds
+from hfkv.models.layer_shapes import MOE_SHAPES, MoEShape
 from hfkv.policy.errors import RequestError
 
 # Calls of one turn on an accelerator: its clock is too coarse for one.

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel
 from hfkv.bench.contenders import Contender, named
 from hfkv.bench.setting import BenchError
 from hfkv.experts.config import MoEConfig
+from hfkv.models.layer_shapes import MoEShape
 from hfkv.patches.patch import patch
 
 GROUPED, BATCHED, EAGER, PEFT = "grouped_mm", "batched_mm", "eager", "PEFT"
@@ -24,31 +25,6 @@ RANK, ALPHA = 8, 16
 # Of adapters' numbers: with them a layer's output moves by a tenth, far more than any rounding.
 ADAPTER_STD = 0.02
 NAMES = "gate_up_proj", "down_proj"
-
-
-class MoEShape(NamedTuple):
-    """The sizes of one layer of experts: H, I of one expert, E, and K, the experts a token chooses."""
-
-    hidden: int
-    intermediate: int
-    experts: int
-    top_k: int
-
-    @property
-    def expert_size(self) -> int:
-        """Numbers of one expert's weights."""
-        return 3 * self.hidden * self.intermediate
-
-    def __str__(self) -> str:
-        return f"H {self.hidden}, I {self.intermediate}, E {self.experts}, K {self.top_k}"
-
-
-MOE_SHAPES = {
-    "moe-small": MoEShape(1024, 2048, 16, 2),
-    "qwen3-30b-a3b": MoEShape(2048, 768, 128, 8),
-    "mixtral-8x7b": MoEShape(4096, 14_336, 8, 2),
-    "moe-tiny": MoEShape(128, 192, 8, 2),
-}
 
 
 def ours(text: str) -> Contender:
