@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from hfkv.attention.full import as_returned, fused_attention
 from hfkv.attention.latent.function import latent_attention, windowed_latent_attention
 from hfkv.attention.latent.view import LatentView
 from hfkv.attention.masks import NOT_LEFT_PADDED, CausalMask, hfkv_mask, left_padding, only_picked, packed_only, rule_of
+from hfkv.attention.short import short_attention
 from hfkv.attention.windowed import windowed_attention
 from hfkv.cache.layers.head_groups import SplitTokens
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
@@ -76,6 +78,15 @@ def hfkv_attention(
         ValueError: a model that must keep its own attention was loaded with this one.
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
+    if type(key) is KVView and query.shape[2] == 1 and position_bias is None and not dropout:
+        kind = (type(module), *kwargs)
+        telling = _telling.get(kind)
+        if telling is None:
+            telling = _telling[kind] = _telling_names(module, kwargs)
+        if not telling or all(kwargs[name] is None or kwargs[name] is False for name in telling):
+            output = short_attention(query, key, value, attention_mask, scaling)
+            if output is not None:
+                return output, None
     _refuse_own_attention(getattr(module, "config", None))
     # transformers' pipeline parallelism hands on the keywords of its forward as one.
     kwargs = {**(kwargs.pop("kwargs", None) or {}), **kwargs}
@@ -142,6 +153,16 @@ def hfkv_attention(
         is_causal=is_causal,
         position_bias=position_bias,
     )
+
+
+# By class of attention module and keywords: those of them that change something where they are given.
+_telling: dict[tuple[Any, ...], tuple[str, ...]] = {}
+
+
+def _telling_names(module: torch.nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    _refuse_own_attention(getattr(module, "config", None))
+    known = attention_code(type(module)).keywords | {"kwargs", "indices"}
+    return tuple(name for name in names if name in known and name not in _SAID_BY_MASK | _HOW - {"output_attentions"})
 
 
 def hfkv_attention_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

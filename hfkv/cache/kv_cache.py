@@ -16,6 +16,7 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.memory import CacheMemory, PlaneMemory
 from hfkv.cache.record import TokenRecord, what_failed
 from hfkv.cache.selection import reordered, repeated, selected
+from hfkv.cache.step import Group
 from hfkv.measure.allocated import count_as_live, own_tensors, storage_bytes
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
@@ -65,6 +66,7 @@ class KVCache(DynamicCache):
         self.record = TokenRecord()
         self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
         self.offload = self._share_offload()
+        self._group_layers()
 
     @property
     def kv_layers(self) -> list[CacheLayer]:
@@ -75,6 +77,12 @@ class KVCache(DynamicCache):
     def leaves(self) -> list[KVLayer]:
         """The `KVLayer`s of all hfkv layers; a layer split by heads has two."""
         return [leaf for layer in self.kv_layers for leaf in layer.leaves]
+
+    def _group_layers(self) -> None:
+        """Lets layers of the same policies do their steps together."""
+        groups: dict[Any, Group] = {}
+        for leaf in self.leaves:
+            leaf.group = groups.setdefault((leaf.kv, leaf.sliding), Group())
 
     def _share_offload(self, budget: Budget | None = None) -> Offload | None:
         """Gives the offloaded layers one budget, and buffers in common; returns None where no layer is offloaded."""
@@ -101,9 +109,11 @@ class KVCache(DynamicCache):
                 f"this cache was built for {len(self.layers)} layers and was given keys of layer {layer_idx}: it "
                 "was built from another model's config. Build it from this model: KVCache(model, kv=...)"
             )
-        self.record.check_whole()
+        if self.record.broken is not None:
+            self.record.check_whole()
         try:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            # transformers' own would look for layers to make and to offload: there are none.
+            return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
             layer = self.layers[layer_idx]
             parts = layer.leaves if isinstance(layer, CacheLayer) else (layer,)
@@ -216,6 +226,7 @@ class KVCache(DynamicCache):
             layer.fork(n) if isinstance(layer, CacheLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         forked.record = self.record.copy()
+        forked._group_layers()
         forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
         if n > 1:
             forked.record.choose(repeated, n)

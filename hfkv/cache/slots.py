@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -65,6 +65,13 @@ class Slots:
         leaves = (positions >= self.held_from) & (positions < held_from)
         stays = torch.arange(sinks, device=device).expand_as(positions)
         return torch.where(leaves, self.index(positions), stays)
+
+    def stays(self, gone_below: int) -> bool:
+        """Whether the slots are the same when no query to come sees a token below `gone_below`."""
+        held_from = self.window.held_from(gone_below)
+        leaves = any(pad < held_from and pad + self.window.sinks > self.held_from for pad in self.pads)
+        after = replace(self, gone_below=gone_below)
+        return not leaves and all(after.num_pages(pad) == self.num_pages(pad) for pad in set(self.pads))
 
     def pages(self, device: torch.device) -> torch.Tensor:
         """The page that each summary slot stands for, int64 `[B, summary_pages]`; -1 where the slot is not filled."""

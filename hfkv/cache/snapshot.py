@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 
 from hfkv.cache.slots import Slots
+from hfkv.cache.step import Step
 from hfkv.codecs import Codec, autocast
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import Kernel, attention_kernel
@@ -92,7 +93,7 @@ class Tokens(Protocol):
     def decode(self, part: Part, first: int = 0, last: int | None = None) -> torch.Tensor: ...
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # every layer makes one in every forward: a frozen one would take 2 us more
 class HeldTokens:
     """The tokens of one layer that its views show, by reference: nothing is copied or decoded yet."""
 
@@ -110,6 +111,7 @@ class HeldTokens:
     gone_below: int  # below it no query to come sees a token, slots apart
     version: int  # of the store
     inputs: DeviceInputs | None = None  # what queries see, on the device, while a CUDA graph runs
+    step: Step | None = None  # what it is that the layer shares with others of its kind in this forward
 
     @property
     def held_from(self) -> int:
@@ -167,6 +169,26 @@ class HeldTokens:
         end = self.last if last is None else self.first + last
         planes = self.store.read(self.parts[part].planes, self.first + first, end)
         return self.codec.decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
+
+    def both(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Decodes all keys and values shown, `[B, H, T, Dk]` and `[B, H, T, Dv]`.
+
+        Those of a codec that rotates stay rotated, and in float32. It is for the reader in whose forward they were
+        shown: nothing is checked.
+        """
+        codec, placing = self.codec, None if self.step is None else self.step.placing
+        if placing is None:
+            planes = self.store.read(slice(None), self.first, self.last)
+        else:
+            planes = self.store.read_placed(placing, self.first, self.last)
+        if codec.is_lossless:
+            return planes[0], planes[1]
+        key, value = self.parts["key"], self.parts["value"]
+        if codec.is_rotated:
+            keys = codec.decode_rotated(planes[key.planes], key.head_dim)
+            return keys, codec.decode_rotated(planes[value.planes], value.head_dim)
+        keys = codec.decode(planes[key.planes], key.head_dim, key.dtype)
+        return keys, codec.decode(planes[value.planes], value.head_dim, value.dtype)
 
     def encoded(self) -> tuple[Encoded, Encoded, Layout]:
         """The planes of keys and values as they lie, and the layout of all tokens held, not only of those shown.

@@ -8,6 +8,7 @@ import torch
 
 from hfkv.cache.read_only import ReadOnly
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
+from hfkv.cache.step import ViewShape
 
 
 class KVView(ReadOnly):
@@ -62,6 +63,16 @@ class KVView(ReadOnly):
         if self.requires_grad:
             return _DecodeView.apply(self)
         return self.held.decode(self.part)
+
+
+def new_view(held: Tokens, part: Part, shape: ViewShape) -> KVView:
+    """A view whose shape is known already."""
+    view = _new_wrapper(KVView, shape.size, shape.strides, shape.offset, dtype=shape.dtype, device=held.device)
+    view.held, view.part = held, part
+    return view
+
+
+_new_wrapper: Any = torch.Tensor._make_wrapper_subclass
 
 
 def refuse_window(held: Tokens) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from hfkv.codecs.autocast import in_own_precision
+from hfkv.codecs.autocast import in_own_precision, is_on
 
 Planes = tuple[torch.Tensor, ...]
 
@@ -16,6 +16,8 @@ SCALE_DTYPE = torch.bfloat16
 
 # Numbers encoded together on a CPU.
 _TOGETHER = 1 << 18
+# So few tokens are copied to be encoded in one go: each operation takes longer than their numbers do.
+_FEW = 8
 
 
 class Affine(NamedTuple):
@@ -77,6 +79,17 @@ class Codec(ABC):
         # By the law, the same bits as all at once.
         return tuple(torch.cat(planes, dim=2) for planes in zip(*map(self._encode, x.split(tokens, 2)), strict=True))
 
+    def encode_both(self, keys: torch.Tensor, values: torch.Tensor) -> Planes:
+        """Encodes keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`, few of equal shapes together.
+
+        Returns:
+            The planes of the keys, and then those of the values.
+        """
+        if keys.shape != values.shape or keys.shape[2] > _FEW or is_on():
+            return self.encode(keys) + self.encode(values)
+        heads, planes = keys.shape[1], self._encode(torch.cat((keys, values), dim=1))
+        return (*(plane[:, :heads] for plane in planes), *(plane[:, heads:] for plane in planes))
+
     @abstractmethod
     def _encode(self, x: torch.Tensor) -> Planes:
         """Encodes all of `x` at once."""
@@ -89,6 +102,12 @@ class Codec(ABC):
     @abstractmethod
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Decodes planes; see `decode`."""
+
+    def decode_rotated(self, planes: Planes, head_dim: int) -> torch.Tensor:
+        """Decodes planes to float32 rows that are still rotated, where the codec rotates them; see `is_rotated`."""
+        numbers, scale, low = self.affine(planes, head_dim, torch.float32)
+        scaled = numbers if scale is None else numbers * scale[..., None]
+        return scaled if low is None else scaled + low[..., None]
 
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
         """Gives planes as numbers that products of `dtype` take; only a codec with `numbers` has this form.
@@ -117,4 +136,4 @@ def scale_for(largest: torch.Tensor, steps: float) -> torch.Tensor:
     """
     # A product, not a quotient: for that torch gives other bits on a GPU than on a CPU.
     scale = (largest * (1 / steps)).to(SCALE_DTYPE)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return scale.masked_fill_(scale == 0, 1)

@@ -29,18 +29,22 @@ class Int4(Codec):
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
         low = y.amin(dim=-1, keepdim=True).to(SCALE_DTYPE)
-        scale = scale_for(y.amax(dim=-1, keepdim=True) - low.float(), LEVELS)
-        q = ((y - low.float()) / scale.float()).round_().clamp_(0, LEVELS).to(torch.uint8)
+        origin = low.float()
+        scale = scale_for(y.amax(dim=-1, keepdim=True) - origin, LEVELS)
+        q = (y - origin).div_(scale.float()).round_().clamp_(0, LEVELS).to(torch.uint8)
         if q.shape[-1] % 2:
             q = torch.nn.functional.pad(q, (0, 1))
         first, second = q.chunk(2, dim=-1)
         return first | (second << 4), torch.cat((scale, low), dim=-1)
 
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        return rotate(self.decode_rotated(planes, head_dim)).to(dtype)
+
+    def decode_rotated(self, planes: Planes, head_dim: int) -> torch.Tensor:
         packed, scale_and_low = planes
         scale, low = scale_and_low.float().chunk(2, dim=-1)
         q = torch.cat((packed & 0xF, packed >> 4), dim=-1)[..., :head_dim]
-        return rotate(q.float() * scale + low).to(dtype)
+        return q.float() * scale + low
 
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
         packed, scale_and_low = planes

@@ -25,6 +25,8 @@ class Kernel(NamedTuple):
             own operations do the work.
         reads_device_lengths: whether it takes lengths from the device (`DeviceInputs`), as a CUDA graph needs it.
         reads_moved_windows: whether it attends under a window of ours that has moved; else torch's own operations do.
+        worth_from: numbers of keys and values together from which it is faster, for one query a row, than to decode
+            all tokens and to call scaled_dot_product_attention.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Kernel(NamedTuple):
     run: Callable[..., Any] | None
     reads_device_lengths: bool = False
     reads_moved_windows: bool = True
+    worth_from: float = 0
 
 
 class Asked(NamedTuple):

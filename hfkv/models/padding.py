@@ -11,18 +11,21 @@ class LeftPadding:
     """The number of pad tokens before the first real one, for each row, as the masks of the forwards tell it.
 
     A row of which only padding has been seen may go on with more of it; any other change raises.
+
+    Attributes:
+        known: pad tokens of each row; None until a mask has said something.
     """
 
     def __init__(self) -> None:
-        self._pads: tuple[int, ...] | None = None
+        self.known: tuple[int, ...] | None = None
 
     def forget(self) -> None:
         """Forgets all padding."""
-        self._pads = None
+        self.known = None
 
     def of(self, batch: int) -> tuple[int, ...]:
         """The pad tokens of each of `batch` rows; none until a mask has said otherwise."""
-        return self._pads or (0,) * batch
+        return self.known or (0,) * batch
 
     def learn(self, pads: tuple[int, ...], before: int) -> None:
         """Takes what the mask of one forward says.
@@ -36,24 +39,24 @@ class LeftPadding:
         """
         known = self.of(len(pads))
         if pads == known:
-            self._pads = pads
+            self.known = pads
             return
         if before and (len(known) != len(pads) or any(min(b, before) != a for a, b in zip(known, pads, strict=True))):
             raise ValueError(
                 f"the rows of a windowed hfkv cache began with {list(known)} pad tokens, and the attention mask now "
                 f"says {list(pads)}: pass the whole attention_mask, past tokens included, to every forward"
             )
-        self._pads = pads
+        self.known = pads
 
     def crop(self, left: int) -> None:
         """Keeps only the first `left` tokens of each row."""
-        if self._pads is not None:
-            self._pads = tuple(min(pad, left) for pad in self._pads)
+        if self.known is not None:
+            self.known = tuple(min(pad, left) for pad in self.known)
 
     def select(self, rows: Sequence[int]) -> None:
         """Makes row i what row `rows[i]` is now."""
-        if self._pads is not None:
-            self._pads = tuple(self._pads[row] for row in rows)
+        if self.known is not None:
+            self.known = tuple(self.known[row] for row in rows)
 
 
 def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:

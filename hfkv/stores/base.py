@@ -36,6 +36,18 @@ class Run(NamedTuple):
     begin: int
 
 
+class Placing:
+    """Where new tokens go, for stores whose tokens lie alike: worked out once, and done by each; see `Store.placing`.
+
+    Attributes:
+        start: slots before the first token afterwards; contiguous planes only.
+    """
+
+    __slots__ = ("start",)
+
+    start: int
+
+
 class PlaneBytes(NamedTuple):
     """The bytes that one plane of a store takes on one device.
 
@@ -106,6 +118,28 @@ class Store(ABC):
         Returns:
             The layout of the tokens before them, with a block table that has the new tokens' columns too.
         """
+
+    @property
+    def extent(self) -> object:
+        """Where the tokens lie, to compare: stores of equal extents do the same when tokens come or go."""
+        return None
+
+    def placing(self, count: int, start: int, stop: int) -> Placing | None:
+        """Works out how to drop the tokens `start .. stop - 1`, and to add `count` behind those that are left.
+
+        Returns:
+            What `put` of every store of this extent takes; None where `drop` and
+            `append` have more to do than write.
+        """
+        return None
+
+    def put(self, placing: Placing, new: Planes) -> None:
+        """Does what `placing` says, with new tokens `[B, H_i, count, d_i]`."""
+        raise NotImplementedError
+
+    def read_placed(self, placing: Placing, first: int, last: int) -> Planes:
+        """Reads tokens after `put`, as `read` does; what is alike in all stores is worked out once."""
+        return self.read(slice(None), first, last)
 
     @abstractmethod
     def drop(self, start: int, stop: int) -> None:

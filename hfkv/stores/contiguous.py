@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import torch
 
-from hfkv.stores.base import GROWTH, Planes, Store
+from hfkv.stores.base import GROWTH, Placing, Planes, Store
 from hfkv.stores.layout import Layout
 
 # Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
 # 1/16 of the bytes that attention over 4,096 tokens reads anyway.
 WINDOW_SLACK = 256
+
+
+# From so many tokens on, a copy to a slice is as fast as one by indices.
+_FEW = 4
+
+
+class _Slots(Placing):
+    """The slots of a `ContiguousStore` that new tokens are written to, and the sinks that move before.
+
+    Attributes:
+        length: the store's afterwards, as `start` is.
+        begin, count: the slots written to.
+        index: the same as int64 `[count]`; None where a slice is written to.
+        moved: sources and targets of the tokens that move over those that go, int64 `[n]` each, or None.
+        drops: whether tokens go.
+    """
+
+    __slots__ = ("begin", "count", "drops", "index", "length", "moved")
+
+    def __init__(self, store: ContiguousStore, count: int, before: int, gap: int) -> None:
+        device = store.planes[0].device
+        self.start, self.length, self.count, self.drops = store.start + gap, store.length - gap + count, count, gap > 0
+        self.begin = self.start + self.length - count
+        is_indexed = count < _FEW and device.type == "cpu" and all(_is_indexable(plane) for plane in store.planes)
+        self.index = torch.arange(self.begin, self.begin + count) if is_indexed else None
+        self.moved: tuple[torch.Tensor, torch.Tensor] | None = None
+        if gap and before:
+            sources = torch.arange(store.start, store.start + before, device=device)
+            self.moved = sources, sources + gap
+
+
+def _is_indexable(plane: torch.Tensor) -> bool:
+    return not (plane.dtype.is_floating_point and plane.element_size() == 1)
 
 
 class ContiguousStore(Store):
@@ -50,6 +83,40 @@ class ContiguousStore(Store):
         self.length += count
         return before
 
+    @property
+    def extent(self) -> object:
+        return (self.start, self.length, self.planes[0].shape[2]) if self.planes else None
+
+    def placing(self, count: int, start: int, stop: int) -> Placing | None:
+        gap = max(stop - start, 0)
+        if not self.planes or self.start + self.length + count > self.capacity:
+            return None
+        if gap and (start >= self.length - stop or not all(map(_is_indexable, self.planes)) or self._is_to_shrink(gap)):
+            return None
+        return _Slots(self, count, start, gap)
+
+    def put(self, placing: Placing, new: Planes) -> None:
+        assert isinstance(placing, _Slots)
+        index, planes = placing.index, self.planes
+        if placing.moved is not None:
+            sources, targets = placing.moved
+            for plane in planes:
+                plane.index_copy_(2, targets, plane.index_select(2, sources))
+        if index is not None:
+            for plane, tokens in zip(planes, new, strict=True):
+                plane.index_copy_(2, index, tokens)
+        else:
+            for plane, tokens in zip(planes, new, strict=True):
+                plane.narrow(2, placing.begin, placing.count).copy_(tokens)
+        self.start, self.length = placing.start, placing.length
+        if placing.drops:
+            self.version += 1
+
+    def _is_to_shrink(self, gap: int) -> bool:
+        """Whether the planes are to be smaller once `gap` tokens have gone: after a prompt longer than a window."""
+        is_over = self.bound is not None and self.length - gap <= self.bound
+        return is_over and self.capacity > GROWTH * self._limit()
+
     def drop(self, start: int, stop: int) -> None:
         gap = stop - start
         if gap <= 0:
@@ -61,8 +128,9 @@ class ContiguousStore(Store):
             self.start += gap
         else:
             self._move(self.start + stop, self.start + start, after)
+        is_to_shrink = self._is_to_shrink(gap)
         self.length -= gap
-        if self.bound is not None and self.length <= self.bound and self.capacity > GROWTH * self._limit():
+        if is_to_shrink:
             self._reallocate(self._limit())
 
     def write(self, start: int, new: Planes) -> None:
@@ -101,6 +169,8 @@ class ContiguousStore(Store):
         self, which: slice = slice(None), first: int = 0, last: int | None = None, rows: slice = slice(None)
     ) -> Planes:
         begin, end = self.start + first, self.start + (self.length if last is None else last)
+        if rows == slice(None):
+            return tuple([plane.narrow(2, begin, end - begin) for plane in self.planes[which]])
         return tuple(plane[rows, :, begin:end] for plane in self.planes[which])
 
     def held_tokens(self) -> int:

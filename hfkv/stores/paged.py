@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from hfkv.stores.base import GROWTH, Planes, Store
+from hfkv.stores.base import GROWTH, Placing, Planes, Store
 from hfkv.stores.blocks import BlockPool
 from hfkv.stores.layout import Layout
+from hfkv.stores.page_slots import PageSlots
 from hfkv.stores.pages import Pages
 
 # Shared planes grow by their size divided by this: most of their pages are a prompt that many rows hold together.
@@ -40,6 +41,7 @@ class PagedStore(Store):
         self.columns: list[tuple[int, int]] = []
         self._copies = (1, 0)
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
+        self._key: object = None  # the table and the full columns, to compare; made when it is needed
 
     @property
     def planes(self) -> list[torch.Tensor]:
@@ -107,6 +109,33 @@ class PagedStore(Store):
                 self.truncate(last)
                 raise
 
+    @property
+    def extent(self) -> object:
+        if not self.columns or self.is_offloaded:
+            return None
+        if self._key is None:
+            self._key = tuple(map(tuple, self.table)), tuple(self.columns[:-1])
+        refcounts = self.blocks.refcounts
+        is_shared = any([refcounts[row[-1]] > 1 for row in self.table])
+        return self.length, self.columns[-1], self._key, is_shared
+
+    def placing(self, count: int, start: int, stop: int) -> Placing | None:
+        extent: Any = self.extent
+        if extent is None or extent[-1] or stop > start or count > self._room():
+            return None
+        return PageSlots(self.layout(), self.planes, count, self._key)
+
+    def put(self, placing: Placing, new: Planes) -> None:
+        assert isinstance(placing, PageSlots)
+        with self.lock:
+            placing.write(self.planes, new)
+        self.length, self.columns[-1], self._ids = placing.length, placing.column, placing.table
+        self._key = placing.key  # one object for all layers, which is equal to itself at a glance
+
+    def read_placed(self, placing: Placing, first: int, last: int) -> Planes:
+        assert isinstance(placing, PageSlots)
+        return placing.read(self.planes, first, last)
+
     def extend(self, count: int) -> Layout:
         with self.lock:
             before = self.layout()
@@ -118,7 +147,7 @@ class PagedStore(Store):
             if full or tail:
                 for row, pages in zip(self.table, self._take_columns(full, tail > 0), strict=True):
                     row.extend(pages)
-                self._ids = None
+                self._ids = self._key = None
             if head:
                 low, high = self.columns[-1]
                 self.columns[-1] = (low, high + head)
@@ -195,7 +224,7 @@ class PagedStore(Store):
         self.blocks.release(old)
         for row, page in zip(copies, fresh, strict=True):
             row[column] = page
-        self._ids = None
+        self._ids = self._key = None
 
     def _holders_are_here(self, row: list[int], column: int) -> bool:
         """Whether only `column` of other rows, and this row wherever it lists it, hold the row's page there."""
@@ -289,7 +318,7 @@ class PagedStore(Store):
         self.blocks.refcounts = refcounts
         self.blocks.grow(size)
         self.table = [[place[page] for page in row] for row in self.table]
-        self._ids = None
+        self._ids = self._key = None
 
     def _retable(self, table: list[list[int]]) -> None:
         with self.lock:
@@ -298,5 +327,5 @@ class PagedStore(Store):
             for row in self.table:
                 self.blocks.release(row)
             self.table = table
-            self._ids = None
+            self._ids = self._key = None
             self._shrink()

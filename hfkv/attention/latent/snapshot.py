@@ -12,7 +12,7 @@ from hfkv.cache.snapshot import HeldTokens
 from hfkv.kernels.dispatch import Kernel, expanded_kernel, latent_kernel
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class HeldLatents(HeldTokens):
     """Latents as keys and values both: attention to them is attention to one kv head, in one of two forms.
 

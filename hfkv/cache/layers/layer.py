@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from hfkv.cache.layers.assignment import Assignable, Assignment
 from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
+from hfkv.cache.layers.following import Following
 from hfkv.cache.layers.rows import Rows
 from hfkv.cache.layers.span import Span
 from hfkv.cache.layers.storage import Storage
 from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
+from hfkv.cache.step import Group
 from hfkv.cache.view import make_views
 from hfkv.codecs import CODECS
 from hfkv.kernels.dispatch import append_kernel
@@ -24,7 +24,7 @@ from hfkv.stores import Store
 from hfkv.stores.layout import Layout
 
 
-class KVLayer(Assignable, Rows, Storage, CacheLayer):
+class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -44,6 +44,7 @@ class KVLayer(Assignable, Rows, Storage, CacheLayer):
         self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
         self._num_slots = self.window.num_slots if self.window else 0
         self.span = Span(self.window)
+        self.group = Group()
         self.reset()
 
     def reset(self) -> None:
@@ -83,14 +84,8 @@ class KVLayer(Assignable, Rows, Storage, CacheLayer):
         self._append(*slots)
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends new keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`; returns views of all that is held.
-
-        Raises:
-            ValueError: their shape, dtype or device does not continue the tokens held.
-        """
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does all of `update`, whatever there is to do."""
         self._assignment.check_complete()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

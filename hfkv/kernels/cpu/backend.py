@@ -11,6 +11,8 @@ from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.cpu.latent import latent_attention
 
+# Numbers of keys and values from which the kernels are faster than decoding and scaled_dot_product_attention.
+WORTH_FROM = 1 << 18
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,9 +37,13 @@ class CPUBackend(Backend):
         else:
             is_int8 = codec.numbers == torch.int8
             numbers = "int8 products read the tokens' own bytes" if is_int8 else "float32 products of stretches"
-            return Kernel("cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention)
+            return Kernel(
+                "cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention, worth_from=WORTH_FROM
+            )
         # Plain tokens of a window lie close together: they are attended to where they lie, without a kernel's help.
-        return Kernel("cpu flash", why, flash_attention, reads_moved_windows=not codec.is_lossless)
+        return Kernel(
+            "cpu flash", why, flash_attention, reads_moved_windows=not codec.is_lossless, worth_from=WORTH_FROM
+        )
 
     def latent(self, asked: Asked) -> Kernel:
         if asked.dtype not in DTYPES:

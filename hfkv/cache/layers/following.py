@@ -1,0 +1,162 @@
+"""`Following`: the part of a layer that does what a `Step` of its group says."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+
+from hfkv.cache.layers.assignment import Assignment
+from hfkv.cache.layers.span import Span
+from hfkv.cache.slots import Slots
+from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
+from hfkv.cache.step import Group, Step, ViewShape
+from hfkv.cache.view import KVView, new_view
+from hfkv.codecs import Codec
+from hfkv.kernels.dispatch import append_kernel, attention_kernel
+from hfkv.models.rotary import Rotary
+from hfkv.policy.window import Window
+from hfkv.stores import Store
+from hfkv.stores.base import Placing
+
+
+class Following:
+    """Appends as the layers of its group do, where nothing but writing is left to do.
+
+    Attributes:
+        group: the layers of its kind in one cache.
+    """
+
+    codec: Codec
+    window: Window | None
+    sliding: int | None
+    rotary: Rotary | None
+    span: Span
+    device: torch.device
+    group: Group
+    captured: Captured | None
+    _store: Store | None
+    _parts: dict[Part, PartShape]
+    _assignment: Assignment
+    _batch: int
+    _num_slots: int
+    _tracked: bool
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends new keys `[B, H, T, Dk]` and values `[B, H, T, Dv]`; returns views of all that is held.
+
+        Raises:
+            ValueError: their shape, dtype or device does not continue the tokens held.
+        """
+        store, span, group = self._store, self.span, self.group
+        if store is None or self.captured is not None or self._assignment.waiting or self._tracked:
+            return self.append(key_states, value_states)
+        state = (
+            *(span.seen, span.gone_below, span.padding.known, span.record_past, store.extent),
+            *(key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device),
+            *(key_states.requires_grad, value_states.requires_grad),
+        )
+        step = group.step
+        if step is None or step.state != state:
+            step = group.step = self._next_step(state, key_states, value_states)
+        placing = step.placing
+        if placing is None:
+            return self._by_itself(step, key_states, value_states)
+        codec = self.codec
+        if codec.is_lossless:
+            new: tuple[torch.Tensor, ...] = (key_states, value_states)
+        else:
+            new = codec.encode_both(key_states, value_states)
+        store.put(placing, new)
+        span.seen, span.gone_below = step.seen, step.gone_below
+        held = HeldTokens(
+            store,
+            codec,
+            self._parts,
+            key_states.shape[0],
+            self.device,
+            None if self.sliding is not None else self.window,
+            self.rotary,
+            span.padding,
+            step.first,
+            step.last,
+            step.seen,
+            step.gone_below,
+            store.version,
+            None,
+            step,
+        )
+        return new_view(held, "key", step.keys), new_view(held, "value", step.values)
+
+    @abstractmethod
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does all of `update`, whatever there is to do."""
+
+    def _by_itself(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends without the group; attention is the same whichever way tokens have come."""
+        keys, values = self.append(keys, values)
+        if type(keys) is KVView and isinstance(keys.held, HeldTokens):
+            held = keys.held
+            if step.seen == 0:
+                step.seen, step.is_short = held.seen, self._is_short(held.last - held.first)
+            held.step = step
+        return keys, values
+
+    def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
+        """Works out the step from the present state."""
+        store, span, count = self._store, self.span, keys.shape[2]
+        assert store is not None
+        if keys.requires_grad or values.requires_grad or span.record_past or not self._continues(keys, values):
+            return Step(state, None)
+        key, value = self._parts["key"], self._parts["value"]
+        if append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim)).run is not None:
+            return Step(state, None)
+        batch = keys.shape[0]
+        gone_below, drops = span.next_gone_below(batch), 0
+        if gone_below != span.gone_below and self.window is not None:
+            before = Slots(self.window, span.padding.of(batch), span.gone_below)
+            if self._num_slots and not before.stays(gone_below):
+                return Step(state, None)
+            drops = self.window.held_from(gone_below) - span.held_from
+        placing = store.placing(count, self._num_slots, self._num_slots + drops)
+        if placing is None:
+            return Step(state, None)
+        last = store.length - drops + count
+        first = 0
+        if self.sliding is not None:
+            first = last - min(span.seen, self.sliding - 1) - count
+        elif self.window is not None and Slots(self.window, span.padding.of(batch), gone_below).are_empty:
+            first = self._num_slots
+        shapes = self._shape("key", keys, placing, first, last), self._shape("value", values, placing, first, last)
+        is_short = self._is_short(last - first)
+        return Step(state, placing, span.seen + count, gone_below, first, last, *shapes, is_short)
+
+    def _is_short(self, tokens: int) -> bool:
+        """Whether so many tokens are decoded, and no kernel called, for one query a row."""
+        key, value = self._parts["key"], self._parts["value"]
+        if key.dtype != value.dtype or (self._store is not None and self._store.is_offloaded):
+            return False
+        kernel = attention_kernel(self.codec.name, key.dtype, self.device, 1, (key.head_dim, value.head_dim))
+        numbers = key.heads * key.head_dim + value.heads * value.head_dim
+        return self._batch * numbers * tokens < kernel.worth_from
+
+    def _continues(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether new tokens are like those held."""
+        for part, states in (("key", keys), ("value", values)):
+            held = self._parts[part]  # type: ignore[index]
+            given = (states.shape[0], states.shape[1], states.shape[3], states.dtype, states.device)
+            if given != (self._batch, held.heads, held.head_dim, held.dtype, self.device):
+                return False
+        return keys.shape[2] == values.shape[2] > 0
+
+    def _shape(self, part: Part, new: torch.Tensor, placing: Placing, first: int, last: int) -> ViewShape:
+        """The shape of what is shown of one part; `new` tokens `[B, H, T, D]` are the newest of them."""
+        assert self._store is not None
+        batch, heads, _, head_dim = new.shape
+        size = batch, heads, last - first, head_dim
+        if self.codec.is_lossless and self._store.reads_slices:
+            strides = self._store.planes[self._parts[part].planes][0].stride()
+            return ViewShape(size, strides, (placing.start + first) * strides[2], new.dtype)
+        return ViewShape(size, (heads * size[2] * head_dim, size[2] * head_dim, head_dim, 1), 0, new.dtype)

@@ -1,0 +1,74 @@
+"""`Step`: what the layers of a group do alike in one forward, worked out once; `Group`: the layers that share it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from hfkv.stores.base import Placing
+
+
+class ViewShape(NamedTuple):
+    """Size `[B, H, T, D]`, strides, storage offset and dtype of the tensor that keys or values are shown as."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+class Step:
+    """What follows, for every layer that stands where one layer stood, from the same number of new tokens.
+
+    A layer makes it from its state: how many tokens it has seen and let go of, where they lie, and the shape of the new
+    ones. Layers of the same kind in the same state do the same; they compare the state, and work nothing out.
+
+    Attributes:
+        state: the state that it starts from.
+        placing: where the new tokens go in the store, and which ones go; None where the layer has to work that out by
+            itself (a buffer is full, sinks are to be copied into their slots).
+        seen, gone_below: the layer's tokens afterwards; see `Span`.
+        first, last: the tokens shown afterwards, as indices among those held.
+        keys, values: `ViewShape`s of what is shown.
+        is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
+            for one query.
+        rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.short`.
+    """
+
+    __slots__ = ("first", "gone_below", "is_short", "keys", "last", "placing", "rule", "seen", "state", "values")
+
+    def __init__(
+        self,
+        state: Any,
+        placing: Placing | None,
+        seen: int = 0,
+        gone_below: int = 0,
+        first: int = 0,
+        last: int = 0,
+        keys: ViewShape | None = None,
+        values: ViewShape | None = None,
+        is_short: bool = False,
+    ) -> None:
+        self.state, self.seen, self.gone_below = state, seen, gone_below
+        self.placing: Any = placing
+        self.first, self.last, self.is_short = first, last, is_short
+        self.keys: Any = keys
+        self.values: Any = values
+        self.rule: Any = None
+
+
+class Group:
+    """Layers of one kind, which do the same in every forward as long as they are in the same state.
+
+    A layer that is in another state than the one before it works out a step of its own, and nothing is wrong; so
+    layers that are skipped, called twice or driven one by one need no care.
+
+    Attributes:
+        step: the step that was worked out last.
+    """
+
+    __slots__ = ("step",)
+
+    def __init__(self) -> None:
+        self.step: Step | None = None

@@ -1,0 +1,68 @@
+"""`PageSlots`: the slots of pages that new tokens are written to, and those that all tokens are read from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hfkv.stores.base import Placing, Planes
+from hfkv.stores.layout import Layout, bits_of
+
+
+class PageSlots(Placing):
+    """Places of tokens in pages `[N, H, P, d]`, as rows of ``plane.view(N · H · P, d)``.
+
+    Args:
+        before: layout of the tokens held before.
+        planes: planes of the pages.
+        count: number of new tokens, which the last column has room for.
+        key: the block table and the full columns, to compare.
+
+    Attributes:
+        length, column: the store's length and last column afterwards.
+        table: the block table, int64 `[B, columns]`.
+    """
+
+    __slots__ = ("_heads", "_new", "_reads", "column", "key", "length", "spans", "table")
+
+    def __init__(self, before: Layout, planes: Sequence[torch.Tensor], count: int, key: object) -> None:
+        assert before.table is not None
+        low, high = before.spans[-1]
+        self.start, self.key = 0, key
+        self.table, self.length, self.column = before.table, before.length + count, (low, high + count)
+        self.spans = (*before.spans[:-1], self.column)
+        self._heads = [plane.shape[1] for plane in planes]
+        pages, slots = self.table[:, -1:], torch.arange(high, high + count)
+        self._new = {heads: _rows(pages, slots, heads, planes[0]) for heads in set(self._heads)}
+        self._reads: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def write(self, planes: Sequence[torch.Tensor], new: Planes) -> None:
+        """Writes new tokens `[B, H_i, count, d_i]`."""
+        for plane, heads, tokens in zip(planes, self._heads, new, strict=True):
+            rows = bits_of(plane).view(-1, plane.shape[3])
+            rows.index_copy_(0, self._new[heads], bits_of(tokens).reshape(-1, plane.shape[3]))
+
+    def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
+        """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""
+        batch, found = len(self.table), []
+        for plane, heads in zip(planes, self._heads, strict=True):
+            key = heads, first, last
+            index = self._reads.get(key)
+            if index is None:
+                index = self._reads[key] = self._index(plane, *key)
+            tokens = bits_of(plane).view(-1, plane.shape[3]).index_select(0, index)
+            found.append(tokens.view(plane.dtype).view(batch, heads, last - first, plane.shape[3]))
+        return tuple(found)
+
+    def _index(self, plane: torch.Tensor, heads: int, first: int, last: int) -> torch.Tensor:
+        counts = torch.tensor([high - low for low, high in self.spans])
+        columns = torch.repeat_interleave(torch.arange(len(self.spans)), counts)[first:last]
+        slots = torch.cat([torch.arange(low, high) for low, high in self.spans])[first:last]
+        return _rows(self.table[:, columns], slots, heads, plane)
+
+
+def _rows(pages: torch.Tensor, slots: torch.Tensor, heads: int, plane: torch.Tensor) -> torch.Tensor:
+    """Rows of slots `[T]` of pages `[B, 1 or T]`, for all heads: int64 `[B · H · T]`."""
+    of_heads = pages[:, None] * heads + torch.arange(heads)[:, None]
+    return (of_heads * plane.shape[2] + slots).flatten().to(plane.device)
