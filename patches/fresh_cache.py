@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from transformers import EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicCache
 
+from hfkv.cache.factory import BUILDERS
 from hfkv.cache.kv_cache import KVCache
 
 
@@ -42,16 +43,39 @@ def check_cache(model: Any, cache: Any) -> None:
 
 def fresh_cache(model: Any, stock: Cache) -> Cache:
     """The cache to use in place of the empty `stock`: cross-attention stays transformers' own."""
-    # While an assistant exits early, the config names fewer layers than the patch was made for.
-    kv = model.hfkv.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
     if isinstance(stock, EncoderDecoderCache):
-        return EncoderDecoderCache(KVCache(model, kv, model.hfkv.rotary), stock.cross_attention_cache)
+        return EncoderDecoderCache(_empty_cache(model, stock.self_attention_cache), stock.cross_attention_cache)
     if type(stock) is not DynamicCache:
         raise NotImplementedError(
             f"{type(model).__name__} prepared a {type(stock).__name__}, which hfkv does not know how to replace; "
             "call hfkv.unpatch(model)"
         )
-    return KVCache(model, kv, model.hfkv.rotary)
+    return _empty_cache(model, stock)
+
+
+def _empty_cache(model: Any, stock: Cache) -> KVCache:
+    """An empty cache; it is built anew only where the model's layers are others than at the last call."""
+    patch = model.hfkv
+    rotary, layers = patch.rotary, [(type(layer), getattr(layer, "sliding_window", None)) for layer in stock.layers]
+    kind = (patch.kv, layers, model.config.model_type, tuple(BUILDERS))
+    blueprint = patch.blueprint
+    if blueprint is None or blueprint.kind != kind or blueprint.rotary is not rotary:
+        # While an assistant exits early, the config names fewer layers than the patch was made for.
+        kv = patch.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
+        blueprint = patch.blueprint = Blueprint(kind, rotary, KVCache(model, kv, rotary))
+    # Offloaded layers share a budget with those that they are forked from.
+    if blueprint.cache.offload is not None:
+        patch.blueprint = None
+        return blueprint.cache
+    return blueprint.cache.fork()
+
+
+class Blueprint(NamedTuple):
+    """An empty cache, and what it was built for."""
+
+    kind: tuple[Any, ...]
+    rotary: Any
+    cache: KVCache
 
 
 def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import weakref
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -46,6 +47,7 @@ class Patch:
         reads_once: for each state of the model and its adapters, the outputs besides logits where one row of a prompt
             is read for all its beams and samples; None where rows have to be read one by one.
         graphs: what captures decode steps; None where that was not asked for.
+        blueprint: an empty cache that those of `generate` are copies of; see `hfkv.patches.fresh_cache`.
     """
 
     def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
@@ -59,6 +61,7 @@ class Patch:
         self.exact_rotary = False
         self.moe: MoEReport | None = None
         self.graphs: Graphs | None = None
+        self.blueprint: Any = None
         self._rotary: dict[int, Rotary | None] | None = None
         self._frequencies: tuple[float, ...] = ()
         self.reads_once: dict[Hashable, frozenset[str] | None] = {}

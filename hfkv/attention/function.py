@@ -78,7 +78,7 @@ def hfkv_attention(
         ValueError: a model that must keep its own attention was loaded with this one.
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
-    if type(key) is KVView and query.shape[2] == 1 and position_bias is None and not dropout:
+    if type(key) is KVView and position_bias is None and not dropout:
         kind = (type(module), *kwargs)
         telling = _telling.get(kind)
         if telling is None:

@@ -1,4 +1,4 @@
-"""One query a row over few tokens: all that is held is decoded, and one call of torch attends to it."""
+"""Few queries over few tokens: all that is held is decoded, and one call of torch attends to it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from hfkv.kernels.visibility import seen
 
 # On other devices a mask, or a wide head, keeps scaled_dot_product_attention from sharing keys among heads.
 _MOST_SHARED = 256
+# Beyond them, a prompt's attention is worth a kernel's care.
+_MOST_QUERIES = 512
 
 
 class Rule(NamedTuple):
@@ -29,24 +31,26 @@ class Rule(NamedTuple):
         mask: mask of the forward, or None.
         pads: pad tokens of each row, where a window has to know.
         visible: bool `[B or 1, 1, 1, T]`; None where every token is seen.
+        is_causal: whether a query sees the tokens up to its own, and all of these.
         is_plain: whether this is all that the mask says.
     """
 
     mask: torch.Tensor | None
     pads: tuple[int, ...] | None = None
     visible: torch.Tensor | None = None
+    is_causal: bool = False
     is_plain: bool = True
 
 
 def short_attention(
     query: torch.Tensor, key: KVView, value: Any, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor | None:
-    """Attention `[B, 1, Hq, D]` of one query a row, or None where it is to be looked at more closely.
+    """Attention `[B, q, Hq, D]` to few tokens, or None where it is to be looked at more closely.
 
     Args:
-        query: `[B, Hq, 1, D]`.
+        query: `[B, Hq, q, D]`: one query a row, or those of all tokens.
         key, value: views `[B, H, T, D]` of one layer.
-        mask: what the model says is visible, `[B, 1 or Hq, 1, kv]`; None for all.
+        mask: what the model says is visible, `[B, 1 or Hq, q, kv]`; None for all, of one query.
         scale: factor on the scores; None for ``D ** -0.5``.
     """
     held = key.held
@@ -65,40 +69,45 @@ def short_attention(
         return None
     rule = step.rule
     if rule is None or rule.mask is not mask:
-        rule = step.rule = _rule(held, step, mask)
+        rule = step.rule = _rule(held, step, mask, query.shape[2])
     if not rule.is_plain:
         return None
     if rule.pads is not None and rule.pads != held.padding.known:
         held.padding.learn(rule.pads, step.seen - 1)
     keys, values = held.both()
     if not held.codec.is_rotated:
-        return _attend(query, keys, values, rule.visible, scale)
-    out = _attend(rotate_states(query.float()), keys, values, rule.visible, scale)
+        return _attend(query, keys, values, rule, scale)
+    out = _attend(rotate_states(query.float()), keys, values, rule, scale)
     return rotate_states(out).to(query.dtype)
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor | None, scale: float | None
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, scale: float | None
 ) -> torch.Tensor:
-    batch, num_queries, _, width = query.shape
-    heads = keys.shape[1]
-    if num_queries == heads:
-        out = scaled_dot_product_attention(query, keys, values, visible, scale=scale)
+    batch, num_heads, num_queries, width = query.shape
+    heads, visible, is_causal = keys.shape[1], rule.visible, rule.is_causal
+    if num_heads == heads:
+        out = scaled_dot_product_attention(query, keys, values, visible, is_causal=is_causal, scale=scale)
     elif visible is None and width == values.shape[3] <= _MOST_SHARED:
         # As transformers does, to the bit.
-        out = scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=True)
-    else:
-        query = query.reshape(batch, heads, num_queries // heads, width)
+        out = scaled_dot_product_attention(query, keys, values, is_causal=is_causal, scale=scale, enable_gqa=True)
+    elif num_queries == 1:
+        query = query.reshape(batch, heads, num_heads // heads, width)
         out = scaled_dot_product_attention(query, keys, values, visible, scale=scale)
-        return out.reshape(batch, 1, num_queries, -1)
+        return out.reshape(batch, 1, num_heads, -1)
+    else:
+        keys, values = (states.repeat_interleave(num_heads // heads, dim=1) for states in (keys, values))
+        out = scaled_dot_product_attention(query, keys, values, visible, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2).contiguous()
 
 
-def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None) -> Rule:
-    """Reads a mask `[B or 1, 1 or Hq, 1, kv]`."""
+def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None, num_queries: int) -> Rule:
+    """Reads a mask `[B or 1, 1 or Hq, q, kv]`."""
+    if num_queries > 1:
+        return _rule_of_all(held, mask, num_queries)
     unclear = Rule(mask, is_plain=False)
     if held.window is None:
-        return Rule(mask, visible=None) if mask is None else _shown(mask, held)
+        return Rule(mask) if mask is None else _shown(mask, held)
     if mask is None:
         pads: tuple[int, ...] | None = (0,) * held.batch
     elif isinstance(mask, CausalMask) and mask.shape[0] in (1, held.batch) and mask.shape[3] == step.seen:
@@ -118,6 +127,14 @@ def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None) -> Rule:
         return Rule(mask, pads)
     visible = seen(visibility_of(look, 1), held.store.layout(), slice(None), held.first, held.last, 1)
     return Rule(mask, pads, visible, is_plain=visible is None or bool(visible.any(-1).all()))
+
+
+def _rule_of_all(held: HeldTokens, mask: torch.Tensor | None, num_queries: int) -> Rule:
+    """Reads a mask for the queries of all tokens: a prompt's, or of a text that is read at once."""
+    is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None
+    if not is_whole or held.window is not None or num_queries != held.last - held.first or num_queries > _MOST_QUERIES:
+        return Rule(mask, is_plain=False)
+    return Rule(mask, is_causal=True)
 
 
 def _shown(mask: torch.Tensor, held: HeldTokens) -> Rule:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from hfkv.cache.twin import twin_of
 from hfkv.models.fingerprint import Fingerprint
 from hfkv.models.padding import padding_of
 
@@ -64,7 +64,7 @@ class TokenRecord:
 
     def copy(self) -> TokenRecord:
         """Copies the record."""
-        twin = copy.copy(self)
+        twin = twin_of(self)
         if self._ids is not None:
             with torch.inference_mode(False):
                 twin._ids = self._ids.clone()

@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from hfkv.stores.base import Placing
-
-
-class ViewShape(NamedTuple):
-    """Size `[B, H, T, D]`, strides, storage offset and dtype of the tensor that keys or values are shown as."""
-
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
 
 
 class Step:
@@ -30,7 +19,7 @@ class Step:
             itself (a buffer is full, sinks are to be copied into their slots).
         seen, gone_below: the layer's tokens afterwards; see `Span`.
         first, last: the tokens shown afterwards, as indices among those held.
-        keys, values: `ViewShape`s of what is shown.
+        keys, values: `hfkv.cache.view.ViewShape`s of what is shown; None as long as nobody knows.
         is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
             for one query.
         rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.short`.
@@ -46,15 +35,14 @@ class Step:
         gone_below: int = 0,
         first: int = 0,
         last: int = 0,
-        keys: ViewShape | None = None,
-        values: ViewShape | None = None,
+        keys: Any = None,
+        values: Any = None,
         is_short: bool = False,
     ) -> None:
         self.state, self.seen, self.gone_below = state, seen, gone_below
         self.placing: Any = placing
         self.first, self.last, self.is_short = first, last, is_short
-        self.keys: Any = keys
-        self.values: Any = values
+        self.keys, self.values = keys, values
         self.rule: Any = None
 
 

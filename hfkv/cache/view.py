@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hfkv.cache.read_only import ReadOnly
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
-from hfkv.cache.step import ViewShape
 
 
 class KVView(ReadOnly):
@@ -30,18 +29,7 @@ class KVView(ReadOnly):
     @staticmethod
     def __new__(cls, held: Tokens, part: Part) -> KVView:
         # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
-        strides, offset = held.layout(part)
-        view = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.shape(part),
-            strides=strides,
-            storage_offset=offset,
-            dtype=held.parts[part].dtype,
-            device=held.device,
-            requires_grad=False,
-        )
-        view.held, view.part = held, part
-        return view
+        return new_view(held, part, ViewShape.of(held, part))
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"KVView({self.part}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -63,6 +51,20 @@ class KVView(ReadOnly):
         if self.requires_grad:
             return _DecodeView.apply(self)
         return self.held.decode(self.part)
+
+
+class ViewShape(NamedTuple):
+    """Size `[B, H, T, D]`, strides, storage offset and dtype of the tensor that keys or values are shown as."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, held: Tokens, part: Part) -> ViewShape:
+        """The shape of the tensor that `decode` returns."""
+        return cls(held.shape(part), *held.layout(part), held.parts[part].dtype)
 
 
 def new_view(held: Tokens, part: Part, shape: ViewShape) -> KVView:

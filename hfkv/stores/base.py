@@ -239,11 +239,13 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         MemoryError: there is not enough memory.
     """
     # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
-    with torch.inference_mode(False):
-        try:
-            return torch.empty(shape, dtype=dtype, device=device)
-        except RuntimeError as error:
-            raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            return allocate(shape, dtype, device)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error
 
 
 def no_memory(num_bytes: int, where: str, error: Exception) -> MemoryError:

@@ -10,8 +10,8 @@ from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.span import Span
 from hfkv.cache.slots import Slots
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
-from hfkv.cache.step import Group, Step, ViewShape
-from hfkv.cache.view import KVView, new_view
+from hfkv.cache.step import Group, Step
+from hfkv.cache.view import ViewShape, make_views, new_view
 from hfkv.codecs import Codec
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
 from hfkv.models.rotary import Rotary
@@ -51,10 +51,11 @@ class Following:
             ValueError: their shape, dtype or device does not continue the tokens held.
         """
         store, span, group = self._store, self.span, self.group
-        if store is None or self.captured is not None or self._assignment.waiting or self._tracked:
-            return self.append(key_states, value_states)
+        if self.captured is not None or self._assignment.waiting or self._tracked:
+            return make_views(self.append(key_states, value_states), self._tracked)
+        extent = None if store is None else store.extent
         state = (
-            *(span.seen, span.gone_below, span.padding.known, span.record_past, store.extent),
+            *(span.seen, span.gone_below, span.padding.known, span.record_past, extent),
             *(key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device),
             *(key_states.requires_grad, value_states.requires_grad),
         )
@@ -69,6 +70,7 @@ class Following:
             new: tuple[torch.Tensor, ...] = (key_states, value_states)
         else:
             new = codec.encode_both(key_states, value_states)
+        assert store is not None
         store.put(placing, new)
         span.seen, span.gone_below = step.seen, step.gone_below
         held = HeldTokens(
@@ -91,24 +93,30 @@ class Following:
         return new_view(held, "key", step.keys), new_view(held, "value", step.values)
 
     @abstractmethod
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Does all of `update`, whatever there is to do."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
+        """Appends new keys and values, whatever there is to do, and gives what `update` shows."""
 
     def _by_itself(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends without the group; attention is the same whichever way tokens have come."""
-        keys, values = self.append(keys, values)
-        if type(keys) is KVView and isinstance(keys.held, HeldTokens):
-            held = keys.held
-            if step.seen == 0:
-                step.seen, step.is_short = held.seen, self._is_short(held.last - held.first)
-            held.step = step
-        return keys, values
+        held = self.append(keys, values)
+        if self._tracked:
+            return make_views(held, tracked=True)
+        if step.keys is None:
+            step.seen, step.is_short = held.seen, self._is_short(held.last - held.first)
+            step.keys, step.values = ViewShape.of(held, "key"), ViewShape.of(held, "value")
+        held.step = step
+        return new_view(held, "key", step.keys), new_view(held, "value", step.values)
 
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
         """Works out the step from the present state."""
         store, span, count = self._store, self.span, keys.shape[2]
-        assert store is not None
-        if keys.requires_grad or values.requires_grad or span.record_past or not self._continues(keys, values):
+        if (
+            store is None
+            or keys.requires_grad
+            or values.requires_grad
+            or span.record_past
+            or not self._continues(keys, values)
+        ):
             return Step(state, None)
         key, value = self._parts["key"], self._parts["value"]
         if append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim)).run is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -12,6 +11,7 @@ import torch
 from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.snapshot import Part, PartShape
+from hfkv.cache.twin import twin_of
 from hfkv.cache.view import KVView, make_views
 from hfkv.models.padding import LeftPadding
 from hfkv.models.rotary import Rotary
@@ -234,7 +234,7 @@ class SplitLayer(CacheLayer):
 
     def fork(self, repeats: int = 1) -> SplitLayer:
         """See `KVLayer.fork`."""
-        forked = copy.copy(self)
+        forked = twin_of(self)
         forked.parts = (self.parts[0].fork(repeats), self.parts[1].fork(repeats))
         return forked
 

@@ -14,7 +14,6 @@ from hfkv.cache.layers.storage import Storage
 from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group
-from hfkv.cache.view import make_views
 from hfkv.codecs import CODECS
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.models.rotary import Rotary
@@ -66,45 +65,43 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         return f"KVLayer({self.kv}{f', sliding={self.sliding}' if self.is_sliding else ''})"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Takes batch, heads, head dims, dtype and device from the first keys and values."""
-        self.device = key_states.device
-        self._batch = key_states.shape[0]
-        keys = self.codec.encode(key_states[:, :, :0].detach())
+        """Takes batch, heads, head dims, dtype and device from the first keys and values; makes the planes."""
+        self._begin(key_states, value_states)
+        if not self._num_slots:
+            self._append(key_states[:, :, :0], value_states[:, :, :0])
+
+    def _begin(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Takes what is to be known of the first keys and values; without slots, the first tokens make the planes."""
+        self.device = keys.device
+        self._batch = keys.shape[0]
+        count = len(self.codec.plane_names)
         self._parts = {
-            "key": PartShape(slice(0, len(keys)), key_states.shape[1], key_states.shape[3], key_states.dtype),
-            "value": PartShape(
-                slice(len(keys), None), value_states.shape[1], value_states.shape[3], value_states.dtype
-            ),
+            "key": PartShape(slice(0, count), keys.shape[1], keys.shape[3], keys.dtype),
+            "value": PartShape(slice(count, None), values.shape[1], values.shape[3], values.dtype),
         }
         self._store = self._new_store(self.device)
-        slots = (
-            states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3])
-            for states in (key_states, value_states)
-        )
-        self._append(*slots)
+        if self._num_slots:
+            slots = (states.new_zeros(*states.shape[:2], self._num_slots, states.shape[3]) for states in (keys, values))
+            self._append(*slots)
         self.is_initialized = True
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Does all of `update`, whatever there is to do."""
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
+        """Appends new keys and values, whatever there is to do, and gives what `update` shows."""
         self._assignment.check_complete()
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        key_states, value_states = (
-            self._parts["key"].continued(key_states),
-            self._parts["value"].continued(value_states),
-        )
-        self._check(key_states, value_states)
+            self._begin(keys, values)
+        keys, values = self._parts["key"].continued(keys), self._parts["value"].continued(values)
+        self._check(keys, values)
         if self.captured is not None:
-            self.captured.append(key_states, value_states, *self._held().encoded()[:2])
-            return make_views(self.held(), tracked=False)
+            self.captured.append(keys, values, *self._held().encoded()[:2])
+            return self.held()
         self._forget_unseen()
-        count = key_states.shape[2]
+        count = keys.shape[2]
         shown = self.get_mask_sizes(count)[0]
-        self._append(key_states, value_states)
+        self._append(keys, values)
         self.span.advance(count)
         # While recording, a sliding layer holds more than the model's masks are made for.
-        held = self._held(self.store.length - shown) if self.is_sliding else self.held()
-        return make_views(held, self._tracked)
+        return self._held(self.store.length - shown) if self.is_sliding else self.held()
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Self
 
 import torch
@@ -11,6 +10,7 @@ from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.span import Span
 from hfkv.cache.selection import reordered, repeated, selected
 from hfkv.cache.snapshot import Captured
+from hfkv.cache.twin import twin_of
 from hfkv.policy.config import KVConfig
 from hfkv.stores import Store, copy_rows
 
@@ -42,7 +42,7 @@ class Rows:
 
     def fork(self, repeats: int = 1) -> Self:
         """Copies the layer: the copy holds every row `repeats` times."""
-        forked = copy.copy(self)
+        forked = twin_of(self)
         forked.span = self.span.copy()
         forked._assignment = Assignment()
         forked.captured = None

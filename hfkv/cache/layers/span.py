@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-
+from hfkv.cache.twin import twin_of
 from hfkv.models.padding import LeftPadding
 from hfkv.policy.window import Window
 
@@ -42,8 +41,8 @@ class Span:
 
     def copy(self) -> Span:
         """Copies the span."""
-        twin = copy.copy(self)
-        twin.padding = copy.copy(self.padding)
+        twin = twin_of(self)
+        twin.padding = twin_of(self.padding)
         return twin
 
     def adopt(self, seen: int, gone_below: int, pads: tuple[int, ...]) -> None:
