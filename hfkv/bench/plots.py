@@ -44,6 +44,7 @@ _TITLES = {
     "attention": "One layer's update and attention of a decode step",
     "step": "One decode step of generate()",
     "prefill": "Prompt to first new token",
+    "host": "CPU time of one decode step of a model that is too small to compute",
     "reuse": "Prompt with a known beginning to first new token",
     "memory": "Bytes of one layer's cache",
     "moe": "One call of a layer's experts",

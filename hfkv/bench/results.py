@@ -37,6 +37,7 @@ class Row:
         operations: two for each number of a weight and token, in the suite moe.
         lora_ratio: `p50_ms` over that of the same experts without LoRA.
         form: how hfkv keeps the experts, and why.
+        first_ms: the CPU time of a prompt and its first token; suite host only, where all times are CPU times.
     """
 
     contender: str
@@ -61,6 +62,7 @@ class Row:
     operations: int | None = None
     lora_ratio: float | None = None
     form: str | None = None
+    first_ms: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from hfkv.bench.results import LEFT_OUT, OK, Result, Row, Table
 from hfkv.bench.setting import Setting
 from hfkv.bench.suite import Cell, Suite
 from hfkv.bench.suites.attention import AttentionSuite
+from hfkv.bench.suites.host import HostSuite
 from hfkv.bench.suites.memory import MemorySuite
 from hfkv.bench.suites.mla import MLASuite
 from hfkv.bench.suites.moe import MoESuite
@@ -30,6 +31,7 @@ _SUITES: dict[str, type[Suite]] = {
     "memory": MemorySuite,
     "prefill": PromptSuite,
     "reuse": PromptSuite,
+    "host": HostSuite,
     "moe": MoESuite,
     "mla": MLASuite,
 }
@@ -46,7 +48,14 @@ def run(setting: Setting, command: str = "", on_progress: Progress = lambda what
     Raises:
         BenchError: it does not fit in memory, or names something unknown.
     """
-    start, load_before = time.perf_counter(), load()
+    start, load_before, threads = time.perf_counter(), load(), torch.get_num_threads()
+    try:
+        return _run(setting, command, on_progress, start, load_before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(setting: Setting, command: str, on_progress: Progress, start: float, load_before: float | None) -> Result:
     with torch.no_grad():
         on_progress("building the layers", 0.0)
         suite = _SUITES[setting.suite](setting)

@@ -8,10 +8,11 @@ from typing import Any
 
 from hfkv.policy.errors import RequestError
 
-MOE, MLA = "moe", "mla"
-SUITES = ("attention", "step", "memory", "prefill", "reuse", MOE, MLA)
+HOST, MOE, MLA = "host", "moe", "mla"
+SUITES = ("attention", "step", "memory", "prefill", "reuse", HOST, MOE, MLA)
 DEFAULT_KV = ("none", "int8", "int4", "fp8", "paged", "int8+paged", "window:1024")
 GRAPHS_KV = ("none+graphs", "int8+graphs", "int8+paged+graphs")  # besides, for steps on a GPU
+HOST_KV = ("none", "int8", "fp8", "int4", "paged", "int8+paged", "window:32", "int8+window:32", "offload", "reuse")
 REUSE_KV = ("none", "none+reuse", "int8", "int8+reuse")  # of the suite reuse
 MLA_KV = ("none", "int8", "int4", "paged")
 DEFAULT_MOE = ("auto", "int8", "int4", "auto+lora")
@@ -91,7 +92,8 @@ class Setting:
         model: a folder or a name on the Hub, of which only the config is read; may be None.
         layers: layers to build or to take turns over; None for the suite's own choice. In mla: of the part step.
         contexts: tokens in the cache before a step, or of a prompt, or of a call in the suite moe; not in mla.
-        ragged: real tokens of each row of one left-padded prompt, in place of `contexts` and `batch`; prefill only.
+        ragged: real tokens of each row of one left-padded prompt, in place of `contexts` and `batch`; prefill and
+            host only.
         kvs, moes: hfkv's contenders, and those of the suite moe.
         peers: names in `PEERS`, in the suite moe in `MOE_PEERS`; None for all that can run. DynamicCache, there
             grouped_mm, is always among them.
@@ -134,7 +136,8 @@ class Setting:
             given = ", ".join(names) or "none of them"
             is_wrong = not names or len(set(names)) < len(names)
             yield is_wrong, f"{option} must name different {what}, at least one; got {given}"
-        yield self.ragged and suite != "prefill", f"ragged is for the suite prefill only, got the suite {suite!r}"
+        is_wrong = bool(self.ragged) and suite not in ("prefill", HOST)
+        yield is_wrong, f"ragged is for the suites prefill and host only, got the suite {suite!r}"
         against = "the suite mla is against DynamicCache, and its cases say its tokens; give nothing else"
         yield is_mla and (self.peers is not None or self.contexts), against
         is_wrong = is_mla and (not self.cases or len(set(self.cases)) < len(self.cases))

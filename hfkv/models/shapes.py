@@ -36,6 +36,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b": _shape("llama", (128_256, 4096, 14_336, 32), (32, 8, 128), 500_000.0),
     "qwen3-30b-a3b": _shape("qwen3_moe", (151_936, 2048, 6144, 48), (32, 4, 128), 1_000_000.0, **_EXPERTS),
     "small": _shape("llama", (131, 512, 256, 4), (32, 8, 128), 500_000.0),
+    "host": _shape("llama", (64, 64, 64, 32), (4, 2, 16), 10_000.0),
     "tiny": _shape("llama", (131, 128, 128, 2), (4, 2, 64), 10_000.0),
 }
 _CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}

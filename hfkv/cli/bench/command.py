@@ -32,6 +32,7 @@ SUITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "memory": ("Bytes held, allocated, and needed during a step.", _OF_CACHES),
     "prefill": ("A prompt to its first new token.", (*_OF_CACHES, "ragged")),
     "reuse": ("A prompt whose beginning an earlier call has read, to its first new token.", _OF_CACHES),
+    "host": ("What a decode step costs in Python and dispatch, in CPU time.", (*_OF_CACHES, "ragged")),
     "moe": ("One call of a layer's experts.", ("tokens", "moe")),
     "mla": (
         "Latent attention (DeepSeek), by parts: decode and prefill of one layer, step of four, crossover of its forms.",
@@ -43,9 +44,9 @@ _SOME_TAKE = {option for _, takes in SUITES.values() for option in takes}
 _OPTIONS: dict[str, tuple[type, str, Any]] = {
     "shape": (
         str,
-        "llama-8b, qwen3-30b-a3b, small or tiny; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny; in mla: "
-        "deepseek-v2-lite, deepseek-v3 or mla-tiny.",
-        "(llama-8b; on a CPU whole models: small, moe: moe-small, mla: deepseek-v2-lite)",
+        "llama-8b, qwen3-30b-a3b, small, tiny or host; in moe: moe-small, qwen3-30b-a3b, mixtral-8x7b or moe-tiny; "
+        "in mla: deepseek-v2-lite, deepseek-v3 or mla-tiny.",
+        "(llama-8b; on a CPU whole models: small; host: host; moe: moe-small, mla: deepseek-v2-lite)",
     ),
     "model": (str, "The shape of a model: a folder, or a name on the Hub.", None),
     "layers": (int, "Layers to build, or to take turns over.", None),

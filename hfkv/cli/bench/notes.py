@@ -7,7 +7,7 @@ from hfkv.bench.results import plural
 
 # A load on the machine before a run that does not disturb it.
 MOST_LOAD = 0.5
-_BY_ALL_LAYERS = ("step", "prefill", "reuse")
+_BY_ALL_LAYERS = ("host", "step", "prefill", "reuse")
 
 
 def caption(result: Result) -> dict[str, str]:
@@ -44,6 +44,13 @@ def _of_caches(result: Result) -> dict[str, str]:
         )
         if result.bus_bytes_per_second:
             notes["× floor"] += f"; what is offloaded comes at {result.bus_bytes_per_second / 1e9:,.1f} GB/s"
+    if suite == "host":
+        notes["median"] = (
+            "of the CPU time of a forward of one token, of which each turn takes the least of 16; all take turns"
+        )
+        notes["× Dynamic"] = "DynamicCache's time by this one's: above 1 is faster"
+        del notes["× peer"]
+        notes["first"] = "the least CPU time of generate() with one new token"
     notes["held"] = f"by {'all layers' if suite in _BY_ALL_LAYERS else 'one layer'}, in keys and values"
     notes["error"] = "of the logits against DynamicCache's, as norms"
     if suite == "attention":

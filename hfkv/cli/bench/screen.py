@@ -92,13 +92,19 @@ def _table(result: Result, measured: Measured, width: int) -> Table:
 
 def _time_columns(result: Result, measured: Measured) -> Columns:
     rows, is_moe = measured.rows, result.suite == "moe"
-    times = {"mla": "× stock\n", "moe": f"×\n{measured.base}" if measured.base else "× base\n"}
+    times = {
+        "mla": "× stock\n",
+        "host": "× Dyna-\nmicCache",
+        "moe": f"×\n{measured.base}" if measured.base else "× base\n",
+    }
     unit, unit_name = _unit(rows)
-    plain = next((row.held_bytes for row in rows if row.held_bytes), 0) if result.suite in times else 0
+    plain = next((row.held_bytes for row in rows if row.held_bytes), 0) if result.suite in ("mla", "moe") else 0
     columns = {
         "median\nms": [_main(row, row.p50_ms and digits(row.p50_ms)) for row in rows],
         SPREAD: [_cell(row.p20_ms and f"{digits(row.p20_ms)}–{digits(row.p80_ms or 0)}", "dim") for row in rows],
         times.get(result.suite, "× best\npeer"): [_speedup(row) for row in rows],
+        "µs more\na layer": [_cell(_more(row, measured)) for row in rows] if result.suite == "host" else [_cell(None)],
+        "first\ntoken ms": [_cell(row.first_ms and digits(row.first_ms)) for row in rows],
         "× with-\nout LoRA": [_cell(row.lora_ratio and digits(row.lora_ratio)) for row in rows],
         "× its\nfloor": [_cell(row.floor_ratio and digits(row.floor_ratio)) for row in rows],
         f"held\n{unit_name}": [_bytes(row.held_bytes, unit) for row in rows],
@@ -107,7 +113,7 @@ def _time_columns(result: Result, measured: Measured) -> Columns:
         "error\nto fp32" if is_moe else "error\nto full": [_error(row.error_full) for row in rows],
         "logits'\nerror": [_error(row.error_logits) for row in rows],
     }
-    optional = ("× with-", "× its", "of", "error", "logits'")
+    optional = ("µs more", "first", "× with-", "× its", "of", "error", "logits'")
     return {
         header: cells
         for header, cells in columns.items()
@@ -129,6 +135,14 @@ def _memory_columns(result: Result, measured: Measured) -> Columns:
         f"peak\n{unit_name}": [_bytes(row.peak_bytes, unit) for row in rows],
         f"× {layers}\n{whole_name}": [_bytes(row.held_bytes and row.held_bytes * layers, whole) for row in rows],
     }
+
+
+def _more(row: Row, measured: Measured) -> str | None:
+    """The time of a layer above that of the same with the base's cache."""
+    base = measured.row(measured.base or "")
+    if base is None or row.p50_ms is None or base.p50_ms is None or row is base:
+        return None
+    return f"{1e3 * (row.p50_ms - base.p50_ms) / measured.layers:+.0f}"
 
 
 def _main(row: Row, shown: object) -> Text:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hfkv.bench import Case, Setting, cases_of
 from hfkv.bench.contenders import GRAPHS
-from hfkv.bench.setting import DEFAULT_KV, DEFAULT_MOE, GRAPHS_KV, MLA_KV, PARTS, REUSE_KV
+from hfkv.bench.setting import DEFAULT_KV, DEFAULT_MOE, GRAPHS_KV, HOST_KV, MLA_KV, PARTS, REUSE_KV
 from hfkv.cli.errors import CommandError
 from hfkv.cli.generate import check_kv
 from hfkv.cli.loading import pick_device, pick_dtype
@@ -15,6 +15,8 @@ from hfkv.cli.said import whole_numbers
 # By suite: the shape on a CPU and elsewhere, tokens, and how long contenders take turns. Others are as SHAPE.
 SHAPE = "llama-8b"
 SHAPES = {"moe": ("moe-small", "qwen3-30b-a3b"), "mla": ("deepseek-v2-lite", "deepseek-v3")}
+# In host only what Python and torch themselves cost is of interest.
+SHAPES["host"] = ("host", "host")
 SHAPES |= dict.fromkeys(("step", "prefill", "reuse"), ("small", SHAPE))
 # Tokens on a CPU and elsewhere; in the suite moe of a call: decoding, and then reading prompts.
 CONTEXTS = {
@@ -23,6 +25,7 @@ CONTEXTS = {
     "step": ((512, 16_384), (512, 16_384)),
     "prefill": ((4096,), (4096,)),
     "reuse": ((4096,), (4096,)),
+    "host": ((64,), (64,)),
     "moe": ((1, 8, 128, 1024), (1, 32, 128, 4096)),
 }
 TINY_CONTEXTS = (512,)
@@ -49,7 +52,7 @@ def setting_of(suite: str, given: dict[str, Any]) -> Setting:
     is_other = device.type != "cpu"
     if shape is None and model is None:
         shape = SHAPES.get(suite, (SHAPE, SHAPE))[is_other]
-    kvs: tuple[str, ...] = {"mla": MLA_KV, "reuse": REUSE_KV}.get(suite, DEFAULT_KV)
+    kvs: tuple[str, ...] = {"mla": MLA_KV, "reuse": REUSE_KV, "host": HOST_KV}.get(suite, DEFAULT_KV)
     if suite == "step" and device.type == "cuda":
         kvs += GRAPHS_KV
 
@@ -73,7 +76,7 @@ def setting_of(suite: str, given: dict[str, Any]) -> Setting:
         contexts=contexts,
         batch=1 if given.get("batch") is None else given["batch"],
         ragged=numbers("ragged"),
-        dtype="bfloat16" if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=("float32" if suite == "host" else "bfloat16") if dtype is None else str(dtype).removeprefix("torch."),
         device=str(device),
         kvs=tuple(given.get("kv") or kvs),
         peers=None if suite == "mla" or peers == "all" else tuple(name.strip() for name in peers.split(",")),
