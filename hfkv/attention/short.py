@@ -20,26 +20,32 @@ from hfkv.kernels.visibility import seen
 
 # On other devices a mask, or a wide head, keeps scaled_dot_product_attention from sharing keys among heads.
 _MOST_SHARED = 256
+# What processors without matrix units compute in float32 in a fraction of the time, the conversion included.
+_WIDENED = (torch.bfloat16, torch.float16)
 # Beyond them, a prompt's attention is worth a kernel's care.
 _MOST_QUERIES = 512
 
 
 class Rule(NamedTuple):
-    """What a mask means for the tokens that a `Step` shows.
+    """What a mask means for the tokens that a `Step` shows, and how torch is called.
 
     Attributes:
         mask: mask of the forward, or None.
+        queries: shape of the queries, `[B, Hq, q, D]`.
         pads: pad tokens of each row, where a window has to know.
         visible: bool `[B or 1, 1, 1, T]`; None where every token is seen.
         is_causal: whether a query sees the tokens up to its own, and all of these.
         is_plain: whether this is all that the mask says.
+        is_shared: whether torch lets query heads share keys and values.
     """
 
     mask: torch.Tensor | None
+    queries: torch.Size
     pads: tuple[int, ...] | None = None
     visible: torch.Tensor | None = None
     is_causal: bool = False
     is_plain: bool = True
+    is_shared: bool = False
 
 
 def short_attention(
@@ -56,58 +62,75 @@ def short_attention(
     held = key.held
     if type(held) is not HeldTokens or type(value) is not KVView or value.held is not held:
         return None
-    if key.part != "key" or value.part != "value":
-        return None
     step = held.step
-    if step is None or not step.is_short or held.version != held.store.version or held.store.length != held.last:
+    if step is None or not step.is_short or key.part != "key" or value.part != "value":
         return None
-    if query.dtype != held.parts["key"].dtype or query.requires_grad:
+    store = held.store
+    if held.version != store.version or store.length != held.last or query.requires_grad:
         return None
-    if autocast.is_on() or torch.compiler.is_compiling():
+    if query.dtype != step.keys.dtype or torch.compiler.is_compiling():
         return None
     if output_capturing._active_collector.get():
         return None
     rule = step.rule
-    if rule is None or rule.mask is not mask:
-        rule = step.rule = _rule(held, step, mask, query.shape[2])
+    if rule is None or rule.mask is not mask or rule.queries != query.shape:
+        rule = step.rule = _with_call(_rule(held, step, mask, query.shape), held)
     if not rule.is_plain:
         return None
     if rule.pads is not None and rule.pads != held.padding.known:
         held.padding.learn(rule.pads, step.seen - 1)
+    if not autocast.is_on():
+        return _attend_held(query, held, rule, scale)
+    with autocast.own_precision():
+        out = _attend_held(query, held, rule, scale)
+    return out.to(autocast.product_dtype(out))
+
+
+def _attend_held(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | None) -> torch.Tensor:
     keys, values = held.both()
-    if not held.codec.is_rotated:
-        return _attend(query, keys, values, rule, scale)
-    out = _attend(rotate_states(query.float()), keys, values, rule, scale)
-    return rotate_states(out).to(query.dtype)
+    dtype = query.dtype
+    if held.codec.is_rotated:
+        return rotate_states(_attend(rotate_states(query.float()), keys, values, rule, scale)).to(dtype)
+    if dtype in _WIDENED and query.device.type == "cpu":
+        keys, values = keys.float(), values.float()
+    out = _attend(query.to(keys.dtype), keys, values, rule, scale)
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+def _with_call(rule: Rule, held: HeldTokens) -> Rule:
+    """The rule, and whether torch shares keys among heads: as transformers does, so that results are the same bits."""
+    key, value = held.parts["key"], held.parts["value"]
+    is_shared = rule.visible is None and key.head_dim == value.head_dim <= _MOST_SHARED
+    return rule._replace(is_shared=is_shared or rule.queries[1] == key.heads)
 
 
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, scale: float | None
 ) -> torch.Tensor:
-    batch, num_heads, num_queries, width = query.shape
-    heads, visible, is_causal = keys.shape[1], rule.visible, rule.is_causal
-    if num_heads == heads:
-        out = scaled_dot_product_attention(query, keys, values, visible, is_causal=is_causal, scale=scale)
-    elif visible is None and width == values.shape[3] <= _MOST_SHARED:
-        # As transformers does, to the bit.
-        out = scaled_dot_product_attention(query, keys, values, is_causal=is_causal, scale=scale, enable_gqa=True)
+    batch, num_heads, num_queries, width = rule.queries
+    visible, is_causal = rule.visible, rule.is_causal
+    if rule.is_shared:
+        out = scaled_dot_product_attention(
+            query, keys, values, visible, is_causal=is_causal, scale=scale, enable_gqa=keys.shape[1] != num_heads
+        )
     elif num_queries == 1:
-        query = query.reshape(batch, heads, num_heads // heads, width)
+        query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], width)
         out = scaled_dot_product_attention(query, keys, values, visible, scale=scale)
-        return out.reshape(batch, 1, num_heads, -1)
     else:
-        keys, values = (states.repeat_interleave(num_heads // heads, dim=1) for states in (keys, values))
+        keys, values = (states.repeat_interleave(num_heads // keys.shape[1], dim=1) for states in (keys, values))
         out = scaled_dot_product_attention(query, keys, values, visible, is_causal=is_causal, scale=scale)
+    if num_queries == 1:
+        return out.reshape(batch, 1, num_heads, values.shape[3])
     return out.transpose(1, 2).contiguous()
 
 
-def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None, num_queries: int) -> Rule:
+def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None, queries: torch.Size) -> Rule:
     """Reads a mask `[B or 1, 1 or Hq, q, kv]`."""
-    if num_queries > 1:
-        return _rule_of_all(held, mask, num_queries)
-    unclear = Rule(mask, is_plain=False)
+    if queries[2] > 1:
+        return _rule_of_all(held, mask, queries)
+    unclear = Rule(mask, queries, is_plain=False)
     if held.window is None:
-        return Rule(mask) if mask is None else _shown(mask, held)
+        return Rule(mask, queries) if mask is None else _shown(mask, queries, held)
     if mask is None:
         pads: tuple[int, ...] | None = (0,) * held.batch
     elif isinstance(mask, CausalMask) and mask.shape[0] in (1, held.batch) and mask.shape[3] == step.seen:
@@ -118,29 +141,29 @@ def _rule(held: HeldTokens, step: Step, mask: torch.Tensor | None, num_queries: 
     if pads is None:
         return unclear
     if not held.hides_tokens(pads):
-        shown = Rule(mask) if mask is None else _shown(mask, held)
+        shown = Rule(mask, queries) if mask is None else _shown(mask, queries, held)
         return shown._replace(pads=pads)
     look = WindowBlocks(held, pads)
     if look.has_more_than_tokens:
         return unclear
     if look.sees_all_held(step.seen - 1):
-        return Rule(mask, pads)
+        return Rule(mask, queries, pads)
     visible = seen(visibility_of(look, 1), held.store.layout(), slice(None), held.first, held.last, 1)
-    return Rule(mask, pads, visible, is_plain=visible is None or bool(visible.any(-1).all()))
+    return Rule(mask, queries, pads, visible, is_plain=visible is None or bool(visible.any(-1).all()))
 
 
-def _rule_of_all(held: HeldTokens, mask: torch.Tensor | None, num_queries: int) -> Rule:
+def _rule_of_all(held: HeldTokens, mask: torch.Tensor | None, queries: torch.Size) -> Rule:
     """Reads a mask for the queries of all tokens: a prompt's, or of a text that is read at once."""
     is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None
-    if not is_whole or held.window is not None or num_queries != held.last - held.first or num_queries > _MOST_QUERIES:
-        return Rule(mask, is_plain=False)
-    return Rule(mask, is_causal=True)
+    if not is_whole or held.window is not None or not queries[2] == held.last - held.first <= _MOST_QUERIES:
+        return Rule(mask, queries, is_plain=False)
+    return Rule(mask, queries, is_causal=True)
 
 
-def _shown(mask: torch.Tensor, held: HeldTokens) -> Rule:
+def _shown(mask: torch.Tensor, queries: torch.Size, held: HeldTokens) -> Rule:
     """A mask over the tokens that are shown."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, held.last - held.first):
-        return Rule(mask, is_plain=False)
+        return Rule(mask, queries, is_plain=False)
     visible = mask.plain() if isinstance(mask, CausalMask) else mask
     # A row that sees nothing gets zeros, which torch's own function does not promise.
-    return Rule(mask, None, visible, is_plain=bool(visible.any(-1).all()))
+    return Rule(mask, queries, None, visible, is_plain=bool(visible.any(-1).all()))

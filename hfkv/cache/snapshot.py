@@ -173,22 +173,22 @@ class HeldTokens:
     def both(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes all keys and values shown, `[B, H, T, Dk]` and `[B, H, T, Dv]`.
 
-        Those of a codec that rotates stay rotated, and in float32. It is for the reader in whose forward they were
-        shown: nothing is checked.
+        Those of a codec that loses something come in float32, and rotated where it rotates them. It is for the reader
+        in whose forward they were shown: nothing is checked.
         """
-        codec, placing = self.codec, None if self.step is None else self.step.placing
-        if placing is None:
-            planes = self.store.read(slice(None), self.first, self.last)
+        codec, step, store = self.codec, self.step, self.store
+        if step is None or step.placing is None:
+            planes = store.read(slice(None), self.first, self.last)
+        elif codec.is_lossless and store.reads_slices:
+            (keys, values), (size, strides, offset, _) = store.planes, step.keys
+            return keys.as_strided(size, strides, offset), values.as_strided(*step.values[:3])
         else:
-            planes = self.store.read_placed(placing, self.first, self.last)
+            planes = store.read_placed(step.placing, self.first, self.last)
         if codec.is_lossless:
             return planes[0], planes[1]
         key, value = self.parts["key"], self.parts["value"]
-        if codec.is_rotated:
-            keys = codec.decode_rotated(planes[key.planes], key.head_dim)
-            return keys, codec.decode_rotated(planes[value.planes], value.head_dim)
-        keys = codec.decode(planes[key.planes], key.head_dim, key.dtype)
-        return keys, codec.decode(planes[value.planes], value.head_dim, value.dtype)
+        keys = codec.decode_rows(planes[key.planes], key.head_dim)
+        return keys, codec.decode_rows(planes[value.planes], value.head_dim)
 
     def encoded(self) -> tuple[Encoded, Encoded, Layout]:
         """The planes of keys and values as they lie, and the layout of all tokens held, not only of those shown.

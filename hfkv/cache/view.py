@@ -69,7 +69,8 @@ class ViewShape(NamedTuple):
 
 def new_view(held: Tokens, part: Part, shape: ViewShape) -> KVView:
     """A view whose shape is known already."""
-    view = _new_wrapper(KVView, shape.size, shape.strides, shape.offset, dtype=shape.dtype, device=held.device)
+    size, strides, offset, dtype = shape
+    view = _new_wrapper(KVView, size, strides, offset, None, dtype, torch.strided, held.device)
     view.held, view.part = held, part
     return view
 

@@ -103,8 +103,10 @@ class Codec(ABC):
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
         """Decodes planes; see `decode`."""
 
-    def decode_rotated(self, planes: Planes, head_dim: int) -> torch.Tensor:
-        """Decodes planes to float32 rows that are still rotated, where the codec rotates them; see `is_rotated`."""
+    def decode_rows(self, planes: Planes, head_dim: int) -> torch.Tensor:
+        """Decodes planes to float32 rows `[..., n, D]`, which stay rotated where the codec rotates them."""
+        if self.numbers is None:
+            return self.decode(planes, head_dim, torch.float32)
         numbers, scale, low = self.affine(planes, head_dim, torch.float32)
         scaled = numbers if scale is None else numbers * scale[..., None]
         return scaled if low is None else scaled + low[..., None]

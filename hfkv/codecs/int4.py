@@ -38,9 +38,9 @@ class Int4(Codec):
         return first | (second << 4), torch.cat((scale, low), dim=-1)
 
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        return rotate(self.decode_rotated(planes, head_dim)).to(dtype)
+        return rotate(self.decode_rows(planes, head_dim)).to(dtype)
 
-    def decode_rotated(self, planes: Planes, head_dim: int) -> torch.Tensor:
+    def decode_rows(self, planes: Planes, head_dim: int) -> torch.Tensor:
         packed, scale_and_low = planes
         scale, low = scale_and_low.float().chunk(2, dim=-1)
         q = torch.cat((packed & 0xF, packed >> 4), dim=-1)[..., :head_dim]

@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 class Placing:
-    """Where new tokens go, for stores whose tokens lie alike: worked out once, and done by each; see `Store.placing`.
+    """The places of new tokens, for stores whose tokens lie alike: worked out once; see `Store.placing`.
 
     Attributes:
         start: slots before the first token afterwards; contiguous planes only.
@@ -121,7 +121,7 @@ class Store(ABC):
 
     @property
     def extent(self) -> object:
-        """Where the tokens lie, to compare: stores of equal extents do the same when tokens come or go."""
+        """The places of the tokens, to compare: stores of equal extents do the same when tokens come or go."""
         return None
 
     def placing(self, count: int, start: int, stop: int) -> Placing | None:

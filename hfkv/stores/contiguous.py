@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
-from hfkv.stores.layout import Layout
+from hfkv.stores.layout import Layout, is_float8
 
 # Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
 # 1/16 of the bytes that attention over 4,096 tokens reads anyway.
 WINDOW_SLACK = 256
+# Of a small window the bytes matter little, and moving it takes as many operations as that of a large one.
+LEAST_SLACK = 16
 
 
 # From so many tokens on, a copy to a slice is as fast as one by indices.
@@ -33,16 +35,12 @@ class _Slots(Placing):
         device = store.planes[0].device
         self.start, self.length, self.count, self.drops = store.start + gap, store.length - gap + count, count, gap > 0
         self.begin = self.start + self.length - count
-        is_indexed = count < _FEW and device.type == "cpu" and all(_is_indexable(plane) for plane in store.planes)
+        is_indexed = count < _FEW and device.type == "cpu" and not any(is_float8(plane.dtype) for plane in store.planes)
         self.index = torch.arange(self.begin, self.begin + count) if is_indexed else None
         self.moved: tuple[torch.Tensor, torch.Tensor] | None = None
         if gap and before:
             sources = torch.arange(store.start, store.start + before, device=device)
             self.moved = sources, sources + gap
-
-
-def _is_indexable(plane: torch.Tensor) -> bool:
-    return not (plane.dtype.is_floating_point and plane.element_size() == 1)
 
 
 class ContiguousStore(Store):
@@ -91,7 +89,11 @@ class ContiguousStore(Store):
         gap = max(stop - start, 0)
         if not self.planes or self.start + self.length + count > self.capacity:
             return None
-        if gap and (start >= self.length - stop or not all(map(_is_indexable, self.planes)) or self._is_to_shrink(gap)):
+        if gap and (
+            start >= self.length - stop
+            or any(is_float8(plane.dtype) for plane in self.planes)
+            or self._is_to_shrink(gap)
+        ):
             return None
         return _Slots(self, count, start, gap)
 
@@ -179,7 +181,7 @@ class ContiguousStore(Store):
     def _limit(self) -> int:
         """The capacity that a window needs: its tokens and some slack."""
         assert self.bound is not None
-        return self.bound + max(1, min(self.bound // 4, WINDOW_SLACK))
+        return self.bound + max(LEAST_SLACK, min(self.bound // 4, WINDOW_SLACK))
 
     def _cap(self, tokens: int) -> int:
         return tokens if self.bound is None else min(tokens, self._limit())

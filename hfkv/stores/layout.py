@@ -57,6 +57,20 @@ class Layout:
         return tuple(_take(plane, table, spans, skipped, end - begin) for plane in planes)
 
 
+def spans_without(spans: Iterable[tuple[int, int]], start: int, stop: int) -> list[tuple[int, tuple[int, int]]]:
+    """What stays of columns without the held tokens `start .. stop - 1`: the index of each column, and its slots."""
+    kept = []
+    first = 0
+    for column, (low, high) in enumerate(spans):
+        last = first + high - low
+        if first < start:
+            kept.append((column, (low, low + min(last, start) - first)))
+        if last > stop:
+            kept.append((column, (high - (last - max(first, stop)), high)))
+        first = last
+    return kept
+
+
 def _take(
     plane: torch.Tensor, table: torch.Tensor, spans: tuple[tuple[int, int], ...], skipped: int, count: int
 ) -> torch.Tensor:
@@ -72,6 +86,11 @@ def _take(
         return pages[:, :, first : first + count].view(plane.dtype)
     held = torch.cat([torch.arange(low, high) + page_size * i for i, (low, high) in enumerate(spans)])
     return pages.index_select(2, held[skipped : skipped + count].to(plane.device)).view(plane.dtype)
+
+
+def is_float8(dtype: torch.dtype) -> bool:
+    """Whether torch cannot index tensors of a dtype."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def bits_of(plane: torch.Tensor) -> torch.Tensor:

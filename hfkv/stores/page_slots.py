@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hfkv.stores.base import Placing, Planes
-from hfkv.stores.layout import Layout, bits_of
+from hfkv.stores.layout import Layout, is_float8
 
 
 class PageSlots(Placing):
@@ -24,7 +24,7 @@ class PageSlots(Placing):
         table: the block table, int64 `[B, columns]`.
     """
 
-    __slots__ = ("_heads", "_new", "_reads", "column", "key", "length", "spans", "table")
+    __slots__ = ("_new", "_of_planes", "_reads", "column", "key", "length", "spans", "table")
 
     def __init__(self, before: Layout, planes: Sequence[torch.Tensor], count: int, key: object) -> None:
         assert before.table is not None
@@ -32,27 +32,34 @@ class PageSlots(Placing):
         self.start, self.key = 0, key
         self.table, self.length, self.column = before.table, before.length + count, (low, high + count)
         self.spans = (*before.spans[:-1], self.column)
-        self._heads = [plane.shape[1] for plane in planes]
+        # Heads, width, and whether the dtype is one that torch cannot index.
+        self._of_planes = [(plane.shape[1], plane.shape[3], is_float8(plane.dtype)) for plane in planes]
         pages, slots = self.table[:, -1:], torch.arange(high, high + count)
-        self._new = {heads: _rows(pages, slots, heads, planes[0]) for heads in set(self._heads)}
+        self._new = {heads: _rows(pages, slots, heads, planes[0]) for heads, _, _ in self._of_planes}
         self._reads: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def write(self, planes: Sequence[torch.Tensor], new: Planes) -> None:
         """Writes new tokens `[B, H_i, count, d_i]`."""
-        for plane, heads, tokens in zip(planes, self._heads, new, strict=True):
-            rows = bits_of(plane).view(-1, plane.shape[3])
-            rows.index_copy_(0, self._new[heads], bits_of(tokens).reshape(-1, plane.shape[3]))
+        for plane, tokens, (heads, width, is_bits) in zip(planes, new, self._of_planes, strict=True):
+            if is_bits:
+                plane, tokens = plane.view(torch.uint8), tokens.view(torch.uint8)
+            if width:
+                plane.view(-1, width).index_copy_(0, self._new[heads], tokens.reshape(-1, width))
 
     def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
         """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""
-        batch, found = len(self.table), []
-        for plane, heads in zip(planes, self._heads, strict=True):
+        found = []
+        for plane, (heads, width, is_bits) in zip(planes, self._of_planes, strict=True):
+            shape = len(self.table), heads, last - first, width
+            if not width:
+                found.append(plane.new_empty(shape))
+                continue
             key = heads, first, last
             index = self._reads.get(key)
             if index is None:
                 index = self._reads[key] = self._index(plane, *key)
-            tokens = bits_of(plane).view(-1, plane.shape[3]).index_select(0, index)
-            found.append(tokens.view(plane.dtype).view(batch, heads, last - first, plane.shape[3]))
+            rows = (plane.view(torch.uint8) if is_bits else plane).view(-1, width).index_select(0, index)
+            found.append((rows.view(plane.dtype) if is_bits else rows).view(shape))
         return tuple(found)
 
     def _index(self, plane: torch.Tensor, heads: int, first: int, last: int) -> torch.Tensor:

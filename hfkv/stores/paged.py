@@ -11,7 +11,7 @@ import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
 from hfkv.stores.blocks import BlockPool
-from hfkv.stores.layout import Layout
+from hfkv.stores.layout import Layout, spans_without
 from hfkv.stores.page_slots import PageSlots
 from hfkv.stores.pages import Pages
 
@@ -35,10 +35,10 @@ class PagedStore(Store):
     def __init__(self, page_size: int, *, bound: int | None = None) -> None:
         self.pages = Pages()
         self.table: list[list[int]] = []  # [B][column] -> page
+        self.columns: list[tuple[int, int]] = []
         super().__init__(bound=bound)
         self.pages.join(())
         self.page_size = page_size
-        self.columns: list[tuple[int, int]] = []
         self._copies = (1, 0)
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
         self._key: object = None  # the table and the full columns, to compare; made when it is needed
@@ -54,12 +54,10 @@ class PagedStore(Store):
 
     @property
     def blocks(self) -> BlockPool:
-        """The reference counts of the pages."""
         return self.pages.blocks
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        """The lock of the pages."""
         return self.pages.lock
 
     def __del__(self) -> None:
@@ -115,26 +113,25 @@ class PagedStore(Store):
             return None
         if self._key is None:
             self._key = tuple(map(tuple, self.table)), tuple(self.columns[:-1])
-        refcounts = self.blocks.refcounts
-        is_shared = any([refcounts[row[-1]] > 1 for row in self.table])
-        return self.length, self.columns[-1], self._key, is_shared
+        refcounts = self.pages.blocks.refcounts
+        return self.length, self.columns[-1], self._key, any([refcounts[row[-1]] > 1 for row in self.table])
 
     def placing(self, count: int, start: int, stop: int) -> Placing | None:
         extent: Any = self.extent
         if extent is None or extent[-1] or stop > start or count > self._room():
-            return None
+            return None  # the last pages are to be copied, or columns begin or go
         return PageSlots(self.layout(), self.planes, count, self._key)
 
     def put(self, placing: Placing, new: Planes) -> None:
         assert isinstance(placing, PageSlots)
-        with self.lock:
-            placing.write(self.planes, new)
+        with self.pages.lock:
+            placing.write(self.pages.planes, new)
         self.length, self.columns[-1], self._ids = placing.length, placing.column, placing.table
         self._key = placing.key  # one object for all layers, which is equal to itself at a glance
 
     def read_placed(self, placing: Placing, first: int, last: int) -> Planes:
         assert isinstance(placing, PageSlots)
-        return placing.read(self.planes, first, last)
+        return placing.read(self.pages.planes, first, last)
 
     def extend(self, count: int) -> Layout:
         with self.lock:
@@ -159,15 +156,7 @@ class PagedStore(Store):
         if stop <= start:
             return
         self.version += 1
-        kept: list[tuple[int, tuple[int, int]]] = []  # (old column, what stays of it)
-        first = 0
-        for column, (low, high) in enumerate(self.columns):
-            last = first + high - low
-            if first < start:
-                kept.append((column, (low, low + min(last, start) - first)))
-            if last > stop:
-                kept.append((column, (high - (last - max(first, stop)), high)))
-            first = last
+        kept = spans_without(self.columns, start, stop)
         self.columns = [span for _, span in kept]
         self._retable([[row[column] for column, _ in kept] for row in self.table])
         self.length -= stop - start

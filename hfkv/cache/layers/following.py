@@ -144,7 +144,7 @@ class Following:
     def _is_short(self, tokens: int) -> bool:
         """Whether so many tokens are decoded, and no kernel called, for one query a row."""
         key, value = self._parts["key"], self._parts["value"]
-        if key.dtype != value.dtype or (self._store is not None and self._store.is_offloaded):
+        if key.dtype != value.dtype:
             return False
         kernel = attention_kernel(self.codec.name, key.dtype, self.device, 1, (key.head_dim, value.head_dim))
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
