@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
-from hfkv.stores.layout import Layout, is_float8
+from hfkv.stores.layout import Layout, bits_of, is_float8
 
 # Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
 # 1/16 of the bytes that attention over 4,096 tokens reads anyway.
@@ -27,16 +27,18 @@ class _Slots(Placing):
         index: the same as int64 `[count]`; None where a slice is written to.
         moved: sources and targets of the tokens that move over those that go, int64 `[n]` each, or None.
         drops: whether tokens go.
+        has_float8: whether a plane is of a dtype that torch cannot index.
     """
 
-    __slots__ = ("begin", "count", "drops", "index", "length", "moved")
+    __slots__ = ("begin", "count", "drops", "has_float8", "index", "length", "moved")
 
     def __init__(self, store: ContiguousStore, count: int, before: int, gap: int) -> None:
         device = store.planes[0].device
         self.start, self.length, self.count, self.drops = store.start + gap, store.length - gap + count, count, gap > 0
         self.begin = self.start + self.length - count
-        is_indexed = count < _FEW and device.type == "cpu" and not any(is_float8(plane.dtype) for plane in store.planes)
+        is_indexed = count < _FEW and device.type == "cpu"
         self.index = torch.arange(self.begin, self.begin + count) if is_indexed else None
+        self.has_float8 = any(is_float8(plane.dtype) for plane in store.planes)
         self.moved: tuple[torch.Tensor, torch.Tensor] | None = None
         if gap and before:
             sources = torch.arange(store.start, store.start + before, device=device)
@@ -89,11 +91,7 @@ class ContiguousStore(Store):
         gap = max(stop - start, 0)
         if not self.planes or self.start + self.length + count > self.capacity:
             return None
-        if gap and (
-            start >= self.length - stop
-            or any(is_float8(plane.dtype) for plane in self.planes)
-            or self._is_to_shrink(gap)
-        ):
+        if gap and (start >= self.length - stop or self._is_to_shrink(gap)):
             return None
         return _Slots(self, count, start, gap)
 
@@ -102,9 +100,11 @@ class ContiguousStore(Store):
         index, planes = placing.index, self.planes
         if placing.moved is not None:
             sources, targets = placing.moved
-            for plane in planes:
+            for plane in map(bits_of, planes) if placing.has_float8 else planes:
                 plane.index_copy_(2, targets, plane.index_select(2, sources))
         if index is not None:
+            if placing.has_float8:
+                planes, new = [*map(bits_of, planes)], (*map(bits_of, new),)
             for plane, tokens in zip(planes, new, strict=True):
                 plane.index_copy_(2, index, tokens)
         else:
