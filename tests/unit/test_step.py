@@ -24,18 +24,8 @@ from hfkv.cache.step import Step
 from hfkv.cache.view import KVView
 from tests.tiny import feed, greedy, llama, llama_config, prompt
 
-KINDS = [
-    "none",
-    "int8",
-    "fp8",
-    "int4",
-    "paged",
-    "int8+paged",
-    "window:6+sinks:2",
-    "int8+window:6+sinks:2",
-    "window:5",
-    "fp8+window:6+sinks:2",
-]
+WINDOWS = ["window:5", "window:6+sinks:2", "int8+window:6+sinks:2", "fp8+window:6+sinks:2"]
+KINDS = ["none", "int8", "fp8", "int4", "paged", "int8+paged", *WINDOWS]
 LAYERS = 3
 
 
