@@ -258,7 +258,10 @@ class _AskedLayer:
             kernel = self._kernel(heads, num_queries, is_moved)
         except Exception as error:  # of importing a broken Triton, say: told here, and counted by the self-test
             return "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}"
-        return kernel.name, kernel.reason
+        if num_queries > 1 or not kernel.worth_from:
+            return kernel.name, kernel.reason
+        few = f"{kernel.worth_from / 1e6:.2g} million numbers of keys and values"
+        return kernel.name, f"{kernel.reason}; up to {few} all are decoded for one call of sdpa"
 
     def _kernel(self, heads: HeadShape, num_queries: int, is_moved: bool) -> Kernel:
         from hfkv.attention.latent.crossover import form_for
