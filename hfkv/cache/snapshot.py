@@ -200,7 +200,7 @@ class HeldTokens:
         planes, layout = tuple(self.store.planes), self.store.layout()
         if layout.length != self.last:  # tokens were appended since
             layout = replace(layout, length=self.last)
-        return *self._encoded(planes), layout
+        return *encoded_parts(self.codec, self.parts, planes), layout
 
     def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
         """Yields a kernel's arguments for the tokens up to `last`, in as many runs as they lie in.
@@ -217,12 +217,7 @@ class HeldTokens:
         self._check_version()
         uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
         for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
-            yield *self._encoded(planes), layout, visibility.of(begin, begin + layout.length)
-
-    def _encoded(self, planes: tuple[torch.Tensor, ...]) -> tuple[Encoded, Encoded]:
-        key, value = self.parts["key"], self.parts["value"]
-        keys = Encoded(self.codec, planes[key.planes], key.head_dim)
-        return keys, Encoded(self.codec, planes[value.planes], value.head_dim)
+            yield *encoded_parts(self.codec, self.parts, planes), layout, visibility.of(begin, begin + layout.length)
 
     def _check_version(self) -> None:
         if self.version != self.store.version:
@@ -245,3 +240,11 @@ class HeldTokens:
         """
         assert self.window is not None
         return Slots(self.window, pads, self.gone_below)
+
+
+def encoded_parts(
+    codec: Codec, parts: Mapping[Part, PartShape], planes: tuple[torch.Tensor, ...]
+) -> tuple[Encoded, Encoded]:
+    """The keys and the values among the planes of a layer, as kernels take them."""
+    key, value = parts["key"], parts["value"]
+    return Encoded(codec, planes[key.planes], key.head_dim), Encoded(codec, planes[value.planes], value.head_dim)

@@ -22,10 +22,23 @@ class Step:
         keys, values: `hfkv.cache.view.ViewShape`s of what is shown; None as long as nobody knows.
         is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
             for one query.
+        writing: the kernel that encodes and writes the new tokens, and its inputs on the device; None where torch does.
         rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.short`.
     """
 
-    __slots__ = ("first", "gone_below", "is_short", "keys", "last", "placing", "rule", "seen", "state", "values")
+    __slots__ = (
+        "first",
+        "gone_below",
+        "is_short",
+        "keys",
+        "last",
+        "placing",
+        "rule",
+        "seen",
+        "state",
+        "values",
+        "writing",
+    )
 
     def __init__(
         self,
@@ -44,6 +57,7 @@ class Step:
         self.first, self.last, self.is_short = first, last, is_short
         self.keys, self.values = keys, values
         self.rule: Any = None
+        self.writing: Any = None
 
 
 class Group:

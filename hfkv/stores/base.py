@@ -40,11 +40,14 @@ class Placing:
     """The places of new tokens, for stores whose tokens lie alike: worked out once; see `Store.placing`.
 
     Attributes:
+        before: layout of the tokens before the new ones, once those that are to go have gone; a block table has the
+            new tokens' columns too.
         start: slots before the first token afterwards; contiguous planes only.
     """
 
-    __slots__ = ("start",)
+    __slots__ = ("before", "start")
 
+    before: Layout
     start: int
 
 
@@ -133,8 +136,8 @@ class Store(ABC):
         """
         return None
 
-    def put(self, placing: Placing, new: Planes) -> None:
-        """Does what `placing` says, with new tokens `[B, H_i, count, d_i]`."""
+    def put(self, placing: Placing, new: Planes | None) -> None:
+        """Does what `placing` says, with new tokens `[B, H_i, count, d_i]`; None leaves writing them to the caller."""
         raise NotImplementedError
 
     def read_placed(self, placing: Placing, first: int, last: int) -> Planes:

@@ -36,6 +36,7 @@ class _Slots(Placing):
         device = store.planes[0].device
         self.start, self.length, self.count, self.drops = store.start + gap, store.length - gap + count, count, gap > 0
         self.begin = self.start + self.length - count
+        self.before = Layout(self.length - count, self.start)
         is_indexed = count < _FEW and device.type == "cpu"
         self.index = torch.arange(self.begin, self.begin + count) if is_indexed else None
         self.has_float8 = any(is_float8(plane.dtype) for plane in store.planes)
@@ -95,14 +96,16 @@ class ContiguousStore(Store):
             return None
         return _Slots(self, count, start, gap)
 
-    def put(self, placing: Placing, new: Planes) -> None:
+    def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, _Slots)
         index, planes = placing.index, self.planes
         if placing.moved is not None:
             sources, targets = placing.moved
             for plane in map(bits_of, planes) if placing.has_float8 else planes:
                 plane.index_copy_(2, targets, plane.index_select(2, sources))
-        if index is not None:
+        if new is None:
+            pass
+        elif index is not None:
             if placing.has_float8:
                 planes, new = [*map(bits_of, planes)], (*map(bits_of, new),)
             for plane, tokens in zip(planes, new, strict=True):

@@ -29,7 +29,7 @@ class PageSlots(Placing):
     def __init__(self, before: Layout, planes: Sequence[torch.Tensor], count: int, key: object) -> None:
         assert before.table is not None
         low, high = before.spans[-1]
-        self.start, self.key = 0, key
+        self.start, self.key, self.before = 0, key, before
         self.table, self.length, self.column = before.table, before.length + count, (low, high + count)
         self.spans = (*before.spans[:-1], self.column)
         # Heads, width, and whether the dtype is one that torch cannot index.

@@ -122,10 +122,11 @@ class PagedStore(Store):
             return None  # the last pages are to be copied, or columns begin or go
         return PageSlots(self.layout(), self.planes, count, self._key)
 
-    def put(self, placing: Placing, new: Planes) -> None:
+    def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, PageSlots)
-        with self.pages.lock:
-            placing.write(self.pages.planes, new)
+        if new is not None:
+            with self.pages.lock:
+                placing.write(self.pages.planes, new)
         self.length, self.columns[-1], self._ids = placing.length, placing.column, placing.table
         self._key = placing.key  # one object for all layers, which is equal to itself at a glance
 
@@ -228,8 +229,7 @@ class PagedStore(Store):
         """Makes planes for tokens like `new`."""
         self.device = new[0].device
         self.table = [[] for _ in range(len(new[0]))]
-        shapes = [(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
-        self.planes = [self.allocate(shape, plane) for shape, plane in zip(shapes, new, strict=True)]
+        self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
 
     def _write(self, pages: list[int], first: int, tokens: Sequence[torch.Tensor]) -> None:
         """Writes tokens `[B, H_i, n, d_i]` from slot `first` of B `pages` on."""

@@ -9,10 +9,11 @@ import torch
 from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.span import Span
 from hfkv.cache.slots import Slots
-from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
+from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape, encoded_parts
 from hfkv.cache.step import Group, Step
 from hfkv.cache.view import ViewShape, make_views, new_view
 from hfkv.codecs import Codec
+from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
 from hfkv.models.rotary import Rotary
 from hfkv.policy.window import Window
@@ -66,12 +67,13 @@ class Following:
         if placing is None:
             return self._by_itself(step, key_states, value_states)
         codec = self.codec
-        if codec.is_lossless:
-            new: tuple[torch.Tensor, ...] = (key_states, value_states)
-        else:
-            new = codec.encode_both(key_states, value_states)
         assert store is not None
-        store.put(placing, new)
+        if step.writing is not None:
+            self._write(step, key_states, value_states)
+        elif codec.is_lossless:
+            store.put(placing, (key_states, value_states))
+        else:
+            store.put(placing, codec.encode_both(key_states, value_states))
         span.seen, span.gone_below = step.seen, step.gone_below
         held = HeldTokens(
             store,
@@ -107,6 +109,19 @@ class Following:
         held.step = step
         return new_view(held, "key", step.keys), new_view(held, "value", step.values)
 
+    def _write(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Has a kernel write new tokens to the places that the device knows already."""
+        store, (kernel, inputs) = self._store, step.writing
+        assert store is not None
+        with store.lock:
+            store.put(step.placing, None)
+            encoded = encoded_parts(self.codec, self._parts, tuple(store.planes))
+            try:
+                kernel(keys, values, *encoded, step.placing.before, inputs=inputs)
+            except BaseException:
+                store.truncate(step.placing.before.length)
+                raise
+
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
         """Works out the step from the present state."""
         store, span, count = self._store, self.span, keys.shape[2]
@@ -117,9 +132,6 @@ class Following:
             or span.record_past
             or not self._continues(keys, values)
         ):
-            return Step(state, None)
-        key, value = self._parts["key"], self._parts["value"]
-        if append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim)).run is not None:
             return Step(state, None)
         batch = keys.shape[0]
         gone_below, drops = span.next_gone_below(batch), 0
@@ -138,8 +150,13 @@ class Following:
         elif self.window is not None and Slots(self.window, span.padding.of(batch), gone_below).are_empty:
             first = self._num_slots
         shapes = self._shape("key", keys, placing, first, last), self._shape("value", values, placing, first, last)
-        is_short = self._is_short(last - first)
-        return Step(state, placing, span.seen + count, gone_below, first, last, *shapes, is_short)
+        step = Step(state, placing, span.seen + count, gone_below, first, last, *shapes, self._is_short(last - first))
+        key, value = self._parts["key"], self._parts["value"]
+        kernel = append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim))
+        if kernel.run is not None:
+            inputs = device_inputs(placing.before, None, self.device) if kernel.reads_device_lengths else None
+            step.writing = kernel.run, inputs
+        return step
 
     def _is_short(self, tokens: int) -> bool:
         """Whether so many tokens are decoded, and no kernel called, for one query a row."""
