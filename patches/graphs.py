@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_map_only
 from transformers.utils import ModelOutput
 
 from hfkv.attention.device_step import DeviceStep, advance, step_reason
-from hfkv.attention.latent.projection import projection_of
 from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.retired import Retired
 from hfkv.codecs import autocast
 from hfkv.models.parallel import parallel_plan_of
 from hfkv.models.probe import growing_rope_type
-from hfkv.patches.mla import latent_modules
+from hfkv.patches.mla import latent_reason
 from hfkv.patches.undo import Undo
 from hfkv.stores.layout import Layout
 
@@ -30,6 +30,8 @@ logger = logging.getLogger("hfkv")
 TENSORS = {"input_ids", "position_ids"}
 SETTINGS = {"use_cache", "return_dict", "logits_to_keep", "output_attentions", "output_hidden_states"}
 DEVICE_TYPES = {"cuda"}
+# Caches have room for a multiple of so many tokens: calls whose lengths differ a little share planes and graph.
+ROUND = 256
 
 
 class CudaGraph:
@@ -87,6 +89,9 @@ class Graphs:
     others replay it. It is captured anew when the planes of the cache have moved (its store grew), when the number of
     rows or the adapters have changed, and after a forward of several tokens.
 
+    A later call of the same kind (config, rows, no more tokens than before, rounded up) gets the planes of a cache that
+    is gone, and replays from its first step on.
+
     Args:
         model: the patched model.
         forward: the model's own forward.
@@ -96,6 +101,7 @@ class Graphs:
         self.model, self.forward = model, forward
         self.off: str | None = None  # why nothing is captured
         self._captured: weakref.WeakKeyDictionary[KVCache, CapturedStep | None] = weakref.WeakKeyDictionary()
+        self._kept: tuple[Retired, CapturedStep] | None = None
         self._modules: list[Any] = []
         self._logged: set[str] = set()
 
@@ -110,10 +116,13 @@ class Graphs:
         if args or not _is_step(kwargs) or cache.get_seq_length() == 0:
             self._captured.pop(cache, None)
             self._modules = list(self.model.modules())
+            if cache.get_seq_length() == 0 and cache.batch_size is None:
+                self._lend_planes(cache, kwargs)
             return self.forward(*args, **kwargs)
         if cache not in self._captured:
-            self._captured[cache] = None
-            return self.forward(*args, **kwargs)
+            self._captured[cache] = self._take_over(cache)
+            if self._captured[cache] is None:
+                return self.forward(*args, **kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, torch.Tensor) and _has_windows(cache) and bool((mask != 0).all()):
             # transformers 5.17 passes masks that hide nothing; a window's step takes none at all.
@@ -174,11 +183,36 @@ class Graphs:
         captured.outputs = {name: value for name, value in output.items() if name != "past_key_values"}
         captured.graph.replay()
         self._captured[cache] = captured
+        self._kept = Retired(cache), captured
         return captured.result(cache)
+
+    def _lend_planes(self, cache: KVCache, kwargs: dict[str, Any]) -> None:
+        """Prepares an empty cache for its prompt: with room for texts a little longer, and the planes kept, if any."""
+        ids = kwargs.get("input_ids")
+        for leaf in cache.leaves:
+            leaf.reserve(-(-leaf.reserved // ROUND) * ROUND)
+        if self._kept is None or ids is None:
+            return
+        retired = self._kept[0]
+        if retired.is_free and retired.kv == cache.kv and retired.rows == ids.shape[0]:
+            retired.lend_to(cache)
+        elif retired.is_free:
+            self._kept = None  # nothing is kept for nobody
+
+    def _take_over(self, cache: KVCache) -> CapturedStep | None:
+        """The step captured for the cache that had these planes; None where there is none."""
+        if self._kept is None or not self._kept[0].is_of(cache):
+            return None
+        retired, captured = self._kept
+        if cache.batch_size != retired.rows or not captured.step.adopt(list(cache.layers)):
+            self._kept = None
+            return None
+        retired.hold(cache)
+        return captured
 
     def turn_off(self, reason: str) -> None:
         """Turns capturing off for good, and logs why."""
-        self.off = reason
+        self.off, self._kept = reason, None
         self._captured = weakref.WeakKeyDictionary()
         logger.warning("%s: no CUDA graphs: %s", type(self.model).__name__, reason)
 
@@ -226,20 +260,6 @@ def hooks_reason(model: Any) -> str | None:
             return f"accelerate has set a hook on {name or 'the model'}"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"{name or 'the model'} has forward hooks, which a replay would not call"
-    return None
-
-
-def latent_reason(model: Any, dtype: torch.dtype) -> str | None:
-    """Why attention to latents cannot be captured, in words, or None: expanded, it reads no lengths from the device.
-
-    Args:
-        model: the patched model.
-        dtype: the latents' dtype.
-    """
-    for module in latent_modules(model):
-        projection = projection_of(module, torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
-        if isinstance(projection, str):
-            return f"{type(module).__name__} expands its latents at every step: {projection}"
     return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hfkv.attention.function import NAME
+from hfkv.attention.latent.projection import projection_of
 from hfkv.attention.latent.view import latent_views
 from hfkv.models.latents import METHOD, expands_what_was_cached
 from hfkv.patches.override import does
@@ -81,3 +82,17 @@ def _expand_kv(module: Any, model: Any, kv_nope: torch.Tensor, k_rot: torch.Tens
 def _say(model: Any, what: str) -> None:
     if "hfkv" in vars(model):
         model.hfkv.log_once(f"{type(model).__name__}: {what}")
+
+
+def latent_reason(model: Any, dtype: torch.dtype) -> str | None:
+    """Why attention to latents cannot be captured, in words, or None: expanded, it reads no lengths from the device.
+
+    Args:
+        model: the patched model.
+        dtype: the latents' dtype.
+    """
+    for module in latent_modules(model):
+        projection = projection_of(module, torch.empty(0, dtype=dtype, device=next(module.parameters()).device))
+        if isinstance(projection, str):
+            return f"{type(module).__name__} expands its latents at every step: {projection}"
+    return None

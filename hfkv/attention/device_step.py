@@ -116,6 +116,22 @@ class DeviceStep:
                 return False
         return True
 
+    def adopt(self, layers: list[KVLayer]) -> bool:
+        """Goes on with the layers of another cache of the same kind, after its prompt.
+
+        Returns:
+            Whether their planes are those that were captured.
+        """
+        place = {id(layer): index for index, layer in enumerate(self.layers)}
+        if len(layers) != len(self.layers) or not all(layer.is_initialized for layer in layers):
+            return False
+        for group in self.groups:
+            group.layers = [layers[place[id(layer)]] for layer in group.layers]
+        self.layers = layers
+        for layer in layers:
+            layer.store.keeps_place = True
+        return self._places == self._places_now()
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Makes the layers write and read where the device says, while the context lasts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -83,6 +83,7 @@ class Store(ABC):
         self.version = 0  # changes when a token that was held moves or goes
         self.keeps_place = False  # whether `select` writes to the same planes where it can: a CUDA graph reads them
         self.planes: list[torch.Tensor] = []
+        self.lent: list[torch.Tensor] = []  # planes of a store that is gone, for the first allocation
         self.device: torch.device | None = None
 
     @property
@@ -222,6 +223,29 @@ class Store(ABC):
         """
         assert self.device is not None
         return allocate(shape, like.dtype, self.device)
+
+    def take_lent(self, like: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor] | None:
+        """Takes the planes lent, once, if they are as those of `like` and large enough.
+
+        Args:
+            like: planes of the dtypes and shapes that are wanted, the dimensions of `sizes` aside.
+            sizes: dimensions that may be larger, and their least size.
+        """
+        lent, self.lent = self.lent, []
+        if len(lent) != len(like):
+            return None
+        free = dict(sizes)
+        for plane, wanted in zip(lent, like, strict=True):
+            if (plane.dtype, plane.device, plane.dim()) != (wanted.dtype, self.device, wanted.dim()):
+                return None
+            fits = (n >= free[i] if i in free else n == wanted.shape[i] for i, n in enumerate(plane.shape))
+            if not all(fits):
+                return None
+        return lent
+
+    def is_used_elsewhere(self) -> Callable[[], bool]:
+        """Gives a function that says whether other stores hold planes of this one, which may be gone by then."""
+        return lambda: False
 
     def allocate_reserved(self, needed: int, wanted: int, allocate: Callable[[int], None]) -> None:
         """Calls `allocate(wanted)`, or `allocate(needed)` where there is no memory for the reservation."""

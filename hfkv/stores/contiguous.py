@@ -205,7 +205,7 @@ class ContiguousStore(Store):
             plane[:, :, : self.length].copy_(source[:, :, first : first + self.length])
 
     def _allocate(self, like: Planes | list[torch.Tensor], capacity: int) -> None:
-        self.planes = [
+        self.planes = self.take_lent(like, [(2, capacity)]) or [
             self.allocate((plane.shape[0], plane.shape[1], capacity, plane.shape[3]), like=plane) for plane in like
         ]
         self.start = 0

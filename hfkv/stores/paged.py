@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,6 +135,10 @@ class PagedStore(Store):
         assert isinstance(placing, PageSlots)
         return placing.read(self.pages.planes, first, last)
 
+    def is_used_elsewhere(self) -> Callable[[], bool]:
+        pages, own = self.pages, weakref.ref(self)
+        return lambda: pages.stores > (own() is not None)
+
     def extend(self, count: int) -> Layout:
         with self.lock:
             before = self.layout()
@@ -222,11 +227,9 @@ class PagedStore(Store):
         return self.blocks.refcounts[page] == sum(other[column] == page for other in self.table) + row.count(page) - 1
 
     def _empty(self) -> PagedStore:
-        """Makes an empty store of this kind."""
         return PagedStore(self.page_size, bound=self.bound)
 
     def _begin(self, new: Planes) -> None:
-        """Makes planes for tokens like `new`."""
         self.device = new[0].device
         self.table = [[] for _ in range(len(new[0]))]
         self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
@@ -264,14 +267,10 @@ class PagedStore(Store):
             listed = {page for row in self.table for page in row}
             reserved = self._reserved_pages() + self.blocks.used - len(listed)
             grown = self.blocks.size + self.blocks.size // SHARED_GROWTH
-            if not self._shares(listed):
+            if self.pages.stores == 1 and len(listed) == len(self.table) * len(self.columns):  # no page is shared
                 grown = max(int(self.blocks.size * GROWTH), reserved)
             self.allocate_reserved(needed, max(needed, grown), self._resize)
         return self.blocks.take(count)
-
-    def _shares(self, listed: set[int]) -> bool:
-        """Whether several rows, or several stores, hold some page together."""
-        return self.pages.stores > 1 or len(listed) < len(self.table) * len(self.columns)
 
     def _reserved_pages(self) -> int:
         tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
@@ -282,6 +281,10 @@ class PagedStore(Store):
         return len(self.table) * columns
 
     def _resize(self, size: int) -> None:
+        lent = self.take_lent(self.planes, [(0, size)])
+        if lent is not None and not self.blocks.size:
+            self.planes = lent
+            return self.blocks.grow(len(lent[0]))
         count = min(size, self.blocks.size)
         grown = []
         for old in self.planes:

@@ -54,6 +54,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         self._parts: dict[Part, PartShape] = {}
         self._batch = 1
         self._reserved = 0
+        self._lent: list[torch.Tensor] = []
         self._store_kind = self.kv.store
         self._copies = (1, 0)
         self._assignment = Assignment()

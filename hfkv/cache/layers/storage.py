@@ -24,11 +24,17 @@ class Storage:
     _copies: tuple[int, int]
     _reserved: int
     _num_slots: int
+    _lent: list[torch.Tensor]
 
     @property
     def store(self) -> Store:
         assert self._store is not None, "the layer has not seen a key yet"
         return self._store
+
+    @property
+    def reserved(self) -> int:
+        """The number of tokens that there will be in all, as far as anybody has said."""
+        return self._reserved
 
     @property
     def bound(self) -> int | None:
@@ -47,6 +53,10 @@ class Storage:
         if self._store:
             self._store.reserve(tokens + self._num_slots)
 
+    def lend(self, planes: list[torch.Tensor]) -> None:
+        """Gives planes that nobody uses any more to the next store, which takes them if they fit."""
+        self._lent = planes
+
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         store = self._store  # another thread may reset the layer meanwhile
@@ -63,4 +73,5 @@ class Storage:
         store = make_store(self._store_kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
         store.expect_copies(*self._copies)
         store.reserve(self._reserved + self._num_slots)
+        store.lent, self._lent = self._lent, []
         return store
