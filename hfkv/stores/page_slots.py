@@ -39,8 +39,8 @@ class PageSlots(Placing):
         self._reads: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def write(self, planes: Sequence[torch.Tensor], new: Planes) -> None:
-        """Writes new tokens `[B, H_i, count, d_i]`."""
-        for plane, tokens, (heads, width, is_bits) in zip(planes, new, self._of_planes, strict=True):
+        """Writes new tokens `[B, H_i, count, d_i]`, if any are given."""
+        for plane, tokens, (heads, width, is_bits) in zip(planes, new, self._of_planes, strict=False):
             if is_bits:
                 plane, tokens = plane.view(torch.uint8), tokens.view(torch.uint8)
             if width:

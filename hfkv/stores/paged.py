@@ -69,7 +69,6 @@ class PagedStore(Store):
         return self.fork(torch.arange(len(self.table)))
 
     def fork(self, rows: torch.Tensor) -> PagedStore:
-        """Copies the store, which shares its pages; see `Store.fork`."""
         forked = self._empty()
         with self.lock:
             forked.pages.leave(())
@@ -80,7 +79,6 @@ class PagedStore(Store):
         return forked
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Announces `copies` copies of every row for when it holds `tokens`, so that one allocation is enough."""
         self._copies = (copies, tokens)
 
     def append(self, new: Planes) -> None:
@@ -125,11 +123,10 @@ class PagedStore(Store):
 
     def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, PageSlots)
-        if new is not None:
-            with self.pages.lock:
-                placing.write(self.pages.planes, new)
-        self.length, self.columns[-1], self._ids = placing.length, placing.column, placing.table
-        self._key = placing.key  # one object for all layers, which is equal to itself at a glance
+        with self.pages.lock:
+            placing.write(self.pages.planes, new or ())
+        # One key for all layers, which is equal to itself at a glance.
+        self.length, self.columns[-1], self._ids, self._key = placing.length, placing.column, placing.table, placing.key
 
     def read_placed(self, placing: Placing, first: int, last: int) -> Planes:
         assert isinstance(placing, PageSlots)

@@ -311,9 +311,7 @@ def test_an_interrupted_capture_leaves_the_cache_as_it_was(
 
 
 @pytest.mark.parametrize("kv", ["none", "int8+paged+page_size:4", "window:8+sinks:2"])
-def test_a_later_call_replays_what_an_earlier_one_captured(
-    device: torch.device, counts: dict[str, int], kv: str
-) -> None:
+def test_a_later_call_replays_what_was_captured(device: torch.device, counts: dict[str, int], kv: str) -> None:
     model = llama().to(device)
     prompts = [on(device, {"input_ids": prompt(2, length)["input_ids"]}) for length in (9, 12, 7)]
     with hfkv.patch(model, kv):
