@@ -48,7 +48,7 @@ def fused_attention(
         return None  # scaled_dot_product_attention is the faster flash attention there
     if held.inputs is not None:
         return kernel(query, *held.encoded(), _on_device(held), scoring, inputs=held.inputs).out
-    visibility = _visibility(query, held, mask, is_causal)
+    visibility = visibility_of_mask(query.shape, held, mask, is_causal)
     if visibility is None:
         return None
     return attend_held(kernel, query, held, held.last, visibility, scoring).out
@@ -97,9 +97,12 @@ def _on_device(held: HeldTokens) -> Visibility:
     return Visibility(seen=held.last, pads=(0,) * held.batch)
 
 
-def _visibility(query: torch.Tensor, held: HeldTokens, mask: torch.Tensor | None, is_causal: bool) -> Visibility | None:
-    """What `mask` says, or None where it says more than what is visible."""
-    batch, num_queries, num_shown = query.shape[0], query.shape[2], held.last - held.first
+def visibility_of_mask(
+    queries: torch.Size, held: HeldTokens, mask: torch.Tensor | None, is_causal: bool
+) -> Visibility | None:
+    """What `mask` says of queries `[B, Hq, q, D]`, or None where it says more than what is visible."""
+    batch, _, num_queries, _ = queries
+    num_shown = held.last - held.first
     # Positions are counted from the first token shown, as those of the mask are.
     shown = Visibility(seen=num_shown, pads=(0,) * batch, first=held.first, num_slots=held.first)
     if mask is None:

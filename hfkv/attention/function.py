@@ -16,7 +16,7 @@ from hfkv.attention.full import as_returned, fused_attention
 from hfkv.attention.latent.function import latent_attention, windowed_latent_attention
 from hfkv.attention.latent.view import LatentView
 from hfkv.attention.masks import NOT_LEFT_PADDED, CausalMask, hfkv_mask, left_padding, only_picked, packed_only, rule_of
-from hfkv.attention.short import short_attention
+from hfkv.attention.quick import quick_attention
 from hfkv.attention.windowed import windowed_attention
 from hfkv.cache.layers.head_groups import SplitTokens
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
@@ -84,7 +84,7 @@ def hfkv_attention(
         if telling is None:
             telling = _telling[kind] = _telling_names(module, kwargs)
         if not telling or all(kwargs[name] is None or kwargs[name] is False for name in telling):
-            output = short_attention(query, key, value, attention_mask, scaling)
+            output = quick_attention(query, key, value, attention_mask, scaling)
             if output is not None:
                 return output, None
     _refuse_own_attention(getattr(module, "config", None))
