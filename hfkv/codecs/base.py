@@ -87,8 +87,8 @@ class Codec(ABC):
         """
         if keys.shape != values.shape or keys.shape[2] > _FEW or is_on():
             return self.encode(keys) + self.encode(values)
-        heads, planes = keys.shape[1], self._encode(torch.cat((keys, values), dim=1))
-        return (*(plane[:, :heads] for plane in planes), *(plane[:, heads:] for plane in planes))
+        halves = [plane.chunk(2, 1) for plane in self._encode(torch.cat((keys, values), dim=1))]
+        return (*[half[0] for half in halves], *[half[1] for half in halves])
 
     @abstractmethod
     def _encode(self, x: torch.Tensor) -> Planes:

@@ -27,6 +27,10 @@ class Fp8(Codec):
         q, scale = planes
         return (q.float() * scale.float()).to(dtype)
 
+    def decode_rows(self, planes: Planes, head_dim: int) -> torch.Tensor:
+        q, scale = planes
+        return _from_bits(q, torch.float32).mul_(scale.float())
+
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
         codes, scale = planes
         numbers = _from_bits(codes, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

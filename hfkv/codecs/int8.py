@@ -27,6 +27,10 @@ class Int8(Codec):
         q, scale = planes
         return (q.float() * scale.float()).to(dtype)
 
+    def decode_rows(self, planes: Planes, head_dim: int) -> torch.Tensor:
+        q, scale = planes
+        return q.float() * scale.float()
+
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
         codes, scale = planes
         return Affine(codes.to(dtype), scale[..., 0].float(), None)
