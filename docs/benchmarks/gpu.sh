@@ -23,6 +23,7 @@ bench() { # name, seconds, arguments ...
 
 run doctor 300 hfkv doctor --device cuda --json "$out/doctor.json"
 run tests 600 python -m pytest -o addopts= -q -m gpu tests
+bench host 120 host --peers DynamicCache
 bench attention 400 attention --shape llama-8b --batch 8 --context 32768
 bench step-8x32k 500 step --shape llama-8b --layers 32 --batch 8 --context 32768 --peers DynamicCache \
     --kv none --kv int8 --kv int8+graphs --kv int8+paged+graphs
