@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 
 from hfkv.codecs import CODECS, Codec, Int8, register_codec
-from hfkv.policy.rules import RULES, Dynamic, WindowRule, register_rule
+from hfkv.policy.rules import EVERYTHING, RULES, Dynamic, WindowRule, register_rule
+from hfkv.policy.window import Window
 from hfkv.policy.words import CODEC_WORDS
 
 
@@ -63,19 +65,46 @@ class Other(Spoken):
     name = "dynamic"
 
 
+def _rule(**fields: Any) -> WindowRule:
+    return type("Made", (WindowRule,), {"name": "made", "most": 8, **fields})()
+
+
 @pytest.mark.parametrize(
     ("rule", "said"),
     [
         (Halves(), "differ when 1 tokens"),
+        (_rule(steps=((64, 8),)), r"none above 64; let the last step reach EVERYTHING"),
+        (_rule(steps=((EVERYTHING, 100),)), r"size\(9\) must return at most 8|at most 8, .* got 100"),
+        (_rule(size=lambda self, seen: 100), r"size\(9\) must return at most 8, .* got 100"),
+        (_rule(steps=()), "must be None or a tuple with a step at least"),
+        (_rule(steps=((10, 4), (5, 8))), "must rise, got 5 where at least 11 is due"),
+        (_rule(steps=((EVERYTHING, 0),)), "sizes of at least 1"),
+        (_rule(steps=(5,)), "pairs of ints, got 5"),
+        (_rule(size=lambda self, seen: seen // 2), r"size\(1\) must return at least 1"),
+        (_rule(size=lambda self, seen: 4.0), "must return an int"),
+        (_rule(most=None, size=lambda self, seen: 8), "most must be an int"),
+        (_rule(most=0, size=lambda self, seen: 8), "most must be at least 1"),
+        (_rule(), "neither steps nor a size"),
+        (_rule(name=5, size=lambda self, seen: 8), "name must be a str"),
+        (type(_rule(steps=((EVERYTHING, 8),))), "must be an instance, got the class Made"),
+        (None, "instance of a subclass of WindowRule, got None"),
         (Spoken(), "plain words"),
         (Other(), "a rule 'dynamic' already"),
     ],
 )
 def test_a_rule_has_a_word_of_its_own_and_says_one_thing(rule: WindowRule, said: str) -> None:
     before = dict(RULES)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((TypeError, ValueError), match=said):
         register_rule(rule)
     assert before == RULES
+
+
+def test_a_size_above_the_most_is_refused_when_a_text_comes_that_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, "made", rule := _rule(size=lambda self, seen: 8 if seen < 50 else 9))
+    register_rule(rule)
+    window = Window(schedule="made")
+    with pytest.raises(ValueError, match=r"Made.size\(50\) must return at most 8, what Made.most says, got 9"):
+        window.lower_bound(60)
 
 
 @pytest.mark.parametrize("codec", CODECS.values(), ids=list(CODECS))
