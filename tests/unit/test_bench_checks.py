@@ -84,6 +84,18 @@ def test_a_star_is_every_contender_of_ours(tmp_path: Path) -> None:
     assert found == [("int8", 6.0, HELD), ("paged", 2.0, MISSED)]
 
 
+def test_each_of_several_results_of_such_a_run_is_held(tmp_path: Path) -> None:
+    table = result().tables[0]
+    slow = result(tables=[replace(table, rows=[table.rows[0], row("int8", 24.0)])])
+    (target,) = targets(tmp_path, INT8 + "at_least = 6.0")
+    for results, expected in (
+        ([result(), slow], [(1, HELD), (2, MISSED)]),
+        ([slow, result()], [(1, MISSED), (2, HELD)]),
+    ):
+        seen = check_results([target], results)
+        assert [(verdict.result, verdict.verdict) for verdict in seen] == expected
+
+
 def test_a_wrong_contender_misses_whatever_it_was_to_reach(tmp_path: Path) -> None:
     table = result().tables[0]
     wrong = replace(table, rows=[table.rows[0], row("int8", None, status="wrong", note="off")])

@@ -49,6 +49,8 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
     for verdict in verdicts:
         target = verdict.target
         name = str(target).replace("*", verdict.contender) if verdict.contender != target.contender else str(target)
+        if verdict.result is not None:
+            name += f", result {verdict.result}"
         if verdict.note is not None:
             name += f" ({verdict.note})"
         parts = (
