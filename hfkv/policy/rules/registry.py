@@ -12,7 +12,7 @@ RULES: dict[str, WindowRule] = {}
 def register_rule(rule: WindowRule) -> None:
     """Makes a rule known under its name, in windows (``Window(schedule="mine")``) and words (``"window:mine"``).
 
-    A rule of the same class, or of its class defined again (a notebook's cell run twice), takes the place of the first.
+    A rule of the same class, or of its class defined anew (a notebook's cell run twice), takes its place.
 
     Raises:
         TypeError: it is no instance of `WindowRule`, or a field of it is of the wrong type.
