@@ -1,10 +1,11 @@
-"""Refusals: why the prompts of a model cannot share prefixes at all."""
+"""Refusals: why the prompts of a model cannot share prefixes at all, and why no file can hold a cache."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from hfkv.cache.kv_cache import KVCache
+from hfkv.cache.layers.base import CacheLayer
 from hfkv.models.probe import growing_rope_type
 
 
@@ -23,3 +24,18 @@ def sharing_refusal(config: Any, cache: KVCache) -> str | None:
     if changing is not None:
         return f"the {changing} rotary scaling of {name} changes with the length of the text"
     return None
+
+
+def check_files_hold(cache: KVCache) -> None:
+    """Checks that a file holds all that the layers of a cache keep.
+
+    Raises:
+        NotImplementedError: a layer keeps more than tokens.
+    """
+    for index, layer in enumerate(cache.layers):
+        refusal = layer.file_refusal if isinstance(layer, CacheLayer) else None
+        if refusal is not None:
+            raise NotImplementedError(
+                f"such a cache can be neither saved nor loaded: layer {index} ({type(layer).__name__}) {refusal}; "
+                "prefill the prompt instead, or fork the cache"
+            )
