@@ -21,11 +21,13 @@ class CommandError(Exception):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turns a `CommandError`, a refusal of hfkv's or a full disk into one red line on stderr and exit code 2."""
+    """Turns refusals, names that no file can have and a full disk into one red line on stderr, exit code 2."""
     try:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise CommandError(f"no file can be called {str(error.filename)!r}: {error.strerror}") from error
             if error.errno != errno.ENOSPC:
                 raise
             raise CommandError(f"could not write the output: {error.strerror}") from error

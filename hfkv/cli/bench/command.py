@@ -174,7 +174,7 @@ def _means_nothing(word: str, suite: str, takes: tuple[str, ...]) -> str:
 
 def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Path | None, check: Path | None) -> None:
     """Shows, writes, draws and checks results."""
-    check_outputs(json, plot)
+    check_outputs(json, plot, check=check)
     from hfkv.bench import check_results, read_targets
     from hfkv.cli.bench.screen import show, show_verdicts
 

@@ -11,8 +11,9 @@ from rich.progress import TaskProgressColumn
 
 from hfkv.cli.demo.runs import DemoSetting, measure, num_steps
 from hfkv.cli.demo.screen import show
-from hfkv.cli.errors import CommandError, told_in_one_line
+from hfkv.cli.errors import told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
+from hfkv.cli.outputs import check_outputs
 
 
 def demo(
@@ -37,10 +38,7 @@ def demo(
 
     with told_in_one_line():
         setting = DemoSetting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
-        if json_path is not None and not json_path.parent.is_dir():
-            raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
-        if json_path is not None and json_path.is_dir():
-            raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
+        check_outputs(json_path)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         # The model is too small for more threads to pay, and they stall each other where other work runs: a demo of
         # 45 s with one thread took 170 s with two beside one busy process on two cores.

@@ -13,7 +13,7 @@ from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.eval.runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
 from hfkv.cli.eval.screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
-from hfkv.cli.outputs import check_outputs
+from hfkv.cli.outputs import check_apart, check_can_draw, check_outputs
 from hfkv.cli.said import command_line, whole_numbers
 
 
@@ -67,7 +67,7 @@ def evaluate(
             trials=trials,
         )
         _refuse_reuse(setting.kvs)
-        _check_outputs(json_path, plot)
+        _check_outputs(json_path, plot, text)
         words = _read_text(text)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         if model is None:
@@ -112,18 +112,15 @@ def _read_text(path: Path | None) -> str:
     return text
 
 
-def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
+def _check_outputs(json_path: Path | None, plot_folder: Path | None, text: Path | None) -> None:
     """Refuses what could not be written, before anything is measured."""
-    check_outputs(json_path, None)
+    check_outputs(json_path, text=text)
     if plot_folder is None:
         return
-    from hfkv.measure.plotting import check_matplotlib
-
+    check_apart(json=json_path, plot=plot_folder)
+    check_can_draw()
     try:
-        check_matplotlib()
         plot_folder.mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        raise CommandError(f"--plot: {error}") from error
     except OSError as error:
         raise CommandError(
             f"--plot {str(plot_folder)!r} cannot be a folder: {error.strerror}; name one that can be written to"
