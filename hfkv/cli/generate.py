@@ -16,6 +16,7 @@ from rich.text import Text
 from hfkv.cli.errors import CommandError, first_line, told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 from hfkv.cli.stream import TokenClock
+from hfkv.policy.units import MOST_COUNT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,8 @@ def stream(
         raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
     if max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > MOST_COUNT:
+        raise CommandError(f"--max-new-tokens must be at most {MOST_COUNT:,}, got {max_new_tokens}")
     # verbose: generate itself warns of a text longer than the model was made for.
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
     num_prompt = inputs["input_ids"].shape[1]

@@ -19,6 +19,12 @@ def row(contender: str, p50_ms: float | None, is_ours: bool = True, **fields: An
     return Row(contender, is_ours, p50_ms=p50_ms, **fields)
 
 
+MACHINE = {
+    **dict.fromkeys(("processor", "instructions", "hfkv", "torch", "transformers"), "one"),
+    **{"device": "cpu", "threads": 2, "cores": 2, "accelerator": None, "load_before": 0.1},
+}
+
+
 def result(**fields: Any) -> Result:
     rows = [
         row("DynamicCache", 12.0, False),
@@ -35,7 +41,7 @@ def result(**fields: Any) -> Result:
         "dtype": "bfloat16",
         "seed": 0,
         "setting": {},
-        "machine": {"device": "cpu"},
+        "machine": MACHINE,
         "copy_bytes_per_second": 1e10,
         "seconds": 1.0,
         "tables": [Table(512, 1, [], 1, rows)],

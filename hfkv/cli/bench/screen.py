@@ -84,7 +84,7 @@ def _title(result: Result, measured: Measured) -> str:
 def _table(result: Result, measured: Measured, width: int) -> Table:
     columns = (_memory_columns if result.suite == "memory" else _time_columns)(result, measured)
     peers = [row.contender for row in measured.rows if not row.is_ours]
-    drop_to_fit(columns, width, DISPENSABLE, max(map(len, peers)))
+    drop_to_fit(columns, width, DISPENSABLE, max(map(len, peers), default=0))
     names = [
         Text(wrap(row.contender, room(columns, width)), "bold") if row.is_ours else Text(row.contender)
         for row in measured.rows
@@ -121,7 +121,7 @@ def _memory_columns(result: Result, measured: Measured) -> Columns:
     rows, layers = measured.rows, result.model_layers
     unit, unit_name = _unit(rows)
     whole, whole_name = _unit(rows, layers)
-    full = next(row.held_bytes for row in rows if row.contender == "DynamicCache") or 0
+    full = next((row.held_bytes for row in rows if row.contender == "DynamicCache"), None) or 0
     tokens = measured.batch * measured.context
     return {
         f"held\n{unit_name}": [_main(row, _bytes(row.held_bytes, unit)) for row in rows],
