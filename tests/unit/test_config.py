@@ -159,6 +159,6 @@ def test_overrides_that_cannot_hold_raise() -> None:
     with pytest.raises(ValueError, match="names layer 0, which stays transformers' own"):
         KVCache(NAMED["qwen3_next"]().model, KVConfig(layers={"0": KVConfig("int8")}))
     for key in ("3\n", "٣", "0-1\n", "9" * 5000):
-        with pytest.raises(ValueError, match="KVConfig.layers takes keys such as"):
+        with pytest.raises(ValueError, match=r"KVConfig.layers takes keys such as"):
             KVConfig(layers={key: KVConfig()})
     assert KVConfig(layers={"0-99999999999": KVConfig()}).last_named_layer == 99999999999
