@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from hfkv.cli.consoles import new_console
 from hfkv.policy.errors import RequestError
 
 EXIT_CODE = 2
@@ -33,7 +33,7 @@ def told_in_one_line() -> Iterator[None]:
             raise CommandError(f"could not write the output: {error.strerror}") from error
     except (CommandError, RequestError) as error:
         line = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
+        new_console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
         raise typer.Exit(EXIT_CODE) from None
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.demo.runs import DemoSetting, measure, num_steps
 from hfkv.cli.demo.screen import show
 from hfkv.cli.errors import told_in_one_line
@@ -43,7 +43,7 @@ def demo(
         # The model is too small for more threads to pay, and they stall each other where other work runs: a demo of
         # 45 s with one thread took 170 s with two beside one busy process on two cores.
         torch.set_num_threads(1)
-        bars = Console(stderr=True, highlight=False)
+        bars = new_console(stderr=True)
         with loading_bars(bars):
             model, tokenizer = load(None, chosen_dtype, chosen_device)
         with progress_on(bars, TaskProgressColumn()) as progress:
@@ -55,6 +55,6 @@ def demo(
                 setting,
                 lambda what: progress.update(task, advance=1, description=f"{what:<38}"),
             )
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if json_path is not None:
             report.write_json(json_path)

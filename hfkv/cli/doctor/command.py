@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.doctor.layers import describe_layers, read_config
 from hfkv.cli.doctor.machine import describe_installation
 from hfkv.cli.doctor.report import DoctorReport
@@ -43,10 +44,10 @@ def doctor(
     with told_in_one_line():
         check_outputs(json_path)
         chosen_device, chosen_dtype = pick_device(device), pick_dtype(dtype)
-        report = examine(model, kv, chosen_device, chosen_dtype, Console(stderr=True, highlight=False))
+        report = examine(model, kv, chosen_device, chosen_dtype, new_console(stderr=True))
         if json_path is not None:
             json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if report.failures:
             raise typer.Exit(EXIT_CODE)
 

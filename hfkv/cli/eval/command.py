@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.eval.runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
 from hfkv.cli.eval.screen import show
@@ -73,7 +73,7 @@ def evaluate(
         if model is None:
             # See `hfkv demo`: the bundled model is too small for more threads to pay.
             torch.set_num_threads(1)
-        bars = Console(stderr=True, highlight=False)
+        bars = new_console(stderr=True)
         with loading_bars(bars):
             loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
         with each_warning_once(), progress_on(bars, TaskProgressColumn()) as progress:
@@ -87,7 +87,7 @@ def evaluate(
                 lambda total: progress.update(task, total=total),
                 lambda what, count: progress.update(task, advance=count, description=f"{what:<32}"),
             )
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if json_path is not None:
             report.write_json(json_path, command_line(context, "hfkv", "eval"))
         if plot is not None:
