@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     there = device is not None and (
-        device.type == "cpu"
+        (device.type == "cpu" and not device.index)
         or (accelerator is not None and device.type == accelerator.type and (device.index or 0) < len(present) - 1)
     )
     if device is None or not there:

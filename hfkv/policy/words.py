@@ -61,7 +61,7 @@ def _window_words(window: Window) -> list[str]:
     if window.schedule is None:
         words = [f"window:{window.size}"]
     else:
-        name = window.schedule if isinstance(window.schedule, str) else getattr(window.schedule, "__name__", "schedule")
+        name = window.schedule if isinstance(window.schedule, str) else _name_of(window.schedule)
         words = [f"window:{name}"] + ([f"size:{window.size}"] if window.size is not None else [])
     words.append(f"sinks:{window.sinks}")
     if window.sink_positions != "absolute":
@@ -75,6 +75,12 @@ def _window_words(window: Window) -> list[str]:
         words += [f"summary:{window.summary}", f"summary_pages:{window.summary_pages}"]
         words.append(f"summary_page_size:{window.summary_page_size}")
     return words
+
+
+def _name_of(schedule: Any) -> str:
+    """The name of a schedule of one's own, which is no word: not one that a rule has."""
+    name = getattr(schedule, "__name__", "schedule")
+    return f"{name}()" if name in RULES else name
 
 
 def _dotted(indices: tuple[int, ...]) -> str:

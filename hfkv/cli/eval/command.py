@@ -57,6 +57,8 @@ def evaluate(
     with told_in_one_line():
         if stream and context_tokens is not None:
             raise CommandError("--stream reads the text as one and --context cuts it into blocks; give one of them")
+        if not pass_keys:
+            _refuse_of_pass_keys(context)
         setting = EvalSetting(
             kvs=tuple(kv or DEFAULT_KV),
             context=None if stream else EvalSetting.context if context_tokens is None else context_tokens,
@@ -92,6 +94,15 @@ def evaluate(
             report.write_json(json_path, command_line(context, "hfkv", "eval"))
         if plot is not None:
             _write_plots(report, plot)
+
+
+def _refuse_of_pass_keys(context: typer.Context) -> None:
+    for name in ("pass_key_lengths", "pass_key_depths", "trials"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise CommandError(
+                f"--{name.replace('_', '-')} is about pass keys, and --no-pass-keys hides none; give one"
+            )
 
 
 def _read_text(path: Path | None) -> str:
