@@ -17,7 +17,8 @@ def sharing_refusal(config: Any, cache: KVCache) -> str | None:
     others = sorted({type(layer).__name__ for layer in cache.layers if layer not in cache.kv_layers})
     if others:
         return f"{name} has layers whose state is not a token's own ({', '.join(others)})"
-    refusal = next(filter(None, (layer.sharing_refusal for layer in cache.kv_layers)), None)
+    refusals = (layer.sharing_refusal or layer.file_refusal for layer in cache.kv_layers)
+    refusal = next(filter(None, refusals), None)
     if refusal is not None:
         return f"{name} {refusal}"
     changing = growing_rope_type(config.get_text_config(decoder=True))

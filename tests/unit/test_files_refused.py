@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen3NextConfig
 
+import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.cache.factory import BUILDERS, register_layer
 from hfkv.cache.layers.layer import KVLayer
@@ -51,6 +52,10 @@ class Counting(KVLayer):
 
     extra_name = "counts"
 
+    @property
+    def extras(self) -> list[str]:
+        return ["counts"]
+
     def extra_memory(self) -> list[Any]:
         return [("counts", torch.device("cpu"), 8, 8)]
 
@@ -63,11 +68,19 @@ def test_a_layer_that_keeps_more_than_tokens_is_neither_saved_nor_loaded(path: P
     whole = path.read_bytes()
     register_layer(lambda place: Counting(place.kv) if place.index else None)
     try:
-        with pytest.raises(NotImplementedError, match=r"layer 1 \(Counting\) keeps counts, which no file holds"):
+        with pytest.raises(ValueError, match="keeps counts, which neither files nor shared prefixes hold"):
+            hfkv.patch(model, "reuse")
+        with pytest.raises(
+            NotImplementedError,
+            match=r"layer 1 \(Counting\) keeps counts, which neither files nor shared prefixes hold",
+        ):
             KVCache.load(path, model)
         cache = KVCache(model)
         feed(cache, 1, 9)
-        with pytest.raises(NotImplementedError, match=r"layer 1 \(Counting\) keeps counts, which no file holds"):
+        with pytest.raises(
+            NotImplementedError,
+            match=r"layer 1 \(Counting\) keeps counts, which neither files nor shared prefixes hold",
+        ):
             cache.save(path, model)
     finally:
         BUILDERS.pop(0)

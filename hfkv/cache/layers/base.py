@@ -67,7 +67,11 @@ class CacheLayer(CacheLayerMixin):
         By default, that it keeps more than tokens (`extras`, `extra_memory`), or what `sharing_refusal` says.
         """
         kept = self.extras or ([self.extra_name] if self.extra_memory() else [])
-        return f"keeps {' and '.join(kept)}, which no file holds" if kept else self.sharing_refusal
+        return (
+            f"keeps {' and '.join(kept)}, which neither files nor shared prefixes hold"
+            if kept
+            else self.sharing_refusal
+        )
 
     def graph_refusal(self) -> str | None:
         """The reason why its decode step cannot be captured in a CUDA graph, or None where it can."""
