@@ -172,7 +172,7 @@ class Result:
         if self.suite == MLA:
             check_fields({"cases": "list[Any]"}, self.setting, "setting", is_whole=True)
             cases = [read_record(Case, case, "a case") for case in self.setting["cases"]]
-            if len(cases) != len(self.tables):
+            if len(cases) < len(self.tables):
                 raise ValueError(f"setting names {plural(len(cases), 'case')} of {plural(len(self.tables), 'table')}")
 
     @classmethod

@@ -89,7 +89,7 @@ def test_a_file_with_a_field_that_is_none_is_refused_by_the_field(
         Result.read_json(file)
 
 
-def test_cases_of_latent_attention_are_as_many_as_tables(tmp_path: Path) -> None:
+def test_each_table_of_latent_attention_has_a_case(tmp_path: Path) -> None:
     content = json.loads((DOCS / "mla-cpu.json").read_text())
     file = tmp_path / "result.json"
     for cases, said in (
