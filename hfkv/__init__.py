@@ -77,7 +77,7 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         globals()[name] = getattr(import_module(_PUBLIC[name]), name)
         return globals()[name]
-    if not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
+    if name.isidentifier() and not name.startswith("__") and find_spec(f"{__name__}.{name}") is not None:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

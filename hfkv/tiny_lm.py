@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import torch
+    from torch import dtype
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+else:
+    dtype = Any  # for typing.get_type_hints, without the imports
+    PreTrainedModel = Any
+    PreTrainedTokenizerBase = Any
 
 PATH = str(Path(__file__).parent / "assets" / "tiny-lm")
 
 
-def load(dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(dtype: dtype | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads the bundled model and its tokenizer, one token a byte.
 
     Args:

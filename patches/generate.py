@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import weakref
 from typing import Any
 
@@ -18,8 +16,6 @@ from hfkv.patches.fresh_cache import check_cache, fresh_cache, self_attention_of
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import check_candidates, expect_prefix
 from hfkv.patches.undo import Undo
-
-logger = logging.getLogger("hfkv")
 
 HOOK = "_prepare_cache_for_generation"
 BATCHING = "init_continuous_batching"
@@ -147,7 +143,9 @@ def _prepare_cache(
         asked = (
             "use_cache=False" if cache is None else f"cache_implementation={generation_config.cache_implementation!r}"
         )
-        _warn_once(f"{type(self).__name__} was asked for {asked}: hfkv leaves such calls alone, and kv has no effect")
+        self.hfkv.log_once(
+            f"{type(self).__name__} was asked for {asked}: hfkv leaves such calls alone, and kv has no effect"
+        )
         expect_prefix(self, None)
         return result
     model_kwargs["past_key_values"] = fresh_cache(self, cache)
@@ -161,11 +159,6 @@ def _prepare_cache(
     if generation_config.is_assistant:
         own.activate_past_recording()
     return result
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def _check_fits(cache: Any, model: Any) -> None:

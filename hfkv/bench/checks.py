@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Verdict:
         verdict: ``"held"``, ``"missed"`` or ``"not measured"``: no result is of such a run, or the peer could not run,
             which `note` says.
         held: the part of the other's bytes that was seen.
+        result: which of several results of such a run it is about, counted from 1; None where there is but one.
     """
 
     target: Target
@@ -101,6 +102,7 @@ class Verdict:
     verdict: str
     note: str | None = None
     held: float | None = None
+    result: int | None = None
 
 
 def read_targets(path: Path) -> list[Target]:
@@ -143,7 +145,7 @@ def _target(entry: dict[str, Any], where: str) -> Target:
 
 
 def check_results(targets: Sequence[Target], results: Sequence[Result]) -> list[Verdict]:
-    """Holds results against targets.
+    """Holds results against targets: each result of a run that a target is about, with a verdict of its own.
 
     Raises:
         BenchError: a row that a target names is not in a result of such a run, or no target is about any of the
@@ -160,17 +162,21 @@ def check_results(targets: Sequence[Target], results: Sequence[Result]) -> list[
 
 
 def _verdicts(target: Target, results: Sequence[Result]) -> list[Verdict]:
-    about = [table for result in results for table in result.tables if target.concerns(result, table)]
+    runs = enumerate(results, start=1)
+    about = [(run, table) for run, result in runs for table in result.tables if target.concerns(result, table)]
     if not about:
         return [Verdict(target, target.contender, None, None, NOT_MEASURED)]
-    tables = [table for table in about if table.context == target.context]
+    tables = [(run, table) for run, table in about if table.context == target.context]
     if not tables:
-        there = ", ".join(f"{table.context:,}" for table in about)
+        there = ", ".join(f"{table.context:,}" for _, table in about)
         raise BenchError(f"{target}: the result has no context of {target.context:,} tokens; it has {there}")
-    table = tables[0]
-    if target.contender == EVERY:
-        return [_verdict(target, row, table) for row in table.rows if row.is_ours]
-    return [_verdict(target, _row(target, target.contender, table), table)]
+    found = []
+    for run, table in tables:
+        is_every = target.contender == EVERY
+        rows = [row for row in table.rows if row.is_ours] if is_every else [_row(target, target.contender, table)]
+        verdicts = (_verdict(target, row, table) for row in rows)
+        found += [replace(verdict, result=run if len(tables) > 1 else None) for verdict in verdicts]
+    return found
 
 
 def _row(target: Target, name: str, table: Table) -> Row:

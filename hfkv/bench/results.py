@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, BenchError, Case
+from hfkv.bench.record import check_fields, read_record
+from hfkv.bench.setting import CROSSOVER, MLA, MOE, PREFILL, STEP, SUITES, BenchError, Case
 from hfkv.policy.config import KVConfig
 
 OK, WRONG, LEFT_OUT = "ok", "wrong", "left out"
@@ -162,6 +163,20 @@ class Result:
         """Writes everything to a file."""
         path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
+    def _check(self) -> None:
+        """Raises ValueError where what a file said is of the right types and still no result."""
+        if self.suite not in SUITES:
+            raise ValueError(f"the suite {self.suite!r} is unknown; there are {', '.join(SUITES)}")
+        if not self.tables:
+            raise ValueError("it has no tables")
+        check_fields(_MACHINE, self.machine, "machine", is_whole=True)
+        check_fields({"busy": "int"}, self.setting, "setting")
+        if self.suite == MLA:
+            check_fields({"cases": "list[Any]"}, self.setting, "setting", is_whole=True)
+            cases = [read_record(Case, case, "a case") for case in self.setting["cases"]]
+            if len(cases) < len(self.tables):
+                raise ValueError(f"setting names {plural(len(cases), 'case')} of {plural(len(self.tables), 'table')}")
+
     @classmethod
     def read_json(cls, path: Path) -> Result:
         """Reads what `write_json` wrote.
@@ -171,12 +186,35 @@ class Result:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            tables = [Table(**{**table, "rows": [Row(**row) for row in table["rows"]]}) for table in content["tables"]]
-            return cls(**{**content, "tables": tables})
+            check_fields({"tables": "list[Any]"}, content, "the result", is_whole=True)
+            tables = [_table(table, f"table {index}") for index, table in enumerate(content["tables"], start=1)]
+            result = read_record(cls, content, "the result", tables=tables)
+            result._check()
+            return result
         except OSError as error:
             raise BenchError(f"{str(path)!r} could not be read: {error.strerror}; name a result of --json") from error
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, RecursionError) as error:
             raise BenchError(f"{str(path)!r} is no result that hfkv bench --json wrote: {error}") from error
+
+
+# What is said of a machine.
+_MACHINE = dict.fromkeys(("device", "processor", "instructions", "hfkv", "torch", "transformers"), "str")
+_MACHINE |= {"threads": "int", "cores": "int | None", "accelerator": "str | None", "load_before": "float | None"}
+
+
+def _table(value: Any, where: str) -> Table:
+    check_fields({"rows": "list[Any]"}, value, where, is_whole=True)
+    rows = [read_record(Row, row, f"{where}, row {index}") for index, row in enumerate(value["rows"], start=1)]
+    table = read_record(Table, value, where, rows=rows)
+    if not rows or min(table.context, table.batch, table.layers) < 1:
+        raise ValueError(f"{where} must have a row, and a context, a batch and layers of at least 1")
+    for row in rows:
+        if row.status not in (OK, WRONG, LEFT_OUT):
+            raise ValueError(f"{where}: the status {row.status!r} is unknown; there are {OK}, {WRONG}, {LEFT_OUT}")
+        numbers = (value for value in vars(row).values() if isinstance(value, int | float))
+        if any(number < 0 for number in numbers):
+            raise ValueError(f"{where}: {row.contender!r} has a number below 0")
+    return table
 
 
 def plural(count: int, noun: str) -> str:

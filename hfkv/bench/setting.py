@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,8 @@ PARTS: dict[str, tuple[int, tuple[int, ...]]] = {
     CROSSOVER: (4096, (16, 32, 64, 128, 170, 256, 512)),
 }
 PROMPTS = (256, 1024, 4096)
+MOST_SEED = (1 << 63) - 2  # and the one after it, which torch takes too
+MOST_SIZE = 1 << 40
 
 
 class BenchError(RequestError):
@@ -151,9 +154,11 @@ class Setting:
         sizes |= {"context": min(self.contexts, default=None), "ragged": min(self.ragged, default=None)}
         for name, size in sizes.items():
             yield size is not None and size < 1, f"{name} must be at least 1, got {size}"
+            yield size is not None and size > MOST_SIZE, f"{name} must be at most {MOST_SIZE:,}, got {size}"
         busy = "busy must be at least 0, and in the suite memory, which has no times, 0"
         yield self.busy < 0 or (self.busy and suite == "memory"), f"{busy}; got {self.busy}"
-        yield not self.seconds > 0, f"seconds must be above 0, got {self.seconds}"
+        yield not 0 < self.seconds < math.inf, f"seconds must be above 0 and finite, got {self.seconds}"
+        yield abs(self.seed) > MOST_SEED, f"seed must be from {-MOST_SEED:,} to {MOST_SEED:,}, got {self.seed:,}"
 
     def record(self) -> dict[str, Any]:
         """All of it by name, for a result; the cases of the suite mla only."""

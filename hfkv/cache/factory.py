@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,7 +208,13 @@ BUILDERS: list[Callable[[LayerPlace], CacheLayer | None]] = [_indexed, _sliding,
 
 
 def register_layer(build: Callable[[LayerPlace], CacheLayer | None]) -> None:
-    """Registers a builder, asked before the others for every layer to replace; None leaves the layer to them."""
+    """Registers a builder, asked before the others for every layer to replace; None leaves the layer to them.
+
+    Raises:
+        TypeError: it is no function from a `LayerPlace` to a `CacheLayer` or None.
+    """
+    if inspect.isclass(build) or not callable(build):
+        raise TypeError(f"a builder of layers is a function from a LayerPlace to a CacheLayer or None, got {build!r}")
     BUILDERS.insert(0, build)
 
 
@@ -215,4 +222,10 @@ def _replace(place: LayerPlace) -> Any:
     """Builds hfkv's layer where `is_replaced`; leaves any other layer as it is."""
     if not is_replaced(place.stock, place.config):
         return place.stock
-    return next(layer for layer in (build(place) for build in BUILDERS) if layer is not None)
+    build, layer = next((build, layer) for build in BUILDERS if (layer := build(place)) is not None)
+    if not isinstance(layer, CacheLayer):
+        name = getattr(build, "__qualname__", repr(build))
+        raise TypeError(
+            f"the builder {name} must return a CacheLayer, or None to leave layer {place.index}, got {layer!r}"
+        )
+    return layer

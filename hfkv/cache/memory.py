@@ -16,6 +16,8 @@ from hfkv.policy.ports import port
 
 if TYPE_CHECKING:
     from rich.table import Table
+else:
+    Table = Any  # for typing.get_type_hints, without the import
 
 
 class Bytes(NamedTuple):

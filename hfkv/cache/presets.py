@@ -9,6 +9,17 @@ from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 
 
+def _config(name: str, policies: dict[str, Any], **fixed: Any) -> KVConfig:
+    """The config of a named cache, which fixes one policy."""
+    for field, value in fixed.items():
+        if policies.get(field, value) != value:
+            raise TypeError(
+                f"{name} has {field}={value!r}, got {field}={policies[field]!r}; leave it out, or build a KVCache with "
+                "KVConfig"
+            )
+    return KVConfig(**{**policies, **fixed})
+
+
 class SlidingWindowCache(KVCache):
     """Keeps the newest `window` tokens, or those that a `Window` names; other policies as keywords of `KVConfig`.
 
@@ -37,11 +48,11 @@ class OffloadedCache(KVCache):
     """Keeps every token in host memory; other policies as keywords of `KVConfig`."""
 
     def __init__(self, config_or_model: Any, **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(offload=True, **policies))
+        super().__init__(config_or_model, _config("OffloadedCache", policies, offload=True))
 
 
 class PagedCache(KVCache):
     """Keeps every token in pages that beams share; other policies as keywords of `KVConfig`."""
 
     def __init__(self, config_or_model: Any, page_size: int | None = None, **policies: Any) -> None:
-        super().__init__(config_or_model, KVConfig(store="paged", page_size=page_size, **policies))
+        super().__init__(config_or_model, _config("PagedCache", {"page_size": page_size, **policies}, store="paged"))

@@ -13,6 +13,8 @@ def main() -> None:
     """Entry point of the console script. Ctrl-C ends it with exit code 130 and without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, _interrupt)
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]  # what a terminal without a size says; help would be printed in no column
     try:
         from hfkv.cli.commands import app
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from hfkv.cli.consoles import new_console
 from hfkv.policy.errors import RequestError
 
 EXIT_CODE = 2
@@ -21,17 +21,19 @@ class CommandError(Exception):
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turns a `CommandError`, a refusal of hfkv's or a full disk into one red line on stderr and exit code 2."""
+    """Turns refusals, names that no file can have and a full disk into one red line on stderr, exit code 2."""
     try:
         try:
             yield
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise CommandError(f"no file can be called {str(error.filename)!r}: {error.strerror}") from error
             if error.errno != errno.ENOSPC:
                 raise
             raise CommandError(f"could not write the output: {error.strerror}") from error
     except (CommandError, RequestError) as error:
         line = " ".join(str(error).split())
-        Console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
+        new_console(stderr=True).print(Text(f"error: {line}", style="red"), soft_wrap=True)
         raise typer.Exit(EXIT_CODE) from None
 
 

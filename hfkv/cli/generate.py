@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.text import Text
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, first_line, told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 from hfkv.cli.stream import TokenClock
+from hfkv.policy.units import MOST_COUNT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +86,8 @@ def stream(
         raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
     if max_new_tokens < 1:
         raise CommandError(f"--max-new-tokens must be at least 1, got {max_new_tokens}")
+    if max_new_tokens > MOST_COUNT:
+        raise CommandError(f"--max-new-tokens must be at most {MOST_COUNT:,}, got {max_new_tokens}")
     # verbose: generate itself warns of a text longer than the model was made for.
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, verbose=False).to(model.device)
     num_prompt = inputs["input_ids"].shape[1]
@@ -92,7 +96,7 @@ def stream(
     except (TypeError, ValueError, NotImplementedError) as error:
         asked = f"--kv {kv!r}" if moe is None else f"--kv {kv!r} --moe {moe!r}"
         raise CommandError(f"{asked} on {type(model).__name__}: {error}") from error
-    with handle, _prefill_bar(handle.model, num_prompt, console or Console(stderr=True)) as end_bar:
+    with handle, _prefill_bar(handle.model, num_prompt, console or new_console(stderr=True)) as end_bar:
         clock = TokenClock(end_bar, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
         try:
             output = model.generate(
@@ -196,7 +200,7 @@ def generate(
         if not text.strip():
             raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
-        console = Console(stderr=True, highlight=False)
+        console = new_console(stderr=True)
         with loading_bars(console):
             loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
         generation = stream(loaded, tokenizer, text, kv, max_new_tokens, console, moe)

@@ -45,7 +45,7 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     there = device is not None and (
-        device.type == "cpu"
+        (device.type == "cpu" and not device.index)
         or (accelerator is not None and device.type == accelerator.type and (device.index or 0) < len(present) - 1)
     )
     if device is None or not there:
@@ -113,7 +113,7 @@ def _add_adapter(model: PreTrainedModel, lora: str) -> Any:
 def _checked(name: str, option: str, needed: str) -> str:
     """A folder with the `needed` file in it, or what may be a name on the Hub."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         if not (folder / needed).exists():
             raise CommandError(f"{option} {name!r} is a folder without {needed}; give the one save_pretrained wrote")
         return str(folder)

@@ -7,6 +7,7 @@ import shlex
 import typer
 
 from hfkv.cli.errors import CommandError
+from hfkv.policy.units import MOST_COUNT, read_number, shortened
 
 
 def command_line(context: typer.Context, *words: str) -> str:
@@ -38,6 +39,9 @@ def whole_numbers(option: str, given: str) -> tuple[int, ...]:
         CommandError: they are something else.
     """
     words = [word.strip() for word in given.split(",")]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise CommandError(f"{option} takes whole numbers with commas, such as 512,1024; got {given!r}")
-    return tuple(int(word) for word in words)
+    numbers = tuple(int(read_number(word)) for word in words if word.isdecimal() and word.isascii())
+    if len(numbers) < len(words) or min(numbers) < 1:
+        raise CommandError(f"{option} takes whole numbers with commas, such as 512,1024; got {shortened(given)!r}")
+    if max(numbers) > MOST_COUNT:
+        raise CommandError(f"{option} takes numbers of at most {MOST_COUNT:,}, got {shortened(given)!r}")
+    return numbers

@@ -13,6 +13,8 @@ from rich.text import Text
 TEXT_WIDTH = 100
 # What rich puts between two columns, and at the edges together.
 SPACE = 2
+# The least characters in which names of rows are folded.
+NARROWEST = 10
 # The cells of every column by its header, which may have two lines.
 Columns = dict[str, list[Text]]
 
@@ -29,7 +31,7 @@ def new_table(*left: str, right: Iterable[str] = (), folded: Iterable[str] = ())
     for header in left:
         table.add_column(header, no_wrap=True)
     for header in folded:
-        table.add_column(header)
+        table.add_column(header, overflow="fold")
     for header in right:
         table.add_column(header, justify="right", no_wrap=True)
     return table
@@ -44,7 +46,8 @@ def table_of(header: str, names: Sequence[Text], columns: Columns, ends: Collect
         columns: lists of as many cells.
         ends: rows that end a section.
     """
-    table = new_table(header, right=columns)
+    # Names give way, and fold: numbers are never cut.
+    table = new_table(right=columns, folded=(header,))
     for index, name in enumerate(names):
         table.add_row(name, *(cells[index] for cells in columns.values()), end_section=index in ends)
     return table
@@ -52,21 +55,25 @@ def table_of(header: str, names: Sequence[Text], columns: Columns, ends: Collect
 
 def room(columns: Columns, width: int) -> int:
     """What columns leave for the names before them, of so many characters in all."""
-    texts = [[*header.split("\n"), *(cell.plain for cell in cells)] for header, cells in columns.items()]
+    texts = [
+        [line for text in (header, *(cell.plain for cell in cells)) for line in text.split("\n")]
+        for header, cells in columns.items()
+    ]
     return width - SPACE - sum(max(map(len, column)) + SPACE for column in texts)
 
 
 def drop_to_fit(columns: Columns, width: int, dispensable: Iterable[str], needed: int) -> list[str]:
-    """Takes columns out until what is left leaves the names the room they need.
+    """Takes columns out until what is left leaves the names the room they need, or that in which they still fold.
 
     Args:
-        columns: they are changed.
+        columns: they are changed; the first stays.
         width: characters in all.
-        dispensable: what headers of columns that may go begin with, the first to go first.
+        dispensable: what headers of columns that may go begin with, the first to go first. Where names would have less
+            than `NARROWEST`, others go too, the last first.
         needed: characters of the names.
 
     Returns:
-        Those of `dispensable` that are gone.
+        Those of `dispensable` that are gone, and the headers of the others.
     """
     dropped = []
     for start in dispensable:
@@ -74,7 +81,22 @@ def drop_to_fit(columns: Columns, width: int, dispensable: Iterable[str], needed
         if header is not None and room(columns, width) < needed:
             del columns[header]
             dropped.append(start)
+    for header in [*columns][:0:-1]:
+        if room(columns, width) < min(needed, NARROWEST):
+            del columns[header]
+            dropped.append(header)
     return dropped
+
+
+def one_line(header: str) -> str:
+    """A header of two lines in one."""
+    return " ".join(header.replace("-\n", "").split())
+
+
+def wider(dropped: Iterable[str]) -> dict[str, str]:
+    """The note of columns that are gone."""
+    names = ", ".join(map(one_line, dropped))
+    return {"more": f"wider terminals show: {names}"} if names else {}
 
 
 def pieces(kv: str) -> list[str]:
@@ -101,8 +123,9 @@ def unit_of(size: float, units: Sequence[tuple[float, str]], least: float) -> tu
 def notes_grid(notes: Mapping[str, str | Text]) -> Table:
     """What words of a table mean, below it."""
     grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(overflow="fold")
     for name, note in notes.items():
-        grid.add_row(Text(name, "cyan", no_wrap=True), note if isinstance(note, Text) else Text(note, "dim"))
+        grid.add_row(Text(name, "cyan"), note if isinstance(note, Text) else Text(note, "dim"))
     return grid
 
 

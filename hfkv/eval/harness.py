@@ -13,6 +13,8 @@ from hfkv.policy.config import KVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any  # for typing.get_type_hints, without the import
 
 
 def lm_eval_model(

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+else:
+    Cache = Any  # for typing.get_type_hints, without the import
+    PreTrainedModel = Any
 
 
 @dataclass(frozen=True)

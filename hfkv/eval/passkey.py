@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+else:
+    Cache = Any  # for typing.get_type_hints, without the import
+    PreTrainedModel = Any
+    PreTrainedTokenizerBase = Any
 
 NUM_DIGITS = 5
 STATEMENT = "\nThe pass key is {key}. Remember it.\n"

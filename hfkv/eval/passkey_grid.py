@@ -16,6 +16,8 @@ from hfkv.policy.config import KVConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+else:
+    PreTrainedTokenizerBase = Any  # for typing.get_type_hints, without the import
 
 # How often a prompt's length is corrected: an excerpt cut out of a text may take a token more or fewer inside another.
 MAX_CORRECTIONS = 4

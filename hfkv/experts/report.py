@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hfkv.experts.offload.trace import ExpertTrace
 from hfkv.policy.ports import port
@@ -11,6 +11,8 @@ from hfkv.policy.units import about_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
+else:
+    Table = Any  # for typing.get_type_hints, without the import
 
 WIDTH = 160  # columns of text
 

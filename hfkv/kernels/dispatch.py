@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 
 import torch
 
 from hfkv.codecs import CODECS
+from hfkv.codecs.registry import LISTENERS
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
 from hfkv.kernels.cpu.backend import CPUBackend
 from hfkv.kernels.triton.backend import TritonBackend
@@ -16,7 +18,18 @@ BACKENDS: list[Backend] = [CPUBackend(), TritonBackend()]
 
 
 def register_backend(backend: Backend) -> None:
-    """Registers a backend, which is asked before the others."""
+    """Registers a backend, which is asked before the others.
+
+    Raises:
+        TypeError: it is no instance of `Backend`.
+        ValueError: it is registered already.
+    """
+    if inspect.isclass(backend):
+        raise TypeError(f"a backend must be an instance, got the class {backend.__name__}; write {backend.__name__}()")
+    if not isinstance(backend, Backend):
+        raise TypeError(f"a backend must be an instance of a subclass of hfkv.kernels.backend.Backend, got {backend!r}")
+    if any(backend is known for known in BACKENDS):
+        raise ValueError(f"this {type(backend).__name__} is registered already; register each backend once")
     BACKENDS.insert(0, backend)
     forget_choices()
 
@@ -25,6 +38,9 @@ def forget_choices() -> None:
     """Forgets all choices, when backends, codecs or the processor have changed."""
     for chosen in (_attention_kernel, _latent_kernel, append_kernel, expanded_kernel):
         chosen.cache_clear()
+
+
+LISTENERS.append(forget_choices)
 
 
 def attention_kernel(
@@ -78,7 +94,7 @@ def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dim
 @functools.cache
 def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
     """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
-    found = [backend.expanded(dtype) for backend in BACKENDS if backend.serves(device)]
+    found = _answers("expanded", dtype, device)
     return _taken(found, Kernel("expand + sdpa", f"no backend is for {device.type}", None))
 
 
@@ -89,8 +105,26 @@ def _first(
     if codec not in CODECS:
         return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
     asked = Asked(CODECS[codec], dtype, device, num, head_dims)
-    found = [getattr(backend, use)(asked) for backend in BACKENDS if backend.serves(device)]
+    found = _answers(use, asked, device)
     return _taken(found, Kernel(without, f"no backend is for {device.type}", None))
+
+
+def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list[Kernel]:
+    """What the backends of a device say.
+
+    Raises:
+        TypeError: one of them says nothing.
+    """
+    found = []
+    for backend in BACKENDS:
+        if backend.serves(device):
+            found.append(getattr(backend, use)(asked))
+            if not isinstance(found[-1], Kernel):
+                raise TypeError(
+                    f"{type(backend).__name__}.{use} must return a Kernel, got {found[-1]!r}; where there is none, "
+                    "return Kernel(name, reason, None)"
+                )
+    return found
 
 
 def _taken(found: list[Kernel], none: Kernel) -> Kernel:

@@ -123,6 +123,10 @@ def resolve(model: Any) -> Any:
     if not isinstance(model, str | os.PathLike):
         return model
     name = os.fspath(model)
+    if not name:
+        raise ValueError(
+            "the model's name is empty; give a shape, a folder that save_pretrained wrote, or a name (org/name)"
+        )
     if name in SHAPES:
         return shape_config(name, None)
     folder = Path(name).expanduser()

@@ -23,6 +23,8 @@ from hfkv.policy.units import about_bytes, read_bytes
 
 if TYPE_CHECKING:
     from rich.console import Group
+else:
+    Group = Any  # for typing.get_type_hints, without the import
 
 # What CUDA's context, its libraries and the allocator's rounding take of an accelerator's memory besides.
 DEVICE_OVERHEAD = 512 * 2**20

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from hfkv.measure.timing import bus_bandwidth, copy_bandwidth
-from hfkv.policy.units import read_bytes
+from hfkv.policy.units import read_bytes, read_number, shortened
 
 # PCIe 5.0 with sixteen lanes carries 63 GB/s; pinned copies reach about this.
 ASSUMED_BUS = 50 * 10**9
-_RATE = re.compile(r"^(\d+(?:\.\d+)?)\s*tb$")
+_RATE = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*tb$")
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,6 @@ def read_speed(name: str, given: float | str) -> int:
     text = given.strip().lower().removesuffix("/s")
     match = _RATE.match(text)
     try:
-        return read_bytes(name, int(float(match[1]) * 10**12) if match else text)
+        return read_bytes(name, int(read_number(match[1]) * 10**12) if match else text)
     except ValueError as error:
-        raise ValueError(f'{name} takes a speed such as "50GB/s" or "4.3TB/s", got {given!r}') from error
+        raise ValueError(f'{name} takes a speed such as "50GB/s" or "4.3TB/s", got {shortened(given)!r}') from error

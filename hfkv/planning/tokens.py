@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
-_COUNT = re.compile(r"^(\d+)([km]?)$")
+from hfkv.policy.units import MOST_COUNT, read_number, shortened
+
+_COUNT = re.compile(r"([0-9]+)([km]?)")
 _UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
@@ -16,13 +18,18 @@ def read_tokens(name: str, given: int | str) -> int:
         given: a number, or words such as ``"128k"`` (k is 1,024).
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or more than `MOST_COUNT`.
     """
     if isinstance(given, str):
-        match = _COUNT.match(given.strip().lower())
-        if match is None or int(match[1]) < 1:
-            raise ValueError(f"{name} takes a number of tokens such as 4096, 128k or 1m (k is 1,024), got {given!r}")
-        return int(match[1]) * _UNITS[match[2]]
+        match = _COUNT.fullmatch(given.strip().lower())
+        count = int(read_number(match[1])) if match else 0
+        if match is None or count < 1:
+            raise ValueError(
+                f"{name} takes a number of tokens such as 4096, 128k or 1m (k is 1,024), got {shortened(given)!r}"
+            )
+        if count > MOST_COUNT // _UNITS[match[2]]:
+            raise ValueError(f"{name} must be at most {MOST_COUNT:,}, got {shortened(given)}")
+        return count * _UNITS[match[2]]
     check_count(name, given)
     return given
 
@@ -35,3 +42,5 @@ def check_count(name: str, value: object) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if value > MOST_COUNT:
+        raise ValueError(f"{name} must be at most {MOST_COUNT:,}, got {shortened(value)}")

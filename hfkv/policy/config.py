@@ -10,11 +10,12 @@ from typing import Any
 
 from hfkv.policy.ports import port
 from hfkv.policy.reuse import Reuse
-from hfkv.policy.units import read_bytes
+from hfkv.policy.units import read_bytes, shortened
 from hfkv.policy.window import Window
 from hfkv.policy.words import CODEC_WORDS, STORES, read_words, words_of
 
-_LAYER_RANGE = re.compile(r"^(\d+)(?:-(\d+))?$")
+_LAYER_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
+_MOST_PAGE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,10 @@ class KVConfig:
             raise TypeError(f"KVConfig.page_size must be None or an int (tokens), got {self.page_size!r}")
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise ValueError(f"KVConfig.page_size must be a power of two, got {self.page_size}")
+        if self.page_size > _MOST_PAGE:
+            raise ValueError(
+                f"KVConfig.page_size must be at most {_MOST_PAGE:,} tokens, got {shortened(self.page_size)}"
+            )
         if self.store != "paged":
             raise ValueError(f'KVConfig.page_size needs store="paged", got store={self.store!r}')
 
@@ -212,7 +217,7 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _layer_range(key: str) -> range:
-    match = _LAYER_RANGE.match(key) if isinstance(key, str) else None
+    match = _LAYER_RANGE.fullmatch(key) if isinstance(key, str) else None
     if match is None:
         raise ValueError(f'KVConfig.layers takes keys such as "3" or "0-1", got {key!r}')
     first, last = int(match[1]), int(match[2] or match[1])

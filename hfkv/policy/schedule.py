@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Callable
+from functools import partial
 
-from hfkv.policy.rules import RULES
-from hfkv.policy.rules.dynamic import EVERYTHING
+from hfkv.policy.rules import EVERYTHING, RULES
+from hfkv.policy.rules.checks import checked_size
 
 
 class Schedule:
@@ -25,7 +26,7 @@ class Schedule:
         if rule is not None and rule.steps is not None:
             steps = rule.steps
         elif rule is not None:
-            self._callable = rule.size
+            self._callable = partial(checked_size, rule)
             size = rule.most if size is None else min(size, rule.most)
         self._cap = EVERYTHING if size is None else size
         firsts = (1, *(last + 1 for last, _ in steps))

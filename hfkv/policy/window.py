@@ -78,6 +78,7 @@ class Window:
         object.__setattr__(self, "global_layers", _indices("global_layers", self.global_layers))
         if not isinstance(self.global_heads, Mapping):
             raise TypeError(f"Window.global_heads must map layers to kv heads, got {self.global_heads!r}")
+        _indices("global_heads", self.global_heads)  # before they are sorted
         heads = {
             _indices("global_heads", [layer])[0]: _indices(f"global_heads[{layer}]", given)
             for layer, given in sorted(self.global_heads.items())

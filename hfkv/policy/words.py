@@ -61,7 +61,7 @@ def _window_words(window: Window) -> list[str]:
     if window.schedule is None:
         words = [f"window:{window.size}"]
     else:
-        name = window.schedule if isinstance(window.schedule, str) else getattr(window.schedule, "__name__", "schedule")
+        name = window.schedule if isinstance(window.schedule, str) else _name_of(window.schedule)
         words = [f"window:{name}"] + ([f"size:{window.size}"] if window.size is not None else [])
     words.append(f"sinks:{window.sinks}")
     if window.sink_positions != "absolute":
@@ -75,6 +75,12 @@ def _window_words(window: Window) -> list[str]:
         words += [f"summary:{window.summary}", f"summary_pages:{window.summary_pages}"]
         words.append(f"summary_page_size:{window.summary_page_size}")
     return words
+
+
+def _name_of(schedule: Any) -> str:
+    """The name of a schedule of one's own, which is no word: not one that a rule has."""
+    name = getattr(schedule, "__name__", "schedule")
+    return f"{name}()" if name in RULES else name
 
 
 def _dotted(indices: tuple[int, ...]) -> str:
@@ -112,14 +118,15 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "summary_page_size": _NUMBER,
 }
 _A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
-_VALUED = {
+_VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
     "window": (_size, ""),  # see _looks
     "page_size": _NUMBER,
-    "device_budget": (lambda text: read_bytes("device_budget", text), _A_SIZE),
-    "reuse": (Reuse, _A_SIZE),
+    "device_budget": (str, _A_SIZE),  # see _sized
+    "reuse": (str, _A_SIZE),
     **_WINDOW_WORDS,
 }
 _WORDS = (
+    "auto",
     "contiguous",
     "paged",
     "page_size:TOKENS",
@@ -143,6 +150,8 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             raise ValueError(
                 f"{text!r}: {word} takes {looks}: {word}:64, say" if read is int else f"{text!r}: {word} takes {looks}"
             )
+        if name in ("device_budget", "reuse"):
+            return name, _sized(name, value, text)
         try:
             return name, read(value)
         except ValueError:
@@ -164,6 +173,14 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
         *(f"{name}:..." for name in _WINDOW_WORDS),
     )
     raise ValueError(f"{text!r}: unknown word {word!r}; allowed: {', '.join(allowed)}")
+
+
+def _sized(name: str, value: str, text: str) -> int | Reuse:
+    try:
+        size = read_bytes(name, value)
+    except ValueError as error:
+        raise ValueError(f"{text!r}: {error}") from None
+    return Reuse(size) if name == "reuse" else size
 
 
 def add_codec_word(name: str) -> None:

@@ -21,6 +21,8 @@ from hfkv.sparse_moe.stats_picture import draw_loads
 
 if TYPE_CHECKING:
     from rich.table import Table
+else:
+    Table = Any  # for typing.get_type_hints, without the import
 
 logger = logging.getLogger("hfkv")
 

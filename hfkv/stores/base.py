@@ -13,6 +13,7 @@ import torch
 
 from hfkv.measure.allocated import storage_bytes
 from hfkv.stores.layout import Layout
+from hfkv.stores.pickling import from_pickle, to_pickle
 
 logger = logging.getLogger("hfkv")
 
@@ -85,6 +86,13 @@ class Store(ABC):
         self.planes: list[torch.Tensor] = []
         self.lent: list[torch.Tensor] = []  # planes of a store that is gone, for the first allocation
         self.device: torch.device | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        return state | {"planes": to_pickle(state["planes"])} if "planes" in state else state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"planes": from_pickle(state["planes"])} if "planes" in state else state)
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hfkv.stores.blocks import BlockPool
+from hfkv.stores.pickling import from_pickle, to_pickle
 
 
 class Pages:
@@ -44,8 +45,9 @@ class Pages:
             self.blocks.release(pages)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "lock"}
+        kept = {name: value for name, value in vars(self).items() if name != "lock"}
+        return kept | {"planes": to_pickle(self.planes)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state | {"planes": from_pickle(state["planes"])})
         self.lock = threading.RLock()

@@ -247,7 +247,11 @@ def test_a_long_config_is_cut_before_a_plus() -> None:
         (["--json", "no/such/x.json"], ["no folder 'no/such'"]),
         (["--plot", "README.md"], ["'README.md' cannot be a folder"]),
         (["--model", "./no/such/folder"], ["no folder"]),
+        (["--no-pass-keys", "--trials", "4"], ["--trials is about pass keys", "--no-pass-keys", "give one"]),
+        (["--pass-key-lengths", "64", "--no-pass-keys"], ["--pass-key-lengths is about pass keys"]),
+        (["--pass-key-depths", "99999999999"], ["--pass-key-depths must be at most 1,000"]),
         (["--dtype", "float8"], ["'float8'"]),
+        (["--device", "cpu:3"], ["'cpu:3' is not there"]),
         (["--device", "toaster"], ["'toaster'"]),
     ],
 )

@@ -20,7 +20,6 @@ from transformers import (
 
 import hfkv
 from hfkv import KVConfig
-from hfkv.patches.generate import _warn_once
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED, architectures, build, generate
 
@@ -144,7 +143,6 @@ def test_calls_that_ask_for_something_else_are_left_alone_and_logged(caplog: pyt
     model = llama()
     inputs = prompt()
     expected = greedy(model, inputs)
-    _warn_once.cache_clear()
     with hfkv.patch(model, "int4"):
         assert torch.equal(greedy(model, inputs, use_cache=False), expected)
         assert torch.equal(greedy(model, inputs, cache_implementation="static"), expected)
@@ -153,6 +151,11 @@ def test_calls_that_ask_for_something_else_are_left_alone_and_logged(caplog: pyt
         own = hfkv.KVCache(model, "none")
         assert torch.equal(greedy(model, inputs, past_key_values=own), expected)
         assert own.get_seq_length() == expected.shape[1] - 1
+    caplog.clear()
+    with hfkv.patch(llama(), "int8") as other:
+        for _ in range(2):
+            greedy(other.model, inputs, use_cache=False)
+    assert caplog.text.count("hfkv leaves such calls alone") == 1  # to each model's user
 
 
 def test_every_call_gets_a_fresh_cache() -> None:

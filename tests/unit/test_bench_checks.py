@@ -19,6 +19,12 @@ def row(contender: str, p50_ms: float | None, is_ours: bool = True, **fields: An
     return Row(contender, is_ours, p50_ms=p50_ms, **fields)
 
 
+MACHINE = {
+    **dict.fromkeys(("processor", "instructions", "hfkv", "torch", "transformers"), "one"),
+    **{"device": "cpu", "threads": 2, "cores": 2, "accelerator": None, "load_before": 0.1},
+}
+
+
 def result(**fields: Any) -> Result:
     rows = [
         row("DynamicCache", 12.0, False),
@@ -35,7 +41,7 @@ def result(**fields: Any) -> Result:
         "dtype": "bfloat16",
         "seed": 0,
         "setting": {},
-        "machine": {"device": "cpu"},
+        "machine": MACHINE,
         "copy_bytes_per_second": 1e10,
         "seconds": 1.0,
         "tables": [Table(512, 1, [], 1, rows)],
@@ -82,6 +88,18 @@ def test_an_error_and_the_floor_are_held_or_missed(tmp_path: Path) -> None:
 def test_a_star_is_every_contender_of_ours(tmp_path: Path) -> None:
     found = verdicts(tmp_path, 'contender = "*"\ncontext = 512\nat_least = 3.0')
     assert found == [("int8", 6.0, HELD), ("paged", 2.0, MISSED)]
+
+
+def test_each_of_several_results_of_such_a_run_is_held(tmp_path: Path) -> None:
+    table = result().tables[0]
+    slow = result(tables=[replace(table, rows=[table.rows[0], row("int8", 24.0)])])
+    (target,) = targets(tmp_path, INT8 + "at_least = 6.0")
+    for results, expected in (
+        ([result(), slow], [(1, HELD), (2, MISSED)]),
+        ([slow, result()], [(1, MISSED), (2, HELD)]),
+    ):
+        seen = check_results([target], results)
+        assert [(verdict.result, verdict.verdict) for verdict in seen] == expected
 
 
 def test_a_wrong_contender_misses_whatever_it_was_to_reach(tmp_path: Path) -> None:

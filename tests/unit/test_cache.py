@@ -226,6 +226,10 @@ def test_named_caches_fix_one_policy_and_take_the_others() -> None:
     assert hfkv.PagedCache(config, 32, window=64).kv == KVConfig(window=64, store="paged", page_size=32)
     with pytest.raises(TypeError, match="nbits"):
         hfkv.QuantizedCache(config, nbits=4)
+    with pytest.raises(TypeError, match="PagedCache has store='paged', got store='contiguous'; leave it out"):
+        hfkv.PagedCache(config, store="contiguous")
+    with pytest.raises(TypeError, match="OffloadedCache has offload=True, got offload=False"):
+        hfkv.OffloadedCache(config, offload=False)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ def test_configs_are_values() -> None:
         ({"size": 5, "global_layers": [1, 1]}, ValueError),
         ({"size": 5, "global_heads": [1]}, TypeError),
         ({"size": 5, "global_heads": {0: []}}, ValueError),
+        ({"size": 5, "global_heads": {0: (1,), "1": (0,)}}, TypeError),
+        ({"size": 5, "global_heads": {0: (1,), None: (0,)}}, TypeError),
         ({"size": 5, "global_heads": {0: [1]}, "global_layers": [0]}, ValueError),
         ({"size": 5, "summary": "mean", "summary_pages": 0}, ValueError),
         ({"size": 5, "summary_pages": 3}, ValueError),
@@ -158,4 +160,17 @@ def test_overrides_that_cannot_hold_raise() -> None:
         KVCache(config, KVConfig(layers={"0": KVConfig(window=3)}))
     with pytest.raises(ValueError, match="names layer 0, which stays transformers' own"):
         KVCache(NAMED["qwen3_next"]().model, KVConfig(layers={"0": KVConfig("int8")}))
+    for key in ("3\n", "٣", "0-1\n", "9" * 5000):
+        with pytest.raises(ValueError, match=r"KVConfig.layers takes keys such as"):
+            KVConfig(layers={key: KVConfig()})
     assert KVConfig(layers={"0-99999999999": KVConfig()}).last_named_layer == 99999999999
+
+
+def test_a_schedule_of_ones_own_prints_as_no_rule() -> None:
+    def dynamic(seen: int) -> int:
+        return 3
+
+    kv = KVConfig(window=Window(5, schedule=dynamic))
+    assert str(kv) == "none+window:dynamic()+size:5+sinks:4"
+    with pytest.raises(ValueError, match="window takes"):
+        KVConfig.parse(str(kv))

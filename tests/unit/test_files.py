@@ -13,7 +13,6 @@ from transformers import (
     Gemma2ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    Qwen3NextConfig,
 )
 
 import hfkv
@@ -200,32 +199,6 @@ def test_assigned_keys_come_back_without_tokens(path: Path) -> None:
 def test_configs_are_json_and_back(kv: KVConfig | str) -> None:
     config = KVConfig.of(kv)
     assert kv_from_json(kv_to_json(config)) == config
-
-
-def test_what_cannot_be_saved_says_why(path: Path) -> None:
-    model = llama()
-    with pytest.raises(ValueError, match="is empty"):
-        KVCache(model).save(path, model)
-    own = KVCache(model, KVConfig(window=Window(8, schedule=lambda seen: 8)))
-    feed(own, 1, 9)
-    with pytest.raises(ValueError, match=r"Window\.schedule is a callable of your own"):
-        own.save(path, model)
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    hybrid = KVCache(Qwen3NextConfig(**sizes, layer_types=["linear_attention", "full_attention"], num_hidden_layers=2))
-    with pytest.raises(ValueError, match="LinearAttentionLayer"):
-        hybrid.save(path, model)
-    cache = KVCache(model)
-    feed(cache, 1, 9)
-    with pytest.raises(TypeError, match="got LlamaConfig"):
-        cache.save(path, model.config)
-    with pytest.raises(TypeError, match="PathLike"):
-        cache.save(3, model)  # type: ignore[arg-type]
-    with pytest.raises(FileNotFoundError):
-        cache.save(path / "nowhere" / "chat", model)
-    cache.record.broken = "OSError: no more"
-    with pytest.raises(RuntimeError, match=r"failed midway \(OSError: no more\)"):
-        cache.save(path, model)
-    assert not list(path.parent.iterdir())
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)

@@ -1,6 +1,8 @@
 """Stores against a plain tensor model, their bytes, and what they copy."""
 
+import copy
 import itertools
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -221,3 +223,18 @@ def test_nbytes_is_the_sum_of_the_real_storages() -> None:
         store.append(tokens(2, 21))
         storages = {plane.untyped_storage().data_ptr(): plane.untyped_storage().nbytes() for plane in store.planes}
         assert store.nbytes() == sum(storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "paged4"])
+def test_a_store_of_any_dtype_comes_out_of_a_pickle(kind: str, dtype: torch.dtype) -> None:
+    store = make(kind)
+    store.append((torch.randn(2, 2, 9, 3).abs().to(dtype), torch.ones(2, 1, 9, 2)))
+    again, fork = pickle.loads(pickle.dumps((store, store.fork(torch.tensor([0, 1])))))
+    for twin in (again, fork, copy.deepcopy(store)):
+        for ours, theirs in zip(store.read(), twin.read(), strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours.float(), theirs.float())
+        twin.append(tuple(plane[:, :, :3] for plane in store.read()))
+        assert (store.length, twin.length) == (9, 12)
+    assert (again.planes is fork.planes) == (kind != "contiguous")  # they still share their pages

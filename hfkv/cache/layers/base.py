@@ -60,6 +60,19 @@ class CacheLayer(CacheLayerMixin):
         """The reason why the layer's tokens cannot be shared between calls, or None where they can."""
         return None
 
+    @property
+    def file_refusal(self) -> str | None:
+        """The reason why no file can hold the layer's tokens, or None where one can.
+
+        By default, that it keeps more than tokens (`extras`, `extra_memory`), or what `sharing_refusal` says.
+        """
+        kept = self.extras or ([self.extra_name] if self.extra_memory() else [])
+        return (
+            f"keeps {' and '.join(kept)}, which neither files nor shared prefixes hold"
+            if kept
+            else self.sharing_refusal
+        )
+
     def graph_refusal(self) -> str | None:
         """The reason why its decode step cannot be captured in a CUDA graph, or None where it can."""
         return None

@@ -116,6 +116,10 @@ class SplitLayer(CacheLayer):
     def extras(self) -> list[str]:
         return [f"all of kv heads {', '.join(map(str, self.global_heads))}"]
 
+    @property
+    def file_refusal(self) -> str | None:
+        return next((leaf.file_refusal for leaf in self.leaves if leaf.file_refusal), None)
+
     def graph_refusal(self) -> str | None:
         return "holds different tokens for different heads"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import TaskProgressColumn
 from typer.core import TyperGroup
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.loading import progress_on
 from hfkv.cli.outputs import check_outputs
@@ -175,14 +175,14 @@ def _means_nothing(word: str, suite: str, takes: tuple[str, ...]) -> str:
 
 def _report(results_of: Callable[[], list[Result]], json: Path | None, plot: Path | None, check: Path | None) -> None:
     """Shows, writes, draws and checks results."""
-    check_outputs(json, plot)
+    check_outputs(json, plot, check=check)
     from hfkv.bench import check_results, read_targets
     from hfkv.cli.bench.screen import show, show_verdicts
 
     with _told("--check: "):
         targets = [] if check is None else read_targets(check)
     results = results_of()
-    console = Console(highlight=False)
+    console = new_console()
     for result in results:
         show(result, console)
     if json is not None:
@@ -206,7 +206,7 @@ def _measure(suite: str, given: dict[str, Any], command: str) -> Result:
     from hfkv.cli.bench.setting import setting_of
 
     setting = setting_of(suite, given)
-    with progress_on(Console(stderr=True, highlight=False), TaskProgressColumn()) as progress:
+    with progress_on(new_console(stderr=True), TaskProgressColumn()) as progress:
         task = progress.add_task("", total=1.0)
         return run(
             setting,

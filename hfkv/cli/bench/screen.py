@@ -14,7 +14,7 @@ from hfkv.bench import Table as Measured
 from hfkv.bench.plots import digits
 from hfkv.bench.results import plural
 from hfkv.cli.bench.notes import caption
-from hfkv.cli.tables import Columns, drop_to_fit, new_table, notes_grid, room, table_of, unit_of, wrap
+from hfkv.cli.tables import Columns, drop_to_fit, new_table, notes_grid, room, table_of, unit_of, wider, wrap
 
 # A speedup this much below 1 is coloured as bearable.
 BEARABLE_SPEEDUP = 0.9
@@ -22,6 +22,7 @@ UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 # A unit is taken for a table where its smallest figure holds so many of it.
 LEAST_UNITS = 0.1
 SPREAD, TO_OWN, SHARE = "p20–p80\n", "error\nto own", "of Dyna-\nmicCache"
+NARROWEST_TARGET = 20
 # Left out, in this order, where they would leave less than the longest peer's name.
 DISPENSABLE = (SPREAD, TO_OWN, SHARE)
 STYLES = {"held": "green", "missed": "bold red", "not measured": "dim"}
@@ -29,10 +30,13 @@ STYLES = {"held": "green", "missed": "bold red", "not measured": "dim"}
 
 def show(result: Result, console: Console) -> None:
     """Prints a result, at the console's width."""
+    gone: dict[str, None] = {}
     for measured in result.tables:
         console.print()
         console.print(Padding(Text(_title(result, measured), "bold"), (0, 1)))
-        console.print(_table(result, measured, console.width))
+        table, dropped = _table(result, measured, console.width)
+        console.print(table)
+        gone |= dict.fromkeys(dropped)
         notes = {
             row.contender: Text(f"{row.status}: {row.note}", "red" if row.status == "wrong" else "dim")
             for row in measured.rows
@@ -40,15 +44,17 @@ def show(result: Result, console: Console) -> None:
         }
         if notes:
             console.print(Padding(notes_grid(notes), (0, 1, 1, 1)))
-    console.print(Padding(notes_grid(caption(result)), (0, 1)))
+    console.print(Padding(notes_grid(caption(result) | wider(gone)), (0, 1)))
 
 
 def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
     """Prints what was asked of a result and what was seen."""
-    table = new_table(right=("wanted", "seen", "verdict"), folded=("target",))
+    rows = []
     for verdict in verdicts:
         target = verdict.target
         name = str(target).replace("*", verdict.contender) if verdict.contender != target.contender else str(target)
+        if verdict.result is not None:
+            name += f", result {verdict.result}"
         if verdict.note is not None:
             name += f" ({verdict.note})"
         parts = (
@@ -59,12 +65,32 @@ def show_verdicts(verdicts: list[Verdict], console: Console) -> None:
         )
         wanted = [f"{what}{limit:g}" for what, limit, _, _ in parts if limit is not None]
         seen = ["-" if value is None else f"{value:{form}}" for _, limit, value, form in parts if limit is not None]
-        table.add_row(name, "\n".join(wanted), "\n".join(seen), Text(verdict.verdict, STYLES[verdict.verdict]))
+        rows.append((name, "\n".join(wanted), "\n".join(seen), Text(verdict.verdict, STYLES[verdict.verdict])))
     console.print()
-    console.print(table)
+    console.print(_verdicts(rows, console.width))
     counts = {name: sum(verdict.verdict == name for verdict in verdicts) for name in STYLES}
     line = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     console.print(Padding(Text(line, "bold red" if counts["missed"] else ""), (0, 1)))
+
+
+def _verdicts(rows: list[tuple[str, str, str, Text]], width: int) -> Table:
+    """A line each, or below its target where the line has no room for that."""
+    columns = {
+        "wanted": [Text(wanted) for _, wanted, _, _ in rows],
+        "seen": [Text(seen) for _, _, seen, _ in rows],
+        "verdict": [verdict for _, _, _, verdict in rows],
+    }
+    is_wide = room(columns, width) >= NARROWEST_TARGET
+    table = new_table(right=columns, folded=("target",)) if is_wide else Table.grid(padding=(0, 2, 1, 1))
+    for name, wanted, seen, verdict in rows:
+        if is_wide:
+            table.add_row(name, wanted, seen, verdict)
+        else:
+            numbers = "; ".join(
+                f"{limit}: {value}" for limit, value in zip(wanted.split("\n"), seen.split("\n"), strict=True)
+            )
+            table.add_row(Text.assemble(f"{name}\n{numbers}, ", verdict))
+    return table
 
 
 def _title(result: Result, measured: Measured) -> str:
@@ -79,15 +105,19 @@ def _title(result: Result, measured: Measured) -> str:
     return f"mla {case.part}: {shape}\n{about}{f', {layers}' if case.part == 'step' else ''}"
 
 
-def _table(result: Result, measured: Measured, width: int) -> Table:
+def _table(result: Result, measured: Measured, width: int) -> tuple[Table, list[str]]:
+    """The table, and the columns that it has no room for."""
     columns = (_memory_columns if result.suite == "memory" else _time_columns)(result, measured)
     peers = [row.contender for row in measured.rows if not row.is_ours]
-    drop_to_fit(columns, width, DISPENSABLE, max(map(len, peers)))
+    dropped = drop_to_fit(columns, width, DISPENSABLE, max(map(len, peers), default=0))
     names = [
-        Text(wrap(row.contender, room(columns, width)), "bold") if row.is_ours else Text(row.contender)
+        Text(wrap(row.contender, room(columns, width)), "bold")
+        if row.is_ours
+        else Text(wrap(row.contender, room(columns, width)))
         for row in measured.rows
     ]
-    return table_of("experts\n" if result.suite == "moe" else "cache\n", names, columns, ends=(len(peers) - 1,))
+    header = "experts\n" if result.suite == "moe" else "cache\n"
+    return table_of(header, names, columns, ends=(len(peers) - 1,)), dropped
 
 
 def _time_columns(result: Result, measured: Measured) -> Columns:
@@ -125,7 +155,7 @@ def _memory_columns(result: Result, measured: Measured) -> Columns:
     rows, layers = measured.rows, result.model_layers
     unit, unit_name = _unit(rows)
     whole, whole_name = _unit(rows, layers)
-    full = next(row.held_bytes for row in rows if row.contender == "DynamicCache") or 0
+    full = next((row.held_bytes for row in rows if row.contender == "DynamicCache"), None) or 0
     tokens = measured.batch * measured.context
     return {
         f"held\n{unit_name}": [_main(row, _bytes(row.held_bytes, unit)) for row in rows],

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.demo.runs import DemoSetting, measure, num_steps
 from hfkv.cli.demo.screen import show
-from hfkv.cli.errors import CommandError, told_in_one_line
+from hfkv.cli.errors import told_in_one_line
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
+from hfkv.cli.outputs import check_outputs
 
 
 def demo(
@@ -37,15 +38,12 @@ def demo(
 
     with told_in_one_line():
         setting = DemoSetting(prompt_bytes, max_new_tokens, window, rounds, loss_bytes, loss_context=4 * window)
-        if json_path is not None and not json_path.parent.is_dir():
-            raise CommandError(f"--json {str(json_path)!r}: there is no folder {str(json_path.parent)!r}")
-        if json_path is not None and json_path.is_dir():
-            raise CommandError(f"--json {str(json_path)!r} is a folder; name a file in it")
+        check_outputs(json_path)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         # The model is too small for more threads to pay, and they stall each other where other work runs: a demo of
         # 45 s with one thread took 170 s with two beside one busy process on two cores.
         torch.set_num_threads(1)
-        bars = Console(stderr=True, highlight=False)
+        bars = new_console(stderr=True)
         with loading_bars(bars):
             model, tokenizer = load(None, chosen_dtype, chosen_device)
         with progress_on(bars, TaskProgressColumn()) as progress:
@@ -57,6 +55,6 @@ def demo(
                 setting,
                 lambda what: progress.update(task, advance=1, description=f"{what:<38}"),
             )
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if json_path is not None:
             report.write_json(json_path)

@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from hfkv.cli.demo.runs import DemoReport, DemoRow
-from hfkv.cli.tables import new_table, notes_grid
+from hfkv.cli.tables import NARROWEST, drop_to_fit, new_table, notes_grid, room, table_of, wider, wrap
 
 PROMPT_LINES = 8
 # From this width on there is room for the caches' classes and for bars.
 WIDE = 116
+ALLOCATED, LOSS = "KV\nKiB", "loss\nnats/B"
 BAR_WIDTH = 12
 # A loss this much higher, in %, is coloured as good or as bearable.
 GOOD_CHANGE, BEARABLE_CHANGE = 0.5, 5.0
@@ -23,8 +24,9 @@ def show(report: DemoReport, console: Console) -> None:
     """Prints a report, at the console's width."""
     console.print()
     console.print(_panel(report))
-    console.print(_table(report, is_wide=console.width >= WIDE))
-    console.print(Padding(_caption(report), (0, 1)))
+    table, dropped = _table(report, console.width)
+    console.print(table)
+    console.print(Padding(_caption(report, dropped), (0, 1)))
 
 
 def _panel(report: DemoReport) -> Panel:
@@ -41,27 +43,29 @@ def _panel(report: DemoReport) -> Panel:
     )
 
 
-def _table(report: DemoReport, is_wide: bool) -> Table:
-    num_tokens = f"same, of\n{report.rows[0].num_new_tokens} tokens"
-    table = new_table(
-        *(("cache\n", "kv\n", "held, of\nDynamicCache") if is_wide else ("cache\n",)),
-        right=("KV\nKiB", "held\nKiB", "ratio\n", "decode\ntokens/s", num_tokens, "loss\nnats/B", "change\n%"),
-    )
-    for row in report.rows:
-        name = Text(row.kv or row.cache, "bold")
-        label = [Text(row.cache), Text(row.kv or "-", "bold"), _bar(row.held_ratio)] if is_wide else [name]
-        table.add_row(
-            *label,
-            Text(f"{row.allocated_bytes / 1024:,.0f}"),
-            Text(f"{row.held_bytes / 1024:,.0f}"),
-            Text(f"{row.held_ratio:.3f}"),
-            Text(f"{row.tokens_per_second:,.0f}"),
-            _same_tokens(row),
-            Text(f"{row.nats_per_byte:.4f}"),
-            _change(row),
-            end_section=row.kv is None,
-        )
-    return table
+def _table(report: DemoReport, width: int) -> tuple[Table, list[str]]:
+    """The table, and the columns that it has no room for."""
+    rows = report.rows
+    columns = {
+        ALLOCATED: [Text(f"{row.allocated_bytes / 1024:,.0f}") for row in rows],
+        "held\nKiB": [Text(f"{row.held_bytes / 1024:,.0f}") for row in rows],
+        "ratio\n": [Text(f"{row.held_ratio:.3f}") for row in rows],
+        "decode\ntokens/s": [Text(f"{row.tokens_per_second:,.0f}") for row in rows],
+        f"same, of\n{rows[0].num_new_tokens} tokens": [_same_tokens(row) for row in rows],
+        LOSS: [Text(f"{row.nats_per_byte:.4f}") for row in rows],
+        "change\n%": [_change(row) for row in rows],
+    }
+    ends = [index for index, row in enumerate(rows) if row.kv is None]
+    if width < WIDE:
+        dropped = drop_to_fit(columns, width, (LOSS, ALLOCATED), NARROWEST)
+        names = [Text(wrap(row.kv or row.cache, room(columns, width)), "bold") for row in rows]
+        return table_of("cache\n", names, columns, ends), dropped
+    table = new_table("cache\n", "kv\n", "held, of\nDynamicCache", right=columns)
+    for index, row in enumerate(rows):
+        numbers = (cells[index] for cells in columns.values())
+        label = (Text(row.cache), Text(row.kv or "-", "bold"), _bar(row.held_ratio))
+        table.add_row(*label, *numbers, end_section=index in ends)
+    return table, []
 
 
 def _bar(ratio: float) -> Text:
@@ -86,7 +90,7 @@ def _change(row: DemoRow) -> Text:
     return Text(f"{change:+.2f}", style)
 
 
-def _caption(report: DemoReport) -> Table:
+def _caption(report: DemoReport, dropped: list[str]) -> Table:
     setting, machine = report.setting, report.machine
     rounds = "one run" if setting.rounds == 1 else f"the best of {setting.rounds} runs"
     notes = {
@@ -104,4 +108,4 @@ def _caption(report: DemoReport) -> Table:
         f"{min(setting.loss_context, setting.loss_bytes):,}; change from {report.rows[0].cache}'s. "
         "16-bit sums in another order differ in their last bits, lossless or not",
     }
-    return notes_grid(notes)
+    return notes_grid(notes | wider(dropped))

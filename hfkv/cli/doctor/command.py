@@ -10,12 +10,14 @@ import typer
 from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.doctor.layers import describe_layers, read_config
 from hfkv.cli.doctor.machine import describe_installation
 from hfkv.cli.doctor.report import DoctorReport
 from hfkv.cli.doctor.screen import show
-from hfkv.cli.errors import CommandError, told_in_one_line
+from hfkv.cli.errors import told_in_one_line
 from hfkv.cli.loading import pick_device, pick_dtype, progress_on
+from hfkv.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +42,12 @@ def doctor(
     Of a model only its config is read. Exit code 1 where a kernel is wrong.
     """
     with told_in_one_line():
-        _check_output(json_path)
+        check_outputs(json_path)
         chosen_device, chosen_dtype = pick_device(device), pick_dtype(dtype)
-        report = examine(model, kv, chosen_device, chosen_dtype, Console(stderr=True, highlight=False))
+        report = examine(model, kv, chosen_device, chosen_dtype, new_console(stderr=True))
         if json_path is not None:
             json_path.write_text(json.dumps(report.as_json(), indent=1) + "\n", encoding="utf-8")
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if report.failures:
             raise typer.Exit(EXIT_CODE)
 
@@ -98,13 +100,3 @@ def _stored_dtype(config: Any) -> torch.dtype:
     if isinstance(stored, str):
         stored = getattr(torch, stored, None)
     return stored if stored in (torch.float32, torch.float16) else torch.bfloat16
-
-
-def _check_output(path: Path | None) -> None:
-    """Refuses what could not be written, before anything is tested."""
-    if path is not None and not path.parent.is_dir():
-        raise CommandError(
-            f"--json {str(path)!r}: there is no folder {str(path.parent)!r}; make it, or name a file in another"
-        )
-    if path is not None and path.is_dir():
-        raise CommandError(f"--json {str(path)!r} is a folder; name a file in it")

@@ -86,6 +86,10 @@ def read_config(name: str) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    if not name:
+        raise CommandError(
+            "--model is empty; give a folder that save_pretrained wrote, or a name on the Hub (org/name)"
+        )
     folder = Path(name).expanduser()
     try:
         return AutoConfig.from_pretrained(str(folder) if folder.is_dir() else name)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import TaskProgressColumn
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, told_in_one_line
 from hfkv.cli.eval.runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
 from hfkv.cli.eval.screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
-from hfkv.cli.outputs import check_outputs
+from hfkv.cli.outputs import check_apart, check_can_draw, check_outputs
 from hfkv.cli.said import command_line, whole_numbers
 
 
@@ -57,6 +57,8 @@ def evaluate(
     with told_in_one_line():
         if stream and context_tokens is not None:
             raise CommandError("--stream reads the text as one and --context cuts it into blocks; give one of them")
+        if not pass_keys:
+            _refuse_of_pass_keys(context)
         setting = EvalSetting(
             kvs=tuple(kv or DEFAULT_KV),
             context=None if stream else EvalSetting.context if context_tokens is None else context_tokens,
@@ -67,13 +69,13 @@ def evaluate(
             trials=trials,
         )
         _refuse_reuse(setting.kvs)
-        _check_outputs(json_path, plot)
+        _check_outputs(json_path, plot, text)
         words = _read_text(text)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         if model is None:
             # See `hfkv demo`: the bundled model is too small for more threads to pay.
             torch.set_num_threads(1)
-        bars = Console(stderr=True, highlight=False)
+        bars = new_console(stderr=True)
         with loading_bars(bars):
             loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
         with each_warning_once(), progress_on(bars, TaskProgressColumn()) as progress:
@@ -87,11 +89,20 @@ def evaluate(
                 lambda total: progress.update(task, total=total),
                 lambda what, count: progress.update(task, advance=count, description=f"{what:<32}"),
             )
-        show(report, Console(highlight=False))
+        show(report, new_console())
         if json_path is not None:
             report.write_json(json_path, command_line(context, "hfkv", "eval"))
         if plot is not None:
             _write_plots(report, plot)
+
+
+def _refuse_of_pass_keys(context: typer.Context) -> None:
+    for name in ("pass_key_lengths", "pass_key_depths", "trials"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise CommandError(
+                f"--{name.replace('_', '-')} is about pass keys, and --no-pass-keys hides none; give one"
+            )
 
 
 def _read_text(path: Path | None) -> str:
@@ -112,18 +123,15 @@ def _read_text(path: Path | None) -> str:
     return text
 
 
-def _check_outputs(json_path: Path | None, plot_folder: Path | None) -> None:
+def _check_outputs(json_path: Path | None, plot_folder: Path | None, text: Path | None) -> None:
     """Refuses what could not be written, before anything is measured."""
-    check_outputs(json_path, None)
+    check_outputs(json_path, text=text)
     if plot_folder is None:
         return
-    from hfkv.measure.plotting import check_matplotlib
-
+    check_apart(json=json_path, plot=plot_folder)
+    check_can_draw()
     try:
-        check_matplotlib()
         plot_folder.mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        raise CommandError(f"--plot: {error}") from error
     except OSError as error:
         raise CommandError(
             f"--plot {str(plot_folder)!r} cannot be a folder: {error.strerror}; name one that can be written to"

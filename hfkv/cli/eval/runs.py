@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hfkv.cli.demo.runs import describe_run
 from hfkv.cli.errors import CommandError, first_line
 from hfkv.cli.generate import check_kv
+from hfkv.policy.units import MOST_COUNT
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,7 @@ DEFAULT_KV = ("int8", "int4", "window:512")
 DEFAULT_TOKENS = 16_384
 # No tokenizer makes so few tokens of a text that a longer piece of it would be needed.
 CHARACTERS_A_TOKEN = 64
+MOST_DEPTHS = 1000
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class EvalSetting:
             least = 2 if name in ("context", "tokens") else 1
             if size is not None and size < least:
                 raise CommandError(f"--{name} must be at least {least}, got {size}")
+            most = MOST_DEPTHS if name == "pass-key-depths" else MOST_COUNT
+            if size is not None and size > most:
+                raise CommandError(f"--{name} must be at most {most:,}, got {size}")
         for kv in self.kvs:
             check_kv(kv)
 

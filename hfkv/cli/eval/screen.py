@@ -9,7 +9,7 @@ from rich.text import Text
 
 from hfkv.cli.demo.screen import BEARABLE_CHANGE, GOOD_CHANGE
 from hfkv.cli.eval.runs import EvalReport, EvalRow
-from hfkv.cli.tables import Columns, drop_to_fit, notes_grid, room, table_of, unit_of, wrap
+from hfkv.cli.tables import Columns, drop_to_fit, notes_grid, room, table_of, unit_of, wider, wrap
 
 PERPLEXITY, ALLOCATED = "ppl\n", "alloc\n"
 # Left out, in this order, where they would leave less than so many columns for the config.
@@ -23,15 +23,17 @@ LEAST_UNITS = 10
 def show(report: EvalReport, console: Console) -> None:
     """Prints a report, at the console's width."""
     console.print()
-    console.print(_table(report, console.width))
-    console.print(Padding(_caption(report), (0, 1)))
+    table, dropped = _table(report, console.width)
+    console.print(table)
+    console.print(Padding(_caption(report, dropped), (0, 1)))
 
 
-def _table(report: EvalReport, width: int) -> Table:
+def _table(report: EvalReport, width: int) -> tuple[Table, list[str]]:
+    """The table, and the columns that it has no room for."""
     columns = _columns(report)
-    drop_to_fit(columns, width, DISPENSABLE, NARROWEST_KV)
+    dropped = drop_to_fit(columns, width, DISPENSABLE, NARROWEST_KV)
     names = [Text(wrap(row.text.kv, room(columns, width)), "bold") for row in report.rows]
-    return table_of("kv\n", names, columns, ends=(0,))
+    return table_of("kv\n", names, columns, ends=(0,)), dropped
 
 
 def _columns(report: EvalReport) -> Columns:
@@ -68,7 +70,7 @@ def _change(percent: float) -> Text:
     return Text(f"{percent:+.2f}" if abs(percent) < 1000 else f"{percent:+.1e}", style)
 
 
-def _caption(report: EvalReport) -> Table:
+def _caption(report: EvalReport, dropped: list[str]) -> Table:
     setting, machine = report.setting, report.machine
     block = report.num_tokens if setting.context is None else min(setting.context, report.num_tokens)
     read = "as one stream" if setting.context is None else f"in blocks of {block:,}"
@@ -93,4 +95,4 @@ def _caption(report: EvalReport) -> Table:
             f"the model was made for {report.max_positions:,} tokens and read up to {report.longest:,}: the full "
             "cache is no standard there"
         )
-    return notes_grid(notes)
+    return notes_grid(notes | wider(dropped))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, first_line, told_in_one_line
 from hfkv.cli.loading import pick_dtype
 from hfkv.cli.outputs import check_outputs
@@ -66,7 +66,7 @@ def plan(
         made = make_plan(model, memory, context, batch, reply, kv, weights, dtype, device, bandwidth, bus)
         from hfkv.cli.plan.screen import show
 
-        show(made, Console(highlight=False))
+        show(made, new_console())
         if json_path is not None:
             json_path.write_text(json.dumps(made.as_json(), indent=1) + "\n", encoding="utf-8")
         if plot is not None:

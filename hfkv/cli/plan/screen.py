@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hfkv.cli.tables import (
+    NARROWEST,
     TEXT_WIDTH,
     Columns,
     drop_to_fit,
@@ -20,6 +21,7 @@ from hfkv.cli.tables import (
     room,
     table_of,
     unit_of,
+    wider,
     wrap,
 )
 from hfkv.planning.fit import MOST_TOKENS
@@ -95,8 +97,8 @@ def _caches(plan: MemoryPlan, width: int) -> tuple[Table, list[str]]:
     columns = _columns(plan)
     needed = max(NARROWEST_KV, *(len(piece) for cache in plan.caches for piece in pieces(cache.kv)))
     dropped = drop_to_fit(columns, width, DISPENSABLE, needed)
-    names = [Text(wrap(cache.kv, max(room(columns, width), needed)), "bold") for cache in plan.caches]
-    return table_of("cache\n", names, columns), [DISPENSABLE[start] for start in dropped]
+    names = [Text(wrap(cache.kv, max(room(columns, width), NARROWEST)), "bold") for cache in plan.caches]
+    return table_of("cache\n", names, columns), [DISPENSABLE.get(start, start) for start in dropped]
 
 
 def _columns(plan: MemoryPlan) -> Columns:
@@ -172,8 +174,7 @@ def _caption(plan: MemoryPlan, dropped: list[str]) -> Table:
         notes["*"] = "the model's most"
     if any(cache.largest_context >= MOST_TOKENS for cache in plan.caches):
         notes["any"] = "a context of any length: none that was tried is too long"
-    if dropped:
-        notes["more"] = f"wider terminals show: {', '.join(dropped)}"
+    notes |= wider(dropped)
     if plan.dtype != "bfloat16":
         notes["dtype"] = f"{plan.dtype} for keys, values and what is not quantised"
     caption = notes_grid(notes)

@@ -17,6 +17,8 @@ from hfkv.policy.ports import port
 
 if TYPE_CHECKING:
     from rich.table import Table
+else:
+    Table = Any  # for typing.get_type_hints, without the import
 
 FORMAT, VERSION = "hfkv-expert-trace", 1
 # Forwards of each layer that a recording holds; a decode step of top-8 takes some 130 bytes.

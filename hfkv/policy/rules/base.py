@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+EVERYTHING = 1 << 62  # tokens: more than any text has
+
 
 class WindowRule:
     """A rule of which tokens stay: the newest `size(seen)` of them, besides sinks and summaries.
@@ -11,9 +13,11 @@ class WindowRule:
 
     Attributes:
         name: the word for it: ``Window(schedule=name)``, ``"window:name"``.
-        most: the most that `size` returns without a limit of its own, in tokens: what memory is planned by.
-        steps: where the size changes in a few steps only, those as (last number of tokens seen, size), in rising order:
-            many positions are then worked out at once, and `size` follows from them. None: `size` is asked for each.
+        most: the most tokens that a query sees by it: what memory is planned by. A `size` above it is refused, except
+            where fewer tokens than `most` have been seen.
+        steps: where the size changes in a few steps only, those as (last number of tokens seen, size), in rising order,
+            the last one up to `EVERYTHING`: many positions are then worked out at once, and `size` follows from them.
+            None: `size` is asked for each.
     """
 
     name: str

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from hfkv.policy.rules.base import WindowRule
-
-EVERYTHING = 1 << 62
+from hfkv.policy.rules.base import EVERYTHING, WindowRule
 
 
 class Dynamic(WindowRule):

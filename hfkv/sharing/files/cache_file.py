@@ -16,8 +16,9 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.models.fingerprint import Fingerprint, fingerprint_difference, fingerprint_of
 from hfkv.models.parallel import own_layers
 from hfkv.models.probe import base_model, decoder_of
-from hfkv.sharing.files.header import VERSION, FileHeader, LeafHeader, canonical, read_json
+from hfkv.sharing.files.header import VERSION, FileHeader, LeafHeader, NotRegisteredError, canonical, read_json
 from hfkv.sharing.files.tensor_file import digest_of, read_file, write_file
+from hfkv.sharing.refusals import check_files_hold
 
 _Kind = tuple[torch.dtype, tuple[int, ...]]  # of a tensor
 
@@ -38,6 +39,7 @@ def save_cache(cache: KVCache, path: str | os.PathLike[str], model: Any = None) 
         TypeError: `path` is no path, or `model` no transformers model.
         ValueError: the cache is empty, has layers of transformers' own or a schedule of your own, or was filled by
             another model than `model` or by one that is not known.
+        NotImplementedError: a layer keeps more than tokens (`CacheLayer.file_refusal`), which no file holds.
         RuntimeError: a forward has failed midway and left the cache in pieces.
         OSError: the file cannot be written.
     """
@@ -66,6 +68,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
     Raises:
         TypeError: `path` is no path, or `model` no transformers model.
         ValueError: the file is not whole, not of this format, or of a newer version, or was filled by another model.
+        NotImplementedError: a layer of the model's caches keeps more than tokens, which no file holds.
         FileNotFoundError: there is no such file.
     """
     name, base = _file_name(path), _base_of(model)
@@ -78,7 +81,8 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
                 raise ValueError("it is damaged or was edited: its digest is not that of what it holds")
             header = FileHeader.from_json(given)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name} cannot be loaded: {error}. {_AGAIN}") from error
+        remedy = "" if isinstance(error, NotRegisteredError) else f". {_AGAIN}"
+        raise ValueError(f"{name} cannot be loaded: {error}{remedy}") from error
     if given["version"] != VERSION:
         raise ValueError(
             f"{name} is of version {given['version']:,} of the format, and this hfkv reads {VERSION}: update hfkv"
@@ -92,6 +96,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
         )
     try:
         cache = KVCache(base, header.kv, base.hfkv.rotary if "hfkv" in vars(base) else None)
+        check_files_hold(cache)
         contents = _contents(cache, header, tensors, base)
     except ValueError as error:
         raise ValueError(f"{name} cannot be loaded for {type(base).__name__}: {error}. {_AGAIN}") from error
@@ -124,6 +129,7 @@ def _check_complete(cache: KVCache, model: Any) -> None:
         )
     if not cache.get_seq_length():
         raise ValueError("this cache is empty: nothing has been seen that could be saved; fill it first")
+    check_files_hold(cache)
 
 
 def _fingerprint(cache: KVCache, model: Any) -> Mapping[str, str]:

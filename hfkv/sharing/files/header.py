@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 
 from hfkv.cache.snapshot import PartShape
 from hfkv.policy.config import KVConfig
+from hfkv.policy.rules import RULES
 from hfkv.policy.window import Window
+from hfkv.policy.words import CODEC_WORDS
 
 FORMAT, VERSION = "hfkv", 1
 # No number of tokens, rows, heads or planes is larger.
@@ -19,6 +21,10 @@ _MOST = 1 << 40
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 _DTYPES["float64"] = torch.float64
 _FINGERPRINT = {"model", "adapters", "weights", "precision"}
+
+
+class NotRegisteredError(ValueError):
+    """The file names a codec or a rule that is not known here; the file itself is whole."""
 
 
 @dataclass(frozen=True)
@@ -144,19 +150,32 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
     """Reads what `kv_to_json` wrote.
 
     Raises:
-        ValueError: it is no config.
+        ValueError: it is no config; a `NotRegisteredError` where its codec or its window's rule is not known here.
     """
     names = {"codec", "window", "store", "page_size", "offload", "layers"}
     if isinstance(value, dict) and "device_budget" in value:
         names.add("device_budget")
     given = dict(_object(value, "the config", names))
     layers = _object(given["layers"], "the config's layers", set() if is_override else None)
+    _check_registered("codec", given["codec"], CODEC_WORDS, "hfkv.codecs.register_codec")
+    if isinstance(given["window"], dict):
+        _check_registered("rule", given["window"].get("schedule"), RULES, "hfkv.policy.rules.register_rule")
     try:
         given["layers"] = {indices: kv_from_json(override, True) for indices, override in layers.items()}
         given["window"] = None if given["window"] is None else _window_from_json(given["window"])
         return KVConfig(**given)
+    except NotRegisteredError:
+        raise
     except (TypeError, ValueError) as error:
         raise ValueError(f"its config is none: {error}") from error
+
+
+def _check_registered(what: str, name: Any, known: Collection[str], register: str) -> None:
+    if isinstance(name, str) and name not in known:
+        raise NotRegisteredError(
+            f"it was written with the {what} {_short(name)}, which is not registered here; register it first "
+            f"({register}), or update hfkv; there are {', '.join(known)}"
+        )
 
 
 def _window_to_json(window: Window) -> dict[str, Any]:
