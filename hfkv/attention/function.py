@@ -20,7 +20,7 @@ from hfkv.attention.quick import quick_attention
 from hfkv.attention.windowed import windowed_attention
 from hfkv.cache.layers.head_groups import SplitTokens
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
-from hfkv.cache.view import KVView, refuse_window
+from hfkv.cache.view import KVView, StepKeys, StepValues, refuse_window
 from hfkv.kernels.inputs import Scoring
 from hfkv.models.attention_keywords import AttentionCode, attention_code, own_attention_reason
 
@@ -78,7 +78,7 @@ def hfkv_attention(
         ValueError: a model that must keep its own attention was loaded with this one.
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
-    if type(key) is KVView and position_bias is None and not dropout:
+    if type(key) is StepKeys and type(value) is StepValues and position_bias is None and not dropout:
         kind = (type(module), *kwargs)
         telling = _telling.get(kind)
         if telling is None:

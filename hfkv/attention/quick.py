@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers.utils import output_capturing
+from torch.nn.functional import scaled_dot_product_attention
 
 from hfkv.attention.rule import Rule, rule_of_step
 from hfkv.attention.short import short_attention
 from hfkv.cache.snapshot import HeldTokens
-from hfkv.cache.view import KVView
+from hfkv.cache.view import StepKeys, StepValues
 from hfkv.codecs import autocast
 from hfkv.kernels.inputs import Scoring
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # `autocast.is_on`, without a call of Python
+
 
 def quick_attention(
-    query: torch.Tensor, key: KVView, value: Any, mask: torch.Tensor | None, scale: float | None
+    query: torch.Tensor, key: StepKeys, value: StepValues, mask: torch.Tensor | None, scale: float | None
 ) -> torch.Tensor | None:
     """Attention `[B, q, Hq, D]`, or None where the layer has to be looked at more closely.
 
@@ -27,32 +27,39 @@ def quick_attention(
         scale: factor on the scores; None for ``D ** -0.5``.
     """
     held = key.held
-    if type(held) is not HeldTokens or type(value) is not KVView or value.held is not held:
-        return None
     step, store = held.step, held.store
-    if step is None or key.part != "key" or value.part != "value" or query.requires_grad:
-        return None
-    if held.version != store.version or store.length != held.last or query.dtype != step.keys.dtype:
-        return None
-    if torch.compiler.is_compiling() or output_capturing._active_collector.get():
+    if step is None or value.held is not held or held.version != store.version or store.length != held.last:
         return None
     rule = step.rule
-    if rule is None or rule.mask is not mask or rule.queries != query.shape:
-        rule = step.rule = rule_of_step(held, step, mask, query.shape)
-    if not rule.is_plain:
+    if rule is None or rule.mask is not mask or rule.queries != query.shape or rule.dtype != query.dtype:
+        rule = step.rule = rule_of_step(held, step, mask, query)
+    if not rule.is_plain or query.requires_grad:
         return None
     if rule.pads is not None and rule.pads != held.padding.known:
         held.padding.learn(rule.pads, step.seen - 1)
-    if not autocast.is_on():
+    if _is_any_autocast_enabled():
+        with autocast.own_precision():
+            out = _attend(query, held, rule, scale)
+        return out.to(autocast.product_dtype(out))
+    if rule.slices is None:
         return _attend(query, held, rule, scale)
-    with autocast.own_precision():
-        out = _attend(query, held, rule, scale)
-    return out.to(autocast.product_dtype(out))
+    # The commonest case by the shortest way: one query over plain tokens that lie in one piece.
+    keys, values = store.planes
+    of_keys, of_values, shape, has_groups = rule.slices
+    return scaled_dot_product_attention(
+        *(query, keys.as_strided(*of_keys), values.as_strided(*of_values), rule.visible),
+        scale=scale,
+        enable_gqa=has_groups,
+    ).reshape(shape)
 
 
 def _attend(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | None) -> torch.Tensor:
-    if rule.kernel is None:
-        return short_attention(query, held, rule, scale)
+    return (short_attention if rule.kernel is None else kernel_attention)(query, held, rule, scale)
+
+
+def kernel_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | None) -> torch.Tensor:
+    """Attention `[B, 1, Hq, D]` by the kernel of a rule; see `quick_attention`."""
+    assert rule.kernel is not None
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale)
     given = {} if rule.inputs is None else {"inputs": rule.inputs}
     attended = rule.kernel(query, *held.encoded(), rule.visibility, scoring, **given)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers.utils import output_capturing
 
 from hfkv.attention.full import visibility_of_mask
 from hfkv.attention.masks import CausalMask
@@ -20,16 +22,20 @@ from hfkv.kernels.visibility import seen
 
 # A mask, or a wider head, keeps scaled_dot_product_attention of some devices from sharing keys among heads.
 _MOST_SHARED = 256
+# What processors without matrix units compute in float32 in a fraction of the time, the conversion included.
+WIDENED = (torch.bfloat16, torch.float16)
 # Beyond them, a prompt's attention is worth a kernel's care.
 _MOST_QUERIES = 512
 
 
-class Rule(NamedTuple):
+@dataclass(eq=False, slots=True)
+class Rule:
     """What a mask means for the tokens that a `Step` shows, and who attends to them.
 
     Attributes:
         mask: mask of the forward, or None.
         queries: shape of the queries, `[B, Hq, q, D]`.
+        dtype: dtype of the queries.
         is_plain: whether this is all that the mask says; else each layer looks at it by itself.
         pads: pad tokens of each row, where a window has to know.
         visible: bool `[B or 1, 1, 1, T]`; None where every token is seen. For few tokens only.
@@ -38,10 +44,13 @@ class Rule(NamedTuple):
         kernel: kernel that attends to more tokens; None for few.
         visibility: the same as `visible`, for the kernel.
         inputs: what the kernel reads on its device; None where it takes all from its arguments.
+        slices: of one query over plain tokens in one piece, that torch takes as they are: size, strides and offset of
+            the keys, the same of the values, the shape `[B, 1, Hq, D]` of the output, and whether heads share keys.
     """
 
     mask: torch.Tensor | None
     queries: torch.Size
+    dtype: torch.dtype
     is_plain: bool = True
     pads: tuple[int, ...] | None = None
     visible: torch.Tensor | None = None
@@ -50,24 +59,34 @@ class Rule(NamedTuple):
     kernel: Callable[..., Any] | None = None
     visibility: Visibility | None = None
     inputs: DeviceInputs | None = None
+    slices: tuple[Any, Any, tuple[int, ...], bool] | None = None
 
 
-def rule_of_step(held: HeldTokens, step: Step, mask: torch.Tensor | None, queries: torch.Size) -> Rule:
-    """Reads a mask `[B or 1, 1 or Hq, q, kv]` for what one layer of a step shows."""
-    pads = None if held.window is None else _pads(held, step, mask)
-    unclear = Rule(mask, queries, is_plain=False)
-    if held.window is not None and pads is None:
-        return unclear
-    look = None if pads is None or not held.hides_tokens(pads) else WindowBlocks(held, pads)
-    if look is not None and look.has_more_than_tokens:
-        return unclear
+def rule_of_step(held: HeldTokens, step: Step, mask: torch.Tensor | None, query: torch.Tensor) -> Rule:
+    """Reads a mask `[B or 1, 1 or Hq, q, kv]` for queries `[B, Hq, q, D]` to what one layer of a step shows."""
+    rule = Rule(mask, query.shape, query.dtype)
+    rule.is_plain = _is_plain(rule, held, step)
+    return rule
+
+
+def _is_plain(rule: Rule, held: HeldTokens, step: Step) -> bool:
+    """Works out a rule; whether it says all."""
+    if rule.dtype != held.parts["key"].dtype or torch.compiler.is_compiling():
+        return False
+    if output_capturing._active_collector.get():  # weights may be wanted
+        return False
+    look = None
+    if held.window is not None:
+        rule.pads = _pads(held, step, rule.mask)
+        if rule.pads is None:
+            return False
+        if held.hides_tokens(rule.pads):
+            look = WindowBlocks(held, rule.pads)
+            if look.has_more_than_tokens:
+                return False
     if step.is_short:
-        rule = _of_few(held, step, mask, queries, look)
-    elif queries[2] == 1 and not held.store.is_offloaded:
-        rule = _of_many(held, step, mask, queries, look)
-    else:
-        return unclear
-    return rule._replace(pads=pads)
+        return _is_of_few(rule, held, step, look)
+    return rule.queries[2] == 1 and not held.store.is_offloaded and _is_of_many(rule, held, step, look)
 
 
 def _pads(held: HeldTokens, step: Step, mask: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -80,49 +99,47 @@ def _pads(held: HeldTokens, step: Step, mask: torch.Tensor | None) -> tuple[int,
     return pads if pads is None or len(pads) == held.batch else pads * held.batch
 
 
-def _of_few(
-    held: HeldTokens, step: Step, mask: torch.Tensor | None, queries: torch.Size, look: WindowBlocks | None
-) -> Rule:
-    key, value = held.parts["key"], held.parts["value"]
+def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:
+    """Works out what torch is given for few tokens; whether that is all."""
+    key, value, mask, queries = held.parts["key"], held.parts["value"], rule.mask, rule.queries
     # As transformers does, so that results are the same bits.
-    is_shared = queries[1] == key.heads
-    is_shared_unmasked = is_shared or key.head_dim == value.head_dim <= _MOST_SHARED
-    rule = Rule(mask, queries, is_shared=is_shared_unmasked)
+    rule.is_shared = queries[1] == key.heads or key.head_dim == value.head_dim <= _MOST_SHARED
     if queries[2] > 1:
+        rule.is_causal = True
         is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None and held.window is None
-        is_plain = is_whole and queries[2] == held.last - held.first <= _MOST_QUERIES
-        return rule._replace(is_plain=is_plain, is_causal=True)
+        return is_whole and queries[2] == held.last - held.first <= _MOST_QUERIES
     if look is None:
-        if mask is None:
-            return rule
-        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, held.last - held.first):
-            return rule._replace(is_plain=False)
-        visible = mask.plain() if isinstance(mask, CausalMask) else mask
-    elif look.sees_all_held(step.seen - 1):
-        return rule
-    else:
-        shown = seen(visibility_of(look, 1), held.store.layout(), slice(None), held.first, held.last, 1)
-        if shown is None:
-            return rule
-        visible = shown
-    # A row that sees nothing gets zeros, which torch's own function does not promise.
-    return rule._replace(visible=visible, is_shared=is_shared, is_plain=bool(visible.any(-1).all()))
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, held.last - held.first):
+                return False
+            rule.visible = mask.plain() if isinstance(mask, CausalMask) else mask
+    elif not look.sees_all_held(step.seen - 1):
+        rule.visible = seen(visibility_of(look, 1), held.store.layout(), slice(None), held.first, held.last, 1)
+    if rule.visible is not None:
+        rule.is_shared = queries[1] == key.heads
+        # A row that sees nothing gets zeros, which torch's own function does not promise.
+        if not bool(rule.visible.any(-1).all()):
+            return False
+    is_slice = rule.is_shared and step.placing is not None and held.is_slice
+    if is_slice and not (rule.dtype in WIDENED and held.device.type == "cpu"):
+        shape = queries[0], 1, queries[1], value.head_dim
+        rule.slices = step.keys[:3], step.values[:3], shape, key.heads != queries[1]
+    return True
 
 
-def _of_many(
-    held: HeldTokens, step: Step, mask: torch.Tensor | None, queries: torch.Size, look: WindowBlocks | None
-) -> Rule:
+def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:
+    """Works out what the kernel is given for one query and many tokens; whether that is all."""
     key, value = held.parts["key"], held.parts["value"]
     kernel = attention_kernel(held.codec.name, key.dtype, held.device, 1, (key.head_dim, value.head_dim))
+    if kernel.run is None or not (look is None or kernel.reads_moved_windows):
+        return False
     if look is None:
-        visibility = visibility_of_mask(queries, held, mask, is_causal=True)
+        rule.visibility = visibility_of_mask(rule.queries, held, rule.mask, is_causal=True)
     elif look.sees_all_held(step.seen - 1):
-        visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
+        rule.visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
     else:
-        visibility = visibility_of(look, 1)
-    if kernel.run is None or visibility is None or not (look is None or kernel.reads_moved_windows):
-        return Rule(mask, queries, is_plain=False)
-    inputs = None
-    if kernel.reads_device_lengths:
-        inputs = device_inputs(held.store.layout(), visibility, held.device)
-    return Rule(mask, queries, kernel=kernel.run, visibility=visibility, inputs=inputs)
+        rule.visibility = visibility_of(look, 1)
+    rule.kernel = kernel.run
+    if kernel.reads_device_lengths and rule.visibility is not None:
+        rule.inputs = device_inputs(held.store.layout(), rule.visibility, held.device)
+    return rule.visibility is not None

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from hfkv.attention.rule import Rule
+from hfkv.attention.rule import WIDENED, Rule
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.codecs.hadamard import rotate_states
-
-# What processors without matrix units compute in float32 in a fraction of the time, the conversion included.
-_WIDENED = (torch.bfloat16, torch.float16)
 
 
 def short_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | None) -> torch.Tensor:
@@ -25,28 +22,30 @@ def short_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: fl
     keys, values = held.both()
     dtype = query.dtype
     if held.codec.is_rotated:
-        return rotate_states(_attend(rotate_states(query.float()), keys, values, rule, scale)).to(dtype)
-    if dtype in _WIDENED and query.device.type == "cpu":
+        out = _attend(rotate_states(query.float()), keys, values, rule, scale)
+        return rotate_states(out).to(dtype)
+    if dtype == keys.dtype and (dtype not in WIDENED or query.device.type != "cpu"):
+        return _attend(query, keys, values, rule, scale)
+    if dtype == keys.dtype:
         keys, values = keys.float(), values.float()
-    out = _attend(query.to(keys.dtype), keys, values, rule, scale)
-    return out if out.dtype == dtype else out.to(dtype)
+    return _attend(query.to(keys.dtype), keys, values, rule, scale).to(dtype)
 
 
 def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, scale: float | None
 ) -> torch.Tensor:
     batch, num_heads, num_queries, width = rule.queries
-    visible, is_causal = rule.visible, rule.is_causal
     if rule.is_shared:
+        has_groups = keys.shape[1] != num_heads
         out = scaled_dot_product_attention(
-            query, keys, values, visible, is_causal=is_causal, scale=scale, enable_gqa=keys.shape[1] != num_heads
+            query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale, enable_gqa=has_groups
         )
     elif num_queries == 1:
         query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], width)
-        out = scaled_dot_product_attention(query, keys, values, visible, scale=scale)
+        out = scaled_dot_product_attention(query, keys, values, rule.visible, scale=scale)
     else:
         keys, values = (states.repeat_interleave(num_heads // keys.shape[1], dim=1) for states in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, visible, is_causal=is_causal, scale=scale)
+        out = scaled_dot_product_attention(query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale)
     if num_queries == 1:
         return out.reshape(batch, 1, num_heads, values.shape[3])
     return out.transpose(1, 2).contiguous()

@@ -111,8 +111,7 @@ class KVCache(DynamicCache):
             )
         if self.record.broken is not None:
             self.record.check_whole()
-        try:
-            # transformers' own would look for layers to make and to offload: there are none.
+        try:  # transformers' own would look for layers to make and to offload
             return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
         except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
             layer = self.layers[layer_idx]
@@ -144,10 +143,16 @@ class KVCache(DynamicCache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens seen, padding included."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if type(layer) is KVLayer and layer.is_initialized:  # nearly always
+            return layer.span.seen
         return super().get_seq_length(self._filled(layer_idx) if layer_idx == 0 else layer_idx)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """The length and offset of the keys that a layer's mask is made for."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if type(layer) is KVLayer and layer.is_initialized:  # nearly always
+            return layer.get_mask_sizes(query_length)
         # A sliding layer holds fewer keys than a full one.
         kind = self.is_sliding[layer_idx] if layer_idx < len(self.layers) else None
         return super().get_mask_sizes(query_length, self._filled(layer_idx, kind))

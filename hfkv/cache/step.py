@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from hfkv.stores.base import Placing
 
 
@@ -23,21 +25,14 @@ class Step:
         is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
             for one query.
         writing: the kernel that encodes and writes the new tokens, and its inputs on the device; None where torch does.
-        rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.short`.
+        rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.rule`.
+        before: the step that the layer had done last, if nothing else had happened to it since. Others that have done
+            the same have only to look whether `held` tokens, `pads`, shapes and `dtype` are theirs too.
     """
 
     __slots__ = (
-        "first",
-        "gone_below",
-        "is_short",
-        "keys",
-        "last",
-        "placing",
-        "rule",
-        "seen",
-        "state",
-        "values",
-        "writing",
+        *("before", "dtype", "first", "gone_below", "held", "is_short", "key_shape", "keys", "last", "pads"),
+        *("placing", "rule", "seen", "state", "value_shape", "values", "writing"),
     )
 
     def __init__(
@@ -58,6 +53,18 @@ class Step:
         self.keys, self.values = keys, values
         self.rule: Any = None
         self.writing: Any = None
+        self.before: object = _NOTHING
+        self.held, self.dtype = -1, torch.float32
+        self.pads: tuple[int, ...] | None = None
+        self.key_shape: torch.Size | None = None
+        self.value_shape: torch.Size | None = None
+
+
+class _Nothing:
+    """Stands for the step before where there was none."""
+
+
+_NOTHING = _Nothing()
 
 
 class Group:

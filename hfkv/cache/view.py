@@ -29,7 +29,10 @@ class KVView(ReadOnly):
     @staticmethod
     def __new__(cls, held: Tokens, part: Part) -> KVView:
         # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
-        return new_view(held, part, ViewShape.of(held, part))
+        size, strides, offset, dtype = ViewShape.of(held, part)
+        view = _new_wrapper(cls, size, strides, offset, None, dtype, torch.strided, held.device)
+        view.held, view.part = held, part
+        return view
 
     def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"KVView({self.part}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -67,15 +70,31 @@ class ViewShape(NamedTuple):
         return cls(held.shape(part), *held.layout(part), held.parts[part].dtype)
 
 
-def new_view(held: Tokens, part: Part, shape: ViewShape) -> KVView:
-    """A view whose shape is known already."""
-    size, strides, offset, dtype = shape
-    view = _new_wrapper(KVView, size, strides, offset, None, dtype, torch.strided, held.device)
-    view.held, view.part = held, part
-    return view
+class StepKeys(KVView):
+    """The keys of a layer that belong to a `Step`."""
+
+    held: HeldTokens
+    part = "key"
+
+
+class StepValues(KVView):
+    """The values of a layer that belong to a `Step`."""
+
+    held: HeldTokens
+    part = "value"
 
 
 _new_wrapper: Any = torch.Tensor._make_wrapper_subclass
+
+
+def step_views(held: HeldTokens, keys: ViewShape, values: ViewShape) -> tuple[StepKeys, StepValues]:
+    """Views whose shapes are known already."""
+    size, strides, offset, dtype = keys
+    key = _new_wrapper(StepKeys, size, strides, offset, None, dtype, torch.strided, held.device)
+    size, strides, offset, dtype = values
+    value = _new_wrapper(StepValues, size, strides, offset, None, dtype, torch.strided, held.device)
+    key.held = value.held = held
+    return key, value
 
 
 def refuse_window(held: Tokens) -> None:

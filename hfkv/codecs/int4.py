@@ -8,6 +8,7 @@ from hfkv.codecs.base import SCALE_DTYPE, Affine, Codec, Planes, scale_for
 from hfkv.codecs.hadamard import rotate
 
 LEVELS = 15
+_FEW = 1 << 12
 # The codes are 0 .. 15; about their centre, sums of them and of `low` nearly cancel no more.
 _CENTRE = 8
 
@@ -28,9 +29,13 @@ class Int4(Codec):
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
-        low = y.amin(dim=-1, keepdim=True).to(SCALE_DTYPE)
+        if y.numel() <= _FEW:
+            least, most = torch.aminmax(y, dim=-1, keepdim=True)
+        else:  # four times as fast
+            least, most = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
+        low = least.to(SCALE_DTYPE)
         origin = low.float()
-        scale = scale_for(y.amax(dim=-1, keepdim=True) - origin, LEVELS)
+        scale = scale_for(most - origin, LEVELS)
         q = (y - origin).div_(scale.float()).round_().clamp_(0, LEVELS).to(torch.uint8)
         if q.shape[-1] % 2:
             q = torch.nn.functional.pad(q, (0, 1))

@@ -132,6 +132,11 @@ class Store(ABC):
         """
 
     @property
+    def has_shared_end(self) -> bool:
+        """Whether the last token lies in a page that somebody else lists too."""
+        return False
+
+    @property
     def extent(self) -> object:
         """The places of the tokens, to compare: stores of equal extents do the same when tokens come or go."""
         return None

@@ -55,3 +55,8 @@ class BlockPool:
     def is_shared(self, block: int) -> bool:
         """Whether `block` has more than one holder."""
         return self.refcounts[block] > 1
+
+    def is_any_shared(self, blocks: Iterable[int]) -> bool:
+        """Whether any of `blocks` has more than one holder."""
+        refcounts = self.refcounts
+        return any([refcounts[block] > 1 for block in blocks])

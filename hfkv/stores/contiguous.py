@@ -106,10 +106,11 @@ class ContiguousStore(Store):
         if new is None:
             pass
         elif index is not None:
-            if placing.has_float8:
-                planes, new = [*map(bits_of, planes)], (*map(bits_of, new),)
             for plane, tokens in zip(planes, new, strict=True):
-                plane.index_copy_(2, index, tokens)
+                if placing.has_float8:
+                    bits_of(plane).index_copy_(2, index, bits_of(tokens))
+                else:
+                    plane.index_copy_(2, index, tokens)
         else:
             for plane, tokens in zip(planes, new, strict=True):
                 plane.narrow(2, placing.begin, placing.count).copy_(tokens)

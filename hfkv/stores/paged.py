@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -46,7 +45,6 @@ class PagedStore(Store):
 
     @property
     def planes(self) -> list[torch.Tensor]:
-        """The planes of the pages: stores that share pages share planes."""
         return self.pages.planes
 
     @planes.setter
@@ -112,12 +110,14 @@ class PagedStore(Store):
             return None
         if self._key is None:
             self._key = tuple(map(tuple, self.table)), tuple(self.columns[:-1])
-        refcounts = self.pages.blocks.refcounts
-        return self.length, self.columns[-1], self._key, any([refcounts[row[-1]] > 1 for row in self.table])
+        return self.length, self.columns[-1], self._key, self.has_shared_end
+
+    @property
+    def has_shared_end(self) -> bool:
+        return self.pages.blocks.is_any_shared([row[-1] for row in self.table])
 
     def placing(self, count: int, start: int, stop: int) -> Placing | None:
-        extent: Any = self.extent
-        if extent is None or extent[-1] or stop > start or count > self._room():
+        if not self.columns or self.has_shared_end or stop > start or count > self._room() or self.extent is None:
             return None  # the last pages are to be copied, or columns begin or go
         return PageSlots(self.layout(), self.planes, count, self._key)
 
@@ -133,8 +133,7 @@ class PagedStore(Store):
         return placing.read(self.pages.planes, first, last)
 
     def is_used_elsewhere(self) -> Callable[[], bool]:
-        pages, own = self.pages, weakref.ref(self)
-        return lambda: pages.stores > (own() is not None)
+        return self.pages.is_used_beside(self)
 
     def extend(self, count: int) -> Layout:
         with self.lock:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -43,6 +44,11 @@ class Pages:
         with self.lock:
             self.stores -= 1
             self.blocks.release(pages)
+
+    def is_used_beside(self, store: object) -> Callable[[], bool]:
+        """Gives a function that says whether other stores than one list these pages, which may be gone by then."""
+        one = weakref.ref(store)
+        return lambda: self.stores > (one() is not None)
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name != "lock"}

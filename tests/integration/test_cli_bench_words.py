@@ -30,7 +30,7 @@ def refused(*words: str) -> str:
     [
         ([], ["name a suite", "--from", "attention, step, memory, prefill, reuse"]),
         (["speed"], ["'speed'", "attention, step, memory, prefill, reuse"]),
-        (["attention", "--shape", "huge"], ["'huge'", "llama-8b, qwen3-30b-a3b, small, tiny"]),
+        (["attention", "--shape", "huge"], ["'huge'", "llama-8b, qwen3-30b-a3b, small, host, tiny"]),
         (["attention", "--shape", "tiny", "--model", "a/b"], ["--shape and --model"]),
         (["attention", "--kv", "int9"], ["'int9'", "allowed: none, int8"]),
         (["attention", "--kv", "window:64+summary:mean"], ["no check"]),

@@ -122,7 +122,7 @@ def test_a_picture_needs_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("llama-9b",), "neither a shape (llama-8b, qwen3-30b-a3b, small, tiny)"),
+        (("llama-9b",), "neither a shape (llama-8b, qwen3-30b-a3b, small, host, tiny)"),
         (("tiny", "--memory", "lots"), "memory takes a size"),
         (("tiny", "--context", "12kb"), "--context takes a number of tokens"),
         (("tiny", "--context", "0"), "--context takes a number of tokens"),

@@ -167,7 +167,7 @@ def test_a_shape_with_other_layers_keeps_the_rest() -> None:
     config = with_layers(shape_config("qwen3-30b-a3b", None), 3)
     assert (config.num_hidden_layers, config.num_experts, Heads.of(config)) == (3, 128, Heads(32, 4, 128))
     assert Heads.of(shape_config("llama-8b", None)).token_bytes(torch.bfloat16) * 32 == 131_072
-    assert set(SHAPES) == {"llama-8b", "qwen3-30b-a3b", "small", "tiny"}
+    assert set(SHAPES) == {"llama-8b", "qwen3-30b-a3b", "small", "host", "tiny"}
     with pytest.raises(RequestError, match="'huge' is unknown; allowed: llama-8b"):
         shape_config("huge", None)
     with pytest.raises(RequestError, match="no config that could be read"):
@@ -215,7 +215,7 @@ def test_a_step_reads_no_embedding_table_and_the_chosen_experts_only() -> None:
         ({"steps": 0}, "steps must be at least 1"),
         ({"seconds": 0.0}, "seconds must be above 0"),
         ({"kvs": ("int8", "int8")}, "different caches"),
-        ({"ragged": (4, 2)}, "prefill only"),
+        ({"ragged": (4, 2)}, "prefill and host only"),
         ({"busy": -1}, "busy must be at least 0"),
         ({"suite": "memory", "busy": 1}, "in the suite memory"),
         ({"cases": (Case("decode", 8, 1),)}, "suite mla only"),

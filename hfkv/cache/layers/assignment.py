@@ -8,6 +8,7 @@ import torch
 
 from hfkv.cache.read_only import Snapshot
 from hfkv.cache.snapshot import HeldTokens, Part
+from hfkv.cache.step import Step
 
 
 class Assignment:
@@ -65,6 +66,7 @@ class Assignable(ABC):
     _assignment: Assignment
     is_initialized: bool
     is_assigned = False
+    followed: Step | None
 
     @abstractmethod
     def held(self) -> HeldTokens:
@@ -88,6 +90,7 @@ class Assignable(ABC):
         """Replaces the tokens held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
+        self.followed = None
         held = self.held() if self.is_initialized else None
         both = self._assignment.take(part, states, held)
         if both is not None:

@@ -11,7 +11,7 @@ from hfkv.cache.layers.span import Span
 from hfkv.cache.slots import Slots
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape, encoded_parts
 from hfkv.cache.step import Group, Step
-from hfkv.cache.view import ViewShape, make_views, new_view
+from hfkv.cache.view import ViewShape, make_views, step_views
 from hfkv.codecs import Codec
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
@@ -26,6 +26,7 @@ class Following:
 
     Attributes:
         group: the layers of its kind in one cache.
+        followed: the step that was done last; None where something else has happened since.
     """
 
     codec: Codec
@@ -35,6 +36,7 @@ class Following:
     span: Span
     device: torch.device
     group: Group
+    followed: Step | None
     captured: Captured | None
     _store: Store | None
     _parts: dict[Part, PartShape]
@@ -42,6 +44,7 @@ class Following:
     _batch: int
     _num_slots: int
     _tracked: bool
+    _version: int
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -51,22 +54,28 @@ class Following:
         Raises:
             ValueError: their shape, dtype or device does not continue the tokens held.
         """
-        store, span, group = self._store, self.span, self.group
-        if self.captured is not None or self._assignment.waiting or self._tracked:
-            return make_views(self.append(key_states, value_states), self._tracked)
-        extent = None if store is None else store.extent
-        state = (
-            *(span.seen, span.gone_below, span.padding.known, span.record_past, extent),
-            *(key_states.shape, value_states.shape, key_states.dtype, value_states.dtype, key_states.device),
-            *(key_states.requires_grad, value_states.requires_grad),
-        )
-        step = group.step
-        if step is None or step.state != state:
-            step = group.step = self._next_step(state, key_states, value_states)
-        placing = step.placing
-        if placing is None:
+        store, step = self._store, self.group.step
+        if (
+            step is None
+            # What the others of the group have done is what this one has done, and nothing else has happened to it.
+            or step.before is not self.followed
+            or store is None
+            or store.version != self._version
+            or store.length != step.held
+            or self.span.padding.known != step.pads
+            or key_states.shape != step.key_shape
+            or value_states.shape != step.value_shape
+            or key_states.dtype != step.dtype
+            or value_states.dtype != step.dtype
+            or key_states.device != self.device
+            or torch.is_grad_enabled()
+            or (store.is_paged and store.has_shared_end)
+        ):
+            step = self._work_out(key_states, value_states)
+        if step is None or step.placing is None:
             return self._by_itself(step, key_states, value_states)
-        codec = self.codec
+        placing = step.placing
+        codec, span = self.codec, self.span
         assert store is not None
         if step.writing is not None:
             self._write(step, key_states, value_states)
@@ -75,6 +84,7 @@ class Following:
         else:
             store.put(placing, codec.encode_both(key_states, value_states))
         span.seen, span.gone_below = step.seen, step.gone_below
+        self.followed, self._version = step, store.version
         held = HeldTokens(
             store,
             codec,
@@ -92,22 +102,51 @@ class Following:
             None,
             step,
         )
-        return new_view(held, "key", step.keys), new_view(held, "value", step.values)
+        return step_views(held, step.keys, step.values)
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
         """Appends new keys and values, whatever there is to do, and gives what `update` shows."""
 
-    def _by_itself(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _work_out(self, keys: torch.Tensor, values: torch.Tensor) -> Step | None:
+        """The step of the group if this layer is in its state, or one of its own; None where it is in none."""
+        store, span, group = self._store, self.span, self.group
+        if self.captured is not None or self._assignment.waiting or self._tracked:
+            return None
+        pads = span.padding.known
+        state = (
+            *(span.seen, span.gone_below, span.record_past, pads, None if store is None else store.extent),
+            *(
+                keys.shape,
+                values.shape,
+                keys.dtype,
+                values.dtype,
+                keys.device,
+                keys.requires_grad,
+                values.requires_grad,
+            ),
+        )
+        step = group.step
+        if step is None or step.state != state:
+            step = group.step = self._next_step(state, keys, values)
+            if self.followed is not None and store is not None and keys.dtype == values.dtype:
+                step.before, step.held, step.pads = self.followed, store.length, pads
+                step.key_shape, step.value_shape, step.dtype = keys.shape, values.shape, keys.dtype
+        return step
+
+    def _by_itself(
+        self, step: Step | None, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends without the group; attention is the same whichever way tokens have come."""
+        self.followed = None
         held = self.append(keys, values)
-        if self._tracked:
-            return make_views(held, tracked=True)
+        if step is None or self._tracked:
+            return make_views(held, self._tracked)
         if step.keys is None:
             step.seen, step.is_short = held.seen, self._is_short(held.last - held.first)
             step.keys, step.values = ViewShape.of(held, "key"), ViewShape.of(held, "value")
         held.step = step
-        return new_view(held, "key", step.keys), new_view(held, "value", step.values)
+        return step_views(held, step.keys, step.values)
 
     def _write(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Has a kernel write new tokens to the places that the device knows already."""

@@ -13,7 +13,7 @@ from hfkv.cache.layers.span import Span
 from hfkv.cache.layers.storage import Storage
 from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
-from hfkv.cache.step import Group
+from hfkv.cache.step import Group, Step
 from hfkv.codecs import CODECS
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.models.rotary import Rotary
@@ -55,6 +55,8 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         self._batch = 1
         self._reserved = 0
         self._lent: list[torch.Tensor] = []
+        self.followed: Step | None = None
+        self._version = 0
         self._store_kind = self.kv.store
         self._copies = (1, 0)
         self._assignment = Assignment()
@@ -126,6 +128,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         Returns:
             The layout of the tokens before it.
         """
+        self.followed = None
         self._forget_unseen()
         before = self.store.extend(1)
         self.span.advance(1)
@@ -233,10 +236,12 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
 
     @record_past.setter
     def record_past(self, record: bool) -> None:
+        self.followed = None
         self.span.record_past = record
 
     def activate_past_recording(self) -> None:
         """Starts to record: the tokens of the forwards since the last `crop` can be cropped again."""
+        self.followed = None
         self.span.start_recording()
 
     def _forget_unseen(self) -> None:
@@ -255,6 +260,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
         seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove), self._batch)
+        self.followed = None
         if self.is_initialized and left < seen:
             self.store.truncate(self.store.length - (seen - left))
         self.span.crop(left)
