@@ -59,6 +59,10 @@ class Step:
         self.key_shape: torch.Size | None = None
         self.value_shape: torch.Size | None = None
 
+    def comes_after(self, step: Step) -> None:
+        """Names the step before, which forgets its own: steps would hold on to all that ever were."""
+        self.before, step.before = step, _NOTHING
+
 
 class _Nothing:
     """Stands for the step before where there was none."""
@@ -81,3 +85,6 @@ class Group:
 
     def __init__(self) -> None:
         self.step: Step | None = None
+
+    def __reduce__(self) -> Any:
+        return Group, ()  # what is worked out in a forward is not kept

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import random
 import sys
 from collections import Counter
@@ -218,6 +221,30 @@ def test_padded_rows_generate_what_they_do_without_steps(kv: str) -> None:
         with alone():
             expected = greedy(model, prompt(3, 9, padding=4), 14)
     assert torch.equal(together, expected)
+
+
+@pytest.mark.parametrize("kv", ["none", "int8+window:6+sinks:2", "paged"])
+def test_steps_that_are_done_are_forgotten(kv: str) -> None:
+    cache = cache_of(kv)
+    feed(cache, 2, 9)
+    for _ in range(20):
+        feed(cache, 2, 1)
+    gc.collect()
+    assert sum(isinstance(found, Step) for found in gc.get_objects()) <= 4
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "paged"])
+def test_a_copy_has_no_step_of_its_original(kv: str) -> None:
+    cache = cache_of(kv)
+    feed(cache, 2, 5)
+    feed(cache, 2, 1)
+    for copied in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), cache.fork()):
+        assert all(layer.followed is None and layer.group.step is None for layer in copied.layers)
+        assert len({id(layer.group) for layer in copied.layers}) == 1
+        before = everything(cache)
+        feed(copied, 2, 1)
+        assert equal(everything(cache), before)
+        assert copied.get_seq_length() == 7
 
 
 def test_the_first_layer_of_a_forward_that_failed_is_taken_back() -> None:

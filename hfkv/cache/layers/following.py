@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 
@@ -45,6 +46,9 @@ class Following:
     _num_slots: int
     _tracked: bool
     _version: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "followed": None}  # what is worked out in a forward is not kept
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
@@ -130,8 +134,9 @@ class Following:
         if step is None or step.state != state:
             step = group.step = self._next_step(state, keys, values)
             if self.followed is not None and store is not None and keys.dtype == values.dtype:
-                step.before, step.held, step.pads = self.followed, store.length, pads
-                step.key_shape, step.value_shape, step.dtype = keys.shape, values.shape, keys.dtype
+                step.comes_after(self.followed)
+                step.held, step.pads, step.dtype = store.length, pads, keys.dtype
+                step.key_shape, step.value_shape = keys.shape, values.shape
         return step
 
     def _by_itself(
