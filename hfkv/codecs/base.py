@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
@@ -137,5 +138,12 @@ def scale_for(largest: torch.Tensor, steps: float) -> torch.Tensor:
     It is rounded *before* anything is quantised with it, so that its rounding costs no accuracy.
     """
     # A product, not a quotient: for that torch gives other bits on a GPU than on a CPU.
-    scale = (largest * (1 / steps)).to(SCALE_DTYPE)
-    return scale.masked_fill_(scale == 0, 1)
+    scale = (largest * _inverse(steps)).to(SCALE_DTYPE)
+    return scale.masked_fill_(scale.logical_not(), 1)
+
+
+@functools.cache
+def _inverse(steps: float) -> torch.Tensor:
+    """One by `steps`, as a tensor: torch takes twice as long to multiply few numbers by one of Python's."""
+    with torch.inference_mode(False):
+        return torch.tensor(1 / steps, dtype=torch.float32, device="cpu")
