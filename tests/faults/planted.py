@@ -62,9 +62,23 @@ FAULTS = (
     Fault(
         "padding stays behind a crop into it",
         "hfkv/models/padding.py",
-        "tuple(min(pad, left) for pad in self._pads)",
-        "tuple(self._pads)",
+        "tuple(min(pad, left) for pad in self.known)",
+        "tuple(self.known)",
         ("unit/test_span.py", "model/test_window_padding.py"),
+    ),
+    Fault(
+        "a layer in another state follows the step of its group",
+        "hfkv/cache/layers/following.py",
+        "if step is None or step.state != state:",
+        "if step is None:",
+        ("unit/test_step.py",),
+    ),
+    Fault(
+        "planes are lent that a copy still reads",
+        "hfkv/stores/pages.py",
+        "return lambda: self.stores > (one() is not None)",
+        "return lambda: one is None",
+        ("kernels/test_triton_graphs_kept.py",),
     ),
     Fault(
         "a shared storage counts twice",
