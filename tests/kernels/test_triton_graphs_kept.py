@@ -48,7 +48,17 @@ def test_planes_that_are_in_use_are_not_lent(device: torch.device, counts: dict[
         greedy(model, second, 4)
         assert counts["captures"] == 2
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, held, strict=True))
-        fork = cache.fork()
+
+
+@pytest.mark.parametrize("kv", ["none", "paged+page_size:4"])
+def test_planes_of_a_copy_are_not_lent(device: torch.device, kv: str) -> None:
+    model = llama(num_hidden_layers=1).to(device)
+    first, second = (on(device, {"input_ids": prompt(1, length)["input_ids"]}) for length in (9, 11))
+    with hfkv.patch(model, kv, graphs=True) as patch:
+        cache = patch.new_cache()
+        cache.reserve(40)
+        greedy(model, first, 4, past_key_values=cache)
+        held, fork = [layer.keys.clone() for layer in cache.layers], cache.fork()
         del cache
         greedy(model, second, 4)
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(fork.layers, held, strict=True))
