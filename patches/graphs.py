@@ -193,10 +193,12 @@ class Graphs:
             leaf.reserve(-(-leaf.reserved // ROUND) * ROUND)
         if self._kept is None or ids is None:
             return
-        retired = self._kept[0]
+        retired, captured = self._kept
+        if retired.is_gone:
+            captured.step.release()
         if retired.is_free and retired.kv == cache.kv and retired.rows == ids.shape[0]:
             retired.lend_to(cache)
-        elif retired.is_free:
+        elif retired.is_gone:
             self._kept = None  # nothing is kept for nobody
 
     def _take_over(self, cache: KVCache) -> CapturedStep | None:

@@ -66,7 +66,7 @@ def advance(cache: KVCache) -> list[Layout]:
 class _AlikeLayers:
     """Layers that hold the same tokens in the same places: one upload serves them all."""
 
-    layers: list[KVLayer]
+    indices: list[int]  # among the layers of the cache
     before: Layout
     written: DeviceInputs
     seen: DeviceInputs
@@ -84,13 +84,14 @@ class DeviceStep:
     def __init__(self, layers: list[KVLayer], befores: list[Layout], mask: torch.Tensor | None) -> None:
         self.layers = layers
         self.groups: list[_AlikeLayers] = []
-        for layer, before in zip(layers, befores, strict=True):
+        for index, (layer, before) in enumerate(zip(layers, befores, strict=True)):
             layer.store.keeps_place = True
-            group = next((group for group in self.groups if _alike(group.layers[0], layer)), None)
+            group = next((group for group in self.groups if _alike(layers[group.indices[0]], layer)), None)
             if group is None:
-                self.groups.append(_group(layer, before, mask))
+                self.groups.append(_group(index, layer, before, mask))
             else:
-                group.layers.append(layer)
+                group.indices.append(index)
+        self._num_layers = len(layers)
         self._places = self._places_now()
 
     def update(self, befores: list[Layout], mask: torch.Tensor | None) -> bool:
@@ -104,17 +105,21 @@ class DeviceStep:
         """
         if self._places != self._places_now():
             return False
-        before_of = dict(zip(map(id, self.layers), befores, strict=True))
         for group in self.groups:
-            head = group.layers[0]
-            if not all(_alike(head, layer) for layer in group.layers[1:]):
+            first, *others = group.indices
+            head = self.layers[first]
+            if not all(_alike(head, self.layers[other]) for other in others):
                 return False
             try:
-                group.written.update(before_of[id(head)], None)
+                group.written.update(befores[first], None)
                 group.seen.update(head.store.layout(), _visibility(head, mask))
             except ValueError:
                 return False
         return True
+
+    def release(self) -> None:
+        """Lets go of the layers, whose cache is gone; `adopt` gives others."""
+        self.layers = []
 
     def adopt(self, layers: list[KVLayer]) -> bool:
         """Goes on with the layers of another cache of the same kind, after its prompt.
@@ -122,11 +127,8 @@ class DeviceStep:
         Returns:
             Whether their planes are those that were captured.
         """
-        place = {id(layer): index for index, layer in enumerate(self.layers)}
-        if len(layers) != len(self.layers) or not all(layer.is_initialized for layer in layers):
+        if len(layers) != self._num_layers or not all(layer.is_initialized for layer in layers):
             return False
-        for group in self.groups:
-            group.layers = [layers[place[id(layer)]] for layer in group.layers]
         self.layers = layers
         for layer in layers:
             layer.store.keeps_place = True
@@ -136,7 +138,7 @@ class DeviceStep:
     def running(self) -> Iterator[None]:
         """Makes the layers write and read where the device says, while the context lasts."""
         for group in self.groups:
-            for layer in group.layers:
+            for layer in [self.layers[index] for index in group.indices]:
                 kernel = append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims).run
                 assert kernel is not None
                 layer.captured = Captured(kernel, group.before, group.written, group.seen)
@@ -163,7 +165,7 @@ def _alike(one: KVLayer, other: KVLayer) -> bool:
     return first.table is None or (second.table is not None and torch.equal(first.table, second.table))
 
 
-def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _AlikeLayers:
+def _group(index: int, layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _AlikeLayers:
     columns, tokens = 0, layer.store.planes[0].shape[2]
     if before.is_paged:
         columns = max(-(-layer.store.reserved // tokens), len(before.spans) + 1) + SPARE_COLUMNS
@@ -172,7 +174,7 @@ def _group(layer: KVLayer, before: Layout, mask: torch.Tensor | None) -> _AlikeL
     seen = DeviceInputs.allocate(
         layer.store.layout(), _visibility(layer, mask), layer.device, columns=columns, tokens=tokens
     )
-    return _AlikeLayers([layer], before, written, seen)
+    return _AlikeLayers([index], before, written, seen)
 
 
 def _visibility(layer: KVLayer, mask: torch.Tensor | None) -> Visibility:

@@ -140,6 +140,7 @@ def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | N
     else:
         rule.visibility = visibility_of(look, 1)
     rule.kernel = kernel.run
-    if kernel.reads_device_lengths and rule.visibility is not None:
+    # Layers that have appended by themselves may have taken different pages.
+    if step.placing is not None and kernel.reads_device_lengths and rule.visibility is not None:
         rule.inputs = device_inputs(held.store.layout(), rule.visibility, held.device)
     return rule.visibility is not None

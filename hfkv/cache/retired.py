@@ -36,16 +36,18 @@ class Retired:
         return self._owner() is cache
 
     @property
+    def is_gone(self) -> bool:
+        """Whether the cache is gone; copies of it, its layers, or views of them may still be there."""
+        return self._owner() is None
+
+    @property
     def is_free(self) -> bool:
-        """Whether the cache is gone, and no copy of it uses its planes."""
-        return self._owner() is None and not any(check() for check in self._checks)
+        """Whether nobody uses the planes any more."""
+        is_held = any(store() is not None for store in self._stores) or any(check() for check in self._checks)
+        return self.is_gone and not is_held
 
     def lend_to(self, cache: KVCache) -> None:
         """Gives the planes to an empty cache; where they do not fit, it lets go of them."""
-        for store in self._stores:
-            left = store()
-            if left is not None:
-                left.version += 1  # what somebody still looks at through a view of the old cache changes
         for leaf, planes in zip(cache.leaves, self._planes, strict=True):
             leaf.lend(planes)
         self._planes, self._owner = [], weakref.ref(cache)

@@ -77,9 +77,10 @@ def _few_butterflies(rows: torch.Tensor) -> torch.Tensor:
 @functools.cache
 def _stages(block: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """By stage, the index of each number's partner, int64 `[block]`, and 1 or -1, float32 `[block]`."""
-    index = torch.arange(block)
-    halves = [1 << stage for stage in range(block.bit_length() - 1)]
-    return [(index ^ half, torch.where(index & half == 0, 1.0, -1.0)) for half in halves]
+    with torch.inference_mode(False):
+        index = torch.arange(block, device="cpu")
+        halves = [1 << stage for stage in range(block.bit_length() - 1)]
+        return [(index ^ half, torch.where(index & half == 0, 1.0, -1.0)) for half in halves]
 
 
 @functools.cache

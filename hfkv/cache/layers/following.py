@@ -120,15 +120,8 @@ class Following:
         pads = span.padding.known
         state = (
             *(span.seen, span.gone_below, span.record_past, pads, None if store is None else store.extent),
-            *(
-                keys.shape,
-                values.shape,
-                keys.dtype,
-                values.dtype,
-                keys.device,
-                keys.requires_grad,
-                values.requires_grad,
-            ),
+            *(keys.shape, values.shape, keys.dtype, values.dtype, keys.device),
+            *(keys.requires_grad or values.requires_grad, *self._like),
         )
         step = group.step
         if step is None or step.state != state:
@@ -138,6 +131,11 @@ class Following:
                 step.held, step.pads, step.dtype = store.length, pads, keys.dtype
                 step.key_shape, step.value_shape = keys.shape, values.shape
         return step
+
+    @property
+    def _like(self) -> tuple[Any, ...]:
+        """What new tokens have to be like."""
+        return () if self._store is None else (self._batch, self.device, self._parts["key"], self._parts["value"])
 
     def _by_itself(
         self, step: Step | None, keys: torch.Tensor, values: torch.Tensor
@@ -164,6 +162,7 @@ class Following:
                 kernel(keys, values, *encoded, step.placing.before, inputs=inputs)
             except BaseException:
                 store.truncate(step.placing.before.length)
+                self.span.gone_below, self.followed = step.gone_below, None
                 raise
 
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
