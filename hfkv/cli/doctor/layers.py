@@ -262,8 +262,9 @@ class _AskedLayer:
             kernel = self._kernel(heads, num_queries, is_moved)
         except Exception as error:  # of importing a broken Triton, say: told here, and counted by the self-test
             return "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}"
-        few = f"up to {kernel.worth_from / 1e6:.2g} million numbers of keys and values all are decoded for one call of "
-        return kernel.name, kernel.reason + (f"; {few}sdpa" if num_queries == 1 and kernel.worth_from else "")
+        most = f"{kernel.worth_from / 1e6:.2g} million numbers of keys and values"
+        few = f"; up to {most} all are decoded for one call of sdpa" if num_queries == 1 and kernel.worth_from else ""
+        return kernel.name, kernel.reason + few
 
     def _kernel(self, heads: HeadShape, num_queries: int, is_moved: bool) -> Kernel:
         from hfkv.attention.latent.crossover import form_for
