@@ -24,9 +24,7 @@ def short_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: fl
     if held.codec.is_rotated:
         out = _attend(rotate_states(query.float()), keys, values, rule, scale)
         return rotate_states(out).to(dtype)
-    if dtype == keys.dtype and (dtype not in WIDENED or query.device.type != "cpu"):
-        return _attend(query, keys, values, rule, scale)
-    if dtype == keys.dtype:
+    if keys.dtype in WIDENED and query.device.type == "cpu":
         keys, values = keys.float(), values.float()
     return _attend(query.to(keys.dtype), keys, values, rule, scale).to(dtype)
 
@@ -35,17 +33,15 @@ def _attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rule: Rule, scale: float | None
 ) -> torch.Tensor:
     batch, num_heads, num_queries, width = rule.queries
-    if rule.is_shared:
-        has_groups = keys.shape[1] != num_heads
-        out = scaled_dot_product_attention(
-            query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale, enable_gqa=has_groups
-        )
-    elif num_queries == 1:
-        query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], width)
-        out = scaled_dot_product_attention(query, keys, values, rule.visible, scale=scale)
-    else:
-        keys, values = (states.repeat_interleave(num_heads // keys.shape[1], dim=1) for states in (keys, values))
-        out = scaled_dot_product_attention(query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale)
+    heads = keys.shape[1]
+    if not rule.is_shared and num_queries == 1:
+        query = query.reshape(batch, heads, num_heads // heads, width)
+    elif not rule.is_shared:
+        keys, values = (states.repeat_interleave(num_heads // heads, dim=1) for states in (keys, values))
+    has_groups = query.shape[1] != keys.shape[1]
+    out = scaled_dot_product_attention(
+        query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale, enable_gqa=has_groups
+    )
     if num_queries == 1:
         return out.reshape(batch, 1, num_heads, values.shape[3])
     return out.transpose(1, 2).contiguous()

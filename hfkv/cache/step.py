@@ -8,6 +8,9 @@ import torch
 
 from hfkv.stores.base import Placing
 
+# Stands for the step before where there was none: no layer has followed it.
+_NOTHING = object()
+
 
 class Step:
     """What follows, for every layer that stands where one layer stood, from the same number of new tokens.
@@ -62,13 +65,6 @@ class Step:
     def comes_after(self, step: Step) -> None:
         """Names the step before, which forgets its own: steps would hold on to all that ever were."""
         self.before, step.before = step, _NOTHING
-
-
-class _Nothing:
-    """Stands for the step before where there was none."""
-
-
-_NOTHING = _Nothing()
 
 
 class Group:

@@ -257,7 +257,7 @@ class Store(ABC):
         return lent
 
     def is_used_elsewhere(self) -> Callable[[], bool]:
-        """Gives a function that says whether other stores hold planes of this one, which may be gone by then."""
+        """Gives a function that says, once this store is gone, whether other stores hold its planes."""
         return lambda: False
 
     def allocate_reserved(self, needed: int, wanted: int, allocate: Callable[[int], None]) -> None:

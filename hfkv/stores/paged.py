@@ -117,7 +117,8 @@ class PagedStore(Store):
         return self.pages.blocks.is_any_shared([row[-1] for row in self.table])
 
     def placing(self, count: int, start: int, stop: int) -> Placing | None:
-        if not self.columns or self.has_shared_end or stop > start or count > self._room() or self.extent is None:
+        extent: Any = self.extent
+        if extent is None or extent[-1] or stop > start or count > self._room():
             return None  # the last pages are to be copied, or columns begin or go
         return PageSlots(self.layout(), self.planes, count, self._key)
 
@@ -133,7 +134,7 @@ class PagedStore(Store):
         return placing.read(self.pages.planes, first, last)
 
     def is_used_elsewhere(self) -> Callable[[], bool]:
-        return self.pages.is_used_beside(self)
+        return self.pages.are_used
 
     def extend(self, count: int) -> Layout:
         with self.lock:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -45,10 +44,9 @@ class Pages:
             self.stores -= 1
             self.blocks.release(pages)
 
-    def is_used_beside(self, store: object) -> Callable[[], bool]:
-        """Gives a function that says whether other stores than one list these pages, which may be gone by then."""
-        one = weakref.ref(store)
-        return lambda: self.stores > (one() is not None)
+    def are_used(self) -> bool:
+        """Whether any store lists these pages."""
+        return self.stores > 0
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in vars(self).items() if name != "lock"}

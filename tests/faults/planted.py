@@ -76,8 +76,8 @@ FAULTS = (
     Fault(
         "planes are lent that a copy still reads",
         "hfkv/stores/pages.py",
-        "return lambda: self.stores > (one() is not None)",
-        "return lambda: one is None",
+        "return self.stores > 0",
+        "return False",
         ("kernels/test_triton_graphs_kept.py",),
     ),
     Fault(

@@ -54,37 +54,24 @@ def test_planes_that_are_in_use_are_not_lent(device: torch.device, counts: dict[
         assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, held, strict=True))
 
 
-@pytest.mark.parametrize("kv", ["none", "paged+page_size:4"])
-def test_planes_of_a_copy_are_not_lent(device: torch.device, kv: str) -> None:
-    model = llama(num_hidden_layers=1).to(device)
-    first, second = (on(device, {"input_ids": prompt(1, length)["input_ids"]}) for length in (9, 11))
-    with hfkv.patch(model, kv, graphs=True) as patch:
-        cache = patch.new_cache()
-        cache.reserve(40)
-        greedy(model, first, 4, past_key_values=cache)
-        held, fork = [layer.keys.clone() for layer in cache.layers], cache.fork()
-        del cache
-        greedy(model, second, 4)
-        assert all(torch.equal(layer.keys, keys) for layer, keys in zip(fork.layers, held, strict=True))
-
-
 def numbers(parts: Iterable[Any]) -> list[torch.Tensor]:
     """The keys of layers, or what views show."""
     return [(part if isinstance(part, torch.Tensor) else part.keys).clone() for part in parts]
 
 
 LEFT: dict[str, Callable[[hfkv.KVCache], Any]] = {
+    "a fork": lambda cache: cache.fork().layers,
     "a shallow copy": lambda cache: copy.copy(cache).layers,
     "its layers": lambda cache: cache.layers,
     "views": lambda cache: cache.update(torch.ones(1, 2, 1, 16), torch.ones(1, 2, 1, 16), 0),
 }
 
 
-@pytest.mark.parametrize("what", LEFT)
-def test_what_is_left_of_a_cache_keeps_its_planes(device: torch.device, what: str) -> None:
+@pytest.mark.parametrize(("what", "kv"), [*((what, "none") for what in LEFT), ("a fork", "paged+page_size:4")])
+def test_what_is_left_of_a_cache_keeps_its_planes(device: torch.device, what: str, kv: str) -> None:
     model = llama(num_hidden_layers=1).to(device)
     inputs = on(device, {"input_ids": prompt(1, 9)["input_ids"]})
-    with hfkv.patch(model, graphs=True) as patch:
+    with hfkv.patch(model, kv, graphs=True) as patch:
         cache = patch.new_cache()
         cache.reserve(40)
         greedy(model, inputs, 4, past_key_values=cache)

@@ -16,7 +16,6 @@ from hfkv.cache.view import ViewShape, make_views, step_views
 from hfkv.codecs import Codec
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
-from hfkv.models.rotary import Rotary
 from hfkv.policy.window import Window
 from hfkv.stores import Store
 from hfkv.stores.base import Placing
@@ -33,7 +32,6 @@ class Following:
     codec: Codec
     window: Window | None
     sliding: int | None
-    rotary: Rotary | None
     span: Span
     device: torch.device
     group: Group
@@ -89,28 +87,19 @@ class Following:
             store.put(placing, codec.encode_both(key_states, value_states))
         span.seen, span.gone_below = step.seen, step.gone_below
         self.followed, self._version = step, store.version
-        held = HeldTokens(
-            store,
-            codec,
-            self._parts,
-            key_states.shape[0],
-            self.device,
-            None if self.sliding is not None else self.window,
-            self.rotary,
-            span.padding,
-            step.first,
-            step.last,
-            step.seen,
-            step.gone_below,
-            store.version,
-            None,
-            step,
-        )
-        return step_views(held, step.keys, step.values)
+        return step_views(self._held(step.first, step), step.keys, step.values)
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
         """Appends new keys and values, whatever there is to do, and gives what `update` shows."""
+
+    @abstractmethod
+    def _held(self, first: int = 0, step: Step | None = None) -> HeldTokens:
+        """The tokens held from index `first` on, as a step shows them."""
+
+    @abstractmethod
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Raises ValueError unless new tokens are like those held."""
 
     def _work_out(self, keys: torch.Tensor, values: torch.Tensor) -> Step | None:
         """The step of the group if this layer is in its state, or one of its own; None where it is in none."""
@@ -211,13 +200,12 @@ class Following:
         return self._batch * numbers * tokens < kernel.worth_from
 
     def _continues(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
-        """Whether new tokens are like those held."""
-        for part, states in (("key", keys), ("value", values)):
-            held = self._parts[part]  # type: ignore[index]
-            given = (states.shape[0], states.shape[1], states.shape[3], states.dtype, states.device)
-            if given != (self._batch, held.heads, held.head_dim, held.dtype, self.device):
-                return False
-        return keys.shape[2] == values.shape[2] > 0
+        """Whether there are new tokens, like those held."""
+        try:
+            self._check(keys, values)
+        except ValueError:
+            return False
+        return keys.shape[2] > 0
 
     def _shape(self, part: Part, new: torch.Tensor, placing: Placing, first: int, last: int) -> ViewShape:
         """The shape of what is shown of one part; `new` tokens `[B, H, T, D]` are the newest of them."""

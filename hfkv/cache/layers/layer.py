@@ -177,22 +177,24 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         """Dtype of the keys."""
         return self._parts["key"].dtype
 
-    def _held(self, first: int = 0) -> HeldTokens:
+    def _held(self, first: int = 0, step: Step | None = None) -> HeldTokens:
+        store, span = self.store, self.span
         return HeldTokens(
-            store=self.store,
+            store=store,
             codec=self.codec,
             parts=self._parts,
             batch=self._batch,
             device=self.device,
             window=None if self.is_sliding else self.window,
             rotary=self.rotary,
-            padding=self.span.padding,
+            padding=span.padding,
             first=first,
-            last=self.store.length,
-            seen=self.span.seen,
-            gone_below=self.span.gone_below,
-            version=self.store.version,
+            last=store.length,
+            seen=span.seen,
+            gone_below=span.gone_below,
+            version=store.version,
             inputs=self.captured.seen if self.captured else None,
+            step=step,
         )
 
     def held(self) -> HeldTokens:
