@@ -24,8 +24,9 @@ from hfkv.kernels.visibility import seen
 _MOST_SHARED = 256
 # What processors without matrix units compute in float32 in a fraction of the time, the conversion included.
 WIDENED = (torch.bfloat16, torch.float16)
-# Beyond them, a prompt's attention is worth a kernel's care.
+# Beyond them, a prompt's attention is worth a kernel's care; so is a mask that is written out for more than these.
 _MOST_QUERIES = 512
+_MOST_SEEN = 1 << 16
 
 
 @dataclass(eq=False, slots=True)
@@ -38,7 +39,7 @@ class Rule:
         dtype: dtype of the queries.
         is_plain: whether this is all that the mask says; else each layer looks at it by itself.
         pads: pad tokens of each row, where a window has to know.
-        visible: bool `[B or 1, 1, 1, T]`; None where every token is seen. For few tokens only.
+        visible: bool `[B or 1, 1, q, T]`; None where every token is seen. For few tokens only.
         is_causal: whether a query sees the tokens up to its own, and all of these.
         is_shared: whether torch lets query heads share keys and values.
         kernel: kernel that attends to more tokens; None for few.
@@ -104,23 +105,29 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
     key, value, mask, queries = held.parts["key"], held.parts["value"], rule.mask, rule.queries
     # As transformers does, so that results are the same bits.
     rule.is_shared = queries[1] == key.heads or key.head_dim == value.head_dim <= _MOST_SHARED
-    if queries[2] > 1:
+    num_queries, num_tokens = queries[2], held.last - held.first
+    is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None
+    if num_queries > 1 and look is None and is_whole and num_queries == num_tokens <= _MOST_QUERIES:
         rule.is_causal = True
-        is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None and held.window is None
-        return is_whole and queries[2] == held.last - held.first <= _MOST_QUERIES
+        return True
+    if num_queries > 1 and num_queries * num_tokens > _MOST_SEEN:
+        return False
     if look is None:
         if mask is not None:
-            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, 1, held.last - held.first):
+            if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, num_queries, num_tokens):
                 return False
             rule.visible = mask.plain() if isinstance(mask, CausalMask) else mask
-    elif not look.sees_all_held(step.seen - 1):
-        rule.visible = seen(visibility_of(look, 1), held.store.layout(), slice(None), held.first, held.last, 1)
+        elif num_queries > 1:
+            return False  # the module says what is meant
+    elif num_queries > 1 or not look.sees_all_held(step.seen - 1):
+        visibility = visibility_of(look, num_queries)
+        rule.visible = seen(visibility, held.store.layout(), slice(None), held.first, held.last, num_queries)
     if rule.visible is not None:
         rule.is_shared = queries[1] == key.heads
         # A row that sees nothing gets zeros, which torch's own function does not promise.
         if not bool(rule.visible.any(-1).all()):
             return False
-    is_slice = rule.is_shared and step.placing is not None and held.is_slice
+    is_slice = num_queries == 1 and rule.is_shared and step.placing is not None and held.is_slice
     if is_slice and not (rule.dtype in WIDENED and held.device.type == "cpu"):
         shape = queries[0], 1, queries[1], value.head_dim
         rule.slices = step.keys[:3], step.values[:3], shape, key.heads != queries[1]

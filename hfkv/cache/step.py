@@ -22,7 +22,7 @@ class Step:
         state: the state that it starts from.
         placing: where the new tokens go in the store, and which ones go; None where the layer has to work that out by
             itself (a buffer is full, sinks are to be copied into their slots).
-        seen, gone_below: the layer's tokens afterwards; see `Span`.
+        seen, gone_below, recorded_to: the layer's tokens afterwards; see `Span`.
         first, last: the tokens shown afterwards, as indices among those held.
         keys, values: `hfkv.cache.view.ViewShape`s of what is shown; None as long as nobody knows.
         is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
@@ -35,7 +35,7 @@ class Step:
 
     __slots__ = (
         *("before", "dtype", "first", "gone_below", "held", "is_short", "key_shape", "keys", "last", "pads"),
-        *("placing", "rule", "seen", "state", "value_shape", "values", "writing"),
+        *("placing", "recorded_to", "rule", "seen", "state", "value_shape", "values", "writing"),
     )
 
     def __init__(
@@ -54,6 +54,7 @@ class Step:
         self.placing: Any = placing
         self.first, self.last, self.is_short = first, last, is_short
         self.keys, self.values = keys, values
+        self.recorded_to: int | None = None
         self.rule: Any = None
         self.writing: Any = None
         self.before: object = _NOTHING

@@ -25,6 +25,9 @@ __all__ = [
 
 CPU_PAGE_SIZE, ACCELERATOR_PAGE_SIZE = 256, 64
 
+# Rows that will hold fewer pages than these are copied in less time than their block tables take.
+_WORTH_PAGES = 2
+
 
 def make_store(
     kind: str,
@@ -48,7 +51,7 @@ def make_store(
     if kind != "paged" and not is_offloaded:
         return ContiguousStore(bound=bound)
     if page_size is None:
-        page_size = CPU_PAGE_SIZE if device.type == "cpu" else ACCELERATOR_PAGE_SIZE
+        page_size = _page_size(device)
         if bound is not None:
             # Up to three pages of a window are partly filled: the slots', the oldest and the newest.
             page_size = min(page_size, 1 << (max(bound // 16, 1).bit_length() - 1))
@@ -57,23 +60,33 @@ def make_store(
     return PagedStore(page_size, bound=bound)
 
 
+def is_worth_pages(tokens: int, device: torch.device, page_size: int | None = None, bound: int | None = None) -> bool:
+    """Whether ``"auto"`` takes pages for rows of `tokens` tokens that are to be copied; see `make_store`."""
+    held = tokens if bound is None else min(tokens, bound)
+    return held >= _WORTH_PAGES * (page_size or _page_size(device))
+
+
+def _page_size(device: torch.device) -> int:
+    return CPU_PAGE_SIZE if device.type == "cpu" else ACCELERATOR_PAGE_SIZE
+
+
 def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None) -> Store:
     """Copies a store: row i of the copy holds what row `rows[i]` of `store` does.
 
     Args:
         store: store to copy; pages are shared until they are written to.
         rows: indices of the rows to copy, int64 `[B']`.
-        kind: kind of the copy; ``"auto"`` puts a contiguous store into pages where copies of a row can share some.
+        kind: kind of the copy; ``"auto"`` puts a contiguous store into pages where copies of a row can share some, and
+            `is_worth_pages` says so.
         page_size: see `make_store`.
     """
     assert store.device is not None
     repeats = len(set(rows.tolist())) < len(rows)
     if kind != "auto" or not repeats or isinstance(store, PagedStore):
         return store.fork(rows)
-    paged = make_store("paged", store.device, page_size, bound=store.bound)
-    assert isinstance(paged, PagedStore)
-    if store.length < paged.page_size:
+    if not is_worth_pages(max(store.length, store.reserved), store.device, page_size, store.bound):
         return store.fork(rows)
+    paged = make_store("paged", store.device, page_size, bound=store.bound)
     paged.append(store.read())
     paged.select(rows)
     return paged

@@ -212,7 +212,7 @@ class PagedStore(Store):
         if not copies:
             return
         old = [row[column] for row in copies]
-        fresh = self._copy(old)
+        fresh = self._copy(old, slice(*self.columns[column]))
         self.blocks.release(old)
         for row, page in zip(copies, fresh, strict=True):
             row[column] = page
@@ -245,11 +245,11 @@ class PagedStore(Store):
         """Arranges tokens `[B, H_i, columns, P, d_i]` as pages `[columns * B, H_i, P, d_i]`."""
         return [tokens.permute(2, 0, 1, 3, 4).flatten(0, 1) for tokens in whole]
 
-    def _copy(self, pages: list[int]) -> list[int]:
-        """Copies `pages`; the copies may be written to."""
+    def _copy(self, pages: list[int], held: slice) -> list[int]:
+        """Copies the slots `held` of `pages`; the copies may be written to."""
         fresh = self._take(len(pages))
         for plane in self.planes:
-            plane[fresh] = plane[pages]
+            plane[fresh, :, held] = plane[pages, :, held]
         return fresh
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:

@@ -185,3 +185,32 @@ def test_rows_are_selected_as_tensors_are_indexed(kv: str, index: Any) -> None:
     assert torch.equal(cache.layers[0].keys, keys[index])
     with pytest.raises(IndexError):
         cache.batch_select_indices(torch.tensor([9]))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reserved", "kv", "is_paged"),
+    [
+        (64, 100, "none", False),
+        (64, 2000, "none", True),
+        (600, 0, "int8", True),
+        (600, 700, "window:64", False),
+        (600, 700, "none+contiguous", False),
+        (64, 100, "none+paged", True),
+    ],
+)
+def test_rows_to_be_copied_take_pages_where_they_are_to_be_long(
+    tokens: int, reserved: int, kv: str, is_paged: bool
+) -> None:
+    """Where short rows are copied, block tables take longer than the bytes do."""
+    config = llama_config(num_hidden_layers=1, max_position_embeddings=4096)
+    announced, repeated = KVCache(config, kv), KVCache(config, kv)
+    announced.expect_copies(4, tokens)
+    for cache in (announced, repeated):
+        cache.reserve(reserved)
+        feed(cache, 1, tokens)
+        cache.batch_repeat_interleave(4)
+        assert cache.layers[0].store.is_paged == is_paged
+        capacity = cache.nbytes()
+        feed(cache, 4, 1)
+        assert cache.get_seq_length() == tokens + 1
+        assert is_paged or "window" in kv or cache.nbytes() == capacity

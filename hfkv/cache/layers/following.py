@@ -85,7 +85,7 @@ class Following:
             store.put(placing, (key_states, value_states))
         else:
             store.put(placing, codec.encode_both(key_states, value_states))
-        span.seen, span.gone_below = step.seen, step.gone_below
+        span.seen, span.gone_below, span.recorded_to = step.seen, step.gone_below, step.recorded_to
         self.followed, self._version = step, store.version
         return step_views(self._held(step.first, step), step.keys, step.values)
 
@@ -108,7 +108,8 @@ class Following:
             return None
         pads = span.padding.known
         state = (
-            *(span.seen, span.gone_below, span.record_past, pads, None if store is None else store.extent),
+            *(span.seen, span.gone_below, span.record_past, span.recorded_to, pads),
+            *(None if store is None else store.extent,),
             *(keys.shape, values.shape, keys.dtype, values.dtype, keys.device),
             *(keys.requires_grad or values.requires_grad, *self._like),
         )
@@ -157,13 +158,7 @@ class Following:
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
         """Works out the step from the present state."""
         store, span, count = self._store, self.span, keys.shape[2]
-        if (
-            store is None
-            or keys.requires_grad
-            or values.requires_grad
-            or span.record_past
-            or not self._continues(keys, values)
-        ):
+        if store is None or keys.requires_grad or values.requires_grad or not self._continues(keys, values):
             return Step(state, None)
         batch = keys.shape[0]
         gone_below, drops = span.next_gone_below(batch), 0
@@ -183,6 +178,7 @@ class Following:
             first = self._num_slots
         shapes = self._shape("key", keys, placing, first, last), self._shape("value", values, placing, first, last)
         step = Step(state, placing, span.seen + count, gone_below, first, last, *shapes, self._is_short(last - first))
+        step.recorded_to = step.seen if span.record_past and span.recorded_to is None else span.recorded_to
         key, value = self._parts["key"], self._parts["value"]
         kernel = append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim))
         if kernel.run is not None:

@@ -57,7 +57,6 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         self._lent: list[torch.Tensor] = []
         self.followed: Step | None = None
         self._version = 0
-        self._store_kind = self.kv.store
         self._copies = (1, 0)
         self._assignment = Assignment()
         self.is_assigned = False
@@ -283,9 +282,9 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         Raises:
             ValueError: planes are not the ones that this layer's codec writes for such keys and values.
         """
-        said = self._reserved, self._store_kind, self._copies
+        said = self._reserved, self._copies
         self.reset()
-        self._reserved, self._store_kind, self._copies = said
+        self._reserved, self._copies = said
         self.lazy_initialization(contents.states("key"), contents.states("value"))
         contents.check_planes(self.store.planes, self._num_slots)
         self.store.append(contents.tokens)

@@ -13,7 +13,7 @@ from hfkv.cache.snapshot import Captured
 from hfkv.cache.step import Step
 from hfkv.cache.twin import twin_of
 from hfkv.policy.config import KVConfig
-from hfkv.stores import Store, copy_rows
+from hfkv.stores import Store, copy_rows, is_worth_pages
 
 
 class Rows:
@@ -22,8 +22,8 @@ class Rows:
     kv: KVConfig
     span: Span
     is_initialized: bool
+    device: torch.device
     _store: Store | None
-    _store_kind: str
     _copies: tuple[int, int]
     _batch: int
     _reserved: int
@@ -32,14 +32,13 @@ class Rows:
     followed: Step | None
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Announces copies of rows: ``store="auto"`` takes pages then, which copies share.
+        """Announces copies of rows: ``store="auto"`` takes pages then, which copies share, if rows are to be long.
 
         Args:
             copies: number of copies of each row.
             tokens: number of tokens that a row will hold when it is copied.
         """
         if not self.is_initialized:
-            self._store_kind = "paged" if self.kv.store == "auto" else self.kv.store
             self._copies = (copies, tokens)
 
     def fork(self, repeats: int = 1) -> Self:
@@ -51,7 +50,7 @@ class Rows:
         forked._reserved = 0
         if self._store is not None:
             rows = repeated(repeats, self._batch)
-            forked.hold(copy_rows(self._store, rows, self.kv.store), rows)
+            forked.hold(copy_rows(self._store, rows, self.kv.store, self.kv.page_size), rows)
         return forked
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -70,14 +69,16 @@ class Rows:
         self.hold(self._store, rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row `repeats` times; ``store="auto"`` goes over to pages."""
-        if self._store is None:
+        """Repeats every row `repeats` times; ``store="auto"`` goes over to pages where rows are to be long."""
+        store = self._store
+        if store is None:
             return
-        if self.kv.store != "auto" or self._store.is_paged:
-            self._select(repeated(repeats, self._batch))
+        rows = repeated(repeats, self._batch)
+        goes_over = self.kv.store == "auto" and not store.is_paged and len(rows) > self._batch
+        if goes_over and is_worth_pages(max(store.length, store.reserved), self.device, self.kv.page_size, store.bound):
+            self.hold(copy_rows(store, rows, "auto", self.kv.page_size), rows)
         else:
-            rows = repeated(repeats, self._batch)
-            self.hold(copy_rows(self._store, rows, "auto"), rows)
+            self._select(rows)
 
     def hold(self, store: Store, rows: torch.Tensor) -> None:
         """Takes `store` as its own; row i of it is what row `rows[i]` was."""

@@ -24,6 +24,7 @@ class Span:
         seen: number of tokens since the start, padding included: the position of the next one.
         gone_below: position below which no query to come sees a token, sinks and summaries apart.
         record_past: whether tokens below the window stay until the next crop.
+        recorded_to: where the first forward since the last crop ended, while they do.
     """
 
     def __init__(self, window: Window | None) -> None:
@@ -37,7 +38,7 @@ class Span:
         self.seen = 0
         self.gone_below = 0
         self.padding.forget()
-        self._recorded_to: int | None = None  # where the first forward since the last crop ended
+        self.recorded_to: int | None = None
 
     def copy(self) -> Span:
         """Copies the span."""
@@ -60,13 +61,13 @@ class Span:
     def start_recording(self) -> None:
         """Starts to record: the tokens of the forwards since the last crop can be cropped again."""
         self.record_past = True
-        self._recorded_to = None
+        self.recorded_to = None
 
     def advance(self, count: int) -> None:
         """Counts `count` more tokens as seen."""
         self.seen += count
-        if self.record_past and self._recorded_to is None:
-            self._recorded_to = self.seen
+        if self.record_past and self.recorded_to is None:
+            self.recorded_to = self.seen
 
     def lower_bound(self, t: int, batch: int) -> int:
         """The lowest position that a query at `t` of any of `batch` rows attends to, sinks apart."""
@@ -80,7 +81,7 @@ class Span:
         """The position that `gone_below` may become before the next forward."""
         next_query = self.seen
         if self.record_past:
-            next_query = max(min(self.seen, self._recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
+            next_query = max(min(self.seen, self.recorded_to or self.seen) - ROLLBACK_MARGIN, 0)
         return max(min(self.lower_bound(next_query, batch), self.seen), self.gone_below)
 
     def forget_below(self, position: int) -> int:
@@ -117,5 +118,5 @@ class Span:
     def crop(self, left: int) -> None:
         """Makes the text `left` tokens long again."""
         self.seen = left
-        self._recorded_to = None
+        self.recorded_to = None
         self.padding.crop(left)

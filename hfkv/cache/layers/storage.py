@@ -6,7 +6,7 @@ import torch
 
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
-from hfkv.stores import Budget, Offload, Place, Store, make_store
+from hfkv.stores import Budget, Offload, Place, Store, is_worth_pages, make_store
 
 
 class Storage:
@@ -20,7 +20,6 @@ class Storage:
     window: Window | None
     offloaded: Place | None = None
     _store: Store | None
-    _store_kind: str
     _copies: tuple[int, int]
     _reserved: int
     _num_slots: int
@@ -70,8 +69,13 @@ class Storage:
     def _new_store(self, device: torch.device) -> Store:
         if self.kv.offload and self.offloaded is None:
             self.offloaded = Offload(Budget(None, [self.bound])).place(0)
-        store = make_store(self._store_kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
-        store.expect_copies(*self._copies)
+        copies, tokens = self._copies
+        kind = self.kv.store
+        if kind == "auto" and copies > 1:
+            is_worth = is_worth_pages(max(tokens, self._reserved), device, self.kv.page_size, self.bound)
+            kind = "paged" if is_worth else "contiguous"
+        store = make_store(kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
+        store.expect_copies(copies, tokens)
         store.reserve(self._reserved + self._num_slots)
         store.lent, self._lent = self._lent, []
         return store

@@ -189,7 +189,7 @@ class OffloadedStore(PagedStore):
     def _fill(self, pages: list[int], content: Sequence[torch.Tensor]) -> None:
         self.tiers.fill(pages, content)
 
-    def _copy(self, pages: list[int]) -> list[int]:
+    def _copy(self, pages: list[int], held: slice) -> list[int]:
         return self.tiers.copy(self.table, pages)
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:

@@ -1,0 +1,102 @@
+"""Attention in a `Step`: what few tokens are attended to by, what a query sees, and how few calls it takes."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import hfkv
+from hfkv import KVCache
+from hfkv.attention.function import hfkv_attention
+from hfkv.attention.masks import hfkv_mask
+from tests.tiny import llama, prompt
+from tests.unit.test_step import KINDS, LAYERS, cache_of
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_to_few_tokens_is_that_of_the_kernel(kv: str, dtype: torch.dtype) -> None:
+    cache, query = cache_of(kv), torch.randn(2, 4, 1, 16).to(dtype)
+    module = llama(num_hidden_layers=1).model.layers[0].self_attn
+    states = torch.randn(2, 2, 13, 16).to(dtype), torch.randn(2, 2, 13, 16).to(dtype)
+    cache.update(*states, 0)
+    for _ in range(9):
+        new = torch.randn(2, 2, 1, 16).to(dtype), torch.randn(2, 2, 1, 16).to(dtype)
+        key, value = cache.update(*new, 0)
+        assert key.held.step.is_short
+        short = hfkv_attention(module, query, key, value, None, scaling=0.25)[0]
+        key.held.step = None
+        long = hfkv_attention(module, query, key, value, None, scaling=0.25)[0]
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(short, long, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kv", KINDS)
+@pytest.mark.parametrize("pads", [None, (0, 2)])
+def test_several_queries_of_few_tokens_see_what_each_sees_alone(kv: str, pads: tuple[int, ...] | None) -> None:
+    module = llama(num_hidden_layers=1).model.layers[0].self_attn
+    cache, singly = cache_of(kv), cache_of(kv)
+    padding = None
+    if pads is not None:
+        padding = torch.arange(20) >= torch.tensor(pads)[:, None]
+    for tokens in (3, 4, 2, 4, 4):
+        states = torch.randn(2, 2, 2, tokens, 16)
+        query, seen = torch.randn(2, 4, tokens, 16), cache.get_seq_length() + tokens
+        key, value = cache.update(*states, 0)
+        mask = hfkv_mask(2, tokens, seen, seen - tokens, attention_mask=padding)
+        several = hfkv_attention(module, query, key, value, mask, scaling=0.25)[0]
+        assert key.held.step.rule.is_plain or (pads is not None and seen == 3)  # pad tokens' queries see nothing
+        one_by_one = []
+        for t in range(tokens):
+            key, value = singly.update(*states[..., t : t + 1, :], 0)
+            mask = hfkv_mask(2, 1, seen - tokens + t + 1, seen - tokens + t, attention_mask=padding)
+            one_by_one.append(hfkv_attention(module, query[:, :, t : t + 1], key, value, mask, scaling=0.25)[0])
+        expected = torch.cat(one_by_one, dim=1)
+        real = padding[:, seen - tokens : seen] if padding is not None else torch.ones(2, tokens, dtype=torch.bool)
+        torch.testing.assert_close(several[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+def calls_of_a_step(kv: str) -> float:
+    """Python calls of hfkv's own code, a layer, in a decode step."""
+    model = llama(num_hidden_layers=8)
+    patch = hfkv.patch(model, kv)
+    cache, ids = patch.new_cache(), torch.randint(3, 99, (1, 20))
+    counts: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "call" and ("/hfkv/" in frame.f_code.co_filename or "/patches/" in frame.f_code.co_filename):
+            counts[frame.f_code.co_qualname] += 1
+
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        for _ in range(3):
+            model(ids[:, :1], past_key_values=cache)
+        sys.setprofile(count)
+        try:
+            model(ids[:, :1], past_key_values=cache)
+        finally:
+            sys.setprofile(None)
+    patch.undo()
+    return sum(n for n in counts.values() if n >= 8) / 8
+
+
+def test_a_layer_makes_few_python_calls_in_a_step() -> None:
+    assert calls_of_a_step("none") <= 20
+    assert calls_of_a_step("paged") <= 30
+    assert calls_of_a_step("window:8") <= 20
+    assert calls_of_a_step("int8") <= 35
+
+
+def test_a_prompt_of_few_tokens_is_attended_to_as_transformers_does() -> None:
+    model = llama(num_hidden_layers=LAYERS)
+    inputs = prompt(1, 9)
+    stock = model(**inputs, past_key_values=DynamicCache(config=model.config)).logits
+    with hfkv.patch(model, "none"):
+        ours = model(**inputs, past_key_values=KVCache(model)).logits
+    assert torch.equal(ours, stock)
