@@ -36,7 +36,7 @@ def quick_attention(
     if not rule.is_plain or query.requires_grad:
         return None
     if rule.pads is not None and rule.pads != held.padding.known:
-        held.padding.learn(rule.pads, step.seen - 1)
+        held.padding.learn(rule.pads, step.seen - query.shape[2])
     if _is_any_autocast_enabled():
         with autocast.own_precision():
             out = _attend(query, held, rule, scale)

@@ -24,9 +24,10 @@ from hfkv.kernels.visibility import seen
 _MOST_SHARED = 256
 # What processors without matrix units compute in float32 in a fraction of the time, the conversion included.
 WIDENED = (torch.bfloat16, torch.float16)
-# Beyond them, a prompt's attention is worth a kernel's care; so is a mask that is written out for more than these.
+# Beyond them, a prompt's attention is worth a kernel's care; so is a mask that is written out for more than these. In
+# windows, where nothing has to be decoded, looking at blocks of queries is faster sooner.
 _MOST_QUERIES = 512
-_MOST_SEEN = 1 << 16
+_MOST_SEEN, _MOST_SEEN_IN_WINDOW = 1 << 18, 1 << 16
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +41,7 @@ class Rule:
         is_plain: whether this is all that the mask says; else each layer looks at it by itself.
         pads: pad tokens of each row, where a window has to know.
         visible: bool `[B or 1, 1, q, T]`; None where every token is seen. For few tokens only.
+        is_blind: bool `[B or 1, 1, q, 1]`: queries that see nothing, and get zeros; None where there are none.
         is_causal: whether a query sees the tokens up to its own, and all of these.
         is_shared: whether torch lets query heads share keys and values.
         kernel: kernel that attends to more tokens; None for few.
@@ -55,6 +57,7 @@ class Rule:
     is_plain: bool = True
     pads: tuple[int, ...] | None = None
     visible: torch.Tensor | None = None
+    is_blind: torch.Tensor | None = None
     is_causal: bool = False
     is_shared: bool = False
     kernel: Callable[..., Any] | None = None
@@ -85,7 +88,7 @@ def _is_plain(rule: Rule, held: HeldTokens, step: Step) -> bool:
             look = WindowBlocks(held, rule.pads)
             if look.has_more_than_tokens:
                 return False
-    if step.is_short:
+    if step.is_short or (_is_whole_prompt(rule, held) and _reads_slices(rule, held)):
         return _is_of_few(rule, held, step, look)
     return rule.queries[2] == 1 and not held.store.is_offloaded and _is_of_many(rule, held, step, look)
 
@@ -106,11 +109,11 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
     # As transformers does, so that results are the same bits.
     rule.is_shared = queries[1] == key.heads or key.head_dim == value.head_dim <= _MOST_SHARED
     num_queries, num_tokens = queries[2], held.last - held.first
-    is_whole = isinstance(mask, CausalMask) and mask.attention_mask is None
-    if num_queries > 1 and look is None and is_whole and num_queries == num_tokens <= _MOST_QUERIES:
+    if look is None and _is_whole_prompt(rule, held) and (num_tokens <= _MOST_QUERIES or _reads_slices(rule, held)):
         rule.is_causal = True
         return True
-    if num_queries > 1 and num_queries * num_tokens > _MOST_SEEN:
+    most = _MOST_SEEN_IN_WINDOW if look is not None and held.codec.is_lossless else _MOST_SEEN
+    if num_queries > 1 and num_queries * num_tokens > most:
         return False
     if look is None:
         if mask is not None:
@@ -124,14 +127,27 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
         rule.visible = seen(visibility, held.store.layout(), slice(None), held.first, held.last, num_queries)
     if rule.visible is not None:
         rule.is_shared = queries[1] == key.heads
-        # A row that sees nothing gets zeros, which torch's own function does not promise.
-        if not bool(rule.visible.any(-1).all()):
-            return False
-    is_slice = num_queries == 1 and rule.is_shared and step.placing is not None and held.is_slice
-    if is_slice and not (rule.dtype in WIDENED and held.device.type == "cpu"):
+        # A query that sees nothing (a pad token's) gets zeros, which torch's own function does not promise.
+        is_blind = ~rule.visible.any(-1, keepdim=True)
+        if bool(is_blind.any()):
+            rule.visible, rule.is_blind = rule.visible | is_blind, is_blind
+    is_one = num_queries == 1 and rule.is_blind is None and rule.is_shared
+    if is_one and step.placing is not None and _reads_slices(rule, held):
         shape = queries[0], 1, queries[1], value.head_dim
         rule.slices = step.keys[:3], step.values[:3], shape, key.heads != queries[1]
     return True
+
+
+def _is_whole_prompt(rule: Rule, held: HeldTokens) -> bool:
+    """Whether the queries are those of all tokens, and each sees the ones up to its own."""
+    is_plain = isinstance(rule.mask, CausalMask) and rule.mask.attention_mask is None
+    return is_plain and 1 < rule.queries[2] == held.last - held.first
+
+
+def _reads_slices(rule: Rule, held: HeldTokens) -> bool:
+    """Whether torch attends to keys and values where they lie."""
+    is_alike = held.parts["key"].dtype == held.parts["value"].dtype  # not under some autocasts
+    return held.is_slice and is_alike and not (rule.dtype in WIDENED and held.device.type == "cpu")
 
 
 def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:

@@ -42,6 +42,8 @@ def _attend(
     out = scaled_dot_product_attention(
         query, keys, values, rule.visible, 0.0, rule.is_causal, scale=scale, enable_gqa=has_groups
     )
+    if rule.is_blind is not None:
+        out = out.reshape(batch, num_heads, num_queries, -1).masked_fill(rule.is_blind, 0)
     if num_queries == 1:
         return out.reshape(batch, 1, num_heads, values.shape[3])
     return out.transpose(1, 2).contiguous()

@@ -259,7 +259,7 @@ class KVCache(DynamicCache):
         return self.fork()
 
     def expect_copies(self, copies: int, tokens: int) -> None:
-        """Announces, before the first key, copies of rows of `tokens`: ``store="auto"`` takes pages then, if rows are to be long."""
+        """Announces, before the first key, copies of rows of `tokens`: ``store="auto"`` takes pages for long ones."""
         for layer in self.kv_layers:
             layer.expect_copies(copies, tokens)
 

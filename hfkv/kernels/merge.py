@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -31,6 +32,14 @@ def merge(one: Attended, other: Attended) -> Attended:
     weights = (_share(part.lse, lse) for part in (one, other))
     out, more = (part.out * weight for part, weight in zip((one, other), weights, strict=True))
     return Attended(out + more, lse)
+
+
+def merge_all(parts: Iterable[Attended]) -> Attended | None:
+    """Merges attention to any number of sets of tokens, one after the other; None where there are none."""
+    merged: Attended | None = None
+    for part in parts:
+        merged = part if merged is None else merge(merged, part)
+    return merged
 
 
 def with_sink_logits(attended: Attended, logits: torch.Tensor | None) -> Attended:

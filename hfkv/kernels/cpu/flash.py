@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,7 @@ from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu.planes import decode_stretch, rotated_back
 from hfkv.kernels.cpu.threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
-from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
+from hfkv.kernels.merge import Attended, merge_all, nothing, with_sink_logits
 from hfkv.kernels.visibility import alike, bounds_of, first_seen, seen
 from hfkv.stores.layout import Layout
 
@@ -59,7 +58,7 @@ def flash_attention(
             # With many queries the operations are large ones, and outputs of every stretch would be held at once.
             is_few = num_queries < MIN_TILE and not is_read
             parts = do_parts(attend, list(stretches)) if is_few else map(attend, stretches)
-            part = functools.reduce(merge, parts, nothing(its_query, values.head_dim))
+            part = merge_all(parts) or nothing(its_query, values.head_dim)
             out, lse = rotated_back(part, values.codec, query.dtype)
             attended.out[rows, :, tile.queries], attended.lse[rows, :, tile.queries] = out, lse
     out, lse = with_sink_logits(attended, scoring.sink_logits)
