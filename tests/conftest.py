@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from hfkv.kernels.dispatch import forget_choices
 from hfkv.stores.offload import bus
 from tests.lazy_bus import LazyBus
 from tests.pairwise import leave_the_rest_for_slow
@@ -57,3 +59,13 @@ def _two_memories(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is offloaded on a CPU goes over a bus, as if its memory and the host's were two."""
     monkeypatch.setitem(bus.BUSES, "cpu", LazyBus)
     monkeypatch.setattr(bus, "_buses", {})
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine that has no C++ compiler."""
+    monkeypatch.setenv("HFKV_NATIVE", "0")
+    forget_choices()
+    yield
+    monkeypatch.undo()
+    forget_choices()

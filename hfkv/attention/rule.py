@@ -15,6 +15,7 @@ from hfkv.attention.window_blocks import WindowBlocks
 from hfkv.attention.windowed import visibility_of
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.cache.step import Step
+from hfkv.kernels.backend import MANY
 from hfkv.kernels.device_inputs import DeviceInputs, device_inputs
 from hfkv.kernels.dispatch import attention_kernel
 from hfkv.kernels.inputs import Visibility
@@ -90,7 +91,7 @@ def _is_plain(rule: Rule, held: HeldTokens, step: Step) -> bool:
                 return False
     if step.is_short or (_is_whole_prompt(rule, held) and _reads_slices(rule, held)):
         return _is_of_few(rule, held, step, look)
-    return rule.queries[2] == 1 and not held.store.is_offloaded and _is_of_many(rule, held, step, look)
+    return rule.queries[2] < MANY and not held.store.is_offloaded and _is_of_many(rule, held, step, look)
 
 
 def _pads(held: HeldTokens, step: Step, mask: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -151,17 +152,19 @@ def _reads_slices(rule: Rule, held: HeldTokens) -> bool:
 
 
 def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:
-    """Works out what the kernel is given for one query and many tokens; whether that is all."""
-    key, value = held.parts["key"], held.parts["value"]
-    kernel = attention_kernel(held.codec.name, key.dtype, held.device, 1, (key.head_dim, value.head_dim))
+    """Works out what the kernel is given for few queries and many tokens; whether that is all."""
+    key, value, num_queries = held.parts["key"], held.parts["value"], rule.queries[2]
+    if rule.mask is None and num_queries > 1:
+        return False  # the module says what is meant
+    kernel = attention_kernel(held.codec.name, key.dtype, held.device, num_queries, (key.head_dim, value.head_dim))
     if kernel.run is None or not (look is None or kernel.reads_moved_windows):
         return False
     if look is None:
         rule.visibility = visibility_of_mask(rule.queries, held, rule.mask, is_causal=True)
-    elif look.sees_all_held(step.seen - 1):
+    elif num_queries == 1 and look.sees_all_held(step.seen - 1):
         rule.visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
     else:
-        rule.visibility = visibility_of(look, 1)
+        rule.visibility = visibility_of(look, num_queries)
     rule.kernel = kernel.run
     # Layers that have appended by themselves may have taken different pages.
     if step.placing is not None and kernel.reads_device_lengths and rule.visibility is not None:

@@ -96,7 +96,9 @@ def _by_kernel(
         newest = replace(visibility, seen=end, first=visibility.num_slots, sinks=0, bounds=bounds)
         last = visibility.num_slots + end - held.held_from
         alone = replace(scoring, sink_logits=None)
-        attended = merge(attend_held(kernel, queries, held, last, newest, alone), attend_apart(segments, alone))
+        attended = attend_held(kernel, queries, held, last, newest, alone)
+        if segments:  # without sinks there are no others as long as no page has left
+            attended = merge(attended, attend_apart(segments, alone))
         outputs.append(with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype))
     return torch.cat(outputs, dim=2)
 

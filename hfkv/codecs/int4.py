@@ -33,7 +33,7 @@ class Int4(Codec):
             least, most = torch.aminmax(y, dim=-1, keepdim=True)
         else:  # four times as fast
             least, most = y.amin(dim=-1, keepdim=True), y.amax(dim=-1, keepdim=True)
-        low = least.to(SCALE_DTYPE)
+        low = (least + 0.0).to(SCALE_DTYPE)  # of 0.0 and -0.0 no order says which is the least
         origin = low.float()
         scale = scale_for(most - origin, LEVELS)
         q = (y - origin).div_(scale.float()).round_().clamp_(0, LEVELS).to(torch.uint8)

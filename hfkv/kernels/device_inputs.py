@@ -124,8 +124,11 @@ def device_inputs(layout: Layout, visibility: Visibility | None, device: torch.d
     if found is None:
         columns = 0 if layout.table is None else layout.table.shape[1]
         packed = _pack(layout, visibility, columns)
-        inputs = DeviceInputs(_empty_like(packed, device), _batch(layout, visibility), columns)
-        _copy(packed, inputs.meta)
+        meta = packed
+        if device.type != "cpu":
+            meta = _empty_like(packed, device)
+            _copy(packed, meta)
+        inputs = DeviceInputs(meta, _batch(layout, visibility), columns)
         found = _Recent(key, None if layout.table is None else layout.table.clone(), inputs)
         _recent.append(found)
     if visibility is None or (visibility.bounds is None and visibility.mask is None):
@@ -146,12 +149,15 @@ def _pack(layout: Layout, visibility: Visibility | None, columns: int) -> torch.
     batch = _batch(layout, visibility)
     last_column, last_slot = (len(layout.spans) - 1, layout.spans[-1][1]) if layout.spans else (0, 0)
     scalars = [layout.start, layout.length, last_column, last_slot]
+    pads: tuple[int, ...] = (0,) * batch
     if visibility is not None:
         scalars += [visibility.seen, visibility.first, visibility.held_from, visibility.num_slots, visibility.sinks]
+        pads = visibility.pads
+    numbers = array("i", (*scalars, *(0,) * (NUM_SCALARS - len(scalars)), *pads))
+    if not columns:
+        return torch.frombuffer(numbers, dtype=torch.int32)
     packed = torch.zeros(NUM_SCALARS + batch + 3 * columns + batch * columns, dtype=torch.int32)
-    packed[: len(scalars)] = torch.tensor(scalars, dtype=torch.int32)
-    if visibility is not None:
-        packed[NUM_SCALARS : NUM_SCALARS + batch] = torch.tensor(visibility.pads, dtype=torch.int32)
+    packed[: len(numbers)] = torch.frombuffer(numbers, dtype=torch.int32)
     if layout.table is not None:
         table = packed[NUM_SCALARS + batch + 3 * columns :].view(batch, columns)
         table[:, : layout.table.shape[1]] = layout.table

@@ -11,10 +11,11 @@ from hfkv.codecs import CODECS
 from hfkv.codecs.registry import LISTENERS
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
 from hfkv.kernels.cpu.backend import CPUBackend
+from hfkv.kernels.native.backend import NativeBackend
 from hfkv.kernels.triton.backend import TritonBackend
 
 # The first backend that serves a device and has a kernel is taken.
-BACKENDS: list[Backend] = [CPUBackend(), TritonBackend()]
+BACKENDS: list[Backend] = [NativeBackend(), CPUBackend(), TritonBackend()]
 
 
 def register_backend(backend: Backend) -> None:

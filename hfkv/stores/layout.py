@@ -34,6 +34,13 @@ class Layout:
     def is_paged(self) -> bool:
         return self.table is not None
 
+    @property
+    def end(self) -> Layout:
+        """The last column that holds tokens, and those behind it: all that there is to know where tokens are added."""
+        if self.table is None or len(self.spans) < 2:
+            return self
+        return Layout(self.length, table=self.table[:, len(self.spans) - 1 :], spans=self.spans[-1:])
+
     @functools.cached_property
     def begins(self) -> tuple[int, ...]:
         """The held index of each column's first token."""

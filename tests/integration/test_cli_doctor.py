@@ -22,6 +22,7 @@ from hfkv.cli.doctor.machine import TRANSFORMERS, Item, describe_installation
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.naive import attention_naive
+from hfkv.kernels.native.library import library, why_not
 from hfkv.kernels.selftest import suite as selftest
 from hfkv.kernels.selftest.inputs import HeadShape
 from hfkv.kernels.selftest.suite import RIGHT, Check, Planned
@@ -96,7 +97,8 @@ def test_the_layers_of_a_hybrid_model_are_told_apart(healthy: tuple[str, dict[st
         assert [use["name"] for use in group["uses"]] == ["decode", "prefill", "append"]
         decode, prefill = group["uses"][:2]
         few = f"{expected[0].worth_from / 1e6:.2g} million numbers of keys and values"
-        why = f"{expected[0].reason}; up to {few} all are decoded for one call of sdpa"
+        most = f"; up to {few} all are decoded for one call of sdpa" if expected[0].worth_from else ""
+        why = expected[0].reason + most
         assert (decode["kernel"], decode["why"]) == (expected[0].name, why)
         assert (prefill["kernel"], prefill["why"]) == expected[1][:2]
     assert "0-4, 6-7" in output
@@ -104,6 +106,7 @@ def test_the_layers_of_a_hybrid_model_are_told_apart(healthy: tuple[str, dict[st
     assert expected[0].name in output
 
 
+@pytest.mark.usefixtures("without_native")
 def test_a_window_is_for_the_layers_that_have_none() -> None:
     sliding, full = layers_of(gemma(), "none+window:64").groups
     assert sliding.cache == "none, model's own window: 512"
@@ -120,6 +123,22 @@ def test_a_window_is_for_the_layers_that_have_none() -> None:
     lossy = layers_of(gemma(), "int8+window:64").groups[1]
     of_this_processor = attention_kernel("int8", torch.float32, CPU, 1, (32, 32)).name
     assert [use.kernel for use in lossy.uses] == [of_this_processor, "cpu flash", "torch"]
+
+
+@pytest.mark.skipif(library() is None, reason=why_not() or "none")
+def test_the_native_kernels_are_named(healthy: tuple[str, dict[str, Any]]) -> None:
+    output, numbers = healthy
+    found = {item["name"]: item["found"] for item in numbers["installed"]}
+    assert found["native kernels"] == "compiled"
+    assert "native append" in output
+    lossy = layers_of(gemma(), "int8+window:64").groups[1]
+    assert [use.kernel for use in lossy.uses] == ["native decode", "cpu flash", "native append"]
+
+
+def test_without_native_kernels_the_doctor_says_why(without_native: None) -> None:
+    (item,) = (item for item in describe_installation() if item.name == "native kernels")
+    assert item.found is None
+    assert "HFKV_NATIVE=0" in item.note
 
 
 def test_global_layers_and_heads_are_groups_of_their_own() -> None:

@@ -13,10 +13,13 @@ from hfkv.kernels.cpu.decode import decode_attention
 from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.naive import read_naive
+from hfkv.kernels.native.kernels import attend
+from hfkv.kernels.native.library import library, why_not
 from tests.kernels.cases import case, check, windowed
 
-KERNELS = {"decode": decode_attention, "flash": flash_attention}
-CODECS = {"decode": ("int8", "int4", "fp8"), "flash": ("none", "int8", "int4", "fp8")}
+KERNELS = {"decode": decode_attention, "flash": flash_attention, "native": attend}
+ALL = ("none", "int8", "int4", "fp8")
+CODECS = {"decode": ("int8", "int4", "fp8"), "flash": ALL, "native": ALL}
 
 pytestmark = pytest.mark.parametrize(("kernel", "codec"), [(k, c) for k in KERNELS for c in CODECS[k]])
 
@@ -25,6 +28,8 @@ pytestmark = pytest.mark.parametrize(("kernel", "codec"), [(k, c) for k in KERNE
 def chosen(kernel: str, codec: str) -> None:
     if kernel == "decode" and codec != "fp8" and not is_exact():
         pytest.skip("without exact int8 products no processor is given this kernel")
+    if kernel == "native" and library() is None:
+        pytest.skip(why_not())
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +69,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_queries", [1, 5, 63])
 def test_shapes(kernel: str, codec: str, shape: str, num_queries: int) -> None:
+    if (kernel, codec, shape) == ("native", "none", "fp16"):
+        pytest.skip("plain fp16 tokens are not its own")
     check(KERNELS[kernel], case(codec, num_queries=num_queries, **SHAPES[shape]))
 
 

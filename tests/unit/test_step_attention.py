@@ -21,6 +21,7 @@ from tests.unit.test_step import KINDS, LAYERS, cache_of
 
 @pytest.mark.parametrize("kv", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("without_native")
 def test_attention_to_few_tokens_is_that_of_the_kernel(kv: str, dtype: torch.dtype) -> None:
     cache, query = cache_of(kv), torch.randn(2, 4, 1, 16).to(dtype)
     module = llama(num_hidden_layers=1).model.layers[0].self_attn
@@ -90,6 +91,11 @@ def test_a_layer_makes_few_python_calls_in_a_step() -> None:
     assert calls_of_a_step("none") <= 20
     assert calls_of_a_step("paged") <= 30
     assert calls_of_a_step("window:8") <= 20
+    assert calls_of_a_step("int8") <= 35
+
+
+@pytest.mark.usefixtures("without_native")
+def test_a_layer_makes_few_python_calls_without_native_kernels() -> None:
     assert calls_of_a_step("int8") <= 35
 
 

@@ -136,7 +136,7 @@ class Following:
         if step is None or self._tracked:
             return make_views(held, self._tracked)
         if step.keys is None:
-            step.seen, step.is_short = held.seen, self._is_short(held.last - held.first)
+            step.seen, step.is_short = held.seen, self._is_short(held.last - held.first, keys.shape[2])
             step.keys, step.values = ViewShape.of(held, "key"), ViewShape.of(held, "value")
         held.step = step
         return step_views(held, step.keys, step.values)
@@ -177,21 +177,22 @@ class Following:
         elif self.window is not None and Slots(self.window, span.padding.of(batch), gone_below).are_empty:
             first = self._num_slots
         shapes = self._shape("key", keys, placing, first, last), self._shape("value", values, placing, first, last)
-        step = Step(state, placing, span.seen + count, gone_below, first, last, *shapes, self._is_short(last - first))
+        is_short = self._is_short(last - first, count)
+        step = Step(state, placing, span.seen + count, gone_below, first, last, *shapes, is_short)
         step.recorded_to = step.seen if span.record_past and span.recorded_to is None else span.recorded_to
         key, value = self._parts["key"], self._parts["value"]
         kernel = append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim))
         if kernel.run is not None:
-            inputs = device_inputs(placing.before, None, self.device) if kernel.reads_device_lengths else None
+            inputs = device_inputs(placing.before.end, None, self.device) if kernel.reads_device_lengths else None
             step.writing = kernel.run, inputs
         return step
 
-    def _is_short(self, tokens: int) -> bool:
-        """Whether so many tokens are decoded, and no kernel called, for one query a row."""
+    def _is_short(self, tokens: int, queries: int) -> bool:
+        """Whether so many tokens are decoded, and no kernel called, for so many queries a row."""
         key, value = self._parts["key"], self._parts["value"]
         if key.dtype != value.dtype:
             return False
-        kernel = attention_kernel(self.codec.name, key.dtype, self.device, 1, (key.head_dim, value.head_dim))
+        kernel = attention_kernel(self.codec.name, key.dtype, self.device, queries, (key.head_dim, value.head_dim))
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
         return self._batch * numbers * tokens < kernel.worth_from
 

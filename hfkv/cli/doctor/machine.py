@@ -16,7 +16,6 @@ OPTIONAL = {
     "matplotlib": ("--plot", 'pip install "hfkv[plot]"'),
     "triton": ("kernels on NVIDIA GPUs", "pip install triton"),
 }
-COMPILERS = ("c++", "g++", "clang++")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ def describe_installation() -> list[Item]:
         Item("accelerate", _version("accelerate")),
         *optional,
         _compiler(),
+        _native(),
         Item("CPU", machine["processor"], f"{machine['cores']} cores, {threads}, {memory}"),
         *_gpus(),
     ]
@@ -95,10 +95,21 @@ def _transformers(found: str) -> Item:
 
 
 def _compiler() -> Item:
+    from hfkv.kernels.native.library import COMPILERS
+
     named = os.environ.get("CXX")
     found = next((path for name in (named, *COMPILERS) if name and (path := shutil.which(name))), None)
-    purpose = "for torch.compile on a CPU"
+    purpose = "for hfkv's native kernels, and for torch.compile on a CPU"
     return Item("C++ compiler", found, purpose if found else f"{purpose}: install g++ or clang++, or set CXX")
+
+
+def _native() -> Item:
+    from hfkv.kernels.native.library import why_not
+
+    reason = why_not()
+    if reason:
+        return Item("native kernels", None, f"torch's own operations do their work on a CPU: {reason}")
+    return Item("native kernels", "compiled", "in C++, for this processor: attention of few queries, and encoding")
 
 
 def _gpus() -> list[Item]:

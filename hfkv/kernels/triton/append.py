@@ -67,7 +67,7 @@ def _encode(
         y = rotate(x.to(tl.float32), BLOCK_T, WIDTH, BLOCK, LOG_BLOCK)
         least = tl.min(tl.where((d < D)[None, :], y, float("inf")), 1)
         largest = tl.max(tl.where((d < D)[None, :], y, float("-inf")), 1)
-        low = round_bf16(tl.where(_row_nan(y), float("nan"), least))
+        low = round_bf16(tl.where(_row_nan(y), float("nan"), least + 0.0))
         scale = _scale(largest - low, 15)
         steps = tl.div_rn(y - low[:, None], tl.broadcast_to(scale[:, None], (BLOCK_T, WIDTH)))
         steps = tl.where((steps == steps) & (d < D)[None, :], steps, 0.0)

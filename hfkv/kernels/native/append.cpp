@@ -1,0 +1,167 @@
+// New tokens, encoded to the bits that the torch codecs write, and put where a cache keeps them.
+// Compiled without contraction of products and sums: a fused one is rounded once, and torch's operations twice.
+
+#include <vector>
+
+#include "common.h"
+
+namespace hfkv {
+namespace {
+
+// See `hfkv.codecs.base.scale_for`: rounded before anything is divided by it.
+uint16_t scale_for(float largest, float inverse) {
+    uint16_t scale = to_bf16(largest * inverse);
+    return (scale & 0x7FFF) == 0 ? 0x3F80 : scale;
+}
+
+float largest_of(const float *x, int64_t width) {
+    float largest = 0;
+    bool has_nan = false;
+    for (int64_t i = 0; i < width; i++) {
+        float magnitude = std::fabs(x[i]);
+        has_nan |= magnitude != magnitude;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return has_nan ? NAN : largest;
+}
+
+// As torch casts to float8_e4m3fn.
+uint8_t to_fp8(float x) {
+    uint32_t bits = bits_of(x), sign = bits & 0x80000000u, result;
+    bits ^= sign;
+    if (bits >= (1087u << 20)) {
+        result = 0x7F;
+    } else if (bits < (121u << 23)) {
+        result = bits_of(from_bits(bits) + from_bits(141u << 23)) - (141u << 23);
+    } else {
+        bits += (uint32_t(7 - 127) << 23) + 0x7FFFF + ((bits >> 20) & 1);
+        result = bits >> 20;
+    }
+    return uint8_t(result | (sign >> 24));
+}
+
+void encode_int8(const float *x, int64_t width, int8_t *codes, uint16_t *scale) {
+    *scale = scale_for(largest_of(x, width), float(1.0 / 127));
+    float by = from_bf16(*scale);
+    for (int64_t i = 0; i < width; i++) {
+        float q = std::nearbyint(x[i] / by);
+        q = q > 127 ? 127 : q < -127 ? -127 : q;
+        codes[i] = q == q ? int8_t(q) : int8_t(0);
+    }
+}
+
+void encode_fp8(const float *x, int64_t width, uint8_t *codes, uint16_t *scale) {
+    *scale = scale_for(largest_of(x, width), float(1.0 / 448));
+    float by = from_bf16(*scale);
+    for (int64_t i = 0; i < width; i++) {
+        float q = x[i] / by;
+        codes[i] = to_fp8(q > 448 ? 448 : q < -448 ? -448 : q);
+    }
+}
+
+void encode_int4(float *x, int64_t width, uint8_t *codes, uint16_t *scale_and_low) {
+    rotate(x, width);
+    float least = x[0], most = x[0];
+    bool has_nan = false;
+    for (int64_t i = 0; i < width; i++) {
+        has_nan |= x[i] != x[i];
+        least = x[i] < least ? x[i] : least;
+        most = x[i] > most ? x[i] : most;
+    }
+    if (has_nan) least = most = NAN;
+    uint16_t low = to_bf16(least + 0.0f);  // of 0.0 and -0.0 no order says which is the least
+    float origin = from_bf16(low);
+    scale_and_low[0] = scale_for(most - origin, float(1.0 / 15));
+    scale_and_low[1] = low;
+    float by = from_bf16(scale_and_low[0]);
+    int64_t half = (width + 1) / 2;
+    for (int64_t i = 0; i < width; i++) {
+        float q = std::nearbyint((x[i] - origin) / by);
+        q = q > 15 ? 15 : q < 0 ? 0 : q;
+        uint8_t code = q == q ? uint8_t(q) : uint8_t(0);
+        if (i < half) {
+            codes[i] = code;
+        } else {
+            codes[i - half] |= uint8_t(code << 4);
+        }
+    }
+}
+
+// New tokens of keys or values, and the planes they go to.
+struct Part {
+    const char *tokens;                 // [B, H, n, D]
+    int64_t strides[3];  // in numbers; the last dimension lies together
+    int64_t codec, width, heads;
+    char *data, *scales;
+};
+
+void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n, int64_t slot, float *row) {
+    int64_t codec = part.codec, width = part.width, size = dtype == F32 ? 4 : 2;
+    const char *tokens = part.tokens + size * (b * part.strides[0] + h * part.strides[1] + n * part.strides[2]);
+    if (codec == NONE_F32 || codec == NONE_BF16) {
+        std::memcpy(part.data + slot * width * size, tokens, width * size);
+        return;
+    }
+    for (int64_t i = 0; i < width; i++) row[i] = load_number(tokens, dtype, i);
+    uint16_t *scales = reinterpret_cast<uint16_t *>(part.scales);
+    if (codec == INT8) {
+        encode_int8(row, width, reinterpret_cast<int8_t *>(part.data) + slot * width, scales + slot);
+    } else if (codec == FP8) {
+        encode_fp8(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * width, scales + slot);
+    } else {
+        int64_t half = (width + 1) / 2;
+        encode_int4(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * half, scales + 2 * slot);
+    }
+}
+
+}  // namespace
+}  // namespace hfkv
+
+// Writes new tokens of all rows and heads behind those that are held; 1 where there is no room for them.
+// shape: rows, rows and columns that the layout says something of, new tokens, their dtype, capacity of a row or page,
+// pages, threads; then for keys and values each: codec, heads, width, and strides of rows, heads and tokens.
+extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void *keys, const void *values,
+                           void *key_data, void *key_scales, void *value_data, void *value_scales) {
+    using namespace hfkv;
+    int64_t batch = shape[0], columns = shape[2], count = shape[3], dtype = shape[4], capacity = shape[5];
+    int64_t pages = shape[6], threads = shape[7];
+    Meta layout{meta, shape[1], columns};
+    auto part_of = [&](const void *tokens, const int64_t *given, void *data, void *scales) {
+        return Part{static_cast<const char *>(tokens), {given[3], given[4], given[5]}, given[0], given[2], given[1],
+                    static_cast<char *>(data), static_cast<char *>(scales)};
+    };
+    Part parts[2] = {part_of(keys, shape + 8, key_data, key_scales),
+                     part_of(values, shape + 14, value_data, value_scales)};
+    int64_t behind = layout.last_column() * capacity + layout.last_slot();
+    if (columns) {
+        if (behind + count > columns * capacity) return 1;
+        for (int64_t column = behind / capacity; column <= (behind + count - 1) / capacity; column++) {
+            for (int64_t b = 0; b < batch; b++) {
+                if (layout.page(b, column) < 0 || layout.page(b, column) >= pages) return 1;
+            }
+        }
+    } else if (layout.start() < 0 || layout.start() + layout.length() + count > capacity) {
+        return 1;
+    }
+    int64_t rows_of_keys = batch * parts[0].heads * count, rows = rows_of_keys + batch * parts[1].heads * count;
+    int64_t widest = parts[0].width > parts[1].width ? parts[0].width : parts[1].width;
+    // A few rows are done before another thread has woken up.
+    if (rows * widest < 1 << 14) threads = 1;
+#pragma omp parallel num_threads(int(threads)) if (threads > 1)
+    {
+        std::vector<float> row(widest);
+#pragma omp for
+        for (int64_t index = 0; index < rows; index++) {
+            const Part &part = parts[index >= rows_of_keys];
+            int64_t of_part = index >= rows_of_keys ? index - rows_of_keys : index;
+            int64_t n = of_part % count, h = of_part / count % part.heads, b = of_part / count / part.heads;
+            int64_t slot = (b * part.heads + h) * capacity + layout.start() + layout.length() + n;
+            if (columns) {
+                int64_t at = behind + n;
+                slot = (layout.page(b, at / capacity) * part.heads + h) * capacity + at % capacity;
+            }
+            append_row(part, dtype, b, h, n, slot, row.data());
+        }
+    }
+    return 0;
+}

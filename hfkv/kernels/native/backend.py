@@ -1,0 +1,51 @@
+"""`NativeBackend`: the kernels in C++, and the tokens that they take."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
+from hfkv.kernels.native.kernels import DTYPES, append, attend, code_of
+from hfkv.kernels.native.library import library, why_not
+
+# Numbers of keys and values from which plain float32 tokens are worth it: fewer go to torch's own function, as
+# transformers sends them, and the results are the same bits.
+WORTH_FROM_OF_PLAIN = 1 << 19
+
+
+class NativeBackend(Backend):
+    """Attention of few queries, and the encoding of new tokens, on CPUs where a C++ compiler is found."""
+
+    def serves(self, device: torch.device) -> bool:
+        return device.type == "cpu"
+
+    def attention(self, asked: Asked) -> Kernel:
+        reason = _unsupported(asked)
+        if reason is None and asked.num_queries >= MANY:
+            reason = f"{MANY} queries or more: larger products are torch's"
+        if reason is not None:
+            return Kernel("decode + sdpa", reason, None)
+        is_plain = asked.codec.is_lossless and asked.dtype == torch.float32
+        few = f"fewer than {MANY} queries: the tokens' own bytes are read once, in C++"
+        worth_from = WORTH_FROM_OF_PLAIN if is_plain else 0
+        return Kernel("native decode", few, attend, reads_device_lengths=True, worth_from=worth_from)
+
+    def append(self, asked: Asked) -> Kernel:
+        reason = _unsupported(asked)
+        if reason is None and asked.codec.is_lossless:
+            reason = "plain tokens are only copied, by torch"
+        if reason is not None:
+            return Kernel("torch", reason, None)
+        return Kernel("native append", "encoded and written in one pass, in C++", append, reads_device_lengths=True)
+
+
+def _unsupported(asked: Asked) -> str | None:
+    """Why the native kernels do not take such tokens; None where they do."""
+    name = asked.codec.name
+    if asked.dtype not in DTYPES:
+        return f"no native kernel computes in {dtype_name(asked.dtype)}"
+    if code_of(name, asked.dtype) is None:
+        return f"no native kernel reads {name} in {dtype_name(asked.dtype)}"
+    if min(asked.head_dims) < 1:
+        return "there is nothing in heads of no width"
+    return why_not() or (None if library() is not None else "they are not there")

@@ -1,0 +1,123 @@
+"""The native kernels as hfkv calls them: the same arguments and results as the Triton kernels'."""
+
+from __future__ import annotations
+
+from array import array
+
+import torch
+
+from hfkv.kernels.cpu.flash import flash_attention
+from hfkv.kernels.device_inputs import DeviceInputs, device_inputs
+from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.merge import Attended
+from hfkv.kernels.native.library import loaded, num_threads
+from hfkv.stores.layout import Layout
+
+CODECS = {"int8": 2, "fp8": 3, "int4": 4}
+PLAIN = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def code_of(codec: str, dtype: torch.dtype) -> int | None:
+    """The number by which the native code knows how tokens of `dtype` are stored; None where it does not."""
+    return PLAIN.get(dtype) if codec == "none" else CODECS.get(codec)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: Encoded,
+    values: Encoded,
+    layout: Layout,
+    visibility: Visibility,
+    scoring: Scoring,
+    inputs: DeviceInputs | None = None,
+) -> Attended:
+    """Attention of few queries `[B, Hq, q, D]` to encoded tokens; see `hfkv.kernels.naive.attention_naive`.
+
+    Args:
+        query: fp32, bf16 or fp16.
+        keys, values: both written by the same codec; those of none are fp32 or bf16, as the queries.
+        layout: places of the held tokens in the planes.
+        visibility: tokens that each query sees.
+        scoring: treatment of the scores.
+        inputs: layout and visibility as `device_inputs` gives them; made here where they are not given.
+    """
+    key_data, value_data = keys.planes[0], values.planes[0]
+    if key_data.dtype != value_data.dtype or keys.codec is not values.codec:  # under some autocasts
+        return flash_attention(query, keys, values, layout, visibility, scoring)
+    if inputs is None:
+        inputs = device_inputs(layout, visibility, query.device)
+    batch, num_heads, num_queries, key_width = query.shape
+    if key_width and query.stride(3) != 1:
+        query = query.contiguous()
+    heads, value_width = key_data.shape[1], values.head_dim
+    code = code_of(keys.codec.name, key_data.dtype)
+    out = query.new_empty(batch, num_queries, num_heads, value_width)
+    lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
+    bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
+    mask_strides, bounds_stride = [0, 0, 0], 0
+    if mask is not None:
+        mask = mask.contiguous()
+        mask_strides = [0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)]
+    if bounds is not None:
+        bounds = bounds.contiguous()
+        bounds_stride = bounds.stride(0) if len(bounds) > 1 else 0
+    if logits is not None:
+        logits = logits.float().contiguous()
+    shape = array(
+        "q",
+        (
+            *(batch, inputs.columns, heads, num_heads // heads, num_queries, key_width, value_width),
+            *(code or 0, DTYPES[query.dtype], key_data.shape[2], num_threads()),
+            *query.stride()[:3],
+            *mask_strides,
+            *(bounds_stride, inputs.batch > 0, key_data.shape[0]),
+        ),
+    )
+    is_outside = loaded().hfkv_attend(
+        *(shape.buffer_info()[0], inputs.meta.data_ptr(), query.data_ptr()),
+        *(key_data.data_ptr(), _scales(keys), value_data.data_ptr(), _scales(values)),
+        *[0 if given is None else given.data_ptr() for given in (bounds, mask, logits)],
+        *(scoring.scale, scoring.softcap or 0.0, out.data_ptr(), lse.data_ptr()),
+    )
+    if is_outside:
+        raise ValueError(f"the layout names tokens outside planes of {tuple(key_data.shape)}")
+    return Attended(out.transpose(1, 2), lse)
+
+
+def append(
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    keys: Encoded,
+    values: Encoded,
+    layout: Layout,
+    inputs: DeviceInputs | None = None,
+) -> None:
+    """Encodes tokens `[B, H, n, D]` and writes them behind those held; see `hfkv.kernels.naive.append_naive`."""
+    if inputs is None:
+        inputs = device_inputs(layout.end, None, new_keys.device)
+    if not new_keys.shape[2]:
+        return
+    dtype, key_data = new_keys.dtype, keys.planes[0]
+    if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or new_values.dtype != dtype:
+        new_keys, new_values = new_keys.contiguous(), new_values.to(dtype).contiguous()
+    batch, key_heads, count, key_width = new_keys.shape
+    shape = array(
+        "q",
+        (
+            *(batch, inputs.batch, inputs.columns, count, DTYPES[dtype], key_data.shape[2], len(key_data)),
+            *(num_threads(), code_of(keys.codec.name, dtype) or 0, key_heads, key_width, *new_keys.stride()[:3]),
+            *(code_of(values.codec.name, dtype) or 0, new_values.shape[1], new_values.shape[3]),
+            *new_values.stride()[:3],
+        ),
+    )
+    is_full = loaded().hfkv_append(
+        *(shape.buffer_info()[0], inputs.meta.data_ptr(), new_keys.data_ptr(), new_values.data_ptr()),
+        *(key_data.data_ptr(), _scales(keys), values.planes[0].data_ptr(), _scales(values)),
+    )
+    if is_full:
+        raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(key_data.shape)}")
+
+
+def _scales(encoded: Encoded) -> int:
+    return encoded.planes[1].data_ptr() if len(encoded.planes) > 1 else 0

@@ -1,0 +1,214 @@
+"""How the native kernels are compiled and kept, that they stay within their planes, and that threads change nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfkv.codecs import CODECS
+from hfkv.kernels.dispatch import attention_kernel, forget_choices
+from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.native import library as native
+from hfkv.kernels.native.kernels import append, attend
+from hfkv.stores.layout import Layout
+from tests.kernels.cases import case, check
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
+
+ALL = ("none", "int8", "fp8", "int4")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_word_switches_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ("int8", torch.float32, torch.device("cpu"), 1, (64, 64))
+    assert attention_kernel(*chosen).name == "native decode"
+    monkeypatch.setenv("HFKV_NATIVE", "0")
+    forget_choices()
+    try:
+        assert attention_kernel(*chosen).name.startswith("cpu")
+        assert native.library() is None
+        assert "HFKV_NATIVE=0" in native.why_not()
+    finally:
+        monkeypatch.undo()
+        forget_choices()
+
+
+def test_without_a_compiler_the_reason_and_the_remedy_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(native.NativeError, match=r"no C\+\+ compiler: install g\+\+"):
+        native._compiled("native")
+
+
+def test_a_compiler_that_fails_is_no_error_of_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HFKV_CACHE", str(tmp_path))
+    monkeypatch.setenv("HFKV_NATIVE_ARCH", "no-such-processor")
+    assert native.library() is None
+    assert "no-such-processor" in native.why_not()
+    assert not list((tmp_path / "native").iterdir())
+
+
+def test_a_folder_that_others_may_write_to_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HFKV_CACHE", str(tmp_path))
+    (tmp_path / "native").mkdir()
+    (tmp_path / "native").chmod(0o777)
+    with pytest.raises(native.NativeError, match="others may write to it; name another by HFKV_CACHE"):
+        native._compiled("native")
+
+
+def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> None:
+    program = "from hfkv.kernels.native.library import library, why_not; assert library() is not None, why_not()"
+    environment = {**os.environ, "HFKV_CACHE": str(tmp_path)}
+    running = [subprocess.Popen([sys.executable, "-c", program], env=environment) for _ in range(3)]
+    assert [process.wait(timeout=240) for process in running] == [0, 0, 0]
+    assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
+    assert (tmp_path / "native").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("codec", ALL)
+def test_threads_change_no_bit(codec: str) -> None:
+    given = case(codec, batch=2, length=9000, pads=(0, 4100), num_queries=3)
+    results = []
+    for count in (1, 2, 3):
+        with threads(count):
+            results.append(attend(*given.arguments))
+    for one in results[1:]:
+        assert torch.equal(one.out, results[0].out)
+        assert torch.equal(one.lse, results[0].lse)
+    new = torch.randn(2, 2, 700, 64)
+    written = []
+    for count in (1, 2):
+        planes = [torch.zeros_like(plane) for plane in CODECS[codec].encode(new)]
+        with threads(count):
+            append(new, new, *(Encoded(CODECS[codec], tuple(planes), 64),) * 2, Layout(0))
+        written.append(planes)
+    for one, other in zip(*written, strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _attend_in_child(given: object, queue: multiprocessing.Queue[bool]) -> None:
+    torch.set_num_threads(1)
+    queue.put(torch.equal(attend(*given.arguments).out, given.expected))  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_attends_too() -> None:
+    given = case("int8", length=9000)
+    with threads(2):
+        expected = attend(*given.arguments).out
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            try:  # no thread of the parent's pool is here
+                os.write(write, b"y" if torch.equal(attend(*given.arguments).out, expected) else b"n")
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read, "rb") as said:
+            assert said.read() == b"y"
+        os.waitpid(child, 0)
+
+
+def guarded(plane: torch.Tensor) -> torch.Tensor:
+    """A copy of a plane whose last byte is the last before memory that may not be touched."""
+    size = plane.numel() * plane.element_size()
+    pages = -(-size // mmap.PAGESIZE) + 1
+    region = mmap.mmap(-1, pages * mmap.PAGESIZE)
+    begin = (pages - 1) * mmap.PAGESIZE - size
+    address = ctypes.addressof(ctypes.c_char.from_buffer(region)) + (pages - 1) * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
+    bits = torch.frombuffer(region, dtype=torch.uint8, count=size, offset=begin)
+    bits.copy_(plane.contiguous().view(torch.uint8).flatten())
+    return bits.view(plane.dtype).view(plane.shape)
+
+
+@pytest.mark.parametrize("codec", ALL)
+@pytest.mark.parametrize("head_dim", [16, 64, 72, 5])
+def test_nothing_beyond_a_planes_end_is_read_or_written(codec: str, head_dim: int) -> None:
+    for length in (1, 15, 16, 17, 40):
+        states = torch.randn(1, 2, length, head_dim)
+        if codec in ("fp8", "none") and head_dim == 5:
+            states = states.contiguous()
+        planes = tuple(guarded(plane) for plane in CODECS[codec].encode(states))
+        encoded = Encoded(CODECS[codec], planes, head_dim)
+        given = replace(case(codec, length=length, head_dim=head_dim), keys=encoded, values=encoded)
+        given = replace(given, layout=Layout(length), query=guarded(given.query))
+        check(attend, given)
+        before = [plane.clone() for plane in planes]
+        new = guarded(states[:, :, -1:])
+        append(new, new, encoded, encoded, Layout(length - 1))
+        for plane, expected in zip(planes, before, strict=True):
+            assert torch.equal(plane.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64"])
+def test_other_instructions_compute_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HFKV_NATIVE_ARCH", architecture)
+    if native.library() is None:
+        pytest.skip(native.why_not())
+    if architecture == "x86-64-v4" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no AVX-512")
+    for codec in ALL:
+        for settings in (
+            {},
+            {"page_size": 16, "batch": 2},
+            {"num_queries": 5, "softcap": 2.0},
+            {"dtype": torch.bfloat16},
+        ):
+            check(attend, case(codec, length=1000, **settings))  # type: ignore[arg-type]
+        rows = torch.randn(1, 2, 500, 64)
+        planes = tuple(torch.zeros_like(plane) for plane in CODECS[codec].encode(rows))
+        append(rows, rows, *(Encoded(CODECS[codec], planes, 64),) * 2, Layout(0))
+        for plane, expected in zip(planes, CODECS[codec].encode(rows), strict=True):
+            assert torch.equal(plane.view(torch.uint8), expected.view(torch.uint8))
+
+
+SANITIZED = """
+import sys
+from hfkv.kernels.native import library as native
+native._FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
+native._LINKED += ("-fsanitize=address,undefined",)
+assert native.library() is not None, native.why_not()
+import pytest
+sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
+                      "tests/kernels/test_cpu_attention.py", "tests/kernels/test_native_append.py"]))
+"""
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    if not all(Path(path).is_absolute() for path in found):
+        pytest.skip("this compiler has no sanitizers")
+    environment = {**os.environ, "HFKV_CACHE": str(tmp_path), "LD_PRELOAD": ":".join(found)}
+    environment |= {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED], cwd=root, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "runtime error" not in done.stderr
