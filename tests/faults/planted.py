@@ -53,6 +53,27 @@ FAULTS = (
         ("unit/test_codecs.py",),
     ),
     Fault(
+        "a native query sees the token after its own",
+        "hfkv/kernels/native/attention.cpp",
+        "j >= pads && j <= t &&",
+        "j >= pads && j <= t + 1 &&",
+        ("kernels/test_cpu_attention.py",),
+    ),
+    Fault(
+        "a native code is cut off where it should be rounded",
+        "hfkv/kernels/native/append.cpp",
+        "std::nearbyint(x[i] / by)",
+        "std::trunc(x[i] / by)",
+        ("kernels/test_native_append.py",),
+    ),
+    Fault(
+        "queries that see nothing get what all tokens come to",
+        "hfkv/attention/rule.py",
+        "rule.visible, rule.is_blind = rule.visible | is_blind, is_blind",
+        "rule.visible = rule.visible | is_blind",
+        ("unit/test_step_attention.py",),
+    ),
+    Fault(
         "a fingerprint ignores adapters",
         "hfkv/models/fingerprint.py",
         'adapters=", ".join(adapters) or "none"',

@@ -149,7 +149,7 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
     if (rows * widest < 1 << 14) threads = 1;
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
     {
-        std::vector<float> row(widest);
+        std::vector<float> row(widest);  // a few hundred numbers
 #pragma omp for
         for (int64_t index = 0; index < rows; index++) {
             const Part &part = parts[index >= rows_of_keys];

@@ -3,6 +3,8 @@
 // which are taken in a fixed order, are the same bits however many there are.
 
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512F__)
@@ -452,7 +454,8 @@ void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t c
             sum += parts[s].sum[r] * by;
             for (int64_t i = 0; i < vd; i++) out[i] += parts[s].out[r * vd + i] * by;
         }
-        if (call.sink_logits) sum += std::exp(call.sink_logits[head] - largest);
+        bool has_logit = call.sink_logits && call.sink_logits[head] != -INFINITY;
+        if (has_logit) sum += std::exp(call.sink_logits[head] - largest);
         if (sum != 0) {
             for (int64_t i = 0; i < vd; i++) out[i] /= sum;
         }
@@ -481,16 +484,22 @@ template <int64_t CODEC> void attend(const Call &call) {
     int64_t stretches = std::max<int64_t>((last - first + STRETCH - 1) / STRETCH, 1);
     int64_t tasks = call.batch * call.heads * stretches;
     std::vector<Part> parts(tasks);
-    int64_t threads = std::min(call.threads, tasks);
+    int64_t threads = std::max<int64_t>(std::min(call.threads, tasks), 1);
     // What takes less than a thread needs to wake up.
     if (call.batch * call.heads * (last - first) * (call.key_width + call.value_width) < 1 << 17) threads = 1;
+    std::atomic<bool> has_memory{true};
 #pragma omp parallel for schedule(dynamic) num_threads(int(threads)) if (threads > 1)
     for (int64_t index = 0; index < tasks; index++) {
         int64_t stretch = index % stretches, h = index / stretches % call.heads, b = index / stretches / call.heads;
         int64_t begin = first + stretch * STRETCH;
-        Task(call, b, h).template attend<CODEC>(begin, std::min(begin + STRETCH, last), parts[index]);
-        if (stretches == 1) finish(call, b, h, &parts[index], 1);
+        try {  // nothing may be thrown out of a parallel region
+            Task(call, b, h).template attend<CODEC>(begin, std::min(begin + STRETCH, last), parts[index]);
+            if (stretches == 1) finish(call, b, h, &parts[index], 1);
+        } catch (const std::bad_alloc &) {
+            has_memory = false;
+        }
     }
+    if (!has_memory) throw std::bad_alloc();
     if (stretches == 1) return;
     for (int64_t index = 0; index < call.batch * call.heads; index++) {
         finish(call, index / call.heads, index % call.heads, &parts[index * stretches], stretches);
@@ -500,7 +509,8 @@ template <int64_t CODEC> void attend(const Call &call) {
 }  // namespace
 }  // namespace hfkv
 
-// Writes the output `[B, q, Hq, Dv]` and its log-sum-exp `[B, Hq, q]`; 1 where the layout is not one of these planes.
+// Writes the output `[B, q, Hq, Dv]` and its log-sum-exp `[B, Hq, q]`; 1 where the layout is not one of these planes, 2
+// where there is no memory for what is summed.
 // shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec, dtype of queries,
 // capacity of a row or page, threads, strides of the queries (rows, heads, queries), of the mask (the same) and of the
 // bounds (rows), whether pads are given, pages.
@@ -522,12 +532,16 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     call.bounds = bounds, call.mask = mask, call.sink_logits = sink_logits;
     call.out = static_cast<char *>(out), call.lse = lse;
     if (!is_within(call.layout, call, shape[19])) return 1;
-    switch (call.codec) {
-    case NONE_F32: attend<NONE_F32>(call); break;
-    case NONE_BF16: attend<NONE_BF16>(call); break;
-    case INT8: attend<INT8>(call); break;
-    case FP8: attend<FP8>(call); break;
-    default: attend<INT4>(call);
+    try {
+        switch (call.codec) {
+        case NONE_F32: attend<NONE_F32>(call); break;
+        case NONE_BF16: attend<NONE_BF16>(call); break;
+        case INT8: attend<INT8>(call); break;
+        case FP8: attend<FP8>(call); break;
+        default: attend<INT4>(call);
+        }
+    } catch (const std::bad_alloc &) {
+        return 2;
     }
     return 0;
 }

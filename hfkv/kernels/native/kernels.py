@@ -41,9 +41,14 @@ def attend(
         visibility: tokens that each query sees.
         scoring: treatment of the scores.
         inputs: layout and visibility as `device_inputs` gives them; made here where they are not given.
+
+    Raises:
+        ValueError: the layout names tokens that are not in the planes.
+        MemoryError: there is no memory for what is summed.
     """
     key_data, value_data = keys.planes[0], values.planes[0]
-    if key_data.dtype != value_data.dtype or keys.codec is not values.codec:  # under some autocasts
+    # Keys and values differ under some autocasts; a trace has to see torch's operations.
+    if key_data.dtype != value_data.dtype or keys.codec is not values.codec or torch.jit.is_tracing():
         return flash_attention(query, keys, values, layout, visibility, scoring)
     if inputs is None:
         inputs = device_inputs(layout, visibility, query.device)
@@ -74,13 +79,15 @@ def attend(
             *(bounds_stride, inputs.batch > 0, key_data.shape[0]),
         ),
     )
-    is_outside = loaded().hfkv_attend(
+    failure = loaded().hfkv_attend(
         *(shape.buffer_info()[0], inputs.meta.data_ptr(), query.data_ptr()),
         *(key_data.data_ptr(), _scales(keys), value_data.data_ptr(), _scales(values)),
         *[0 if given is None else given.data_ptr() for given in (bounds, mask, logits)],
         *(scoring.scale, scoring.softcap or 0.0, out.data_ptr(), lse.data_ptr()),
     )
-    if is_outside:
+    if failure == 2:
+        raise MemoryError(f"no memory for the sums of attention of queries {tuple(query.shape)}")
+    if failure:
         raise ValueError(f"the layout names tokens outside planes of {tuple(key_data.shape)}")
     return Attended(out.transpose(1, 2), lse)
 
@@ -93,14 +100,24 @@ def append(
     layout: Layout,
     inputs: DeviceInputs | None = None,
 ) -> None:
-    """Encodes tokens `[B, H, n, D]` and writes them behind those held; see `hfkv.kernels.naive.append_naive`."""
+    """Encodes tokens `[B, H, n, D]` and writes them behind those held; see `hfkv.kernels.naive.append_naive`.
+
+    Raises:
+        ValueError: the planes have no room for them.
+        NotImplementedError: under ``torch.jit.trace``.
+    """
     if inputs is None:
         inputs = device_inputs(layout.end, None, new_keys.device)
     if not new_keys.shape[2]:
         return
-    dtype, key_data = new_keys.dtype, keys.planes[0]
-    if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or new_values.dtype != dtype:
-        new_keys, new_values = new_keys.contiguous(), new_values.to(dtype).contiguous()
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "a trace does not see what native kernels write; set HFKV_NATIVE=0 before hfkv is used"
+        )
+    key_data = keys.planes[0]
+    dtype = key_data.dtype if keys.codec.is_lossless else new_keys.dtype
+    if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or not dtype == new_keys.dtype == new_values.dtype:
+        new_keys, new_values = new_keys.to(dtype).contiguous(), new_values.to(dtype).contiguous()
     batch, key_heads, count, key_width = new_keys.shape
     shape = array(
         "q",
