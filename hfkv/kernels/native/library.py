@@ -52,7 +52,15 @@ def num_threads() -> int:
 
 
 class NativeError(Exception):
-    """Why there are no native kernels."""
+    """Why there are no native kernels.
+
+    Attributes:
+        is_odd: whether something went wrong that should not; else there is nothing to compile them with, or for.
+    """
+
+    def __init__(self, reason: str, is_odd: bool = False) -> None:
+        super().__init__(reason)
+        self.is_odd = is_odd
 
 
 def library() -> ctypes.CDLL | None:
@@ -82,8 +90,9 @@ def _found(switch: str, architecture: str) -> ctypes.CDLL | NativeError:
     try:
         return _load(_compiled(architecture))
     except (NativeError, OSError) as error:
-        found = error if isinstance(error, NativeError) else NativeError(f"they could not be loaded: {error}")
-        logger.info("no native kernels, torch's own operations do the work: %s", found)
+        found = error if isinstance(error, NativeError) else NativeError(f"they could not be loaded: {error}", True)
+        level = logging.WARNING if found.is_odd else logging.INFO
+        logger.log(level, "no native kernels, torch's own operations do the work: %s", found)
         return found
 
 
@@ -99,7 +108,7 @@ def _compiled(architecture: str) -> Path:
     folder = _private_folder()
     kept = folder / f"{digest}.so"
     if not kept.exists():
-        logger.info("compiling hfkv's native kernels, once on this machine: some seconds")
+        logger.warning("compiling hfkv's native kernels, once on this machine: some seconds")
         with tempfile.TemporaryDirectory(dir=folder) as work:
             made = _compile(compiler, flags, Path(work))
             os.replace(made, kept)  # whoever else compiles has made the same
@@ -126,9 +135,9 @@ def _finish(process: subprocess.Popen[str]) -> None:
         said, _ = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired as error:
         process.kill()
-        raise NativeError(f"the compiler took more than {SECONDS} s") from error
+        raise NativeError(f"the compiler took more than {SECONDS} s", True) from error
     if process.returncode:
-        raise NativeError(f"the C++ compiler failed: {said.strip()[:500]}")
+        raise NativeError(f"the C++ compiler failed: {said.strip()[:500]}", True)
 
 
 def _load(path: Path) -> ctypes.CDLL:
@@ -182,7 +191,9 @@ def _private_folder() -> Path:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError) as error:
-        raise NativeError(f"no folder to keep them in: {error}; name one by {FOLDER}") from error
+        raise NativeError(f"no folder to keep them in: {error}; name one by {FOLDER}", True) from error
     if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise NativeError(f"{folder} belongs to somebody else or others may write to it; name another by {FOLDER}")
+        raise NativeError(
+            f"{folder} belongs to somebody else or others may write to it; name another by {FOLDER}", True
+        )
     return folder
