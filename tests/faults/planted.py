@@ -64,7 +64,7 @@ FAULTS = (
         "hfkv/kernels/native/append.cpp",
         "std::nearbyint(x[i] / by)",
         "std::trunc(x[i] / by)",
-        ("kernels/test_native_append.py",),
+        ("kernels/test_append.py",),
     ),
     Fault(
         "queries that see nothing get what all tokens come to",

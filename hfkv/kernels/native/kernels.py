@@ -81,7 +81,7 @@ def attend(
     )
     failure = loaded().hfkv_attend(
         *(shape.buffer_info()[0], inputs.meta.data_ptr(), query.data_ptr()),
-        *(key_data.data_ptr(), _scales(keys), value_data.data_ptr(), _scales(values)),
+        *_pointers(keys, values),
         *[0 if given is None else given.data_ptr() for given in (bounds, mask, logits)],
         *(scoring.scale, scoring.softcap or 0.0, out.data_ptr(), lse.data_ptr()),
     )
@@ -130,11 +130,24 @@ def append(
     )
     is_full = loaded().hfkv_append(
         *(shape.buffer_info()[0], inputs.meta.data_ptr(), new_keys.data_ptr(), new_values.data_ptr()),
-        *(key_data.data_ptr(), _scales(keys), values.planes[0].data_ptr(), _scales(values)),
+        *_pointers(keys, values),
     )
     if is_full:
         raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(key_data.shape)}")
 
 
-def _scales(encoded: Encoded) -> int:
-    return encoded.planes[1].data_ptr() if len(encoded.planes) > 1 else 0
+def _pointers(*parts: Encoded) -> list[int]:
+    """Where the data and the scales of keys and of values lie, whose rows the native code finds by itself.
+
+    Raises:
+        ValueError: a plane does not lie in one piece.
+    """
+    pointers = []
+    for encoded in parts:
+        for plane in encoded.planes:
+            if not plane.is_contiguous():
+                raise ValueError(f"native kernels take contiguous planes, got strides {plane.stride()}")
+            pointers.append(plane.data_ptr())
+        if len(encoded.planes) == 1:
+            pointers.append(0)
+    return pointers
