@@ -89,7 +89,7 @@ def _is_plain(rule: Rule, held: HeldTokens, step: Step) -> bool:
             look = WindowBlocks(held, rule.pads)
             if look.has_more_than_tokens:
                 return False
-    if step.is_short or (_is_whole_prompt(rule, held) and _reads_slices(rule, held)):
+    if step.is_short or (look is None and _is_whole_prompt(rule, held) and _reads_slices(rule, held)):
         return _is_of_few(rule, held, step, look)
     return rule.queries[2] < MANY and not held.store.is_offloaded and _is_of_many(rule, held, step, look)
 
@@ -113,6 +113,8 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
     if look is None and _is_whole_prompt(rule, held) and (num_tokens <= _MOST_QUERIES or _reads_slices(rule, held)):
         rule.is_causal = True
         return True
+    if num_queries > 1 and mask is None:
+        return False  # the module says what is meant
     most = _MOST_SEEN_IN_WINDOW if look is not None and held.codec.is_lossless else _MOST_SEEN
     if num_queries > 1 and num_queries * num_tokens > most:
         return False
@@ -121,8 +123,6 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
             if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, num_queries, num_tokens):
                 return False
             rule.visible = mask.plain() if isinstance(mask, CausalMask) else mask
-        elif num_queries > 1:
-            return False  # the module says what is meant
     elif num_queries > 1 or not look.sees_all_held(step.seen - 1):
         visibility = visibility_of(look, num_queries)
         rule.visible = seen(visibility, held.store.layout(), slice(None), held.first, held.last, num_queries)

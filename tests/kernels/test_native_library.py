@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from hfkv.codecs import CODECS
+from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import attention_kernel, forget_choices
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.naive import append_naive
@@ -166,6 +168,54 @@ def test_planes_that_do_not_lie_in_one_piece_are_refused() -> None:
         attend(given.query, strided, given.values, given.layout, given.visibility, given.scoring)
     with pytest.raises(ValueError, match="contiguous planes"):
         append(torch.randn(1, 2, 1, 64), torch.randn(1, 2, 1, 64), strided, strided, given.layout)
+
+
+def test_tensors_that_do_not_go_together_are_refused() -> None:
+    given = case("int8", batch=2, length=20)
+    for mask in (torch.ones(2, 2, 1, 20), torch.ones(2, 1, 1, 10), torch.ones(3, 1, 1, 20), torch.ones(2, 1, 2, 20)):
+        visibility = replace(given.visibility, mask=mask.bool())
+        with pytest.raises(ValueError, match="masks"):
+            attend(*replace(given, visibility=visibility).arguments)
+    with pytest.raises(ValueError, match="bounds"):
+        attend(*replace(given, visibility=replace(given.visibility, bounds=torch.zeros(2, 3).long())).arguments)
+    for query in (given.query[:1], given.query[..., :32], given.query[:, :3]):
+        with pytest.raises(ValueError, match="do not go with int8 keys"):
+            attend(*replace(given, query=query).arguments)
+    for shape in ((1, 2, 1, 64), (2, 1, 1, 64), (2, 2, 1, 32)):
+        with pytest.raises(ValueError, match="do not go into planes"):
+            append(torch.randn(shape), torch.randn(shape), given.keys, given.values, Layout(3))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+def test_keys_and_values_of_other_dtypes_lose_nothing(codec: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    new = [torch.randn(1, 2, 50, 64).to(dtype) for dtype in dtypes]
+    sides = [[garbage(codec, (1, 2, 50, 64), x.dtype, x.device) for x in new] for _ in range(2)]
+    append(new[0], new[1], *sides[0], Layout(0))
+    append_naive(new[0], new[1], *sides[1], Layout(0))
+    for one, other in zip(*sides, strict=True):
+        assert same_bytes(one.planes, other.planes)
+
+
+def test_room_for_more_columns_than_there_are_hides_no_token() -> None:
+    given = case("none", length=5000, page_size=64)
+    assert given.layout.table is not None
+    inputs = DeviceInputs.allocate(given.layout, given.visibility, torch.device("cpu"), columns=200)
+    # The last column is the one that a stretch begins in.
+    last = replace(given.visibility, first=4992)
+    assert torch.equal(attend(*given.arguments, inputs=inputs).out, attend(*given.arguments).out)
+    inputs = DeviceInputs.allocate(given.layout, last, torch.device("cpu"), columns=200)
+    assert torch.equal(
+        attend(*replace(given, visibility=last).arguments, inputs=inputs).lse.isinf(), torch.zeros(1, 8, 1).bool()
+    )
+
+
+def test_without_a_home_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "home", mock.Mock(side_effect=RuntimeError("no home")))
+    monkeypatch.delenv("HFKV_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(native.NativeError, match="no folder to keep them in: no home; name one by HFKV_CACHE"):
+        native._compiled("native")
 
 
 def guarded(plane: torch.Tensor) -> torch.Tensor:

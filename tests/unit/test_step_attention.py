@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import hfkv
 from hfkv import KVCache
 from hfkv.attention.function import hfkv_attention
 from hfkv.attention.masks import hfkv_mask
+from hfkv.cache.layers.following import Following
 from tests.tiny import llama, prompt
 from tests.unit.test_step import KINDS, LAYERS, cache_of
 
@@ -62,6 +64,26 @@ def test_several_queries_of_few_tokens_see_what_each_sees_alone(kv: str, pads: t
         real = padding[:, seen - tokens : seen] if padding is not None else torch.ones(2, tokens, dtype=torch.bool)
         torch.testing.assert_close(several[real], expected[real], atol=1e-5, rtol=1e-5)
         assert not several[~real].any()  # pad tokens' queries see nothing
+
+
+@pytest.mark.parametrize("kv", ["window:6+sinks:2", "int8+window:6+sinks:2"])
+@pytest.mark.parametrize("tokens", [4, 20])
+def test_several_queries_without_a_mask_are_not_taken_as_causal_under_a_window(kv: str, tokens: int) -> None:
+    module, cache = llama(num_hidden_layers=1).model.layers[0].self_attn, cache_of(kv)
+    if tokens < 20:
+        cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), 0)
+    views = cache.update(torch.randn(1, 2, tokens, 16), torch.randn(1, 2, tokens, 16), 0)
+    with pytest.raises(NotImplementedError):
+        hfkv_attention(module, torch.randn(1, 4, tokens, 16), *views, None, scaling=0.25, is_causal=False)
+
+
+def test_a_long_prompt_under_a_window_gets_no_mask_of_its_own() -> None:
+    """Masks are written out where few tokens are decoded, which on a GPU is nowhere."""
+    module, cache = llama(num_hidden_layers=1).model.layers[0].self_attn, cache_of("window:6+sinks:2")
+    with mock.patch.object(Following, "_is_short", return_value=False):
+        key, value = cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), 0)
+    hfkv_attention(module, torch.randn(1, 4, 20, 16), key, value, hfkv_mask(1, 20, 20, 0), scaling=0.25)
+    assert not key.held.step.rule.is_plain
 
 
 def calls_of_a_step(kv: str) -> float:

@@ -245,7 +245,11 @@ class Task {
             return attend_run<CODEC>(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
         }
         int64_t column = 0;
-        while (column + 1 < call.columns && layout.begins(column + 1) <= begin) column++;
+        // There may be room for more columns than hold anything: they begin nowhere.
+        while (column + 1 < call.columns && layout.begins(column + 1) <= begin &&
+               layout.high(column + 1) > layout.low(column + 1)) {
+            column++;
+        }
         for (; column < call.columns && layout.begins(column) < end; column++) {
             int64_t first = layout.begins(column), last = first + layout.high(column) - layout.low(column);
             int64_t from = std::max(first, begin), to = std::min(last, end);

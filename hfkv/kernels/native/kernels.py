@@ -53,18 +53,28 @@ def attend(
     if inputs is None:
         inputs = device_inputs(layout, visibility, query.device)
     batch, num_heads, num_queries, key_width = query.shape
-    if key_width and query.stride(3) != 1:
-        query = query.contiguous()
     heads, value_width = key_data.shape[1], values.head_dim
     code = code_of(keys.codec.name, key_data.dtype)
+    is_alike = key_width == keys.head_dim and key_data.shape[:3] == value_data.shape[:3] and not num_heads % heads
+    rows = batch if inputs.columns else len(key_data)
+    if code is None or not is_alike or not batch == rows == inputs.batch:
+        raise ValueError(
+            f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
+            f"{keys.head_dim} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
+        )
+    if key_width and query.stride(3) != 1:
+        query = query.contiguous()
     out = query.new_empty(batch, num_queries, num_heads, value_width)
     lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
     bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
     mask_strides, bounds_stride = [0, 0, 0], 0
     if mask is not None:
+        is_long_enough = mask.shape[3] >= layout.length - visibility.first
+        _check("masks", mask, (batch, num_heads, num_queries), is_long_enough)
         mask = mask.contiguous()
         mask_strides = [0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)]
     if bounds is not None:
+        _check("bounds", bounds, (batch, num_queries))
         bounds = bounds.contiguous()
         bounds_stride = bounds.stride(0) if len(bounds) > 1 else 0
     if logits is not None:
@@ -73,7 +83,7 @@ def attend(
         "q",
         (
             *(batch, inputs.columns, heads, num_heads // heads, num_queries, key_width, value_width),
-            *(code or 0, DTYPES[query.dtype], key_data.shape[2], num_threads()),
+            *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
             *query.stride()[:3],
             *mask_strides,
             *(bounds_stride, inputs.batch > 0, key_data.shape[0]),
@@ -115,10 +125,18 @@ def append(
             "a trace does not see what native kernels write; set HFKV_NATIVE=0 before hfkv is used"
         )
     key_data = keys.planes[0]
-    dtype = key_data.dtype if keys.codec.is_lossless else new_keys.dtype
+    # Exact: codecs compute in float32.
+    dtype = torch.promote_types(new_keys.dtype, new_values.dtype)
     if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or not dtype == new_keys.dtype == new_values.dtype:
         new_keys, new_values = new_keys.to(dtype).contiguous(), new_values.to(dtype).contiguous()
     batch, key_heads, count, key_width = new_keys.shape
+    for new, encoded in ((new_keys, keys), (new_values, values)):
+        data = encoded.planes[0]
+        rows = len(data) if inputs.columns else batch
+        is_alike = data.shape[:3] == (rows, new.shape[1], key_data.shape[2]) and len(data) == len(key_data)
+        is_alike = is_alike and new.shape == (batch, new.shape[1], count, encoded.head_dim)
+        if not is_alike or (encoded.codec.is_lossless and data.dtype != dtype):
+            raise ValueError(f"new tokens {tuple(new.shape)} do not go into planes of {tuple(data.shape)}")
     shape = array(
         "q",
         (
@@ -134,6 +152,14 @@ def append(
     )
     if is_full:
         raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(key_data.shape)}")
+
+
+def _check(name: str, given: torch.Tensor, sizes: tuple[int, ...], is_long_enough: bool = True) -> None:
+    """Refuses a mask or bounds that are neither one nor all in their dimensions but the last of `sizes`."""
+    *free, num_queries = sizes
+    fits = all(size in (1, most) for size, most in zip(given.shape, free, strict=False))
+    if not fits or given.shape[len(free)] != num_queries or not is_long_enough:
+        raise ValueError(f"{name} {tuple(given.shape)} are not for queries of {sizes}")
 
 
 def _pointers(*parts: Encoded) -> list[int]:

@@ -72,7 +72,7 @@ def library() -> ctypes.CDLL | None:
 @functools.cache
 def loaded() -> ctypes.CDLL:
     """The compiled kernels, for those that have been told that they are there; switched off later they stay."""
-    found = library() or _found("", "native")
+    found = library() or _found("", os.environ.get(ARCHITECTURE, "native"))
     assert isinstance(found, ctypes.CDLL), found
     return found
 
@@ -89,7 +89,7 @@ def _found(switch: str, architecture: str) -> ctypes.CDLL | NativeError:
         return NativeError(f"{SWITCH}=0 switches the native kernels off")
     try:
         return _load(_compiled(architecture))
-    except (NativeError, OSError) as error:
+    except (NativeError, OSError, RuntimeError, subprocess.SubprocessError) as error:
         found = error if isinstance(error, NativeError) else NativeError(f"they could not be loaded: {error}", True)
         level = logging.WARNING if found.is_odd else logging.INFO
         logger.log(level, "no native kernels, torch's own operations do the work: %s", found)
@@ -102,7 +102,7 @@ def _compiled(architecture: str) -> Path:
         raise NativeError(f"they are compiled on Linux only, not on {sys.platform}")
     compiler = _compiler()
     flags = (*_FLAGS, f"-march={architecture}")
-    made_of = [platform.machine(), _processor(), _version(compiler), *flags, *_LINKED]
+    made_of = [platform.machine(), _processor(), _version(compiler), *flags, *_LINKED, str(_SOURCES)]
     made_of += [path.read_text() for path in sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
     folder = _private_folder()
@@ -120,14 +120,21 @@ def _compile(compiler: str, flags: tuple[str, ...], work: Path) -> Path:
         _start([compiler, *flags, f"-ffp-contract={contract}", "-c", str(_HERE / source), "-o", f"{source}.o"], work)
         for source, contract in _SOURCES.items()
     ]
-    for process in running:
-        _finish(process)
+    try:
+        for process in running:
+            _finish(process)
+    finally:
+        for process in running:  # the folder that they write to goes
+            process.kill()
+            process.wait()
     _finish(_start([compiler, *_LINKED, *(f"{source}.o" for source in _SOURCES), "-o", "native.so"], work))
     return work / "native.so"
 
 
 def _start(command: list[str], work: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
 
 
 def _finish(process: subprocess.Popen[str]) -> None:
@@ -156,9 +163,10 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _openmp() -> str | None:
     """The file of the OpenMP that this process has loaded: torch's."""
-    maps = Path("/proc/self/maps").read_text()
-    found = re.findall(r"(/\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so[^/\s]*)$", maps, re.MULTILINE)
-    of_torch = [path for path in found if str(Path(torch.__file__).parent.parent) in path]
+    lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
+    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6)
+    found = [path for path in paths if re.fullmatch(r"lib(gomp|omp|iomp5)\b.*\.so[.\d]*", Path(path).name)]
+    of_torch = [path for path in found if Path(torch.__file__).parent in Path(path).parents]
     return next(iter((*of_torch, *found)), None)
 
 
@@ -185,9 +193,9 @@ def _processor() -> str:
 def _private_folder() -> Path:
     """The folder that compiled kernels are kept in, which nobody else may write to: what lies there is run."""
     given = os.environ.get(FOLDER)
-    base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkv"
-    folder = base / "native"
     try:
+        base = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hfkv"
+        folder = base / "native"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()
     except (OSError, RuntimeError) as error:
