@@ -80,6 +80,8 @@ def _is_plain(rule: Rule, held: HeldTokens, step: Step) -> bool:
         return False
     if output_capturing._active_collector.get():  # weights may be wanted
         return False
+    if rule.mask is None and rule.queries[2] > 1:  # the module says what is meant
+        return False
     look = None
     if held.window is not None:
         rule.pads = _pads(held, step, rule.mask)
@@ -113,8 +115,6 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
     if look is None and _is_whole_prompt(rule, held) and (num_tokens <= _MOST_QUERIES or _reads_slices(rule, held)):
         rule.is_causal = True
         return True
-    if num_queries > 1 and mask is None:
-        return False  # the module says what is meant
     most = _MOST_SEEN_IN_WINDOW if look is not None and held.codec.is_lossless else _MOST_SEEN
     if num_queries > 1 and num_queries * num_tokens > most:
         return False
@@ -154,8 +154,6 @@ def _reads_slices(rule: Rule, held: HeldTokens) -> bool:
 def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:
     """Works out what the kernel is given for few queries and many tokens; whether that is all."""
     key, value, num_queries = held.parts["key"], held.parts["value"], rule.queries[2]
-    if rule.mask is None and num_queries > 1:
-        return False  # the module says what is meant
     kernel = attention_kernel(held.codec.name, key.dtype, held.device, num_queries, (key.head_dim, value.head_dim))
     if kernel.run is None or not (look is None or kernel.reads_moved_windows):
         return False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -95,10 +94,9 @@ def _transformers(found: str) -> Item:
 
 
 def _compiler() -> Item:
-    from hfkv.kernels.native.library import COMPILERS
+    from hfkv.kernels.native.library import find_compiler
 
-    named = os.environ.get("CXX")
-    found = next((path for name in (named, *COMPILERS) if name and (path := shutil.which(name))), None)
+    found = find_compiler()
     purpose = "for hfkv's native kernels, and for torch.compile on a CPU"
     return Item("C++ compiler", found, purpose if found else f"{purpose}: install g++ or clang++, or set CXX")
 

@@ -16,6 +16,8 @@
 namespace hfkv {
 namespace {
 
+// By which the exponent of an fp8 number is too low where its bits stand in a float32's.
+constexpr float FP8_SCALE = 0x1p120f;
 constexpr int64_t LANES = 16, TILE = 16, STRETCH = 4096, MOST_ROWS = 4;
 
 typedef float Vector __attribute__((vector_size(64)));
@@ -85,8 +87,7 @@ inline Vector exp(Vector x) {
 }
 
 inline Vector from_fp8(Naturals bits) {
-    // Sign and magnitude where a float32 has them, the exponent 120 too low.
-    return (Vector)(((bits & 0x80) << 24) | ((bits & 0x7F) << 20)) * 1.329227995784916e36f;
+    return (Vector)(((bits & 0x80) << 24) | ((bits & 0x7F) << 20)) * FP8_SCALE;
 }
 
 // The numbers of one stored row as float32 `[width]`, without its scale.
@@ -123,7 +124,7 @@ template <int64_t CODEC> inline void read_row(const char *row, int64_t width, fl
     for (; i < width; i++) {
         uint8_t byte = uint8_t(row[i * (CODEC == NONE_BF16 ? 2 : 1)]);
         if (CODEC == INT8) out[i] = float(int8_t(byte));
-        if (CODEC == FP8) out[i] = from_bits((uint32_t(byte & 0x80) << 24) | (uint32_t(byte & 0x7F) << 20)) * 0x1p120f;
+        if (CODEC == FP8) out[i] = from_bits((uint32_t(byte & 0x80) << 24) | (uint32_t(byte & 0x7F) << 20)) * FP8_SCALE;
         if (CODEC == NONE_BF16) out[i] = from_bf16(load<uint16_t>(row + 2 * i));
     }
 }
@@ -195,7 +196,7 @@ inline float largest_of(Vector x, float largest) {
 
 struct Call {
     int64_t batch, columns, heads, groups, queries, key_width, value_width, codec, dtype, capacity, threads;
-    int64_t query_strides[3], mask_strides[3], bounds_stride, pads_given;
+    int64_t query_strides[3], mask_strides[3], bounds_stride, pages;
     float scale, softcap;
     Meta layout;
     const char *query;
@@ -330,9 +331,8 @@ class Task {
 
     // Whether a query sees all of the positions `begin .. end - 1`, none of them a slot.
     bool is_within(int64_t n, int64_t begin, int64_t end) const {
-        int64_t pads = call.pads_given ? call.layout.pads(b) : 0;
         bool is_above = !call.bounds || begin >= call.bounds[b * call.bounds_stride + n];
-        return begin >= pads && is_above && end <= call.layout.seen() - call.queries + n + 1;
+        return begin >= call.layout.pads(b) && is_above && end <= call.layout.seen() - call.queries + n + 1;
     }
 
     // Finds which of `count` tokens from index `from` on each query sees; whether any sees any.
@@ -340,7 +340,7 @@ class Task {
         const Meta &layout = call.layout;
         if (!call.mask && from >= layout.num_slots()) {
             int64_t begin = layout.held_from() + from - layout.num_slots(), end = begin + count;
-            if (end <= (call.pads_given ? layout.pads(b) : 0)) return false;
+            if (end <= layout.pads(b)) return false;
             sees_all = count == TILE;
             for (int64_t n = 0; n < call.queries && sees_all; n++) sees_all = is_within(n, begin, end);
             if (sees_all) {
@@ -352,7 +352,7 @@ class Task {
         std::fill_n(is_token_seen, TILE, false);
         visible.assign((call.mask && call.mask_strides[1] ? call.rows() : call.queries) * TILE, 0);
         bool any = false;
-        int64_t pads = call.pads_given ? layout.pads(b) : 0;
+        int64_t pads = layout.pads(b);
         bool is_slot = from < layout.num_slots();
         int64_t position = is_slot ? pads + from : layout.held_from() + from - layout.num_slots();
         int64_t looks = int64_t(visible.size()) / TILE;
@@ -397,8 +397,8 @@ class Task {
             for (int64_t t = 0; t < TILE; t++) scores[t] = call.softcap * std::tanh(scores[t] / call.softcap);
         }
         if (!sees_all) {
-            int64_t n = int64_t(visible.size()) == call.rows() * TILE ? r : r % call.queries;
-            scores = select(load<Integers>(&visible[n * TILE]), scores, all(-INFINITY));
+            // Of all heads where the mask tells them apart, else of the queries alone.
+            scores = select(load<Integers>(&visible[r * TILE % int64_t(visible.size())]), scores, all(-INFINITY));
         }
         float largest = largest_of(select(scores == scores, scores, all(-INFINITY)), part.largest[r]);
         if (largest > part.largest[r]) {
@@ -471,13 +471,14 @@ void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t c
 }
 
 // Whether all tokens that the layout names lie in the planes.
-bool is_within(const Meta &layout, const Call &call, int64_t pages) {
+bool lies_in_planes(const Call &call) {
+    const Meta &layout = call.layout;
     if (layout.first() < 0) return false;
     if (!call.columns) return layout.start() >= 0 && layout.start() + layout.length() <= call.capacity;
     for (int64_t column = 0; column < call.columns && layout.begins(column) < layout.length(); column++) {
         if (layout.low(column) < 0 || layout.high(column) > call.capacity) return false;
         for (int64_t b = 0; b < call.batch; b++) {
-            if (layout.page(b, column) < 0 || layout.page(b, column) >= pages) return false;
+            if (layout.page(b, column) < 0 || layout.page(b, column) >= call.pages) return false;
         }
     }
     return true;
@@ -517,7 +518,7 @@ template <int64_t CODEC> void attend(const Call &call) {
 // where there is no memory for what is summed.
 // shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec, dtype of queries,
 // capacity of a row or page, threads, strides of the queries (rows, heads, queries), of the mask (the same) and of the
-// bounds (rows), whether pads are given, pages.
+// bounds (rows), pages.
 extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void *query, const void *key_data,
                             const void *key_scales, const void *value_data, const void *value_scales,
                             const int64_t *bounds, const uint8_t *mask, const float *sink_logits, float scale,
@@ -527,15 +528,15 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     std::memcpy(&call.batch, shape, 11 * sizeof(int64_t));
     std::memcpy(call.query_strides, shape + 11, 3 * sizeof(int64_t));
     std::memcpy(call.mask_strides, shape + 14, 3 * sizeof(int64_t));
-    call.bounds_stride = shape[17], call.pads_given = shape[18];
+    call.bounds_stride = shape[17], call.pages = shape[18];
     call.scale = scale, call.softcap = softcap;
-    call.layout = Meta{meta, call.pads_given || call.columns ? call.batch : 0, call.columns};
+    call.layout = Meta{meta, call.batch, call.columns};
     call.query = static_cast<const char *>(query);
     const void *planes[4] = {key_data, key_scales, value_data, value_scales};
     for (int i = 0; i < 4; i++) call.planes[i] = static_cast<const char *>(planes[i]);
     call.bounds = bounds, call.mask = mask, call.sink_logits = sink_logits;
     call.out = static_cast<char *>(out), call.lse = lse;
-    if (!is_within(call.layout, call, shape[19])) return 1;
+    if (!lies_in_planes(call)) return 1;
     try {
         switch (call.codec) {
         case NONE_F32: attend<NONE_F32>(call); break;

@@ -6,7 +6,7 @@ import torch
 
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
 from hfkv.kernels.native.kernels import DTYPES, append, attend, code_of
-from hfkv.kernels.native.library import library, why_not
+from hfkv.kernels.native.library import why_not
 
 # Numbers of keys and values from which plain float32 tokens are worth it: fewer go to torch's own function, as
 # transformers sends them, and the results are the same bits.
@@ -48,4 +48,4 @@ def _unsupported(asked: Asked) -> str | None:
         return f"no native kernel reads {name} in {dtype_name(asked.dtype)}"
     if min(asked.head_dims) < 1:
         return "there is nothing in heads of no width"
-    return why_not() or (None if library() is not None else "they are not there")
+    return why_not() or None

@@ -86,7 +86,7 @@ def attend(
             *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
             *query.stride()[:3],
             *mask_strides,
-            *(bounds_stride, inputs.batch > 0, key_data.shape[0]),
+            *(bounds_stride, key_data.shape[0]),
         ),
     )
     failure = loaded().hfkv_attend(

@@ -65,7 +65,7 @@ class NativeError(Exception):
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None; `why_not` says why."""
-    found = _found(os.environ.get(SWITCH, ""), os.environ.get(ARCHITECTURE, "native"))
+    found = _asked()
     return found if isinstance(found, ctypes.CDLL) else None
 
 
@@ -79,8 +79,12 @@ def loaded() -> ctypes.CDLL:
 
 def why_not() -> str:
     """The reason why there are no native kernels; empty where there are."""
-    found = _found(os.environ.get(SWITCH, ""), os.environ.get(ARCHITECTURE, "native"))
+    found = _asked()
     return "" if isinstance(found, ctypes.CDLL) else str(found)
+
+
+def _asked() -> ctypes.CDLL | NativeError:
+    return _found(os.environ.get(SWITCH, ""), os.environ.get(ARCHITECTURE, "native"))
 
 
 @functools.cache
@@ -100,7 +104,9 @@ def _compiled(architecture: str) -> Path:
     """The compiled library, from the folder that it is kept in or compiled now."""
     if sys.platform != "linux":
         raise NativeError(f"they are compiled on Linux only, not on {sys.platform}")
-    compiler = _compiler()
+    compiler = find_compiler()
+    if compiler is None:
+        raise NativeError("there is no C++ compiler: install g++ (Debian and Ubuntu: apt install g++)")
     flags = (*_FLAGS, f"-march={architecture}")
     made_of = [platform.machine(), _processor(), _version(compiler), *flags, *_LINKED, str(_SOURCES)]
     made_of += [path.read_text() for path in sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))]
@@ -170,11 +176,10 @@ def _openmp() -> str | None:
     return next(iter((*of_torch, *found)), None)
 
 
-def _compiler() -> str:
-    for name in (os.environ.get(COMPILER, ""), *COMPILERS):
-        if name and (path := shutil.which(name)):
-            return path
-    raise NativeError("there is no C++ compiler: install g++ (Debian and Ubuntu: apt install g++)")
+def find_compiler() -> str | None:
+    """The C++ compiler: the one that ``CXX`` names, or the first of `COMPILERS` that is here."""
+    named = os.environ.get(COMPILER)
+    return next((path for name in (named, *COMPILERS) if name and (path := shutil.which(name))), None)
 
 
 def _version(compiler: str) -> str:
