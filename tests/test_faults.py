@@ -13,7 +13,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_the_code_that_a_fault_changes_is_there_once(fault: Fault) -> None:
-    compile(planted_text(fault), fault.file, "exec")
+    planted = planted_text(fault)  # raises where its place is not there, or is there twice
+    if fault.file.endswith(".py"):
+        compile(planted, fault.file, "exec")
     assert fault.new != fault.old
     assert all((ROOT / "tests" / file).is_file() for file in fault.tests)
 
