@@ -60,8 +60,13 @@ def _attend(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | No
 def kernel_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: float | None) -> torch.Tensor:
     """Attention `[B, 1, Hq, D]` by the kernel of a rule; see `quick_attention`."""
     assert rule.kernel is not None
+    assert rule.kernel.run is not None
+    of_step, planes = rule.of_step, held.store.planes
+    if of_step is not None and of_step.takes(query, planes):
+        out: torch.Tensor = of_step.run(query, planes, query.shape[-1] ** -0.5 if scale is None else scale)
+        return out
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale)
     given = {} if rule.inputs is None else {"inputs": rule.inputs}
-    attended = rule.kernel(query, *held.encoded(), rule.visibility, scoring, **given)
-    out: torch.Tensor = attended.out
+    attended = rule.kernel.run(query, *held.encoded(), rule.visibility, scoring, **given)
+    out = attended.out
     return out.transpose(1, 2).contiguous()

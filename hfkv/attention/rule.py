@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ from hfkv.attention.window_blocks import WindowBlocks
 from hfkv.attention.windowed import visibility_of
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.cache.step import Step
-from hfkv.kernels.backend import MANY
+from hfkv.kernels.backend import MANY, Kernel, StepCall
 from hfkv.kernels.device_inputs import DeviceInputs, device_inputs
 from hfkv.kernels.dispatch import attention_kernel
-from hfkv.kernels.inputs import Visibility
+from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.visibility import seen
 
 # A mask, or a wider head, keeps scaled_dot_product_attention of some devices from sharing keys among heads.
@@ -48,6 +47,7 @@ class Rule:
         kernel: kernel that attends to more tokens; None for few.
         visibility: the same as `visible`, for the kernel.
         inputs: what the kernel reads on its device; None where it takes all from its arguments.
+        of_step: the same kernel for the layers of a step, where it has all of its arguments but their tensors.
         slices: of one query over plain tokens in one piece, that torch takes as they are: size, strides and offset of
             the keys, the same of the values, the shape `[B, 1, Hq, D]` of the output, and whether heads share keys.
     """
@@ -61,9 +61,10 @@ class Rule:
     is_blind: torch.Tensor | None = None
     is_causal: bool = False
     is_shared: bool = False
-    kernel: Callable[..., Any] | None = None
+    kernel: Kernel | None = None
     visibility: Visibility | None = None
     inputs: DeviceInputs | None = None
+    of_step: StepCall | None = None
     slices: tuple[Any, Any, tuple[int, ...], bool] | None = None
 
 
@@ -71,6 +72,9 @@ def rule_of_step(held: HeldTokens, step: Step, mask: torch.Tensor | None, query:
     """Reads a mask `[B or 1, 1 or Hq, q, kv]` for queries `[B, Hq, q, D]` to what one layer of a step shows."""
     rule = Rule(mask, query.shape, query.dtype)
     rule.is_plain = _is_plain(rule, held, step)
+    if rule.is_plain and rule.inputs is not None and rule.kernel is not None and rule.kernel.of_step is not None:
+        given = *held.encoded(), rule.visibility, Scoring(1.0)
+        rule.of_step = rule.kernel.of_step(query, *given, inputs=rule.inputs)
     return rule
 
 
@@ -163,7 +167,7 @@ def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | N
         rule.visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
     else:
         rule.visibility = visibility_of(look, num_queries)
-    rule.kernel = kernel.run
+    rule.kernel = kernel
     # Layers that have appended by themselves may have taken different pages.
     if step.placing is not None and kernel.reads_device_lengths and rule.visibility is not None:
         rule.inputs = device_inputs(held.store.layout(), rule.visibility, held.device)

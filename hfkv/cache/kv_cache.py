@@ -66,7 +66,7 @@ class KVCache(DynamicCache):
         self.record = TokenRecord()
         self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
         self.offload = self._share_offload()
-        self._group_layers()
+        self._group_layers(lambda leaf: (leaf.kv, leaf.sliding))
 
     @property
     def kv_layers(self) -> list[CacheLayer]:
@@ -78,11 +78,11 @@ class KVCache(DynamicCache):
         """The `KVLayer`s of all hfkv layers; a layer split by heads has two."""
         return [leaf for layer in self.kv_layers for leaf in layer.leaves]
 
-    def _group_layers(self) -> None:
-        """Lets layers of the same policies do their steps together."""
-        groups: dict[Any, Group] = {}
+    def _group_layers(self, kind_of: Callable[[KVLayer], object]) -> None:
+        """Lets layers of the same kind do their steps together."""
+        groups: dict[object, Group] = {}
         for leaf in self.leaves:
-            leaf.group = groups.setdefault((leaf.kv, leaf.sliding), Group())
+            leaf.group = groups.setdefault(kind_of(leaf), Group())
 
     def _share_offload(self, budget: Budget | None = None) -> Offload | None:
         """Gives the offloaded layers one budget, and buffers in common; returns None where no layer is offloaded."""
@@ -231,7 +231,7 @@ class KVCache(DynamicCache):
             layer.fork(n) if isinstance(layer, CacheLayer) else copy.deepcopy(layer) for layer in self.layers
         ]
         forked.record = self.record.copy()
-        forked._group_layers()
+        forked._group_layers(lambda leaf: leaf.group)  # another's as yet
         forked.offload = forked._share_offload(None if self.offload is None else self.offload.budget)
         if n > 1:
             forked.record.choose(repeated, n)

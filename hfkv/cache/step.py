@@ -25,16 +25,19 @@ class Step:
         seen, gone_below, recorded_to: the layer's tokens afterwards; see `Span`.
         first, last: the tokens shown afterwards, as indices among those held.
         keys, values: `hfkv.cache.view.ViewShape`s of what is shown; None as long as nobody knows.
+        parts: of layers that began with this step, what their planes are; None where they had begun, or each begins by
+            itself.
         is_short: whether decoding all that is shown, and one call of scaled_dot_product_attention, is the fastest way
             for one query.
-        writing: the kernel that encodes and writes the new tokens, and its inputs on the device; None where torch does.
+        writing: the kernel that encodes and writes the new tokens (None for those that are only copied), its inputs on
+            the device, and its `hfkv.kernels.backend.StepCall` or None; None where torch does all.
         rule: the mask that a forward has given, and what it means for the tokens shown; see `hfkv.attention.rule`.
         before: the step that the layer had done last, if nothing else had happened to it since. Others that have done
             the same have only to look whether `held` tokens, `pads`, shapes and `dtype` are theirs too.
     """
 
     __slots__ = (
-        *("before", "dtype", "first", "gone_below", "held", "is_short", "key_shape", "keys", "last", "pads"),
+        *("before", "dtype", "first", "gone_below", "held", "is_short", "key_shape", "keys", "last", "pads", "parts"),
         *("placing", "recorded_to", "rule", "seen", "state", "value_shape", "values", "writing"),
     )
 
@@ -57,6 +60,7 @@ class Step:
         self.recorded_to: int | None = None
         self.rule: Any = None
         self.writing: Any = None
+        self.parts: dict[Any, Any] | None = None
         self.before: object = _NOTHING
         self.held, self.dtype = -1, torch.float32
         self.pads: tuple[int, ...] | None = None
@@ -76,12 +80,32 @@ class Group:
 
     Attributes:
         step: the step that was worked out last.
+        shown: the views that the last layer to follow it was given, and the tokens behind them; see
+            `hfkv.cache.view.same_views`.
     """
 
-    __slots__ = ("step",)
+    __slots__ = ("shown", "step")
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.shown: Any = None
 
     def __reduce__(self) -> Any:
         return Group, ()  # what is worked out in a forward is not kept
+
+
+class Member:
+    """A layer of a group.
+
+    Attributes:
+        group: the layers of its kind in one cache.
+        followed: the step that was done last; None where something else has happened since.
+    """
+
+    group: Group
+    followed: Step | None
+
+    def _leave_step(self) -> None:
+        """Says that something else happens than what the group does; views that wait for the next layer go."""
+        self.followed = None
+        self.group.shown = None

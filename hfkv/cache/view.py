@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from sys import getrefcount
 from typing import Any, NamedTuple
 
 import torch
 
 from hfkv.cache.read_only import ReadOnly
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
+from hfkv.cache.step import Group, Step
+from hfkv.models.padding import LeftPadding
+from hfkv.models.rotary import Rotary
+from hfkv.stores import Store
 
 
 class KVView(ReadOnly):
@@ -87,13 +92,31 @@ class StepValues(KVView):
 _new_wrapper: Any = torch.Tensor._make_wrapper_subclass
 
 
-def step_views(held: HeldTokens, keys: ViewShape, values: ViewShape) -> tuple[StepKeys, StepValues]:
-    """Views whose shapes are known already."""
-    size, strides, offset, dtype = keys
+def step_views(held: HeldTokens, step: Step, group: Group) -> tuple[StepKeys, StepValues]:
+    """Views of what a step shows, whose shapes are known already."""
+    size, strides, offset, dtype = step.keys
     key = _new_wrapper(StepKeys, size, strides, offset, None, dtype, torch.strided, held.device)
-    size, strides, offset, dtype = values
+    size, strides, offset, dtype = step.values
     value = _new_wrapper(StepValues, size, strides, offset, None, dtype, torch.strided, held.device)
     key.held = value.held = held
+    group.shown = key, value, held
+    return key, value
+
+
+def same_views(group: Group, step: Step, store: Store, padding: LeftPadding, rotary: Rotary | None) -> Any:
+    """The views that the layer before was given, for the next one; None where they are others, or somebody has them.
+
+    A model drops a layer's keys and values before it comes to the next layer, so that one pair serves them all.
+    """
+    shown = group.shown
+    if shown is None:
+        return None
+    key, value, held = shown
+    # References: the tuple, the name here and the argument; each view has its tokens besides.
+    is_free = getrefcount(key) == getrefcount(value) == 3 and getrefcount(held) == 5
+    if not is_free or held.step is not step:
+        return None
+    held.store, held.padding, held.rotary, held.version = store, padding, rotary, store.version
     return key, value
 
 

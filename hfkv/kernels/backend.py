@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -13,6 +13,23 @@ from hfkv.codecs import Codec
 # From so many queries on, to decode a stretch costs less than products of digits: measured on 2 cores of an EPYC with
 # 16k int8 tokens, 8 kv heads of 128, 4 queries each (16 queries: 48 against 62 ms, 8: 44 against 30). On GPUs a guess.
 MANY = 16
+
+
+class StepCall(Protocol):
+    """A kernel whose arguments are worked out but for the places of tensors, which each layer of a step has its own."""
+
+    def takes(self, *tensors: Any) -> bool:
+        """Whether tensors of the first ones' shapes lie in memory as the first ones do."""
+
+    def run(self, *tensors: Any) -> Any:
+        """Does it for tensors that it takes: new keys, new values and planes, or query, planes and scale.
+
+        Args:
+            *tensors: new keys, new values and the planes that they go to; or a query, planes and the factor on scores.
+
+        Returns:
+            None, or the output `[B, q, Hq, D]`.
+        """
 
 
 class Kernel(NamedTuple):
@@ -27,6 +44,9 @@ class Kernel(NamedTuple):
         reads_moved_windows: whether it attends under a window of ours that has moved; else torch's own operations do.
         worth_from: numbers of keys and values together from which it is faster, for one query a row, than to decode
             all tokens and to call scaled_dot_product_attention.
+        worth_from_in_pages: the same of tokens in pages, which have to be gathered first; None where it is no other.
+        of_step: called with the arguments of `run` and with `inputs`, gives a `StepCall` for the layers that do the
+            same in a forward, or None where these arguments are for `run` alone; None where there is no such thing.
     """
 
     name: str
@@ -35,6 +55,8 @@ class Kernel(NamedTuple):
     reads_device_lengths: bool = False
     reads_moved_windows: bool = True
     worth_from: float = 0
+    worth_from_in_pages: float | None = None
+    of_step: Callable[..., StepCall | None] | None = None
 
 
 class Asked(NamedTuple):

@@ -129,5 +129,6 @@ def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list
 
 
 def _taken(found: list[Kernel], none: Kernel) -> Kernel:
-    """The first that is a kernel; else what the last backend said, or `none`."""
-    return next((kernel for kernel in found if kernel.run is not None), found[-1] if found else none)
+    """The first that is a kernel, or one for a step; else what the last backend said, or `none`."""
+    kernels = (kernel for kernel in found if kernel.run is not None or kernel.of_step is not None)
+    return next(kernels, found[-1] if found else none)

@@ -44,12 +44,15 @@ class Placing:
         before: layout of the tokens before the new ones, once those that are to go have gone; a block table has the
             new tokens' columns too.
         start: slots before the first token afterwards; contiguous planes only.
+        front, gap: tokens at the front that move over those that go, and how many slots further; see `Store.shift`.
     """
 
     __slots__ = ("before", "start")
 
     before: Layout
     start: int
+    front: int = 0
+    gap: int = 0
 
 
 class PlaneBytes(NamedTuple):
@@ -151,8 +154,11 @@ class Store(ABC):
         return None
 
     def put(self, placing: Placing, new: Planes | None) -> None:
-        """Does what `placing` says, with new tokens `[B, H_i, count, d_i]`; None leaves writing them to the caller."""
+        """Does what `placing` says, with new tokens `[B, H_i, count, d_i]`; None leaves all writing to the caller."""
         raise NotImplementedError
+
+    def shift(self, placing: Placing) -> None:  # noqa: B027 - most stores move nothing
+        """Moves the tokens at the front that are to move, for a caller that writes the new ones."""
 
     def read_placed(self, placing: Placing, first: int, last: int) -> Planes:
         """Reads tokens after `put`, as `read` does; what is alike in all stores is worked out once."""

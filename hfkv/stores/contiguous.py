@@ -25,25 +25,29 @@ class _Slots(Placing):
         length: the store's afterwards, as `start` is.
         begin, count: the slots written to.
         index: the same as int64 `[count]`; None where a slice is written to.
-        moved: sources and targets of the tokens that move over those that go, int64 `[n]` each, or None.
-        drops: whether tokens go.
+        front, gap: see `Placing`; `gap` tokens go, if any do.
         has_float8: whether a plane is of a dtype that torch cannot index.
     """
 
-    __slots__ = ("begin", "count", "drops", "has_float8", "index", "length", "moved")
+    __slots__ = ("_moves", "begin", "count", "front", "gap", "has_float8", "index", "length")
 
     def __init__(self, store: ContiguousStore, count: int, before: int, gap: int) -> None:
         device = store.planes[0].device
-        self.start, self.length, self.count, self.drops = store.start + gap, store.length - gap + count, count, gap > 0
+        self.start, self.length, self.count = store.start + gap, store.length - gap + count, count
+        self.front, self.gap = before if gap else 0, gap
         self.begin = self.start + self.length - count
         self.before = Layout(self.length - count, self.start)
         is_indexed = count < _FEW and device.type == "cpu"
         self.index = torch.arange(self.begin, self.begin + count) if is_indexed else None
         self.has_float8 = any(is_float8(plane.dtype) for plane in store.planes)
-        self.moved: tuple[torch.Tensor, torch.Tensor] | None = None
-        if gap and before:
-            sources = torch.arange(store.start, store.start + before, device=device)
-            self.moved = sources, sources + gap
+        self._moves: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def moves(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sources and targets of the tokens that move, int64 `[n]` each."""
+        if self._moves is None:
+            targets = torch.arange(self.start, self.start + self.front, device=device)
+            self._moves = targets - self.gap, targets
+        return self._moves
 
 
 class ContiguousStore(Store):
@@ -75,7 +79,7 @@ class ContiguousStore(Store):
         before = self.extend(count)
         first = before.start + before.length
         for plane, tokens in zip(self.planes, new, strict=True):
-            plane[:, :, first : first + count].copy_(tokens)
+            plane.narrow(2, first, count).copy_(tokens)
 
     def extend(self, count: int) -> Layout:
         if self.start + self.length + count > self.capacity:
@@ -99,24 +103,26 @@ class ContiguousStore(Store):
     def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, _Slots)
         index, planes = placing.index, self.planes
-        if placing.moved is not None:
-            sources, targets = placing.moved
-            for plane in map(bits_of, planes) if placing.has_float8 else planes:
-                plane.index_copy_(2, targets, plane.index_select(2, sources))
-        if new is None:
-            pass
-        elif index is not None:
+        if new is not None:
+            if placing.front:
+                self.shift(placing)
             for plane, tokens in zip(planes, new, strict=True):
-                if placing.has_float8:
+                if index is None:
+                    plane.narrow(2, placing.begin, placing.count).copy_(tokens)
+                elif placing.has_float8:
                     bits_of(plane).index_copy_(2, index, bits_of(tokens))
                 else:
                     plane.index_copy_(2, index, tokens)
-        else:
-            for plane, tokens in zip(planes, new, strict=True):
-                plane.narrow(2, placing.begin, placing.count).copy_(tokens)
         self.start, self.length = placing.start, placing.length
-        if placing.drops:
+        if placing.gap:
             self.version += 1
+
+    def shift(self, placing: Placing) -> None:
+        assert isinstance(placing, _Slots)
+        if placing.front:
+            sources, targets = placing.moves(self.planes[0].device)
+            for plane in map(bits_of, self.planes) if placing.has_float8 else self.planes:
+                plane.index_copy_(2, targets, plane.index_select(2, sources))
 
     def _is_to_shrink(self, gap: int) -> bool:
         """Whether the planes are to be smaller once `gap` tokens have gone: after a prompt longer than a window."""

@@ -67,6 +67,20 @@ FAULTS = (
         ("kernels/test_append.py",),
     ),
     Fault(
+        "scales stay where they were when a window's sinks move",
+        "hfkv/kernels/native/append.cpp",
+        "if (!part.scales) return;",
+        "return;",
+        ("kernels/test_native_steps.py",),
+    ),
+    Fault(
+        "views that somebody keeps are given to the next layer",
+        "hfkv/cache/view.py",
+        "    if not is_free or held.step is not step:",
+        "    if held.step is not step:",
+        ("unit/test_step_views.py",),
+    ),
+    Fault(
         "queries that see nothing get what all tokens come to",
         "hfkv/attention/rule.py",
         "rule.visible, rule.is_blind = rule.visible | is_blind, is_blind",

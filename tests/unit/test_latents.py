@@ -77,7 +77,7 @@ def after_a_prompt(model: Any) -> hfkv.KVCache:
 def test_a_step_is_captured_where_the_kernel_for_latents_is_a_triton_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = NAMED["deepseek_v3"]().model
     cache = after_a_prompt(model)
-    assert "(torch: a CPU encodes" in str(step_reason(cache, None, model.config))
+    assert "(torch: " in str(step_reason(cache, None, model.config))
     appended = Kernel("triton append", "for a test", None, reads_device_lengths=True)
     monkeypatch.setattr("hfkv.attention.device_step.append_kernel", lambda *_: appended)
     assert "(cpu latent: " in str(step_reason(cache, None, model.config))

@@ -8,7 +8,7 @@ import torch
 
 from hfkv.cache.read_only import Snapshot
 from hfkv.cache.snapshot import HeldTokens, Part
-from hfkv.cache.step import Step
+from hfkv.cache.step import Member
 
 
 class Assignment:
@@ -56,7 +56,7 @@ class Assignment:
             raise RuntimeError(f"{next(iter(self.waiting))}s were assigned to this layer without the other half")
 
 
-class Assignable(ABC):
+class Assignable(Member, ABC):
     """The ``keys`` and ``values`` of a layer, decoded when they are read.
 
     Attributes:
@@ -66,7 +66,6 @@ class Assignable(ABC):
     _assignment: Assignment
     is_initialized: bool
     is_assigned = False
-    followed: Step | None
 
     @abstractmethod
     def held(self) -> HeldTokens:
@@ -90,7 +89,7 @@ class Assignable(ABC):
         """Replaces the tokens held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
-        self.followed = None
+        self._leave_step()
         held = self.held() if self.is_initialized else None
         both = self._assignment.take(part, states, held)
         if both is not None:

@@ -9,40 +9,33 @@ import torch
 
 from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.span import Span
+from hfkv.cache.layers.storage import Storage
 from hfkv.cache.slots import Slots
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape, encoded_parts
-from hfkv.cache.step import Group, Step
-from hfkv.cache.view import ViewShape, make_views, step_views
+from hfkv.cache.step import Member, Step
+from hfkv.cache.view import ViewShape, make_views, same_views, step_views
 from hfkv.codecs import Codec
+from hfkv.kernels.backend import Kernel
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
-from hfkv.policy.window import Window
-from hfkv.stores import Store
+from hfkv.models.rotary import Rotary
 from hfkv.stores.base import Placing
 
 
-class Following:
-    """Appends as the layers of its group do, where nothing but writing is left to do.
-
-    Attributes:
-        group: the layers of its kind in one cache.
-        followed: the step that was done last; None where something else has happened since.
-    """
+class Following(Member, Storage):
+    """Appends as the layers of its group do, where nothing but writing is left to do."""
 
     codec: Codec
-    window: Window | None
     sliding: int | None
     span: Span
     device: torch.device
-    group: Group
-    followed: Step | None
     captured: Captured | None
-    _store: Store | None
+    rotary: Rotary | None
     _parts: dict[Part, PartShape]
     _assignment: Assignment
     _batch: int
-    _num_slots: int
     _tracked: bool
+    is_initialized: bool
     _version: int
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,11 +80,16 @@ class Following:
             store.put(placing, codec.encode_both(key_states, value_states))
         span.seen, span.gone_below, span.recorded_to = step.seen, step.gone_below, step.recorded_to
         self.followed, self._version = step, store.version
-        return step_views(self._held(step.first, step), step.keys, step.values)
+        views = same_views(self.group, step, store, span.padding, self.rotary)
+        return views or step_views(self._held(step.first, step), step, self.group)
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
         """Appends new keys and values, whatever there is to do, and gives what `update` shows."""
+
+    @abstractmethod
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Encodes new tokens and writes them behind those held, whose like they are."""
 
     @abstractmethod
     def _held(self, first: int = 0, step: Step | None = None) -> HeldTokens:
@@ -131,28 +129,49 @@ class Following:
         self, step: Step | None, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends without the group; attention is the same whichever way tokens have come."""
-        self.followed = None
-        held = self.append(keys, values)
+        self._leave_step()
+        is_blank = self._store is None
+        held = self.append(keys, values) if step is None or step.parts is None else self._begin_as(step, keys, values)
         if step is None or self._tracked:
             return make_views(held, self._tracked)
         if step.keys is None:
+            step.parts = self._parts if is_blank and not self._num_slots else None
             step.seen, step.is_short = held.seen, self._is_short(held.last - held.first, keys.shape[2])
             step.keys, step.values = ViewShape.of(held, "key"), ViewShape.of(held, "value")
         held.step = step
-        return step_views(held, step.keys, step.values)
+        return step_views(held, step, self.group)
+
+    def _begin_as(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
+        """Takes the first tokens as another layer of the group has taken its own, which has looked at all there is."""
+        assert step.parts is not None
+        self.device, self._batch, self._parts = keys.device, keys.shape[0], step.parts
+        self._store = self._new_store(self.device)
+        self._append(keys, values)
+        self.is_initialized = True
+        self.span.advance(keys.shape[2])
+        return self._held()
 
     def _write(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Has a kernel write new tokens to the places that the device knows already."""
-        store, (kernel, inputs) = self._store, step.writing
+        store, (kernel, inputs, of_step) = self._store, step.writing
         assert store is not None
+        planes, placing = store.planes, step.placing
+        is_alike = of_step is not None and of_step.takes(keys, values, planes)
+        if kernel is None and not is_alike:
+            return store.put(placing, self.codec.encode_both(keys, values))
         with store.lock:
-            store.put(step.placing, None)
-            encoded = encoded_parts(self.codec, self._parts, tuple(store.planes))
+            store.put(placing, None)
             try:
-                kernel(keys, values, *encoded, step.placing.before, inputs=inputs)
+                if is_alike:
+                    of_step.run(keys, values, planes)
+                else:
+                    store.shift(placing)
+                    encoded = encoded_parts(self.codec, self._parts, tuple(planes))
+                    kernel(keys, values, *encoded, placing.before, inputs=inputs)
             except BaseException:
-                store.truncate(step.placing.before.length)
-                self.span.gone_below, self.followed = step.gone_below, None
+                store.truncate(placing.before.length)
+                self.span.gone_below = step.gone_below
+                self._leave_step()
                 raise
 
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:
@@ -182,10 +201,21 @@ class Following:
         step.recorded_to = step.seen if span.record_past and span.recorded_to is None else span.recorded_to
         key, value = self._parts["key"], self._parts["value"]
         kernel = append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim))
-        if kernel.run is not None:
-            inputs = device_inputs(placing.before.end, None, self.device) if kernel.reads_device_lengths else None
-            step.writing = kernel.run, inputs
+        # Plain tokens are only copied; but where others move before, one call does both.
+        if kernel.run is not None or (kernel.of_step is not None and placing.front):
+            step.writing = self._writing(kernel, placing, keys, values)
         return step
+
+    def _writing(self, kernel: Kernel, placing: Placing, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """The kernel that writes new tokens, its inputs on the device, and what the layers of a step have alike."""
+        assert self._store is not None
+        inputs = device_inputs(placing.before.end, None, self.device) if kernel.reads_device_lengths else None
+        of_step = None
+        if kernel.of_step is not None and not torch.compiler.is_compiling():
+            encoded = encoded_parts(self.codec, self._parts, tuple(self._store.planes))
+            moved = placing.front, placing.gap
+            of_step = kernel.of_step(keys, values, *encoded, placing.before, inputs=inputs, moved=moved)
+        return kernel.run, inputs, of_step
 
     def _is_short(self, tokens: int, queries: int) -> bool:
         """Whether so many tokens are decoded, and no kernel called, for so many queries a row."""
@@ -194,7 +224,10 @@ class Following:
             return False
         kernel = attention_kernel(self.codec.name, key.dtype, self.device, queries, (key.head_dim, value.head_dim))
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
-        return self._batch * numbers * tokens < kernel.worth_from
+        worth_from = kernel.worth_from
+        if self._store is not None and self._store.is_paged and kernel.worth_from_in_pages is not None:
+            worth_from = kernel.worth_from_in_pages
+        return self._batch * numbers * tokens < worth_from
 
     def _continues(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Whether there are new tokens, like those held."""

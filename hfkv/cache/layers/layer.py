@@ -10,7 +10,6 @@ from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.following import Following
 from hfkv.cache.layers.rows import Rows
 from hfkv.cache.layers.span import Span
-from hfkv.cache.layers.storage import Storage
 from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group, Step
@@ -23,7 +22,7 @@ from hfkv.stores import Store
 from hfkv.stores.layout import Layout
 
 
-class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
+class KVLayer(Following, Assignable, Rows, CacheLayer):
     """One attention layer's keys and values: a codec, a window and a store, composed.
 
     Args:
@@ -55,7 +54,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         self._batch = 1
         self._reserved = 0
         self._lent: list[torch.Tensor] = []
-        self.followed: Step | None = None
+        self._leave_step()
         self._version = 0
         self._copies = (1, 0)
         self._assignment = Assignment()
@@ -127,7 +126,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
         Returns:
             The layout of the tokens before it.
         """
-        self.followed = None
+        self._leave_step()
         self._forget_unseen()
         before = self.store.extend(1)
         self.span.advance(1)
@@ -237,12 +236,12 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
 
     @record_past.setter
     def record_past(self, record: bool) -> None:
-        self.followed = None
+        self._leave_step()
         self.span.record_past = record
 
     def activate_past_recording(self) -> None:
         """Starts to record: the tokens of the forwards since the last `crop` can be cropped again."""
-        self.followed = None
+        self._leave_step()
         self.span.start_recording()
 
     def _forget_unseen(self) -> None:
@@ -261,7 +260,7 @@ class KVLayer(Following, Assignable, Rows, Storage, CacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
         seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove), self._batch)
-        self.followed = None
+        self._leave_step()
         if self.is_initialized and left < seen:
             self.store.truncate(self.store.length - (seen - left))
         self.span.crop(left)

@@ -10,13 +10,13 @@ from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.span import Span
 from hfkv.cache.selection import reordered, repeated, selected
 from hfkv.cache.snapshot import Captured
-from hfkv.cache.step import Step
+from hfkv.cache.step import Member
 from hfkv.cache.twin import twin_of
 from hfkv.policy.config import KVConfig
 from hfkv.stores import Store, copy_rows, is_worth_pages
 
 
-class Rows:
+class Rows(Member):
     """The rows of a `KVLayer`; copies of a row share pages until they are written to."""
 
     kv: KVConfig
@@ -29,7 +29,6 @@ class Rows:
     _reserved: int
     _assignment: Assignment
     captured: Captured | None
-    followed: Step | None
 
     def expect_copies(self, copies: int, tokens: int) -> None:
         """Announces copies of rows: ``store="auto"`` takes pages then, which copies share, if rows are to be long.
@@ -46,7 +45,8 @@ class Rows:
         forked = twin_of(self)
         forked.span = self.span.copy()
         forked._assignment = Assignment()
-        forked.captured = forked.followed = None
+        forked.captured = None
+        forked._leave_step()
         forked._reserved = 0
         if self._store is not None:
             rows = repeated(repeats, self._batch)
@@ -82,6 +82,7 @@ class Rows:
 
     def hold(self, store: Store, rows: torch.Tensor) -> None:
         """Takes `store` as its own; row i of it is what row `rows[i]` was."""
-        self._store, self.followed = store, None
+        self._store = store
+        self._leave_step()
         self.span.padding.select(rows.tolist())
         self._batch = len(rows)

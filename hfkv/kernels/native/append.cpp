@@ -95,6 +95,11 @@ struct Part {
     char *data, *scales;
 };
 
+int64_t row_bytes(int64_t codec, int64_t width, int64_t size) {
+    if (codec == NONE_F32 || codec == NONE_BF16) return width * size;
+    return codec == INT4 ? (width + 1) / 2 : width;
+}
+
 void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n, int64_t slot, float *row) {
     int64_t codec = part.codec, width = part.width, size = dtype == F32 ? 4 : 2;
     const char *tokens = part.tokens + size * (b * part.strides[0] + h * part.strides[1] + n * part.strides[2]);
@@ -114,12 +119,22 @@ void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n
     }
 }
 
+// Moves the first tokens of a row and head, which lie `gap` slots before `slot`, to where they are to be.
+void move_front(const Part &part, int64_t dtype, int64_t slot, int64_t front, int64_t gap) {
+    int64_t bytes = row_bytes(part.codec, part.width, dtype == F32 ? 4 : 2);
+    std::memmove(part.data + slot * bytes, part.data + (slot - gap) * bytes, front * bytes);
+    if (!part.scales) return;
+    int64_t of_scales = part.codec == INT4 ? 4 : 2;
+    std::memmove(part.scales + slot * of_scales, part.scales + (slot - gap) * of_scales, front * of_scales);
+}
+
 }  // namespace
 }  // namespace hfkv
 
 // Writes new tokens of all rows and heads behind those that are held; 1 where there is no room for them.
 // shape: rows, rows and columns that the layout says something of, new tokens, their dtype, capacity of a row or page,
-// pages, threads; then for keys and values each: codec, heads, width, and strides of rows, heads and tokens.
+// pages, threads; then for keys and values each: codec, heads, width, and strides of rows, heads and tokens; then how
+// many tokens at the front move before, to where the layout says, and by how many slots.
 extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void *keys, const void *values,
                            void *key_data, void *key_scales, void *value_data, void *value_scales) {
     using namespace hfkv;
@@ -142,6 +157,15 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
         }
     } else if (layout.start() < 0 || layout.start() + layout.length() + count > capacity) {
         return 1;
+    }
+    int64_t front = shape[20], gap = shape[21];
+    if (front) {
+        if (columns || front > layout.length() || gap < 0 || gap > layout.start()) return 1;
+        for (const Part &part : parts) {
+            for (int64_t row = 0; row < batch * part.heads; row++) {
+                move_front(part, dtype, row * capacity + layout.start(), front, gap);
+            }
+        }
     }
     int64_t rows_of_keys = batch * parts[0].heads * count, rows = rows_of_keys + batch * parts[1].heads * count;
     int64_t widest = parts[0].width > parts[1].width ? parts[0].width : parts[1].width;

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
-from hfkv.kernels.native.kernels import DTYPES, append, attend, code_of
+from hfkv.kernels.native.kernels import DTYPES, append, attend, code_of, step_append, step_attention
 from hfkv.kernels.native.library import why_not
 
 # Numbers of keys and values from which plain float32 tokens are worth it: fewer go to torch's own function, as
@@ -28,15 +28,22 @@ class NativeBackend(Backend):
         is_plain = asked.codec.is_lossless and asked.dtype == torch.float32
         few = f"fewer than {MANY} queries: the tokens' own bytes are read once, in C++"
         worth_from = WORTH_FROM_OF_PLAIN if is_plain else 0
-        return Kernel("native decode", few, attend, reads_device_lengths=True, worth_from=worth_from)
+        return Kernel(
+            *("native decode", few, attend),
+            reads_device_lengths=True,
+            worth_from=worth_from,
+            worth_from_in_pages=0,
+            of_step=step_attention,
+        )
 
     def append(self, asked: Asked) -> Kernel:
         reason = _unsupported(asked)
-        if reason is None and asked.codec.is_lossless:
-            reason = "plain tokens are only copied, by torch"
         if reason is not None:
             return Kernel("torch", reason, None)
-        return Kernel("native append", "encoded and written in one pass, in C++", append, reads_device_lengths=True)
+        if asked.codec.is_lossless:
+            return Kernel("torch", "plain tokens are only copied, by torch", None, of_step=step_append)
+        why = "encoded and written in one pass, in C++"
+        return Kernel("native append", why, append, reads_device_lengths=True, of_step=step_append)
 
 
 def _unsupported(asked: Asked) -> str | None:

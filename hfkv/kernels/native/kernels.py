@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -46,60 +48,112 @@ def attend(
         ValueError: the layout names tokens that are not in the planes.
         MemoryError: there is no memory for what is summed.
     """
-    key_data, value_data = keys.planes[0], values.planes[0]
     # Keys and values differ under some autocasts; a trace has to see torch's operations.
-    if key_data.dtype != value_data.dtype or keys.codec is not values.codec or torch.jit.is_tracing():
+    if keys.planes[0].dtype != values.planes[0].dtype or keys.codec is not values.codec or torch.jit.is_tracing():
         return flash_attention(query, keys, values, layout, visibility, scoring)
-    if inputs is None:
-        inputs = device_inputs(layout, visibility, query.device)
-    batch, num_heads, num_queries, key_width = query.shape
-    heads, value_width = key_data.shape[1], values.head_dim
-    code = code_of(keys.codec.name, key_data.dtype)
-    is_alike = key_width == keys.head_dim and key_data.shape[:3] == value_data.shape[:3] and not num_heads % heads
-    rows = batch if inputs.columns else len(key_data)
-    if code is None or not is_alike or not batch == rows == inputs.batch:
-        raise ValueError(
-            f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
-            f"{keys.head_dim} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
-        )
-    if key_width and query.stride(3) != 1:
+    if query.shape[3] and query.stride(3) != 1:
         query = query.contiguous()
-    out = query.new_empty(batch, num_queries, num_heads, value_width)
-    lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
-    bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
-    mask_strides, bounds_stride = [0, 0, 0], 0
-    if mask is not None:
-        is_long_enough = mask.shape[3] >= layout.length - visibility.first
-        _check("masks", mask, (batch, num_heads, num_queries), is_long_enough)
-        mask = mask.contiguous()
-        mask_strides = [0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)]
-    if bounds is not None:
-        _check("bounds", bounds, (batch, num_queries))
-        bounds = bounds.contiguous()
-        bounds_stride = bounds.stride(0) if len(bounds) > 1 else 0
-    if logits is not None:
-        logits = logits.float().contiguous()
-    shape = array(
-        "q",
-        (
-            *(batch, inputs.columns, heads, num_heads // heads, num_queries, key_width, value_width),
-            *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
-            *query.stride()[:3],
-            *mask_strides,
-            *(bounds_stride, key_data.shape[0]),
-        ),
-    )
-    failure = loaded().hfkv_attend(
-        *(shape.buffer_info()[0], inputs.meta.data_ptr(), query.data_ptr()),
-        *_pointers(keys, values),
-        *[0 if given is None else given.data_ptr() for given in (bounds, mask, logits)],
-        *(scoring.scale, scoring.softcap or 0.0, out.data_ptr(), lse.data_ptr()),
-    )
-    if failure == 2:
-        raise MemoryError(f"no memory for the sums of attention of queries {tuple(query.shape)}")
-    if failure:
-        raise ValueError(f"the layout names tokens outside planes of {tuple(key_data.shape)}")
-    return Attended(out.transpose(1, 2), lse)
+    of_step = StepAttention(query, keys, values, layout, visibility, scoring, inputs)
+    out = of_step.run(query, (*keys.planes, *values.planes), scoring.scale)
+    return Attended(out.transpose(1, 2), of_step.lse)
+
+
+def step_attention(query: torch.Tensor, keys: Encoded, values: Encoded, *given: Any, **inputs: Any) -> Any:
+    """`StepAttention`, or None where `attend` has more to do than to call the native code."""
+    is_odd = keys.planes[0].dtype != values.planes[0].dtype or keys.codec is not values.codec or query.stride(3) != 1
+    return None if is_odd or torch.jit.is_tracing() else StepAttention(query, keys, values, *given, **inputs)
+
+
+class StepAttention:
+    """Attention of queries of one shape to tokens that lie alike: what its calls share, worked out once.
+
+    Args:
+        query, keys, values, layout, visibility, scoring, inputs: those of the first call; see `attend`.
+
+    Attributes:
+        lse: log-sum-exp of the last call, `[B, Hq, q]`.
+
+    Raises:
+        ValueError: the arguments do not go together.
+    """
+
+    __slots__ = ("_alike", "_given", "_inputs", "_num_keys", "_out", "_shape", "_softcap", "_start", "lse")
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        keys: Encoded,
+        values: Encoded,
+        layout: Layout,
+        visibility: Visibility,
+        scoring: Scoring,
+        inputs: DeviceInputs | None,
+    ) -> None:
+        key_data, value_data = keys.planes[0], values.planes[0]
+        inputs = inputs or device_inputs(layout, visibility, query.device)
+        batch, num_heads, num_queries, key_width = query.shape
+        heads, value_width = key_data.shape[1], values.head_dim
+        code = code_of(keys.codec.name, key_data.dtype)
+        is_alike = key_width == keys.head_dim and key_data.shape[:3] == value_data.shape[:3] and not num_heads % heads
+        rows = batch if inputs.columns else len(key_data)
+        if code is None or not is_alike or not batch == rows == inputs.batch:
+            raise ValueError(
+                f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
+                f"{keys.head_dim} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
+            )
+        bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
+        mask_strides, bounds_stride = [0, 0, 0], 0
+        if mask is not None:
+            is_long_enough = mask.shape[3] >= layout.length - visibility.first
+            _check("masks", mask, (batch, num_heads, num_queries), is_long_enough)
+            mask = mask.contiguous()
+            mask_strides = [0 if mask.shape[axis] == 1 else mask.stride(axis) for axis in range(3)]
+        if bounds is not None:
+            _check("bounds", bounds, (batch, num_queries))
+            bounds = bounds.contiguous()
+            bounds_stride = bounds.stride(0) if len(bounds) > 1 else 0
+        if logits is not None:
+            logits = logits.float().contiguous()
+        self._alike, self._num_keys = (query.stride(), key_data.shape), len(keys.planes)
+        self._shape = array(
+            "q",
+            (
+                *(batch, inputs.columns, heads, num_heads // heads, num_queries, key_width, value_width),
+                *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
+                *query.stride()[:3],
+                *mask_strides,
+                *(bounds_stride, key_data.shape[0]),
+            ),
+        )
+        self._start = self._shape.buffer_info()[0], inputs.meta.data_ptr()
+        self._given = [0 if given is None else given.data_ptr() for given in (bounds, mask, logits)]
+        self._inputs = inputs, bounds, mask, logits  # what is pointed to stays
+        self._softcap = scoring.softcap or 0.0
+        self._out = (batch, num_queries, num_heads, value_width), query.dtype
+        self.lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
+
+    def takes(self, query: torch.Tensor, planes: Sequence[torch.Tensor]) -> bool:
+        """Whether queries of the first ones' shape, and planes of the same codec, lie in memory as the first ones."""
+        return (query.stride(), planes[0].shape) == self._alike
+
+    def run(self, query: torch.Tensor, planes: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
+        """The output `[B, q, Hq, D]` of queries and planes that it takes.
+
+        Raises:
+            ValueError: the layout names tokens that are not in the planes.
+            MemoryError: there is no memory for what is summed.
+        """
+        size, dtype = self._out
+        out = torch.empty(size, dtype=dtype)
+        failure = loaded().hfkv_attend(
+            *self._start, query.data_ptr(), *_pointers(planes, self._num_keys),
+            *self._given, scale, self._softcap, out.data_ptr(), self.lse.data_ptr(),
+        )  # fmt: skip
+        if failure == 2:
+            raise MemoryError(f"no memory for the sums of attention of queries {tuple(query.shape)}")
+        if failure:
+            raise ValueError(f"the layout names tokens outside planes of {tuple(planes[0].shape)}")
+        return out
 
 
 def append(
@@ -116,42 +170,89 @@ def append(
         ValueError: the planes have no room for them.
         NotImplementedError: under ``torch.jit.trace``.
     """
-    if inputs is None:
-        inputs = device_inputs(layout.end, None, new_keys.device)
     if not new_keys.shape[2]:
         return
     if torch.jit.is_tracing():
         raise NotImplementedError(
             "a trace does not see what native kernels write; set HFKV_NATIVE=0 before hfkv is used"
         )
-    key_data = keys.planes[0]
     # Exact: codecs compute in float32.
     dtype = torch.promote_types(new_keys.dtype, new_values.dtype)
     if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or not dtype == new_keys.dtype == new_values.dtype:
         new_keys, new_values = new_keys.to(dtype).contiguous(), new_values.to(dtype).contiguous()
-    batch, key_heads, count, key_width = new_keys.shape
-    for new, encoded in ((new_keys, keys), (new_values, values)):
-        data = encoded.planes[0]
-        rows = len(data) if inputs.columns else batch
-        is_alike = data.shape[:3] == (rows, new.shape[1], key_data.shape[2]) and len(data) == len(key_data)
-        is_alike = is_alike and new.shape == (batch, new.shape[1], count, encoded.head_dim)
-        if not is_alike or (encoded.codec.is_lossless and data.dtype != dtype):
-            raise ValueError(f"new tokens {tuple(new.shape)} do not go into planes of {tuple(data.shape)}")
-    shape = array(
-        "q",
-        (
-            *(batch, inputs.batch, inputs.columns, count, DTYPES[dtype], key_data.shape[2], len(key_data)),
-            *(num_threads(), code_of(keys.codec.name, dtype) or 0, key_heads, key_width, *new_keys.stride()[:3]),
-            *(code_of(values.codec.name, dtype) or 0, new_values.shape[1], new_values.shape[3]),
-            *new_values.stride()[:3],
-        ),
-    )
-    is_full = loaded().hfkv_append(
-        *(shape.buffer_info()[0], inputs.meta.data_ptr(), new_keys.data_ptr(), new_values.data_ptr()),
-        *_pointers(keys, values),
-    )
-    if is_full:
-        raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(key_data.shape)}")
+    of_step = StepAppend(new_keys, new_values, keys, values, layout, inputs)
+    of_step.run(new_keys, new_values, (*keys.planes, *values.planes))
+
+
+def step_append(new_keys: torch.Tensor, new_values: torch.Tensor, *given: Any, **inputs: Any) -> Any:
+    """`StepAppend`, or None where `append` has more to do than to call the native code."""
+    is_odd = new_keys.dtype != new_values.dtype or new_keys.stride(3) != 1 or new_values.stride(3) != 1
+    return None if is_odd or torch.jit.is_tracing() else StepAppend(new_keys, new_values, *given, **inputs)
+
+
+class StepAppend:
+    """Encoding and writing of tokens of one shape to the same places: what its calls share, worked out once.
+
+    Args:
+        new_keys, new_values, keys, values, layout, inputs: those of the first call; see `append`.
+        moved: number of the tokens at the front of contiguous planes that move to where the layout says, before the new
+            ones are written, and by how many slots.
+
+    Raises:
+        ValueError: the tokens do not go into the planes.
+    """
+
+    __slots__ = ("_alike", "_inputs", "_num_keys", "_shape", "_start")
+
+    def __init__(
+        self,
+        new_keys: torch.Tensor,
+        new_values: torch.Tensor,
+        keys: Encoded,
+        values: Encoded,
+        layout: Layout,
+        inputs: DeviceInputs | None,
+        moved: tuple[int, int] = (0, 0),
+    ) -> None:
+        inputs = inputs or device_inputs(layout.end, None, new_keys.device)
+        key_data, dtype = keys.planes[0], new_keys.dtype
+        batch, key_heads, count, key_width = new_keys.shape
+        for new, encoded in ((new_keys, keys), (new_values, values)):
+            data = encoded.planes[0]
+            rows = len(data) if inputs.columns else batch
+            is_alike = data.shape[:3] == (rows, new.shape[1], key_data.shape[2]) and len(data) == len(key_data)
+            is_alike = is_alike and new.shape == (batch, new.shape[1], count, encoded.head_dim)
+            if not is_alike or (encoded.codec.is_lossless and data.dtype != dtype):
+                raise ValueError(f"new tokens {tuple(new.shape)} do not go into planes of {tuple(data.shape)}")
+        self._alike, self._num_keys = (new_keys.stride(), new_values.stride(), key_data.shape), len(keys.planes)
+        self._shape = array(
+            "q",
+            (
+                *(batch, inputs.batch, inputs.columns, count, DTYPES[dtype], key_data.shape[2], len(key_data)),
+                *(num_threads(), code_of(keys.codec.name, dtype) or 0, key_heads, key_width, *new_keys.stride()[:3]),
+                *(code_of(values.codec.name, dtype) or 0, new_values.shape[1], new_values.shape[3]),
+                *new_values.stride()[:3],
+                *moved,
+            ),
+        )
+        self._start = self._shape.buffer_info()[0], inputs.meta.data_ptr()
+        self._inputs = inputs  # what is pointed to stays
+
+    def takes(self, new_keys: torch.Tensor, new_values: torch.Tensor, planes: Sequence[torch.Tensor]) -> bool:
+        """Whether tokens of the first ones' shape, and planes of the same codec, lie in memory as the first ones."""
+        return (new_keys.stride(), new_values.stride(), planes[0].shape) == self._alike
+
+    def run(self, new_keys: torch.Tensor, new_values: torch.Tensor, planes: Sequence[torch.Tensor]) -> None:
+        """Encodes and writes tokens that it takes.
+
+        Raises:
+            ValueError: the planes have no room for them.
+        """
+        is_full = loaded().hfkv_append(
+            *self._start, new_keys.data_ptr(), new_values.data_ptr(), *_pointers(planes, self._num_keys)
+        )  # fmt: skip
+        if is_full:
+            raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(planes[0].shape)}")
 
 
 def _check(name: str, given: torch.Tensor, sizes: tuple[int, ...], is_long_enough: bool = True) -> None:
@@ -162,18 +263,16 @@ def _check(name: str, given: torch.Tensor, sizes: tuple[int, ...], is_long_enoug
         raise ValueError(f"{name} {tuple(given.shape)} are not for queries of {sizes}")
 
 
-def _pointers(*parts: Encoded) -> list[int]:
-    """Where the data and the scales of keys and of values lie, whose rows the native code finds by itself.
+def _pointers(planes: Sequence[torch.Tensor], num_keys: int) -> list[int]:
+    """Where the data and the scales of keys, the first `num_keys`, and of values lie.
 
     Raises:
         ValueError: a plane does not lie in one piece.
     """
-    pointers = []
-    for encoded in parts:
-        for plane in encoded.planes:
-            if not plane.is_contiguous():
-                raise ValueError(f"native kernels take contiguous planes, got strides {plane.stride()}")
-            pointers.append(plane.data_ptr())
-        if len(encoded.planes) == 1:
-            pointers.append(0)
-    return pointers
+    for plane in planes:
+        if not plane.is_contiguous():
+            raise ValueError(f"native kernels take contiguous planes, got strides {plane.stride()}")
+    pointers = [plane.data_ptr() for plane in planes]
+    if num_keys == 1:
+        pointers.insert(1, 0)
+    return pointers if len(pointers) == 4 else [*pointers, 0]
