@@ -152,7 +152,11 @@ def _is_whole_prompt(rule: Rule, held: HeldTokens) -> bool:
 def _reads_slices(rule: Rule, held: HeldTokens) -> bool:
     """Whether torch attends to keys and values where they lie."""
     is_alike = held.parts["key"].dtype == held.parts["value"].dtype  # not under some autocasts
-    return held.is_slice and is_alike and not (rule.dtype in WIDENED and held.device.type == "cpu")
+    return (
+        (held.is_slice or held.fresh is not None)
+        and is_alike
+        and not (rule.dtype in WIDENED and held.device.type == "cpu")
+    )
 
 
 def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:

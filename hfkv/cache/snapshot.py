@@ -112,6 +112,7 @@ class HeldTokens:
     version: int  # of the store
     inputs: DeviceInputs | None = None  # what queries see, on the device, while a CUDA graph runs
     step: Step | None = None  # what it is that the layer shares with others of its kind in this forward
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # all keys and values shown, as the model has given them
 
     @property
     def held_from(self) -> int:
@@ -177,6 +178,8 @@ class HeldTokens:
         in whose forward they were shown: nothing is checked.
         """
         codec, step, store = self.codec, self.step, self.store
+        if self.fresh is not None:
+            return self.fresh
         if step is None or step.placing is None:
             planes = store.read(slice(None), self.first, self.last)
         elif codec.is_lossless and store.reads_slices:

@@ -92,14 +92,13 @@ class StepValues(KVView):
 _new_wrapper: Any = torch.Tensor._make_wrapper_subclass
 
 
-def step_views(held: HeldTokens, step: Step, group: Group) -> tuple[StepKeys, StepValues]:
+def step_views(held: HeldTokens, step: Step) -> tuple[StepKeys, StepValues]:
     """Views of what a step shows, whose shapes are known already."""
     size, strides, offset, dtype = step.keys
     key = _new_wrapper(StepKeys, size, strides, offset, None, dtype, torch.strided, held.device)
     size, strides, offset, dtype = step.values
     value = _new_wrapper(StepValues, size, strides, offset, None, dtype, torch.strided, held.device)
     key.held = value.held = held
-    group.shown = key, value, held
     return key, value
 
 

@@ -16,7 +16,7 @@ MANY = 16
 
 
 class StepCall(Protocol):
-    """A kernel whose arguments are worked out but for the places of tensors, which each layer of a step has its own."""
+    """A kernel whose arguments are worked out, except the places of tensors: each layer of a step has its own."""
 
     def takes(self, *tensors: Any) -> bool:
         """Whether tensors of the first ones' shapes lie in memory as the first ones do."""

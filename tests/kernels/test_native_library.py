@@ -1,4 +1,4 @@
-"""How the native kernels are compiled and kept, that they stay within their planes, and that threads change nothing."""
+"""How the native kernels are compiled and kept, and that they stay within their planes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -31,16 +30,6 @@ pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not(
 
 ALL = ("none", "int8", "fp8", "int4")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def same_bytes(planes: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
@@ -92,44 +81,6 @@ def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> Non
     assert [process.wait(timeout=240) for process in running] == [0, 0, 0]
     assert [path.suffix for path in (tmp_path / "native").iterdir()] == [".so"]
     assert (tmp_path / "native").stat().st_mode & 0o077 == 0
-
-
-@pytest.mark.parametrize("codec", ALL)
-def test_threads_change_no_bit(codec: str) -> None:
-    given = case(codec, batch=2, length=9000, pads=(0, 4100), num_queries=3)
-    results = []
-    for count in (1, 2, 3):
-        with threads(count):
-            results.append(attend(*given.arguments))
-    for one in results[1:]:
-        assert torch.equal(one.out, results[0].out)
-        assert torch.equal(one.lse, results[0].lse)
-    new = torch.randn(2, 2, 700, 64)
-    written = []
-    for count in (1, 2):
-        planes = [torch.zeros_like(plane) for plane in CODECS[codec].encode(new)]
-        with threads(count):
-            append(new, new, *(Encoded(CODECS[codec], tuple(planes), 64),) * 2, Layout(0))
-        written.append(planes)
-    assert same_bytes(*written)
-
-
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_attends_too() -> None:
-    given = case("int8", length=9000)
-    with threads(2):
-        expected = attend(*given.arguments).out
-        read, write = os.pipe()
-        child = os.fork()
-        if not child:
-            try:  # no thread of the parent's pool is here
-                os.write(write, b"y" if torch.equal(attend(*given.arguments).out, expected) else b"n")
-            finally:
-                os._exit(0)
-        os.close(write)
-        with os.fdopen(read, "rb") as said:
-            assert said.read() == b"y"
-        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -80,8 +80,7 @@ class Following(Member, Storage):
             store.put(placing, codec.encode_both(key_states, value_states))
         span.seen, span.gone_below, span.recorded_to = step.seen, step.gone_below, step.recorded_to
         self.followed, self._version = step, store.version
-        views = same_views(self.group, step, store, span.padding, self.rotary)
-        return views or step_views(self._held(step.first, step), step, self.group)
+        return self._views(step)
 
     @abstractmethod
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
@@ -131,35 +130,49 @@ class Following(Member, Storage):
         """Appends without the group; attention is the same whichever way tokens have come."""
         self._leave_step()
         is_blank = self._store is None
-        held = self.append(keys, values) if step is None or step.parts is None else self._begin_as(step, keys, values)
+        if step is not None and step.parts is not None:
+            self._begin_as(step, keys, values)
+            held = self._held()
+        else:
+            held = self.append(keys, values)
         if step is None or self._tracked:
             return make_views(held, self._tracked)
+        if is_blank and self.codec.is_lossless and not held.is_slice:
+            held.fresh = keys, values
         if step.keys is None:
             step.parts = self._parts if is_blank and not self._num_slots else None
             step.seen, step.is_short = held.seen, self._is_short(held.last - held.first, keys.shape[2])
             step.keys, step.values = ViewShape.of(held, "key"), ViewShape.of(held, "value")
         held.step = step
-        return step_views(held, step, self.group)
+        return step_views(held, step)
 
-    def _begin_as(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> HeldTokens:
+    def _views(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is shown after a step."""
+        views = same_views(self.group, step, self.store, self.span.padding, self.rotary)
+        if views is None:
+            views = step_views(self._held(step.first, step), step)
+            self.group.shown = *views, views[0].held
+        return views
+
+    def _begin_as(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Takes the first tokens as another layer of the group has taken its own, which has looked at all there is."""
         assert step.parts is not None
         self.device, self._batch, self._parts = keys.device, keys.shape[0], step.parts
         self._store = self._new_store(self.device)
-        self._append(keys, values)
         self.is_initialized = True
+        self._append(keys, values)
         self.span.advance(keys.shape[2])
-        return self._held()
 
     def _write(self, step: Step, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Has a kernel write new tokens to the places that the device knows already."""
         store, (kernel, inputs, of_step) = self._store, step.writing
         assert store is not None
-        planes, placing = store.planes, step.placing
-        is_alike = of_step is not None and of_step.takes(keys, values, planes)
-        if kernel is None and not is_alike:
-            return store.put(placing, self.codec.encode_both(keys, values))
+        placing = step.placing
         with store.lock:
+            planes = store.planes  # another store may make shared ones larger
+            is_alike = of_step is not None and of_step.takes(keys, values, planes)
+            if kernel is None and not is_alike:
+                return store.put(placing, self.codec.encode_both(keys, values))
             store.put(placing, None)
             try:
                 if is_alike:

@@ -105,9 +105,10 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         return self._held(self.store.length - shown) if self.is_sliding else self.held()
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        new = key_states, value_states
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._tracked = True
-        new = key_states.detach(), value_states.detach()
+            new = key_states.detach(), value_states.detach()
         kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
         if kernel is None or self.store.is_offloaded or not self.store.planes:
             self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))

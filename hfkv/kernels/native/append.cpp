@@ -1,9 +1,11 @@
 // New tokens, encoded to the bits that the torch codecs write, and put where a cache keeps them.
 // Compiled without contraction of products and sums: a fused one is rounded once, and torch's operations twice.
 
+#include <algorithm>
 #include <vector>
 
 #include "common.h"
+#include "pool.h"
 
 namespace hfkv {
 namespace {
@@ -171,11 +173,11 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
     int64_t widest = parts[0].width > parts[1].width ? parts[0].width : parts[1].width;
     // A few rows are done before another thread has woken up.
     if (rows * widest < 1 << 14) threads = 1;
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-    {
+    // Some tasks a thread: one that comes late has the others do more.
+    int64_t tasks = threads > 1 ? std::min(rows, 8 * threads) : 1;
+    Pool::shared().run(threads, tasks, [&](int64_t task) {
         std::vector<float> row(widest);  // a few hundred numbers
-#pragma omp for
-        for (int64_t index = 0; index < rows; index++) {
+        for (int64_t index = task * rows / tasks; index < (task + 1) * rows / tasks; index++) {
             const Part &part = parts[index >= rows_of_keys];
             int64_t of_part = index >= rows_of_keys ? index - rows_of_keys : index;
             int64_t n = of_part % count, h = of_part / count % part.heads, b = of_part / count / part.heads;
@@ -186,6 +188,6 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
             }
             append_row(part, dtype, b, h, n, slot, row.data());
         }
-    }
+    });
     return 0;
 }

@@ -12,6 +12,7 @@
 #endif
 
 #include "common.h"
+#include "pool.h"
 
 namespace hfkv {
 namespace {
@@ -493,17 +494,16 @@ template <int64_t CODEC> void attend(const Call &call) {
     // What takes less than a thread needs to wake up.
     if (call.batch * call.heads * (last - first) * (call.key_width + call.value_width) < 1 << 17) threads = 1;
     std::atomic<bool> has_memory{true};
-#pragma omp parallel for schedule(dynamic) num_threads(int(threads)) if (threads > 1)
-    for (int64_t index = 0; index < tasks; index++) {
+    Pool::shared().run(threads, tasks, [&](int64_t index) {
         int64_t stretch = index % stretches, h = index / stretches % call.heads, b = index / stretches / call.heads;
         int64_t begin = first + stretch * STRETCH;
-        try {  // nothing may be thrown out of a parallel region
+        try {
             Task(call, b, h).template attend<CODEC>(begin, std::min(begin + STRETCH, last), parts[index]);
             if (stretches == 1) finish(call, b, h, &parts[index], 1);
         } catch (const std::bad_alloc &) {
             has_memory = false;
         }
-    }
+    });
     if (!has_memory) throw std::bad_alloc();
     if (stretches == 1) return;
     for (int64_t index = 0; index < call.batch * call.heads; index++) {

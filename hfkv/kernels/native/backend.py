@@ -41,7 +41,7 @@ class NativeBackend(Backend):
         if reason is not None:
             return Kernel("torch", reason, None)
         if asked.codec.is_lossless:
-            return Kernel("torch", "plain tokens are only copied, by torch", None, of_step=step_append)
+            return Kernel("torch", "on this CPU plain tokens are only copied, by torch", None, of_step=step_append)
         why = "encoded and written in one pass, in C++"
         return Kernel("native append", why, append, reads_device_lengths=True, of_step=step_append)
 

@@ -68,7 +68,8 @@ class StepAttention:
     """Attention of queries of one shape to tokens that lie alike: what its calls share, worked out once.
 
     Args:
-        query, keys, values, layout, visibility, scoring, inputs: those of the first call; see `attend`.
+        query, keys, values, layout, visibility, scoring, inputs: the arguments of the first call, as `attend` takes
+            them.
 
     Attributes:
         lse: log-sum-exp of the last call, `[B, Hq, q]`.
@@ -194,7 +195,7 @@ class StepAppend:
     """Encoding and writing of tokens of one shape to the same places: what its calls share, worked out once.
 
     Args:
-        new_keys, new_values, keys, values, layout, inputs: those of the first call; see `append`.
+        new_keys, new_values, keys, values, layout, inputs: the arguments of the first call, as `append` takes them.
         moved: number of the tokens at the front of contiguous planes that move to where the layout says, before the new
             ones are written, and by how many slots.
 

@@ -28,9 +28,8 @@ SECONDS = 300
 _HERE = Path(__file__).parent
 # A fused product and sum is rounded once: attention may, and codes must be the bits that torch's operations give.
 _SOURCES = {"attention.cpp": "fast", "append.cpp": "off"}
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fno-math-errno", "-Wno-psabi")
-# OpenMP's functions are torch's: with threads of its own, a second pool would wait for the first.
-_LINKED = ("-shared",)
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-Wno-psabi")
+_LINKED = ("-shared", "-pthread")
 _is_forked = False
 
 
@@ -44,9 +43,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def num_threads() -> int:
-    """The threads that a kernel may take: torch's, and one in a process that was forked from another.
+    """The threads that a kernel may take: as many as torch, and one in a process that was forked from another.
 
-    A forked process has none of the threads that its parent's OpenMP waits for.
+    A forked process has none of the threads that its parent had.
     """
     return 1 if _is_forked else torch.get_num_threads()
 
@@ -154,10 +153,6 @@ def _finish(process: subprocess.Popen[str]) -> None:
 
 
 def _load(path: Path) -> ctypes.CDLL:
-    openmp = _openmp()
-    if openmp is None:
-        raise NativeError("torch has loaded no OpenMP whose threads they could share")
-    ctypes.CDLL(openmp, mode=ctypes.RTLD_GLOBAL)
     loaded = ctypes.CDLL(str(path))
     pointer = ctypes.c_void_p
     loaded.hfkv_append.argtypes = [pointer] * 8
@@ -165,15 +160,6 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.hfkv_attend.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_float, pointer, pointer]
     loaded.hfkv_attend.restype = ctypes.c_int
     return loaded
-
-
-def _openmp() -> str | None:
-    """The file of the OpenMP that this process has loaded: torch's."""
-    lines = Path("/proc/self/maps").read_text(errors="replace").splitlines()
-    paths = dict.fromkeys(line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6)
-    found = [path for path in paths if re.fullmatch(r"lib(gomp|omp|iomp5)\b.*\.so[.\d]*", Path(path).name)]
-    of_torch = [path for path in found if Path(torch.__file__).parent in Path(path).parents]
-    return next(iter((*of_torch, *found)), None)
 
 
 def find_compiler() -> str | None:
