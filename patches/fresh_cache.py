@@ -8,11 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from transformers import EncoderDecoderCache
+from transformers import EncoderDecoderCache, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 
 from hfkv.cache.factory import BUILDERS
 from hfkv.cache.kv_cache import KVCache
+
+# The method of a model by which `generate` makes a cache.
+HOOK = "_prepare_cache_for_generation"
 
 
 def self_attention_of(cache: Any) -> Any:
@@ -65,8 +68,32 @@ def _empty_cache(model: Any, stock: Cache) -> KVCache:
         cache = KVCache(model, kv, rotary)
         if cache.offload is not None:
             return cache  # what is forked from it would share its budget
-        blueprint = patch.blueprint = Blueprint(kind, rotary, cache)
+        blueprint = patch.blueprint = Blueprint(kind, rotary, cache, _settings(model))
     return blueprint.cache.fork()
+
+
+def cache_as_before(model: Any, generation_config: Any) -> KVCache | None:
+    """The cache that `fresh_cache` would make, without transformers' own; None where that has to be looked at.
+
+    It is known where the last call took a plain one and the config has not changed since.
+    """
+    patch = model.hfkv
+    blueprint = patch.blueprint
+    is_plain = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
+    if blueprint is None or not is_plain or model.config.is_encoder_decoder or blueprint.rotary is not patch.rotary:
+        return None
+    kv, _, model_type, builders = blueprint.kind
+    before, now = (kv, model_type, builders), (patch.kv, model.config.model_type, tuple(BUILDERS))
+    if before != now or blueprint.settings != _settings(model):
+        return None
+    is_stock = getattr(type(model), HOOK) is getattr(GenerationMixin, HOOK)
+    return blueprint.cache.fork() if is_stock and model._supports_default_dynamic_cache() else None
+
+
+def _settings(model: Any) -> dict[str, Any]:
+    """What a config says of the layers of a cache, and all else; lists as they are now."""
+    settings = vars(model.config.get_text_config(decoder=True))
+    return {name: list(value) if type(value) is list else value for name, value in settings.items()}
 
 
 class Blueprint(NamedTuple):
@@ -75,6 +102,7 @@ class Blueprint(NamedTuple):
     kind: tuple[Any, ...]
     rotary: Any
     cache: KVCache
+    settings: dict[str, Any]
 
 
 def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -12,12 +12,11 @@ from transformers.cache_utils import DynamicCache
 from hfkv.cache.kv_cache import KVCache
 from hfkv.patches.attention import keep_attention
 from hfkv.patches.continuing import check_takes_new_tokens, text_length
-from hfkv.patches.fresh_cache import check_cache, fresh_cache, self_attention_of
+from hfkv.patches.fresh_cache import HOOK, cache_as_before, check_cache, fresh_cache, self_attention_of
 from hfkv.patches.prefill import begin, prefill, share
 from hfkv.patches.prompt import check_candidates, expect_prefix
 from hfkv.patches.undo import Undo
 
-HOOK = "_prepare_cache_for_generation"
 BATCHING = "init_continuous_batching"
 # Private methods of transformers that are overridden on the instance, as they were when this was written.
 SIGNATURES = {
@@ -126,10 +125,12 @@ def _prepare_cache(
     max_cache_length: int,
 ) -> Any:
     keep_attention(self)
-    given = model_kwargs.get("past_key_values")
-    result = getattr(type(self), HOOK)(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    )
+    given, result = model_kwargs.get("past_key_values"), None
+    known = cache_as_before(self, generation_config) if given is None else None
+    if known is None:
+        result = getattr(type(self), HOOK)(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
     if given is not None:
         check_cache(self, given)
         _check_fits(given, self)
@@ -138,7 +139,7 @@ def _prepare_cache(
         if not isinstance(own, KVCache):
             self.hfkv.log_once(f"{type(self).__name__} was given a {type(own).__name__}: kv has no effect on it")
         return result
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get("past_key_values") if known is None else known
     if cache is None or generation_config.cache_implementation not in (None, "dynamic"):
         asked = (
             "use_cache=False" if cache is None else f"cache_implementation={generation_config.cache_implementation!r}"
@@ -148,7 +149,7 @@ def _prepare_cache(
         )
         expect_prefix(self, None)
         return result
-    model_kwargs["past_key_values"] = fresh_cache(self, cache)
+    model_kwargs["past_key_values"] = fresh_cache(self, cache) if known is None else known
     check_cache(self, model_kwargs["past_key_values"])
     own: KVCache = self_attention_of(model_kwargs["past_key_values"])
     own.record.is_temporary = not generation_config.return_dict_in_generate

@@ -235,3 +235,40 @@ def test_rows_of_hybrid_models_are_selected_in_all_layers(name: str, indices: An
         model(ids[indices], past_key_values=caches[1])
         one, other = (model(ids[indices][:, -1:], past_key_values=cache).logits for cache in caches)
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_transformers_builds_no_cache_that_would_be_thrown_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, made = llama(), []
+    init = DynamicCache.__init__
+    monkeypatch.setattr(
+        DynamicCache,
+        "__init__",
+        lambda self, *given, **named: (made.append(type(self)), init(self, *given, **named))[1],
+    )
+    with hfkv.patch(model, "int8"):
+        for _ in range(2):
+            made.clear()
+            greedy(model, prompt(), 3)
+        assert not made
+        # Where transformers makes another one, or none, it is asked.
+        for words in ({"use_cache": False}, {"cache_implementation": "static"}, {"cache_implementation": "dynamic"}):
+            output = model.generate(**prompt(), max_new_tokens=3, pad_token_id=0, return_dict_in_generate=True, **words)
+            is_ours = isinstance(output.past_key_values, hfkv.KVCache)
+            assert is_ours == (words == {"cache_implementation": "dynamic"})
+
+
+def test_a_config_that_changes_between_calls_is_seen() -> None:
+    model, inputs = llama(num_hidden_layers=3), prompt(2, 12)
+
+    def layers() -> list[int | None]:
+        cache = model.generate(**inputs, max_new_tokens=2, pad_token_id=0, return_dict_in_generate=True).past_key_values
+        return [layer.sliding for layer in cache.layers]
+
+    model.config.layer_types = ["full_attention"] * 3
+    with hfkv.patch(model, "int8"):
+        assert layers() == layers() == [None] * 3
+        model.config.sliding_window = 4
+        model.config.layer_types[1] = "sliding_attention"  # in place
+        assert layers() == layers() == [None, 4, None]
+        model.config.layer_types[1] = "full_attention"
+        assert layers() == [None] * 3
