@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from hfkv.stores.base import GROWTH, Placing, Planes, Store
-from hfkv.stores.blocks import BlockPool
+from hfkv.stores.base import Placing, Planes
 from hfkv.stores.layout import Layout, spans_without
+from hfkv.stores.page_room import PageRoom
 from hfkv.stores.page_slots import PageSlots
-from hfkv.stores.pages import Pages
-
-# Shared planes grow by their size divided by this: most of their pages are a prompt that many rows hold together.
-SHARED_GROWTH = 16
 
 
-class PagedStore(Store):
+class PagedStore(PageRoom):
     """Planes `[N, H_i, P, d_i]` of N pages of P tokens, and for each row a list of pages: its block table.
 
     All rows hold tokens of the same positions, so one list of columns `[low, high)` says which tokens of a page
@@ -33,31 +29,9 @@ class PagedStore(Store):
     is_paged = True
 
     def __init__(self, page_size: int, *, bound: int | None = None) -> None:
-        self.pages = Pages()
-        self.table: list[list[int]] = []  # [B][column] -> page
-        self.columns: list[tuple[int, int]] = []
-        super().__init__(bound=bound)
-        self.pages.join(())
-        self.page_size = page_size
-        self._copies = (1, 0)
+        super().__init__(page_size, bound=bound)
         self._ids: torch.Tensor | None = None  # the table as int64 [B, columns], made when it is needed
         self._key: object = None  # the table and the full columns, to compare; made when it is needed
-
-    @property
-    def planes(self) -> list[torch.Tensor]:
-        return self.pages.planes
-
-    @planes.setter
-    def planes(self, planes: list[torch.Tensor]) -> None:
-        self.pages.planes = planes
-
-    @property
-    def blocks(self) -> BlockPool:
-        return self.pages.blocks
-
-    @property
-    def lock(self) -> contextlib.AbstractContextManager[Any]:
-        return self.pages.lock
 
     def __del__(self) -> None:
         if "table" in vars(self):  # else it was never made whole
@@ -160,9 +134,34 @@ class PagedStore(Store):
             return
         self.version += 1
         kept = spans_without(self.columns, start, stop)
+        columns, before = [column for column, _ in kept], len(self.columns)
         self.columns = [span for _, span in kept]
-        self._retable([[row[column] for column, _ in kept] for row in self.table])
         self.length -= stop - start
+        if columns == list(range(before)):
+            self._moved()  # slots of theirs
+            return
+        listed = Counter(columns)
+        changes = [(column, listed[column] - 1) for column in range(before) if listed[column] != 1]
+        self._retable(
+            [[row[column] for column in columns] for row in self.table],
+            [([row[column] for row in self.table], change) for column, change in changes],
+        )
+
+    def truncate(self, length: int) -> None:
+        """Keeps the first `length` tokens; only the last columns are looked at."""
+        excess, before = self.length - length, len(self.columns)
+        if excess <= 0:
+            return
+        self.version += 1
+        self.length = length
+        while excess:
+            low, high = self.columns.pop()
+            if high - low > excess:
+                self.columns.append((low, high - excess))
+            excess -= min(high - low, excess)
+        kept = len(self.columns)
+        if kept < before:
+            self._retable([row[:kept] for row in self.table], [(row[kept:], -1) for row in self.table])
 
     def write(self, start: int, new: Planes) -> None:
         self.version += 1
@@ -184,7 +183,9 @@ class PagedStore(Store):
         self._copies = (1, 0)
         if len(set(chosen)) < len(chosen):
             self.reserved = 0  # rows that share pages need fewer of them, nobody knows how many
-        self._retable([list(self.table[row]) for row in chosen])
+        copies = Counter(chosen)
+        changes = [(pages, copies[row] - 1) for row, pages in enumerate(self.table) if copies[row] != 1]
+        self._retable([list(self.table[row]) for row in chosen], changes)
 
     def layout(self) -> Layout:
         if self._ids is None:
@@ -245,6 +246,9 @@ class PagedStore(Store):
         """Arranges tokens `[B, H_i, columns, P, d_i]` as pages `[columns * B, H_i, P, d_i]`."""
         return [tokens.permute(2, 0, 1, 3, 4).flatten(0, 1) for tokens in whole]
 
+    def _moved(self) -> None:
+        self._ids = self._key = None
+
     def _copy(self, pages: list[int], held: slice) -> list[int]:
         """Copies the slots `held` of `pages`; the copies may be written to."""
         fresh = self._take(len(pages))
@@ -252,69 +256,15 @@ class PagedStore(Store):
             plane[fresh, :, held] = plane[pages, :, held]
         return fresh
 
-    def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
-        """Takes new pages for every row: `full` to fill at once, and one to fill token by token if `has_tail`."""
-        count = full + has_tail
-        pages = self._take(count * len(self.table))
-        return [pages[index * count : (index + 1) * count] for index in range(len(self.table))]
-
-    def _take(self, count: int) -> list[int]:
-        needed = self.blocks.used + count
-        if needed > self.blocks.size:
-            listed = {page for row in self.table for page in row}
-            reserved = self._reserved_pages() + self.blocks.used - len(listed)
-            grown = self.blocks.size + self.blocks.size // SHARED_GROWTH
-            if self.pages.stores == 1 and len(listed) == len(self.table) * len(self.columns):  # no page is shared
-                grown = max(int(self.blocks.size * GROWTH), reserved)
-            self.allocate_reserved(needed, max(needed, grown), self._resize)
-        return self.blocks.take(count)
-
-    def _reserved_pages(self) -> int:
-        tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
-        columns = -(-tokens // self.page_size)
-        copies, shared = self._copies
-        if copies > 1 and self.bound is None:
-            columns += (copies - 1) * max(columns - shared // self.page_size, 0)
-        return len(self.table) * columns
-
-    def _resize(self, size: int) -> None:
-        lent = self.take_lent(self.planes, [(0, size)])
-        if lent is not None and not self.blocks.size:
-            self.planes = lent
-            return self.blocks.grow(len(lent[0]))
-        count = min(size, self.blocks.size)
-        grown = []
-        for old in self.planes:
-            plane = self.allocate((size, *old.shape[1:]), like=old)
-            plane[:count] = old[:count]
-            grown.append(plane)
-        self.planes = grown
-        self.blocks.grow(size)
-
-    def _shrink(self) -> None:
-        """Moves the pages in use to smaller planes, if many have become free (a window filled, rows went)."""
-        size = max(self.blocks.used + len(self.table), self._reserved_pages())
-        if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(self.table):
-            return
-        used = sorted({page for row in self.table for page in row})
-        place = {page: index for index, page in enumerate(used)}
-        for index, old in enumerate(self.planes):
-            plane = self.allocate((size, *old.shape[1:]), like=old)
-            plane[: len(used)] = old[used]
-            self.planes[index] = plane
-        refcounts = [self.blocks.refcounts[page] for page in used]
-        self.pages.blocks = BlockPool()
-        self.blocks.refcounts = refcounts
-        self.blocks.grow(size)
-        self.table = [[place[page] for page in row] for row in self.table]
-        self._ids = self._key = None
-
-    def _retable(self, table: list[list[int]]) -> None:
+    def _retable(self, table: list[list[int]], changes: list[tuple[list[int], int]]) -> None:
+        """Takes another table, in which some pages are listed so many times more; -1 for once less."""
         with self.lock:
-            for row in table:
-                self.blocks.retain(row)
-            for row in self.table:
-                self.blocks.release(row)
+            for pages, more in changes:
+                for _ in range(more):
+                    self.blocks.retain(pages)
+            for pages, more in changes:
+                if more < 0:
+                    self.blocks.release(pages)
             self.table = table
             self._ids = self._key = None
             self._shrink()

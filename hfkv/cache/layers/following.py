@@ -138,7 +138,7 @@ class Following(Member, Storage):
         if step is None or self._tracked:
             return make_views(held, self._tracked)
         if is_blank and self.codec.is_lossless and not held.is_slice:
-            held.fresh = keys, values
+            held.fresh = keys.contiguous(), values.contiguous()  # as they would be read: products are the same bits
         if step.keys is None:
             step.parts = self._parts if is_blank and not self._num_slots else None
             step.seen, step.is_short = held.seen, self._is_short(held.last - held.first, keys.shape[2])
