@@ -130,6 +130,7 @@ class Following(Member, Storage):
         """Appends without the group; attention is the same whichever way tokens have come."""
         self._leave_step()
         is_blank = self._store is None
+        is_empty = is_blank or not self.store.length
         if step is not None and step.parts is not None:
             self._begin_as(step, keys, values)
             held = self._held()
@@ -137,8 +138,8 @@ class Following(Member, Storage):
             held = self.append(keys, values)
         if step is None or self._tracked:
             return make_views(held, self._tracked)
-        if is_blank and self.codec.is_lossless and not held.is_slice:
-            held.fresh = keys.contiguous(), values.contiguous()  # as they would be read: products are the same bits
+        if is_empty and self.codec.is_lossless and not held.is_slice:
+            held.fresh = keys, values
         if step.keys is None:
             step.parts = self._parts if is_blank and not self._num_slots else None
             step.seen, step.is_short = held.seen, self._is_short(held.last - held.first, keys.shape[2])
