@@ -164,7 +164,7 @@ def test_layers_of_other_kinds_work_out_their_own() -> None:
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("kv", ["none", "int8", "paged"])
+@pytest.mark.parametrize("kv", ["none", "int8", "paged", "window:24+sinks:2", "int8+window:24"])
 def test_an_assistant_keeps_layers_in_step(kv: str) -> None:
     model = llama(num_hidden_layers=LAYERS).eval()
     ids = torch.randint(3, 99, (1, 12)).repeat(1, 3)

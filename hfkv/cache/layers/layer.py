@@ -239,11 +239,13 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
     def record_past(self, record: bool) -> None:
         self._leave_step()
         self.span.record_past = record
+        self._bind()
 
     def activate_past_recording(self) -> None:
         """Starts to record: the tokens of the forwards since the last `crop` can be cropped again."""
         self._leave_step()
         self.span.start_recording()
+        self._bind()
 
     def _forget_unseen(self) -> None:
         gone_below = self.span.next_gone_below(self._batch)

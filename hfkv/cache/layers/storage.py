@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 from hfkv.stores import Budget, Offload, Place, Store, is_worth_pages, make_store
@@ -18,6 +19,7 @@ class Storage:
 
     kv: KVConfig
     window: Window | None
+    span: Span
     offloaded: Place | None = None
     _store: Store | None
     _copies: tuple[int, int]
@@ -37,8 +39,15 @@ class Storage:
 
     @property
     def bound(self) -> int | None:
-        """The most tokens that the window holds; None without one."""
-        return self.window.capacity() if self.window else None
+        """The most tokens that the window holds between two steps; None without one."""
+        if self.window is None:
+            return None
+        return self.window.capacity() + (ROLLBACK_MARGIN if self.span.record_past else 0)
+
+    def _bind(self) -> None:
+        """Tells the store how many tokens there will be, once a layer records its past or no longer does."""
+        if self._store is not None:
+            self._store.bound = self.bound
 
     def offload_to(self, place: Place) -> None:
         """Shares a budget and staging buffers with the other layers of a cache."""
