@@ -14,7 +14,7 @@ from hfkv.experts.families import experts_of, no_experts, others_of, weight_name
 from hfkv.experts.implementation import NAME
 from hfkv.experts.offload.place import offload_experts, slots_for_budget
 from hfkv.experts.offload.trace import ExpertTrace
-from hfkv.experts.packed import PackedWeights, unpackable
+from hfkv.experts.packed import PackedWeights, why_plain
 from hfkv.experts.report import MoEReport, Swap
 from hfkv.experts.stack import ExpertStack, as_parameter
 from hfkv.experts.weights import ExpertWeights, PlainWeights
@@ -158,7 +158,7 @@ def _why_plain(experts: Any, given: Any) -> str | None:
         return "kernels read it as it is"
     if experts.training:
         return "in training mode: packed experts get no gradients"
-    return unpackable(given)
+    return why_plain(given)
 
 
 def _check_weights(named: dict[str, Any], moe: MoEConfig) -> None:

@@ -8,10 +8,20 @@ from typing import Any
 import torch
 
 from hfkv.experts.weights import ExpertWeights, PlainWeights, check_matrix
+from hfkv.kernels.cpu.packed_matmul import pack, packed_linear
 from hfkv.kernels.experts.codes import Codes
+from hfkv.kernels.experts.crossover import SWITCH, crossover
 
 # Numbers of each expert that stand for all of them where it is asked whether weights changed.
 _SAMPLES = 8
+
+
+def why_plain(matrices: torch.Tensor) -> str | None:
+    """Says why a stack `[E, N, K]` stays plain: it cannot be packed, or is slower then; None where it is faster."""
+    reason = unpackable(matrices)
+    if reason is None and not crossover(matrices.dtype).packs:
+        reason = f"measured: on this processor oneDNN's order is slower at some lengths ({SWITCH}=0 packs them anyway)"
+    return reason
 
 
 def unpackable(matrices: torch.Tensor) -> str | None:
@@ -33,7 +43,7 @@ def _packs_bfloat16() -> bool:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     try:
-        _pack(torch.zeros(16, 16, dtype=torch.bfloat16))
+        pack(torch.zeros(16, 16, dtype=torch.bfloat16))
     except RuntimeError:
         return False
     return True
@@ -51,7 +61,7 @@ class PackedWeights(ExpertWeights):
     def __init__(self, matrices: torch.Tensor) -> None:
         self.shape = tuple(matrices.shape)  # type: ignore[assignment]
         self.dtype = matrices.dtype
-        self._packed = [_pack(matrix) for matrix in matrices]
+        self._packed = [pack(matrix) for matrix in matrices]
         # An opaque tensor has no storage to look at: a few numbers tell whether weights are others.
         self.sample = torch.stack([_few(matrix) for matrix in matrices])
 
@@ -60,19 +70,19 @@ class PackedWeights(ExpertWeights):
         return torch.device("cpu")
 
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed[expert], None, "none", [], "")
+        return packed_linear(x, self._packed[expert])
 
     def decode(self, expert: int) -> torch.Tensor:
         return self._packed[expert].to_dense()
 
     def write(self, expert: int, matrix: torch.Tensor) -> None:
         check_matrix(self, matrix)
-        self._packed[expert] = _pack(matrix.to(self.dtype))
+        self._packed[expert] = pack(matrix.to(self.dtype))
         self.sample[expert] = _few(matrix)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> ExpertWeights:
         whole = self.read_all().to(device, dtype)
-        return PlainWeights(whole) if unpackable(whole) else PackedWeights(whole)
+        return PlainWeights(whole) if why_plain(whole) else PackedWeights(whole)
 
     def codes(self) -> tuple[Codes, ...]:
         raise RuntimeError("packed experts are for a CPU; kernels of accelerators read plain ones")
@@ -90,10 +100,6 @@ class PackedWeights(ExpertWeights):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["matrices"])  # type: ignore[misc]
-
-
-def _pack(matrix: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(matrix.detach().contiguous(), None)
 
 
 def _few(matrix: torch.Tensor) -> torch.Tensor:

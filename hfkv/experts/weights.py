@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from hfkv.kernels.experts.codes import Codes
+from hfkv.kernels.experts.crossover import is_native
+from hfkv.kernels.native.experts import expert_products
 
 _ALIGNMENT = 64
 
@@ -119,7 +121,17 @@ class PlainWeights(ExpertWeights):
         return self.matrices.device
 
     def linear(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        if self._is_native(x):
+            out = x.new_empty(len(x), self.shape[1])
+            expert_products(x, out, expert, self.matrices)
+            return out
         return F.linear(x, self._each[expert])
+
+    def _is_native(self, x: torch.Tensor) -> bool:
+        """Whether the native kernels are the fastest; gradients, and rows in modules' own layout, are torch's."""
+        if x.device.type != "cpu" or torch.is_grad_enabled() or self.matrices.stride(2) != 1 or x.dtype != self.dtype:
+            return False
+        return is_native("plain", x)
 
     def decode(self, expert: int) -> torch.Tensor:
         return self.matrices[expert]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hfkv.experts.int4 import Int4Weights
+from hfkv.experts.int4 import TORCH, Int4Weights
 from hfkv.experts.offload.expert_source import plane_shapes
 from hfkv.models.mapped_file import DTYPES, header_of
 
@@ -111,10 +111,10 @@ def checksum(planes: dict[str, torch.Tensor]) -> str:
 def cpu_order_name() -> str:
     """Names the order in which this processor's products read nibbles, by their result for a pattern."""
     nibbles = torch.arange(64 * 16, dtype=torch.int32).mul_(2654435761 % 8191).remainder_(251).to(torch.uint8)
-    weights = Int4Weights((1, 128, 32), torch.bfloat16, torch.device("cpu"))
+    weights = Int4Weights((1, 128, 32), torch.bfloat16, torch.device("cpu"), order=TORCH)
     planes = {name: plane.clone() for name, plane in weights.planes().items()}
     planes["nibbles"] = nibbles.repeat(2)[: planes["nibbles"].numel()].view(planes["nibbles"].shape)
-    ordered = Int4Weights.of_planes(planes, torch.bfloat16).nibbles
+    ordered = Int4Weights.of_planes(planes, torch.bfloat16, order=TORCH).nibbles
     return f"cpu-{hashlib.blake2b(ordered.numpy().tobytes(), digest_size=8).hexdigest()}"
 
 

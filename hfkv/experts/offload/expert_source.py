@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from hfkv.experts.int4 import Int4Weights
+from hfkv.experts.int4 import TORCH, Int4Weights
 from hfkv.experts.int8 import Int8Weights
-from hfkv.experts.packed import PackedWeights, unpackable
+from hfkv.experts.packed import PackedWeights, why_plain
 from hfkv.experts.weights import ExpertWeights, PlainWeights
 
 Planes = Mapping[str, torch.Tensor]
@@ -117,9 +117,9 @@ def blank(
         if codec == "int8":
             return Int8Weights(shape, dtype, device)
         if codec == "int4":
-            return Int4Weights(shape, dtype, device)
+            return Int4Weights(shape, dtype, device, order=TORCH)
         zeros = torch.zeros(1, outputs, inputs, dtype=dtype, device=device)
-        if is_packed and unpackable(zeros) is None:
+        if is_packed and why_plain(zeros) is None:
             return PackedWeights(zeros.expand(shape))
         if is_transposed:
             return PlainWeights(zeros.new_zeros(experts, inputs, outputs).transpose(1, 2))
@@ -201,7 +201,7 @@ def _portable(weights: ExpertWeights) -> dict[str, torch.Tensor]:
 def _in_cpu_order(planes: Planes, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The reverse of `_portable`."""
     copies = {name: plane[None].clone() for name, plane in planes.items()}
-    return {name: plane[0] for name, plane in Int4Weights.of_planes(copies, dtype).planes().items()}
+    return {name: plane[0] for name, plane in Int4Weights.of_planes(copies, dtype, order=TORCH).planes().items()}
 
 
 def contents_digest(matrices: Iterable[torch.Tensor]) -> str:

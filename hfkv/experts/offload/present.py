@@ -88,7 +88,7 @@ class PresentWeights:
             source = weights.source
             return source.expert if source.has_cpu_order == has_cpu_order else source.portable
         if self.codec is not None:
-            as_they_are = weights.planes() if has_cpu_order else weights.portable_planes()  # type: ignore[attr-defined]
+            as_they_are = weights.cpu_planes() if has_cpu_order else weights.portable_planes()  # type: ignore[attr-defined]
             return lambda expert: {name: plane[expert].cpu() for name, plane in as_they_are.items()}
         encode = Encoder(codec, self.shape, self.dtype, device, has_cpu_order)
         return lambda expert: encode(weights.decode(expert))

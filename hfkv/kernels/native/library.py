@@ -27,7 +27,7 @@ SECONDS = 300
 
 _HERE = Path(__file__).parent
 # A fused product and sum is rounded once: attention may, and codes must be the bits that torch's operations give.
-_SOURCES = {"attention.cpp": "fast", "append.cpp": "off"}
+_SOURCES = {"attention.cpp": "fast", "append.cpp": "off", "experts.cpp": "fast"}
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-fno-math-errno", "-Wno-psabi")
 _LINKED = ("-shared", "-pthread")
 _is_forked = False
@@ -107,10 +107,10 @@ def _compiled(architecture: str) -> Path:
     if compiler is None:
         raise NativeError("there is no C++ compiler: install g++ (Debian and Ubuntu: apt install g++)")
     flags = (*_FLAGS, f"-march={architecture}")
-    made_of = [platform.machine(), _processor(), _version(compiler), *flags, *_LINKED, str(_SOURCES)]
+    made_of = [platform.machine(), processor(), _version(compiler), *flags, *_LINKED, str(_SOURCES)]
     made_of += [path.read_text() for path in sorted(_HERE.glob("*.cpp")) + sorted(_HERE.glob("*.h"))]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:20]
-    folder = _private_folder()
+    folder = private_folder()
     kept = folder / f"{digest}.so"
     if not kept.exists():
         logger.warning("compiling hfkv's native kernels, once on this machine: some seconds")
@@ -159,6 +159,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.hfkv_append.restype = ctypes.c_int
     loaded.hfkv_attend.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_float, pointer, pointer]
     loaded.hfkv_attend.restype = ctypes.c_int
+    loaded.hfkv_expert_linear.argtypes, loaded.hfkv_expert_linear.restype = [pointer] * 8, ctypes.c_int
+    loaded.hfkv_expert_numbers.argtypes, loaded.hfkv_expert_numbers.restype = [pointer] * 7, ctypes.c_int
     return loaded
 
 
@@ -172,7 +174,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
 
 
-def _processor() -> str:
+def processor() -> str:
     """What tells processors apart: homes are shared by machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -181,7 +183,7 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if re.match(r"(flags|Features|CPU part|model name)\s", line)}))
 
 
-def _private_folder() -> Path:
+def private_folder() -> Path:
     """The folder that compiled kernels are kept in, which nobody else may write to: what lies there is run."""
     given = os.environ.get(FOLDER)
     try:
