@@ -13,6 +13,8 @@ from hfkv.stores.offload import bus
 from tests.lazy_bus import LazyBus
 from tests.pairwise import leave_the_rest_for_slow
 
+# What runs beside the tests does not decide what they run; a test that measures asks for it.
+os.environ.setdefault("HFKV_MEASURE", "0")
 torch.set_num_threads(int(os.environ.get("HFKV_TEST_THREADS", "1")))
 
 

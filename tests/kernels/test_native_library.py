@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import subprocess
 import sys
@@ -24,7 +22,9 @@ from hfkv.kernels.native import library as native
 from hfkv.kernels.native.kernels import append, attend
 from hfkv.stores.layout import Layout
 from tests.kernels.cases import case, check
+from tests.kernels.guarded import guarded
 from tests.kernels.held import garbage
+from tests.kernels.stored_experts import EXPERT_CODECS, check_products
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
 
@@ -169,19 +169,6 @@ def test_without_a_home_there_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         native._compiled("native")
 
 
-def guarded(plane: torch.Tensor) -> torch.Tensor:
-    """A copy of a plane whose last byte is the last before memory that may not be touched."""
-    size = plane.numel() * plane.element_size()
-    pages = -(-size // mmap.PAGESIZE) + 1
-    region = mmap.mmap(-1, pages * mmap.PAGESIZE)
-    begin = (pages - 1) * mmap.PAGESIZE - size
-    address = ctypes.addressof(ctypes.c_char.from_buffer(region)) + (pages - 1) * mmap.PAGESIZE
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), mmap.PAGESIZE, 0) == 0
-    bits = torch.frombuffer(region, dtype=torch.uint8, count=size, offset=begin)
-    bits.copy_(plane.contiguous().view(torch.uint8).flatten())
-    return bits.view(plane.dtype).view(plane.shape)
-
-
 @pytest.mark.parametrize("codec", ALL)
 @pytest.mark.parametrize("head_dim", [16, 64, 72, 5])
 def test_nothing_beyond_a_planes_end_is_read_or_written(codec: str, head_dim: int) -> None:
@@ -228,6 +215,9 @@ def compare_with_twins() -> None:
         planes = tuple(torch.zeros_like(plane) for plane in CODECS[codec].encode(rows))
         append(rows, rows, *(Encoded(CODECS[codec], planes, 64),) * 2, Layout(0))
         assert same_bytes(planes, CODECS[codec].encode(rows))
+    for codec in EXPERT_CODECS:
+        for rows_of_experts, dtype in ((2, torch.float32), (9, torch.bfloat16)):
+            check_products(codec, (70, 90), rows_of_experts, dtype)
 
 
 SANITIZED = """
@@ -239,7 +229,8 @@ native._LINKED += ("-fsanitize=address,undefined",)
 assert native.library() is not None, native.why_not()
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
-                      "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py"]))
+                      "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py",
+                      "tests/kernels/test_native_experts.py"]))
 """
 
 

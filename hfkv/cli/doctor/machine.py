@@ -55,6 +55,7 @@ def describe_installation() -> list[Item]:
         *optional,
         _compiler(),
         _native(),
+        *_experts(),
         Item("CPU", machine["processor"], f"{machine['cores']} cores, {threads}, {memory}"),
         *_gpus(),
     ]
@@ -108,6 +109,20 @@ def _native() -> Item:
     if reason:
         return Item("native kernels", None, f"torch's own operations do their work on a CPU: {reason}")
     return Item("native kernels", "compiled", "in C++, for this processor: attention of few queries, and encoding")
+
+
+def _experts() -> list[Item]:
+    """The products of experts' matrices on this CPU, measured now where that was not done yet."""
+    import torch
+
+    from hfkv.kernels.experts.crossover import SWITCH, crossover
+
+    items = []
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        found = crossover(dtype)
+        how = "measured" if found.is_measured else f"by table, {SWITCH}=0"
+        items.append(Item(f"experts, {name}", "packed" if found.packs else "plain", f"{how}: {found}"))
+    return items
 
 
 def _gpus() -> list[Item]:

@@ -29,6 +29,7 @@ logger = logging.getLogger("hfkv")
 SWITCH = "HFKV_MEASURE"
 FORMS = ("plain", "int8", "int4")
 ANY = 1 << 62
+_DTYPES = (torch.float32, torch.bfloat16)
 # Rows of one expert at which products are timed; its matrix; copies, more than the second cache holds; and turns.
 ROWS = (1, 4, 16, 64, 128)
 _SHAPE, _COPIES, _TURNS = (512, 1024), 6, 9
@@ -60,11 +61,11 @@ class Crossover:
 
     def __str__(self) -> str:
         forms = (f"{form} {_said(rows)}" for form, rows in self.most_rows.items())
-        return f"{'packed' if self.packs else 'not packed'}; native kernels: {', '.join(forms)}"
+        return f"{'packed' if self.packs else 'left plain'}; native products: {', '.join(forms)}"
 
 
 def _said(rows: int) -> str:
-    return "never" if not rows else "at any length" if rows >= ANY else f"up to {rows} rows an expert"
+    return "never" if not rows else "of any rows" if rows >= ANY else f"to {rows} rows an expert"
 
 
 def is_native(form: str, x: torch.Tensor) -> bool:
@@ -74,15 +75,15 @@ def is_native(form: str, x: torch.Tensor) -> bool:
 
 def can_decode(dtype: torch.dtype) -> bool:
     """Whether the native kernels decode experts on a CPU to `dtype`."""
-    is_one = dtype in (torch.float32, torch.bfloat16)
-    return is_one and native.library() is not None and not torch.jit.is_tracing()
+    return dtype in _DTYPES and native.library() is not None and not torch.jit.is_tracing()
 
 
 def most_native_rows(form: str, dtype: torch.dtype) -> int:
     """The rows up to which the native kernels multiply an expert of `form`, on a CPU; 0 where there are none."""
     rows = _most_rows.get((form, dtype))
     if rows is None:
-        can = native.library() is not None and (form != "plain" or dtype != torch.float16)
+        can = dtype in _DTYPES or (dtype == torch.float16 and form != "plain")
+        can = can and native.library() is not None
         rows = _most_rows[form, dtype] = crossover(dtype).most_rows[form] if can else 0
     return rows
 
@@ -99,7 +100,7 @@ def crossover(dtype: torch.dtype) -> Crossover:
         dtype: float32 or bfloat16; others follow the table.
     """
     table = by_table(dtype)
-    if os.environ.get(SWITCH) == "0" or dtype not in (torch.float32, torch.bfloat16):
+    if os.environ.get(SWITCH) == "0" or dtype not in _DTYPES:
         return table
     kept = _place(dtype)
     found = None if kept is None else _read(kept)
