@@ -10,21 +10,90 @@
 namespace hfkv {
 namespace {
 
+constexpr int64_t LANES = 16;
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint8_t Codes __attribute__((vector_size(16)));
+
+inline Vector load(const float *at) {
+    Vector x;
+    std::memcpy(&x, at, sizeof(x));
+    return x;
+}
+
+inline void store(float *at, Vector x) { std::memcpy(at, &x, sizeof(x)); }
+
+inline Vector select(Integers where, Vector yes, Vector no) {
+    return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
+}
+
+#if defined(__clang__)
+#define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define SHUFFLED(x, ...) __builtin_shuffle(x, Integers{__VA_ARGS__})
+#endif
+
+// The numbers as they are swapped with partners 1, 2, 4 or 8 places away.
+inline Vector swapped_1(Vector x) { return SHUFFLED(x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14); }
+inline Vector swapped_2(Vector x) { return SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13); }
+inline Vector swapped_4(Vector x) { return SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11); }
+inline Vector swapped_8(Vector x) { return SHUFFLED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7); }
+
+inline Vector at_most(Vector x, float limit) { return select(x > limit, Vector{} + limit, x); }
+inline Vector at_least(Vector x, float limit) { return select(x < limit, Vector{} + limit, x); }
+
+// Whole numbers of numbers below 2 ** 22, half to even; NaN is 0.
+inline Integers whole(Vector x) {
+    x = select(x == x, x, Vector{});
+    return __builtin_convertvector((x + 12582912.0f) - 12582912.0f, Integers);
+}
+
+// Up to 16 codes, from the lowest bytes of as many numbers.
+inline void store_codes(uint8_t *at, Integers x, int64_t count) {
+    Codes codes = __builtin_convertvector(x & 0xFF, Codes);
+    if (count < LANES) {
+        std::memcpy(at, &codes, count);
+    } else {
+        std::memcpy(at, &codes, LANES);
+    }
+}
+
 // See `hfkv.codecs.base.scale_for`: rounded before anything is divided by it.
 uint16_t scale_for(float largest, float inverse) {
     uint16_t scale = to_bf16(largest * inverse);
     return (scale & 0x7FFF) == 0 ? 0x3F80 : scale;
 }
 
-float largest_of(const float *x, int64_t width) {
-    float largest = 0;
-    bool has_nan = false;
-    for (int64_t i = 0; i < width; i++) {
-        float magnitude = std::fabs(x[i]);
-        has_nan |= magnitude != magnitude;
-        largest = magnitude > largest ? magnitude : largest;
+// The least and the most of a row, both NaN where one number is. Rows are followed by copies of their first number, up
+// to a multiple of LANES.
+void range_of(const float *x, int64_t width, float *least, float *most) {
+    Vector low = load(x), high = low;
+    Integers odd = low != low;
+    for (int64_t i = LANES; i < width; i += LANES) {
+        Vector numbers = load(x + i);
+        odd |= numbers != numbers;
+        low = select(numbers < low, numbers, low);
+        high = select(numbers > high, numbers, high);
     }
-    return has_nan ? NAN : largest;
+    Vector nans = (Vector)odd;
+    auto fold = [&](auto swapped) {
+        Vector others = swapped(low);
+        low = select(others < low, others, low);
+        others = swapped(high);
+        high = select(others > high, others, high);
+        nans = (Vector)((Integers)nans | (Integers)swapped(nans));
+    };
+    fold(swapped_8), fold(swapped_4), fold(swapped_2), fold(swapped_1);
+    bool has_nan = ((Integers)nans)[0] != 0;
+    *least = has_nan ? NAN : low[0];
+    *most = has_nan ? NAN : high[0];
+}
+
+float largest_of(const float *x, int64_t width) {
+    float least, most;
+    range_of(x, width, &least, &most);
+    return -least > most ? -least : std::fabs(most);
 }
 
 // As torch casts to float8_e4m3fn.
@@ -42,13 +111,11 @@ uint8_t to_fp8(float x) {
     return uint8_t(result | (sign >> 24));
 }
 
-void encode_int8(const float *x, int64_t width, int8_t *codes, uint16_t *scale) {
+void encode_int8(const float *x, int64_t width, uint8_t *codes, uint16_t *scale) {
     *scale = scale_for(largest_of(x, width), float(1.0 / 127));
     float by = from_bf16(*scale);
-    for (int64_t i = 0; i < width; i++) {
-        float q = std::nearbyint(x[i] / by);
-        q = q > 127 ? 127 : q < -127 ? -127 : q;
-        codes[i] = q == q ? int8_t(q) : int8_t(0);
+    for (int64_t i = 0; i < width; i += LANES) {
+        store_codes(codes + i, whole(at_least(at_most(load(x + i) / by, 127), -127)), width - i);
     }
 }
 
@@ -61,32 +128,50 @@ void encode_fp8(const float *x, int64_t width, uint8_t *codes, uint16_t *scale) 
     }
 }
 
-void encode_int4(float *x, int64_t width, uint8_t *codes, uint16_t *scale_and_low) {
-    rotate(x, width);
-    float least = x[0], most = x[0];
-    bool has_nan = false;
-    for (int64_t i = 0; i < width; i++) {
-        has_nan |= x[i] != x[i];
-        least = x[i] < least ? x[i] : least;
-        most = x[i] > most ? x[i] : most;
+// Adds to each number its partner, and takes it from its partner where `signs` says so.
+inline Vector butterfly(Vector x, Vector partners, Integers signs) { return partners + (Vector)((Integers)x ^ signs); }
+
+// `rotate` of common.h to the bit: the same sums in the same order, 16 at once.
+void rotate_row(float *row, int64_t width) {
+    int64_t block = width & -width;
+    if (block < LANES) return rotate(row, width);
+    constexpr int32_t N = INT32_MIN;
+    for (int64_t i = 0; i < width; i += LANES) {
+        Vector x = load(row + i);
+        x = butterfly(x, swapped_1(x), Integers{0, N, 0, N, 0, N, 0, N, 0, N, 0, N, 0, N, 0, N});
+        x = butterfly(x, swapped_2(x), Integers{0, 0, N, N, 0, 0, N, N, 0, 0, N, N, 0, 0, N, N});
+        x = butterfly(x, swapped_4(x), Integers{0, 0, 0, 0, N, N, N, N, 0, 0, 0, 0, N, N, N, N});
+        x = butterfly(x, swapped_8(x), Integers{0, 0, 0, 0, 0, 0, 0, 0, N, N, N, N, N, N, N, N});
+        store(row + i, x);
     }
-    if (has_nan) least = most = NAN;
+    for (int64_t half = LANES; half < block; half *= 2) {
+        for (int64_t i = 0; i < width; i += 2 * half) {
+            for (int64_t j = i; j < i + half; j += LANES) {
+                Vector a = load(row + j), b = load(row + j + half);
+                store(row + j, a + b);
+                store(row + j + half, a - b);
+            }
+        }
+    }
+    float scale = float(1.0 / std::sqrt(double(block)));
+    for (int64_t i = 0; i < width; i += LANES) store(row + i, load(row + i) * scale);
+}
+
+// Numbers behind the row's last one are written over.
+void encode_int4(float *x, int64_t width, uint8_t *codes, uint16_t *scale_and_low) {
+    rotate_row(x, width);
+    for (int64_t i = width; i % LANES; i++) x[i] = x[0];
+    float least, most;
+    range_of(x, width, &least, &most);
     uint16_t low = to_bf16(least + 0.0f);  // of 0.0 and -0.0 no order says which is the least
     float origin = from_bf16(low);
     scale_and_low[0] = scale_for(most - origin, float(1.0 / 15));
     scale_and_low[1] = low;
     float by = from_bf16(scale_and_low[0]);
     int64_t half = (width + 1) / 2;
-    for (int64_t i = 0; i < width; i++) {
-        float q = std::nearbyint((x[i] - origin) / by);
-        q = q > 15 ? 15 : q < 0 ? 0 : q;
-        uint8_t code = q == q ? uint8_t(q) : uint8_t(0);
-        if (i < half) {
-            codes[i] = code;
-        } else {
-            codes[i - half] |= uint8_t(code << 4);
-        }
-    }
+    auto code = [&](int64_t i) { return whole(at_least(at_most((load(x + i) - origin) / by, 15), 0)); };
+    if (width % 2) x[width] = origin;  // which is code 0
+    for (int64_t i = 0; i < half; i += LANES) store_codes(codes + i, code(i) | code(half + i) << 4, half - i);
 }
 
 // New tokens of keys or values, and the planes they go to.
@@ -109,10 +194,18 @@ void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n
         std::memcpy(part.data + slot * width * size, tokens, width * size);
         return;
     }
-    for (int64_t i = 0; i < width; i++) row[i] = load_number(tokens, dtype, i);
+    if (dtype == F32) {
+        std::memcpy(row, tokens, 4 * width);
+    } else if (dtype == BF16) {
+        const uint16_t *halves = reinterpret_cast<const uint16_t *>(tokens);
+        for (int64_t i = 0; i < width; i++) row[i] = from_bf16(halves[i]);
+    } else {
+        for (int64_t i = 0; i < width; i++) row[i] = load_number(tokens, dtype, i);
+    }
+    for (int64_t i = width; i % LANES; i++) row[i] = row[0];
     uint16_t *scales = reinterpret_cast<uint16_t *>(part.scales);
     if (codec == INT8) {
-        encode_int8(row, width, reinterpret_cast<int8_t *>(part.data) + slot * width, scales + slot);
+        encode_int8(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * width, scales + slot);
     } else if (codec == FP8) {
         encode_fp8(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * width, scales + slot);
     } else {
@@ -176,7 +269,7 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
     // Some tasks a thread: one that comes late has the others do more.
     int64_t tasks = threads > 1 ? std::min(rows, 8 * threads) : 1;
     Pool::shared().run(threads, tasks, [&](int64_t task) {
-        std::vector<float> row(widest);  // a few hundred numbers
+        std::vector<float> row(widest + 2 * LANES);  // a few hundred numbers, and what is read behind them
         for (int64_t index = task * rows / tasks; index < (task + 1) * rows / tasks; index++) {
             const Part &part = parts[index >= rows_of_keys];
             int64_t of_part = index >= rows_of_keys ? index - rows_of_keys : index;
