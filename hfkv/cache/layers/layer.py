@@ -15,6 +15,7 @@ from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group, Step
 from hfkv.codecs import CODECS
 from hfkv.kernels.dispatch import append_kernel
+from hfkv.kernels.encoding import encode
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
@@ -111,7 +112,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
             new = key_states.detach(), value_states.detach()
         kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
         if kernel is None or self.store.is_offloaded or not self.store.planes:
-            self.store.append(self.codec.encode(new[0]) + self.codec.encode(new[1]))
+            self.store.append(encode(self.codec, *new))
             return
         with self.store.lock:
             before = self.store.extend(key_states.shape[2])

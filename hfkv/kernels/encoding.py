@@ -1,0 +1,41 @@
+"""`encode`: the planes of new tokens of their own, by the kernel that writes others behind those held."""
+
+from __future__ import annotations
+
+import torch
+
+from hfkv.codecs import Codec, Planes
+from hfkv.kernels.dispatch import append_kernel
+from hfkv.kernels.inputs import Encoded
+from hfkv.stores.layout import Layout
+
+
+def encode(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> Planes:
+    """Encodes tokens of one layer, to the bits of ``codec.encode``.
+
+    A CPU's kernels write the codes of a prompt in one pass; elsewhere, and where something looks at torch's
+    operations, these do it.
+
+    Args:
+        codec: of both.
+        keys, values: `[B, H, n, D]`, of one device.
+
+    Returns:
+        The planes of the keys and, behind them, of the values.
+    """
+    kernel = append_kernel(codec.name, keys.dtype, keys.device, (keys.shape[3], values.shape[3])).run
+    if kernel is None or keys.device.type != "cpu" or _is_looked_at():
+        return codec.encode(keys) + codec.encode(values)
+    sides = [Encoded(codec, _room_for(codec, states), states.shape[3]) for states in (keys, values)]
+    kernel(keys, values, *sides, Layout(0))
+    return sides[0].planes + sides[1].planes
+
+
+def _is_looked_at() -> bool:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_traced or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _room_for(codec: Codec, states: torch.Tensor) -> Planes:
+    shapes = codec.encode(states[:, :, :0])
+    return tuple(plane.new_empty(*states.shape[:3], *plane.shape[3:]) for plane in shapes)
