@@ -12,6 +12,7 @@
 #endif
 
 #include "common.h"
+#include "pool.h"
 
 namespace hfkv {
 namespace {
@@ -300,6 +301,12 @@ template <typename T> struct Room {
     }
 };
 
+// Some tasks a thread, each of blocks that lie together: one that comes late has the others do more.
+template <typename Work> void share(int64_t threads, int64_t blocks, const Work &work) {
+    int64_t tasks = threads > 1 ? std::min(blocks, 8 * threads) : 1;
+    Pool::shared().run(threads, tasks, [&](int64_t task) { work(task * blocks / tasks, (task + 1) * blocks / tasks); });
+}
+
 // As many rows meet numbers that are decoded in registers, again for each FEW of them; of plain ones any number.
 inline int64_t most_direct(int64_t codec) { return codec == INT8 ? 2 * FEW : codec == INT4 ? FEW : 0; }
 
@@ -328,8 +335,7 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
             for (int64_t i = 0; i < matrix.inputs; i++) put(row + i, load_number(x, dtype, r * matrix.inputs + i));
         }
     }
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-    {
+    share(threads, blocks, [&](int64_t begin, int64_t end) {
         Room<T> decoded;
         Room<float> steps, sums;
         try {
@@ -338,11 +344,10 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
             sums.take(rows * BLOCK);
         } catch (const std::bad_alloc &) {
             failure = 2;
+            return;
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int64_t block = 0; block < blocks; block++) {
-            if (failure) continue;
-            int64_t first = block * BLOCK, count = std::min(BLOCK, matrix.outputs - first);
+        for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, matrix.outputs); first += BLOCK) {
+            int64_t count = std::min(BLOCK, matrix.outputs - first);
             const char *at = matrix.weight + first * matrix.stride;
             auto meet = [&](auto weights) { multiply(weights, count, given.begin, rows, width, sums.begin); };
             if (matrix.codec == INT4) read_steps(matrix, first, count, steps.begin);
@@ -358,25 +363,23 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
             }
             write(matrix, first, count, sums.begin, rows, out, dtype, num_columns);
         }
-    }
+    });
     return failure;
 }
 
 template <typename T> int numbers(const Matrix &matrix, T *out, int64_t threads) {
     int64_t width = matrix.width();
     std::atomic<int> failure{0};
-#pragma omp parallel num_threads(int(threads)) if (threads > 1)
-    {
+    share(threads, (matrix.outputs + BLOCK - 1) / BLOCK, [&](int64_t begin, int64_t end) {
         Room<float> decoded, steps;
         try {
             decoded.take(BLOCK * (width + PAD));
             if (matrix.codec == INT4) steps.take(2 * BLOCK * width / GROUP);
         } catch (const std::bad_alloc &) {
             failure = 2;
+            return;
         }
-#pragma omp for
-        for (int64_t first = 0; first < matrix.outputs; first += BLOCK) {
-            if (failure) continue;
+        for (int64_t first = begin * BLOCK; first < std::min(end * BLOCK, matrix.outputs); first += BLOCK) {
             int64_t count = std::min(BLOCK, matrix.outputs - first);
             if (matrix.codec == INT4) read_steps(matrix, first, count, steps.begin);
             decode(matrix, first, count, steps.begin, decoded.begin);
@@ -387,7 +390,7 @@ template <typename T> int numbers(const Matrix &matrix, T *out, int64_t threads)
                 for (int64_t i = 0; i < matrix.inputs; i++) put(its + i, row[i] * scale);
             }
         }
-    }
+    });
     return failure;
 }
 
