@@ -301,10 +301,21 @@ template <typename T> struct Room {
     }
 };
 
-// Some tasks a thread, each of blocks that lie together: one that comes late has the others do more.
+// GOMP_parallel of the OpenMP that torch has loaded, or none.
+using Region = void (*)(void (*)(void *), void *, unsigned, unsigned);
+Region region = nullptr;
+
+// Shares blocks among torch's own threads, some tasks of neighbouring ones for each. Between the products of an expert
+// torch computes too, and its threads look for more to do for a while: others would have to wait for their cores.
 template <typename Work> void share(int64_t threads, int64_t blocks, const Work &work) {
     int64_t tasks = threads > 1 ? std::min(blocks, 8 * threads) : 1;
-    Pool::shared().run(threads, tasks, [&](int64_t task) { work(task * blocks / tasks, (task + 1) * blocks / tasks); });
+    auto task = [&](int64_t i) { work(i * blocks / tasks, (i + 1) * blocks / tasks); };
+    if (!region || threads < 2) return Pool::shared().run(threads, tasks, task);
+    std::atomic<int64_t> next{0};
+    auto take_part = [&] {
+        for (int64_t i = next++; i < tasks; i = next++) task(i);
+    };
+    region([](void *given) { (*static_cast<decltype(take_part) *>(given))(); }, &take_part, unsigned(threads), 0);
 }
 
 // As many rows meet numbers that are decoded in registers, again for each FEW of them; of plain ones any number.
@@ -410,6 +421,9 @@ Matrix matrix_of(const int64_t *shape, const void *weight, const void *scale, co
 
 }  // namespace
 }  // namespace hfkv
+
+// Takes the function by which torch's OpenMP begins a region.
+extern "C" void hfkv_expert_region(void *given) { hfkv::region = reinterpret_cast<hfkv::Region>(given); }
 
 // Products of x `[rows, K]` with a matrix, written to its columns of out `[rows, columns]`; 2 where memory is missing.
 // shape: codec, N, K, bytes from one output to the next, bytes of a column; then rows, the dtype of x and out, columns

@@ -160,8 +160,19 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.hfkv_attend.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_float, pointer, pointer]
     loaded.hfkv_attend.restype = ctypes.c_int
     loaded.hfkv_expert_linear.argtypes, loaded.hfkv_expert_linear.restype = [pointer] * 8, ctypes.c_int
+    loaded.hfkv_expert_region.argtypes, loaded.hfkv_expert_region.restype = [pointer], None
+    loaded.hfkv_expert_region(_region())
     loaded.hfkv_expert_numbers.argtypes, loaded.hfkv_expert_numbers.restype = [pointer] * 7, ctypes.c_int
     return loaded
+
+
+def _region() -> int | None:
+    """The address of the function by which torch's OpenMP begins a region; None where it has none that is known."""
+    library = next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"), None)
+    try:
+        return ctypes.cast(ctypes.CDLL(str(library)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def find_compiler() -> str | None:
