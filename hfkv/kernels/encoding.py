@@ -17,8 +17,8 @@ def encode(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> Planes:
     operations, these do it.
 
     Args:
-        codec: of both.
-        keys, values: `[B, H, n, D]`, of one device.
+        codec: the codec of keys and values.
+        keys, values: tokens `[B, H, n, D]`, on one device.
 
     Returns:
         The planes of the keys and, behind them, of the values.

@@ -144,7 +144,7 @@ def chosen(microseconds: dict[str, list[float]], table: Crossover) -> Crossover:
     """Decides by times: whatever is chosen is nowhere slower than transformers' own products of plain matrices.
 
     Args:
-        microseconds: as in `Crossover`.
+        microseconds: times of each way, as `measure` gives them.
         table: what is decided where nothing was measured: packing, without oneDNN.
     """
     stock = microseconds["stock"]
