@@ -13,8 +13,9 @@ from hfkv.kernels.native.experts import expert_numbers, expert_products
 # `torch._weight_int8pack_mm` reads past the end of a matrix whose rows are no multiple of this many numbers, and
 # crashes on one that does not begin at a multiple of so many bytes (what is loaded from a file need not).
 _CPU_INPUTS, _CPU_OUTPUTS, _CPU_BYTES = 32, 4, 16
-# Rows up to which it is faster than decoding: 4096 x 1024 took 1.7 ms of 32 rows, and 3.4 of 64 (1 core of an EPYC).
-_CPU_ROWS = 32
+# Rows up to which it is faster than decoding by torch, in bfloat16 and in other dtypes. 4096 x 1024, 1 core of an EPYC:
+# 1.7 ms of 32 rows, 3.4 of 64; in float32 2.8 ms a row.
+_CPU_ROWS, _CPU_FEW = 32, 3
 
 
 class Int8Weights(ExpertWeights):
@@ -42,8 +43,8 @@ class Int8Weights(ExpertWeights):
             out = x.new_empty(len(x), self.shape[1])
             expert_products(x, out, expert, self.int8, self.scales)
             return out
-        # Torch's own product is for few rows, and in bfloat16 only: of others decoded experts are faster.
-        if x.dtype == torch.bfloat16 and len(x) <= _CPU_ROWS and self._is_tiled(expert):
+        # Torch's own product is for few rows, in other dtypes than bfloat16 very few: decoded experts are then faster.
+        if len(x) <= (_CPU_ROWS if x.dtype == torch.bfloat16 else _CPU_FEW) and self._is_tiled(expert):
             return torch._weight_int8pack_mm(x, self.int8[expert], self.scales[expert].to(x.dtype))
         return F.linear(x, self._numbers(expert, x.dtype))
 

@@ -21,6 +21,8 @@ from hfkv.cli.doctor.layers import ModelReport, describe_layers
 from hfkv.cli.doctor.machine import TRANSFORMERS, Item, describe_installation
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import Kernel, attention_kernel
+from hfkv.kernels.experts import crossover as crossovers
+from hfkv.kernels.experts.crossover import ANY, Crossover
 from hfkv.kernels.naive import attention_naive
 from hfkv.kernels.native.library import library, why_not
 from hfkv.kernels.selftest import suite as selftest
@@ -139,6 +141,14 @@ def test_without_native_kernels_the_doctor_says_why(without_native: None) -> Non
     (item,) = (item for item in describe_installation() if item.name == "native kernels")
     assert item.found is None
     assert "HFKV_NATIVE=0" in item.note
+
+
+def test_the_doctor_says_what_is_chosen_for_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Crossover(True, {"plain": 4, "int8": ANY, "int4": 0}, {"stock": [4.0, 3.0], "packed": [2.0, 3.0]})
+    monkeypatch.setattr(crossovers, "crossover", lambda dtype: found)
+    notes = [item.note for item in describe_installation() if item.name.startswith("experts")]
+    products = "packed; native products: plain to 4 rows an expert, int8 of any rows, int4 never"
+    assert notes == [f"measured (1.00 to 2.00 x plain ones): {products}"] * 2
 
 
 def test_global_layers_and_heads_are_groups_of_their_own() -> None:

@@ -108,7 +108,7 @@ def _native() -> Item:
     reason = why_not()
     if reason:
         return Item("native kernels", None, f"torch's own operations do their work on a CPU: {reason}")
-    return Item("native kernels", "compiled", "in C++, for this processor: attention of few queries, and encoding")
+    return Item("native kernels", "compiled", "in C++, for this processor: attention of few queries, encoding, experts")
 
 
 def _experts() -> list[Item]:
@@ -118,9 +118,11 @@ def _experts() -> list[Item]:
     from hfkv.kernels.experts.crossover import SWITCH, crossover
 
     items = []
-    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         found = crossover(dtype)
         how = "measured" if found.is_measured else f"by table, {SWITCH}=0"
+        if found.gains:
+            how += f" ({min(found.gains):.2f} to {max(found.gains):.2f} x plain ones)"
         items.append(Item(f"experts, {name}", "packed" if found.packs else "plain", f"{how}: {found}"))
     return items
 
