@@ -15,7 +15,7 @@ from hfkv.experts.weights import ExpertWeights, aligned, check_matrix
 from hfkv.kernels.experts.codes import Codes
 from hfkv.kernels.experts.crossover import can_decode, is_native
 from hfkv.kernels.native.experts import expert_numbers, expert_products
-from hfkv.kernels.native.library import library
+from hfkv.kernels.native.library import library, processor
 
 # One output in twenty is kept in eight bits, and the four-bit ones are a multiple of what kernels take at once: 4.7
 # bits a number. The relative error of Gaussian experts is 11.8 %, against 12.1 % without, at 4.5 bits.
@@ -37,7 +37,7 @@ class Int4Weights(ExpertWeights):
     Attributes:
         nibbles: uint8 `[E, N4, Kp / 2]`; in group g, byte j holds inputs 32 g + j (low) and 32 g + 16 + j (high).
         order: `BYTES` for that, or `TORCH` for the order of torch's own product on a CPU: where there are no native
-            kernels, and in the slots and files of offloaded experts.
+            kernels or no AVX-512, and in the slots and files of offloaded experts.
         groups: int8 `[E, Kp / 32, N4, 2]`, step and centre, in units.
         units: bfloat16 `[E, N4, 2]`, the units of both for each output.
         rest: the other outputs, in eight bits.
@@ -198,10 +198,11 @@ class Int4Weights(ExpertWeights):
 
 
 def _order_on(device: torch.device, order: str | None) -> str:
-    """The order on a device: the given one, or on a CPU that of the kernels that are there."""
+    """The order on a device: the given one, or on a CPU that of the products that are the fastest there."""
     if device.type != "cpu":
         return BYTES
-    return order or (BYTES if library() is not None else TORCH)
+    # With narrower vectors than AVX-512's the native products of int4 take ten times as long.
+    return order or (BYTES if library() is not None and "avx512f" in processor() else TORCH)
 
 
 def _to_bytes(nibbles: torch.Tensor) -> torch.Tensor:

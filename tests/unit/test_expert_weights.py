@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hfkv.experts.checkpoint import CODECS
-from hfkv.experts.int4 import Int4Weights
+from hfkv.experts.int4 import BYTES, TORCH, Int4Weights
 from hfkv.experts.int8 import Int8Weights
 from hfkv.experts.packed import PackedWeights, unpackable
 from hfkv.experts.weights import ExpertWeights, PlainWeights
@@ -147,6 +147,24 @@ def test_int4_is_portable() -> None:
             whole[part.columns[expert].long()] = decode_codes(part, expert)
         # The products of a CPU round steps and centres in float32, as this does.
         assert torch.allclose(whole, again.decode(expert), atol=1e-5)
+
+
+@pytest.mark.parametrize("order", [BYTES, TORCH])
+def test_an_order_goes_with_the_weights(order: str) -> None:
+    """Whoever reads them, with native kernels or without, has the same numbers; files of before have torch's order."""
+    matrices = torch.randn(2, 90, 70).bfloat16()
+    weights = Int4Weights((2, 90, 70), torch.bfloat16, CPU, order=order)
+    weights.write_all(matrices)
+    expected = weights.read_all()
+    x = torch.randn(40, 70).bfloat16()
+    for other in (written("int4", matrices), pickle.loads(pickle.dumps(weights)), weights.to(CPU, torch.bfloat16)):
+        assert torch.equal(other.read_all(), expected)
+        assert relative(other.linear(x, 1), x.float() @ expected[1].float().t()) <= 1.2e-2
+    planes = weights.cpu_planes()
+    as_before = object.__new__(Int4Weights)
+    state = {**vars(weights), **{name: planes[name] for name in ("nibbles", "groups", "units")}}
+    as_before.__setstate__({name: value for name, value in state.items() if name != "order"})
+    assert torch.equal(as_before.read_all(), expected)
 
 
 def test_what_cannot_be_packed_says_why() -> None:

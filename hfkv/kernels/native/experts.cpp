@@ -71,7 +71,7 @@ inline void load_nibbles(const void *at, Vector &low, Vector &high) {
 #if defined(__AVX512F__)
     Naturals both = (Naturals)_mm512_cvtepu8_epi32(load<__m128i>(at));
 #else
-    Naturals both = __builtin_convertvector(load<Codes>(at), Naturals);
+    Naturals both = __builtin_convertvector(__builtin_convertvector(load<Codes>(at), Halves), Naturals);
 #endif
     low = __builtin_convertvector((Integers)(both & 15) - 8, Vector);
     high = __builtin_convertvector((Integers)(both >> 4) - 8, Vector);
@@ -121,6 +121,17 @@ template <typename T> struct Plain {
 
     auto operator()(int64_t m, int64_t i) const { return load_factor(weights + m * stride + i); }
     Plain from(int64_t m) const { return {weights + m * stride, stride}; }
+};
+
+struct Halved {
+    const char *weights;
+    int64_t stride;
+
+    Pair operator()(int64_t m, int64_t i) const {
+        const char *at = weights + m * stride + 2 * i;
+        return {load_halves(at), load_halves(at + 2 * LANES)};
+    }
+    Halved from(int64_t m) const { return {weights + m * stride, stride}; }
 };
 
 struct Int8 {
@@ -318,8 +329,8 @@ template <typename Work> void share(int64_t threads, int64_t blocks, const Work 
     region([](void *given) { (*static_cast<decltype(take_part) *>(given))(); }, &take_part, unsigned(threads), 0);
 }
 
-// As many rows meet numbers that are decoded in registers, again for each FEW of them; of plain ones any number.
-inline int64_t most_direct(int64_t codec) { return codec == INT8 ? 2 * FEW : codec == INT4 ? FEW : 0; }
+// As many rows meet numbers that are decoded in registers, again for each FEW of them.
+inline int64_t most_direct(int64_t codec) { return codec == INT4 ? FEW : 2 * FEW; }
 
 // T is what rows, and numbers that are decoded, are written as on the way.
 template <typename T>
@@ -366,6 +377,8 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
                 meet(Plain<T>{reinterpret_cast<const T *>(at), matrix.stride / int64_t(sizeof(T))});
             } else if (is_direct && matrix.codec == INT8) {
                 if constexpr (OWN == F32) meet(Int8{at, matrix.stride});
+            } else if (is_direct && matrix.codec == NONE_BF16) {
+                if constexpr (OWN == F32) meet(Halved{at, matrix.stride});
             } else if (is_direct) {
                 if constexpr (OWN == F32) meet(Int4{at, matrix.stride, steps.begin});
             } else {
@@ -433,7 +446,7 @@ extern "C" int hfkv_expert_linear(const int64_t *shape, const void *weight, cons
     using namespace hfkv;
     Matrix matrix = matrix_of(shape, weight, scale, groups, units, columns);
     int64_t rows = shape[5], dtype = shape[6];
-    if (MULTIPLIES_BF16 && dtype == BF16 && rows > most_direct(matrix.codec)) {
+    if (MULTIPLIES_BF16 && dtype == BF16 && (rows > most_direct(matrix.codec) || matrix.codec == NONE_BF16)) {
         return linear<uint16_t>(matrix, x, rows, out, dtype, shape[7], shape[8]);
     }
     return linear<float>(matrix, x, rows, out, dtype, shape[7], shape[8]);

@@ -185,6 +185,7 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
 
 
+@functools.cache
 def processor() -> str:
     """What tells processors apart: homes are shared by machines."""
     try:
