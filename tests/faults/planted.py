@@ -54,7 +54,7 @@ FAULTS = (
     ),
     Fault(
         "a native query sees the token after its own",
-        "hfkv/kernels/native/attention.cpp",
+        "hfkv/kernels/native/sight.h",
         "j >= pads && j <= t &&",
         "j >= pads && j <= t + 1 &&",
         ("kernels/test_cpu_attention.py",),

@@ -1,0 +1,36 @@
+// What is asked of attention, and what a stretch of tokens comes to.
+
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+#include "vectors.h"
+
+namespace hfkv {
+
+constexpr int64_t TILE = 16;
+
+struct Call {
+    int64_t batch, columns, heads, groups, queries, key_width, value_width, codec, dtype, capacity, threads;
+    int64_t query_strides[3], mask_strides[3], bounds_stride, pages;
+    float scale, softcap;
+    Meta layout;
+    const char *query;
+    const char *planes[4];
+    const int64_t *bounds;
+    const uint8_t *mask;
+    const float *sink_logits;
+    char *out;
+    float *lse;
+
+    int64_t rows() const { return groups * queries; }
+    int64_t padded(int64_t width) const { return (width + LANES - 1) / LANES * LANES; }
+};
+
+// What a stretch of tokens comes to, for all queries of a kv head.
+struct Part {
+    std::vector<float> out, largest, sum;
+};
+
+}  // namespace hfkv

@@ -1,0 +1,189 @@
+// The work of one thread at a time: a stretch of tokens of one row and kv head.
+
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "call.h"
+#include "rows.h"
+#include "sight.h"
+
+namespace hfkv {
+
+constexpr int64_t MOST_ROWS = 4;
+
+class Task {
+  public:
+    Task(const Call &call, int64_t row, int64_t head) : call(call), b(row), h(head), sight(call, row, head) {
+        kd = call.padded(call.key_width), vd = call.padded(call.value_width);
+        query.assign(call.rows() * kd, 0.0f), sums.assign(call.rows(), 0.0f);
+        keys.assign(TILE * kd, 0.0f), values.assign(TILE * vd, 0.0f);
+        weights.assign(call.rows() * TILE, 0.0f);
+        const char *from = call.query;
+        for (int64_t g = 0; g < call.groups; g++) {
+            for (int64_t n = 0; n < call.queries; n++) {
+                float *q = &query[(g * call.queries + n) * kd];
+                int64_t at = b * call.query_strides[0] + (h * call.groups + g) * call.query_strides[1];
+                at += n * call.query_strides[2];
+                for (int64_t i = 0; i < call.key_width; i++) q[i] = load_number(from, call.dtype, at + i) * call.scale;
+                if (call.codec == INT4) rotate(q, call.key_width);
+                float sum = 0;
+                for (int64_t i = 0; i < call.key_width; i++) sum += q[i];
+                sums[g * call.queries + n] = sum;
+            }
+        }
+    }
+
+    template <int64_t CODEC> void attend(int64_t begin, int64_t end, Part &part) {
+        part.out.assign(call.rows() * vd, 0.0f);
+        part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
+        const Meta &layout = call.layout;
+        if (!call.columns) {
+            return attend_run<CODEC>(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
+        }
+        int64_t column = 0;
+        // There may be room for more columns than hold anything: they begin nowhere.
+        while (column + 1 < call.columns && layout.begins(column + 1) <= begin &&
+               layout.high(column + 1) > layout.low(column + 1)) {
+            column++;
+        }
+        for (; column < call.columns && layout.begins(column) < end; column++) {
+            int64_t first = layout.begins(column), last = first + layout.high(column) - layout.low(column);
+            int64_t from = std::max(first, begin), to = std::min(last, end);
+            if (from >= to) continue;
+            int64_t slot = (layout.page(b, column) * call.heads + h) * call.capacity + layout.low(column);
+            attend_run<CODEC>(from, to, slot + from - first, part);
+        }
+    }
+
+  private:
+    // Tokens `begin .. end - 1`, which lie one after the other from `slot` on.
+    template <int64_t CODEC> void attend_run(int64_t begin, int64_t end, int64_t slot, Part &part) {
+        // No tile has slots of sinks and newest tokens: positions go on within one.
+        int64_t slots_end = call.layout.num_slots();
+        for (int64_t from = begin; from < end;) {
+            int64_t to = std::min(from + TILE, end);
+            if (from < slots_end && to > slots_end) to = slots_end;
+            attend_tile<CODEC>(from, to - from, slot + from - begin, part);
+            from = to;
+        }
+    }
+
+    template <int64_t CODEC> void attend_tile(int64_t from, int64_t count, int64_t slot, Part &part) {
+        if (!sight.look(from, count)) return;
+        const float *rows = read_rows<CODEC>(0, call.key_width, kd, slot, count, keys.data());
+        Vector scale = read_scales<CODEC>(1, slot, count), low = read_lows<CODEC>(1, slot, count);
+        for (int64_t r = 0; r < call.rows(); r++) score<CODEC>(r, rows, scale, low, part);
+        rows = read_rows<CODEC>(2, call.value_width, vd, slot, count, values.data());
+        scale = read_scales<CODEC>(3, slot, count), low = read_lows<CODEC>(3, slot, count);
+        int64_t r = 0;
+        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<CODEC, MOST_ROWS>(r, rows, scale, low, part);
+        for (; r < call.rows(); r++) add<CODEC, 1>(r, rows, scale, low, part);
+    }
+
+    // The tile's rows of one plane as float32 `[16, padded]`, without their scales; nothing where no query sees a token:
+    // what a value holds that nobody sees must not reach the sum, where 0 x NaN is NaN.
+    template <int64_t CODEC>
+    inline const float *read_rows(int64_t plane, int64_t width, int64_t padded, int64_t slot, int64_t count, float *out) {
+        int64_t bytes = row_bytes(CODEC, width);
+        const char *data = call.planes[plane] + slot * bytes;
+        if (CODEC == NONE_F32 && sight.sees_all && width == padded) return reinterpret_cast<const float *>(data);
+        for (int64_t t = 0; t < TILE; t++) {
+            if (t < count && sight.is_token_seen[t]) {
+                read_row<CODEC>(data + t * bytes, width, out + t * padded);
+            } else {
+                std::fill_n(out + t * padded, padded, 0.0f);
+            }
+        }
+        return out;
+    }
+
+    template <int64_t CODEC> inline Vector read_scales(int64_t plane, int64_t slot, int64_t count) {
+        const uint16_t *scales = reinterpret_cast<const uint16_t *>(call.planes[plane]);
+        if (CODEC == INT4) return (Vector)(read_pairs(scales, slot, count) << 16);
+        Vector found = all(1.0f);
+        if (CODEC != INT8 && CODEC != FP8) return found;
+        if (sight.sees_all) return (Vector)(widen_halves(scales + slot) << 16);
+        for (int64_t t = 0; t < TILE; t++) found[t] = t < count && sight.is_token_seen[t] ? from_bf16(scales[slot + t]) : 0.0f;
+        return found;
+    }
+
+    // What is added to a row of int4, whose numbers are read less 8.
+    template <int64_t CODEC> inline Vector read_lows(int64_t plane, int64_t slot, int64_t count) {
+        if (CODEC != INT4) return all(0.0f);
+        Naturals pairs = read_pairs(reinterpret_cast<const uint16_t *>(call.planes[plane]), slot, count);
+        return (Vector)(pairs & 0xFFFF0000u) + 8.0f * (Vector)(pairs << 16);
+    }
+
+    // The scales, below, and the lows, above, of a tile's tokens; 0 of those that nobody sees.
+    inline Naturals read_pairs(const uint16_t *scales, int64_t slot, int64_t count) {
+        if (sight.sees_all) return load<Naturals>(scales + 2 * slot);
+        Naturals pairs = {};
+        for (int64_t t = 0; t < count; t++) {
+            if (sight.is_token_seen[t]) pairs[t] = load<uint32_t>(scales + 2 * (slot + t));
+        }
+        return pairs;
+    }
+
+    // Scores of one query against the tile's tokens, as weights; what was summed is made smaller if they are larger.
+    template <int64_t CODEC> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+        Vector products[TILE];
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < TILE; t++) products[t] = all(0.0f);
+        const float *q = &query[r * kd];
+        for (int64_t i = 0; i < kd; i += LANES) {
+            Vector of_query = load<Vector>(q + i);
+#pragma GCC unroll 16
+            for (int64_t t = 0; t < TILE; t++) products[t] += of_query * load<Vector>(rows + t * kd + i);
+        }
+        Vector scores = sums_of(products);
+        if (CODEC == INT8 || CODEC == FP8) scores *= scale;
+        if (CODEC == INT4) scores = scores * scale + low * sums[r];
+        if (call.softcap > 0) {
+            for (int64_t t = 0; t < TILE; t++) scores[t] = call.softcap * std::tanh(scores[t] / call.softcap);
+        }
+        if (!sight.sees_all) {
+            scores = select(sight.of(r), scores, all(-INFINITY));
+        }
+        float largest = largest_of(select(scores == scores, scores, all(-INFINITY)), part.largest[r]);
+        if (largest > part.largest[r]) {
+            float by = std::exp(part.largest[r] - largest);
+            part.largest[r] = largest;
+            part.sum[r] *= by;
+            float *out = &part.out[r * vd];
+            for (int64_t i = 0; i < vd; i++) out[i] *= by;
+        }
+        Vector weight = exp(scores - largest);
+        if (largest == -INFINITY) weight = select(scores == scores, all(0.0f), scores);
+        store(&weights[r * TILE], weight);
+        part.sum[r] += sum_of(weight);
+    }
+
+    template <int64_t CODEC, int64_t ROWS>
+    inline void add(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+        float scaled[ROWS * TILE], offsets[ROWS];
+        for (int64_t i = 0; i < ROWS; i++) {
+            Vector weight = load<Vector>(&weights[(r + i) * TILE]);
+            store(scaled + i * TILE, weight * scale);
+            offsets[i] = CODEC == INT4 ? sum_of(weight * low) : 0.0f;
+        }
+        for (int64_t at = 0; at < vd; at += LANES) {
+            Vector sum[ROWS];
+            for (int64_t i = 0; i < ROWS; i++) sum[i] = load<Vector>(&part.out[(r + i) * vd + at]) + offsets[i];
+#pragma GCC unroll 16
+            for (int64_t t = 0; t < TILE; t++) {
+                Vector value = load<Vector>(rows + t * vd + at);
+                for (int64_t i = 0; i < ROWS; i++) sum[i] += scaled[i * TILE + t] * value;
+            }
+            for (int64_t i = 0; i < ROWS; i++) store(&part.out[(r + i) * vd + at], sum[i]);
+        }
+    }
+
+    const Call &call;
+    int64_t b, h, kd, vd;
+    std::vector<float> query, sums, keys, values, weights;
+    Sight sight;
+};
+
+}  // namespace hfkv

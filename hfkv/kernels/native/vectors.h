@@ -1,0 +1,141 @@
+// 16 numbers at a time: what compilers make of them is the processor's own.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace hfkv {
+
+constexpr int64_t LANES = 16;
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint32_t Naturals __attribute__((vector_size(64)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Codes __attribute__((vector_size(16)));
+typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+template <typename T> inline T load(const void *at) {
+    T x;
+    std::memcpy(&x, at, sizeof(T));
+    return x;
+}
+
+inline void store(float *at, Vector x) { std::memcpy(at, &x, sizeof(x)); }
+
+// 16 stored numbers, each in 32 bits. Compilers take several steps where processors have one.
+inline Integers widen_bytes(const void *at) {
+#if defined(__AVX512F__)
+    return (Integers)_mm512_cvtepi8_epi32(load<__m128i>(at));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(at), Shorts), Integers);
+#endif
+}
+
+inline Naturals widen_codes(const void *at) {
+#if defined(__AVX512F__)
+    return (Naturals)_mm512_cvtepu8_epi32(load<__m128i>(at));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<Codes>(at), Halves), Naturals);
+#endif
+}
+
+inline Naturals widen_halves(const void *at) {
+#if defined(__AVX512F__)
+    return (Naturals)_mm512_cvtepu16_epi32(load<__m256i>(at));
+#else
+    return __builtin_convertvector(load<Halves>(at), Naturals);
+#endif
+}
+
+inline Vector all(float x) { return Vector{} + x; }
+
+inline Vector select(Integers where, Vector yes, Vector no) {
+    return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
+}
+
+// exp(x) to 2 units in the last place; 0 below -87, NaN stays NaN. After Cephes' expf.
+inline Vector exp(Vector x) {
+    Vector clamped = select(x > -87.0f, x, all(-87.0f));
+    Vector shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2 ** 23: rounds to a whole number
+    Vector n = shifted - 12582912.0f;
+    Vector r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    Vector p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
+    Vector found = p * (Vector)power;
+    found = select(x < -87.0f, all(0.0f), found);
+    return select(x == x, found, x);
+}
+
+// One vector of lanes of two others: 0 .. 15 are those of `a`, 16 .. 31 those of `b`.
+template <int... LANE> inline Vector pick(Vector a, Vector b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, LANE...);
+#else
+    return __builtin_shuffle(a, b, Integers{LANE...});
+#endif
+}
+
+inline Vector fold_singles(Vector a, Vector b) {
+    return pick<0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29>(a, b) +
+           pick<2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31>(a, b);
+}
+
+inline Vector fold_pairs(Vector a, Vector b) {
+    return pick<0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29>(a, b) +
+           pick<2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31>(a, b);
+}
+
+inline Vector fold_halves(Vector a, Vector b) {
+    return pick<0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23>(a, b) +
+           pick<8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31>(a, b);
+}
+
+inline Vector fold_fours(Vector a, Vector b) {
+    return pick<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(a, b) +
+           pick<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b);
+}
+
+// The sums of the lanes of 16 vectors, as one vector.
+inline Vector sums_of(const Vector *x) {
+    Vector fours[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const Vector *of = x + 4 * i;
+        fours[i] = fold_pairs(fold_singles(of[0], of[1]), fold_singles(of[2], of[3]));
+    }
+    return fold_fours(fold_halves(fours[0], fours[1]), fold_halves(fours[2], fours[3]));
+}
+
+inline float sum_of(Vector x) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int count = 8; count; count /= 2) {
+        for (int i = 0; i < count; i++) lanes[i] += lanes[i + count];
+    }
+    return lanes[0];
+}
+
+// There are no NaNs.
+inline float largest_of(Vector x, float largest) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int count = 8; count; count /= 2) {
+        for (int i = 0; i < count; i++) lanes[i] = lanes[i + count] > lanes[i] ? lanes[i + count] : lanes[i];
+    }
+    return lanes[0] > largest ? lanes[0] : largest;
+}
+
+}  // namespace hfkv
