@@ -71,7 +71,7 @@ template <int64_t CODEC> void attend(const Call &call) {
         int64_t stretch = index % stretches, h = index / stretches % call.heads, b = index / stretches / call.heads;
         int64_t begin = first + stretch * STRETCH;
         try {
-            Task(call, b, h).template attend<CODEC>(begin, std::min(begin + STRETCH, last), parts[index]);
+            Task<CODEC>(call, b, h).attend(begin, std::min(begin + STRETCH, last), parts[index]);
             if (stretches == 1) finish(call, b, h, &parts[index], 1);
         } catch (const std::bad_alloc &) {
             has_memory = false;

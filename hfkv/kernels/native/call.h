@@ -9,7 +9,8 @@
 
 namespace hfkv {
 
-constexpr int64_t TILE = 16;
+// Tokens that are read at once, and at most where codes are multiplied as integers.
+constexpr int64_t TILE = 16, MOST_TILE = 64;
 
 struct Call {
     int64_t batch, columns, heads, groups, queries, key_width, value_width, codec, dtype, capacity, threads;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "call.h"
+#include "products.h"
 #include "rows.h"
 #include "sight.h"
 
@@ -13,11 +14,11 @@ namespace hfkv {
 
 constexpr int64_t MOST_ROWS = 4;
 
-class Task {
+template <int64_t CODEC> class Task {
   public:
     Task(const Call &call, int64_t row, int64_t head) : call(call), b(row), h(head), sight(call, row, head) {
         kd = call.padded(call.key_width), vd = call.padded(call.value_width);
-        query.assign(call.rows() * kd, 0.0f), sums.assign(call.rows(), 0.0f);
+        query.assign(call.rows() * kd, 0.0f), sums.assign(call.rows(), 0.0f), offsets.assign(call.rows(), 0.0f);
         keys.assign(TILE * kd, 0.0f), values.assign(TILE * vd, 0.0f);
         weights.assign(call.rows() * TILE, 0.0f);
         const char *from = call.query;
@@ -33,14 +34,18 @@ class Task {
                 sums[g * call.queries + n] = sum;
             }
         }
+#if HFKV_HAS_INTEGERS
+        is_whole = CODEC == INT8 || CODEC == INT4;
+        for (int64_t r = 0; r < call.rows() && is_whole; r++) is_whole = products.take(r, &query[r * kd], call.key_width);
+#endif
     }
 
-    template <int64_t CODEC> void attend(int64_t begin, int64_t end, Part &part) {
+    void attend(int64_t begin, int64_t end, Part &part) {
         part.out.assign(call.rows() * vd, 0.0f);
         part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
         const Meta &layout = call.layout;
         if (!call.columns) {
-            return attend_run<CODEC>(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
+            return attend_run(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
         }
         int64_t column = 0;
         // There may be room for more columns than hold anything: they begin nowhere.
@@ -53,38 +58,76 @@ class Task {
             int64_t from = std::max(first, begin), to = std::min(last, end);
             if (from >= to) continue;
             int64_t slot = (layout.page(b, column) * call.heads + h) * call.capacity + layout.low(column);
-            attend_run<CODEC>(from, to, slot + from - first, part);
+            attend_run(from, to, slot + from - first, part);
         }
     }
 
   private:
     // Tokens `begin .. end - 1`, which lie one after the other from `slot` on.
-    template <int64_t CODEC> void attend_run(int64_t begin, int64_t end, int64_t slot, Part &part) {
+    void attend_run(int64_t begin, int64_t end, int64_t slot, Part &part) {
         // No tile has slots of sinks and newest tokens: positions go on within one.
         int64_t slots_end = call.layout.num_slots();
         for (int64_t from = begin; from < end;) {
-            int64_t to = std::min(from + TILE, end);
+            int64_t to = std::min(from + (is_whole ? MOST_TILE : TILE), end);
             if (from < slots_end && to > slots_end) to = slots_end;
-            attend_tile<CODEC>(from, to - from, slot + from - begin, part);
+            if (sight.look(from, to - from, is_whole ? MOST_TILE : TILE)) {
+                (this->*(is_whole ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
+            }
             from = to;
         }
     }
 
-    template <int64_t CODEC> void attend_tile(int64_t from, int64_t count, int64_t slot, Part &part) {
-        if (!sight.look(from, count)) return;
-        const float *rows = read_rows<CODEC>(0, call.key_width, kd, slot, count, keys.data());
-        Vector scale = read_scales<CODEC>(1, slot, count), low = read_lows<CODEC>(1, slot, count);
-        for (int64_t r = 0; r < call.rows(); r++) score<CODEC>(r, rows, scale, low, part);
-        rows = read_rows<CODEC>(2, call.value_width, vd, slot, count, values.data());
-        scale = read_scales<CODEC>(3, slot, count), low = read_lows<CODEC>(3, slot, count);
+    void attend_tile(int64_t count, int64_t slot, Part &part) {
+        const float *rows = read_rows(0, call.key_width, kd, slot, count, keys.data());
+        Vector scale = read_scales(1, slot, count, 0), low = read_lows(1, slot, count, 0);
+        for (int64_t r = 0; r < call.rows(); r++) {
+            Vector scores = score(r, rows);
+            if (CODEC == INT8 || CODEC == FP8) scores *= scale;
+            if (CODEC == INT4) scores = scores * scale + low * sums[r];
+            weigh<1>(r, &scores, part);
+            store(&weights[r * TILE], scores);
+        }
+        rows = read_rows(2, call.value_width, vd, slot, count, values.data());
+        scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
         int64_t r = 0;
-        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<CODEC, MOST_ROWS>(r, rows, scale, low, part);
-        for (; r < call.rows(); r++) add<CODEC, 1>(r, rows, scale, low, part);
+        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
+        for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
+    }
+
+    // The same of a longer tile, by integers.
+    void attend_codes(int64_t count, int64_t slot, Part &part) {
+#if HFKV_HAS_INTEGERS
+        constexpr int64_t VECTORS = MOST_TILE / LANES;
+        Vector scales[2][VECTORS], lows[2][VECTORS];
+        for (int64_t v = 0; v < VECTORS; v++) {
+            for (int64_t side = 0; side < 2; side++) {
+                scales[side][v] = read_scales(2 * side + 1, slot, count, v);
+                lows[side][v] = read_lows(2 * side + 1, slot, count, v);
+            }
+        }
+        const char *data = call.planes[2] + slot * row_bytes(CODEC, call.value_width);
+        const char *kdata = call.planes[0] + slot * row_bytes(CODEC, call.key_width);
+        products.score(kdata, count, data);
+        for (int64_t r = 0; r < call.rows(); r++) {
+            Vector weight[VECTORS], offset = all(0.0f);
+            for (int64_t v = 0; v < VECTORS; v++) {
+                weight[v] = products.scores(r, v) * (products.unit(r) * scales[0][v]);
+                if (CODEC == INT4) weight[v] += lows[0][v] * sums[r];
+            }
+            weigh<VECTORS>(r, weight, part);
+            for (int64_t v = 0; v < VECTORS; v++) {
+                offset += weight[v] * lows[1][v];
+                weight[v] *= scales[1][v];
+            }
+            if (CODEC == INT4) offsets[r] = sum_of(offset);
+            products.weigh(r, reinterpret_cast<const float *>(weight));
+        }
+        products.add(data, count, kdata + 64 * row_bytes(CODEC, call.key_width), offsets.data(), part.out.data(), vd);
+#endif
     }
 
     // The tile's rows of one plane as float32 `[16, padded]`, without their scales; nothing where no query sees a token:
     // what a value holds that nobody sees must not reach the sum, where 0 x NaN is NaN.
-    template <int64_t CODEC>
     inline const float *read_rows(int64_t plane, int64_t width, int64_t padded, int64_t slot, int64_t count, float *out) {
         int64_t bytes = row_bytes(CODEC, width);
         const char *data = call.planes[plane] + slot * bytes;
@@ -99,35 +142,37 @@ class Task {
         return out;
     }
 
-    template <int64_t CODEC> inline Vector read_scales(int64_t plane, int64_t slot, int64_t count) {
+    inline Vector read_scales(int64_t plane, int64_t slot, int64_t count, int64_t v) {
         const uint16_t *scales = reinterpret_cast<const uint16_t *>(call.planes[plane]);
-        if (CODEC == INT4) return (Vector)(read_pairs(scales, slot, count) << 16);
+        if (CODEC == INT4) return (Vector)(read_pairs(scales, slot, count, v) << 16);
         Vector found = all(1.0f);
         if (CODEC != INT8 && CODEC != FP8) return found;
-        if (sight.sees_all) return (Vector)(widen_halves(scales + slot) << 16);
-        for (int64_t t = 0; t < TILE; t++) found[t] = t < count && sight.is_token_seen[t] ? from_bf16(scales[slot + t]) : 0.0f;
+        if (sight.sees_all) return (Vector)(widen_halves(scales + slot + v * LANES) << 16);
+        for (int64_t i = 0, t = v * LANES; i < LANES; i++, t++) {
+            found[i] = t < count && sight.is_token_seen[t] ? from_bf16(scales[slot + t]) : 0.0f;
+        }
         return found;
     }
 
     // What is added to a row of int4, whose numbers are read less 8.
-    template <int64_t CODEC> inline Vector read_lows(int64_t plane, int64_t slot, int64_t count) {
+    inline Vector read_lows(int64_t plane, int64_t slot, int64_t count, int64_t v) {
         if (CODEC != INT4) return all(0.0f);
-        Naturals pairs = read_pairs(reinterpret_cast<const uint16_t *>(call.planes[plane]), slot, count);
+        Naturals pairs = read_pairs(reinterpret_cast<const uint16_t *>(call.planes[plane]), slot, count, v);
         return (Vector)(pairs & 0xFFFF0000u) + 8.0f * (Vector)(pairs << 16);
     }
 
     // The scales, below, and the lows, above, of a tile's tokens; 0 of those that nobody sees.
-    inline Naturals read_pairs(const uint16_t *scales, int64_t slot, int64_t count) {
-        if (sight.sees_all) return load<Naturals>(scales + 2 * slot);
+    inline Naturals read_pairs(const uint16_t *scales, int64_t slot, int64_t count, int64_t v) {
+        if (sight.sees_all) return load<Naturals>(scales + 2 * (slot + v * LANES));
         Naturals pairs = {};
-        for (int64_t t = 0; t < count; t++) {
-            if (sight.is_token_seen[t]) pairs[t] = load<uint32_t>(scales + 2 * (slot + t));
+        for (int64_t i = 0, t = v * LANES; i < LANES && t < count; i++, t++) {
+            if (sight.is_token_seen[t]) pairs[i] = load<uint32_t>(scales + 2 * (slot + t));
         }
         return pairs;
     }
 
-    // Scores of one query against the tile's tokens, as weights; what was summed is made smaller if they are larger.
-    template <int64_t CODEC> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+    // Scores of one query against the tile's tokens, without their scales.
+    inline Vector score(int64_t r, const float *rows) {
         Vector products[TILE];
 #pragma GCC unroll 16
         for (int64_t t = 0; t < TILE; t++) products[t] = all(0.0f);
@@ -137,16 +182,22 @@ class Task {
 #pragma GCC unroll 16
             for (int64_t t = 0; t < TILE; t++) products[t] += of_query * load<Vector>(rows + t * kd + i);
         }
-        Vector scores = sums_of(products);
-        if (CODEC == INT8 || CODEC == FP8) scores *= scale;
-        if (CODEC == INT4) scores = scores * scale + low * sums[r];
+        return sums_of(products);
+    }
+
+    // Turns a query's scores into weights; what was summed is made smaller if they are larger.
+    template <int64_t VECTORS> inline void weigh(int64_t r, Vector *scores, Part &part) {
         if (call.softcap > 0) {
-            for (int64_t t = 0; t < TILE; t++) scores[t] = call.softcap * std::tanh(scores[t] / call.softcap);
+            for (int64_t v = 0; v < VECTORS; v++) {
+                for (int64_t i = 0; i < LANES; i++) scores[v][i] = call.softcap * std::tanh(scores[v][i] / call.softcap);
+            }
         }
         if (!sight.sees_all) {
-            scores = select(sight.of(r), scores, all(-INFINITY));
+            for (int64_t v = 0; v < VECTORS; v++) scores[v] = select(sight.of(r, v), scores[v], all(-INFINITY));
         }
-        float largest = largest_of(select(scores == scores, scores, all(-INFINITY)), part.largest[r]);
+        Vector most = all(part.largest[r]);
+        for (int64_t v = 0; v < VECTORS; v++) most = select(scores[v] > most, scores[v], most);
+        float largest = largest_of(most);
         if (largest > part.largest[r]) {
             float by = std::exp(part.largest[r] - largest);
             part.largest[r] = largest;
@@ -154,13 +205,17 @@ class Task {
             float *out = &part.out[r * vd];
             for (int64_t i = 0; i < vd; i++) out[i] *= by;
         }
-        Vector weight = exp(scores - largest);
-        if (largest == -INFINITY) weight = select(scores == scores, all(0.0f), scores);
-        store(&weights[r * TILE], weight);
-        part.sum[r] += sum_of(weight);
+        Vector sum = all(0.0f);
+        for (int64_t v = 0; v < VECTORS; v++) {
+            Vector weight = exp(scores[v] - largest);
+            if (largest == -INFINITY) weight = select(scores[v] == scores[v], all(0.0f), scores[v]);
+            scores[v] = weight;
+            sum += weight;
+        }
+        part.sum[r] += sum_of(sum);
     }
 
-    template <int64_t CODEC, int64_t ROWS>
+    template <int64_t ROWS>
     inline void add(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
         float scaled[ROWS * TILE], offsets[ROWS];
         for (int64_t i = 0; i < ROWS; i++) {
@@ -182,8 +237,12 @@ class Task {
 
     const Call &call;
     int64_t b, h, kd, vd;
-    std::vector<float> query, sums, keys, values, weights;
+    std::vector<float> query, sums, offsets, keys, values, weights;
     Sight sight;
+    bool is_whole = false;  // whether queries are split into digits
+#if HFKV_HAS_INTEGERS
+    Products<CODEC> products{call};
+#endif
 };
 
 }  // namespace hfkv

@@ -120,22 +120,30 @@ inline Vector sums_of(const Vector *x) {
 }
 
 inline float sum_of(Vector x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float lanes[LANES];
     store(lanes, x);
     for (int count = 8; count; count /= 2) {
         for (int i = 0; i < count; i++) lanes[i] += lanes[i + count];
     }
     return lanes[0];
+#endif
 }
 
 // There are no NaNs.
-inline float largest_of(Vector x, float largest) {
+inline float largest_of(Vector x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#else
     float lanes[LANES];
     store(lanes, x);
     for (int count = 8; count; count /= 2) {
         for (int i = 0; i < count; i++) lanes[i] = lanes[i + count] > lanes[i] ? lanes[i + count] : lanes[i];
     }
-    return lanes[0] > largest ? lanes[0] : largest;
+    return lanes[0];
+#endif
 }
 
 }  // namespace hfkv
