@@ -1,6 +1,6 @@
 // Products of codes and float32 numbers in exact integers, where processors multiply bytes four to a lane.
 // A number becomes three digits of base 256, -128 .. 127 each: a whole multiple of the largest of its row / 2 ** 23, about
-// as exact as float32. Codes are made unsigned, as the instruction wants one of its factors: int8's plus 128, int4's as they
+// as exact as float32. CodeQuads are made unsigned, as the instruction wants one of its factors: int8's plus 128, int4's as they
 // are stored; what they are too large by, times the sum of the digits, is what a sum begins with. A lane is a token where
 // scores are summed, over the dims, and a dim where values are, over the tokens: so lanes are never summed.
 
@@ -17,12 +17,8 @@
 namespace hfkv {
 
 // Bytes of a vector; digits of a number, and the room of those of four numbers.
-#ifndef HINT
-#define HINT _MM_HINT_T0
-#endif
-constexpr int64_t BLOCK = 64, DIGITS = 3, QUAD = 4;
-// What three digits hold, 8355711, less what products that are rounded may be too large by; and by the square of the base.
-constexpr float MOST_DIGITS = 8355704.0f, MOST_DIGITS_SCALED = 8355704.0f / 65536;
+// Bytes of a vector, numbers of a lane.
+constexpr int64_t BLOCK = 64, QUAD = 4;
 
 // How the codes of one row lie: in `parts` nibbles or one byte, and what they are too large by.
 template <int64_t CODEC> struct Coded {
@@ -45,29 +41,40 @@ template <int64_t CODEC> struct Coded {
 struct Digits {
     int32_t *quads;     // [quads, 4]: the highest digits of four numbers, the middle ones, the lowest
     int32_t begins[4];  // what the sums of products with codes begin with
-    float step;         // what 65536 times a unit is worth; NaN where a number is not finite
+    float step;         // what the highest digit is worth; NaN where a number is not finite
 };
 
-// Splits `count` numbers, a multiple of 16.
-inline void split(const float *numbers, int64_t count, int32_t centre, Digits &digits) {
-    const __m512i order = _mm512_broadcast_i32x4(_mm_set_epi8(15, 11, 7, 3, 12, 8, 4, 0, 13, 9, 5, 1, 14, 10, 6, 2));
-    const __m512i ones = _mm512_set1_epi8(1), half = _mm512_set1_epi32(0x808080);
+// The largest magnitude of `count` numbers, a multiple of 16: one that is not finite where there are any.
+inline float magnitude_of(const float *numbers, int64_t count) {
     __m512i most = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; i += LANES) {
         // As integers, magnitudes are in the same order, and those that are not finite the largest.
         most = _mm512_max_epi32(most, _mm512_and_si512(load<__m512i>(numbers + i), _mm512_set1_epi32(0x7FFFFFFF)));
     }
-    float largest = from_bits(uint32_t(_mm512_reduce_max_epi32(most)));
+    return from_bits(uint32_t(_mm512_reduce_max_epi32(most)));
+}
+
+// Splits `count` numbers of which the largest is known into so many digits; if `BINARY`, what is of few bits is of few
+// digits.
+template <int64_t DIGITS, bool BINARY>
+inline void split(const float *numbers, int64_t count, float largest, int32_t centre, Digits &digits) {
+    // Of four numbers the bytes 2, then 1, then 0, then nothing.
+    const __m512i order = _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 12, 8, 4, 0, 13, 9, 5, 1, 14, 10, 6, 2));
+    const __m512i ones = _mm512_set1_epi8(1), half = _mm512_set1_epi32(0x808080);
+    // The highest digit at most, and what the lowest is worth; 8 less than 127.5 in units of it as products are rounded.
+    constexpr float LOWEST = DIGITS == 3 ? 65536 : 256, MOST = DIGITS == 3 ? 8355704 / LOWEST : 32639 / LOWEST;
     bool is_finite = largest < INFINITY;
-    float by = is_finite ? MOST_DIGITS_SCALED / std::max(largest, 0x1p-118f) : 0;
-    digits.step = is_finite ? std::max(largest, 0x1p-118f) / MOST_DIGITS_SCALED : NAN;
+    float by = is_finite ? MOST / std::max(largest, 0x1p-118f) : 0;
+    if (BINARY) by = from_bits(bits_of(by) & 0x7F800000);
+    digits.step = is_finite ? 1 / by : NAN;
     __m512i sums = _mm512_setzero_si512();
     for (int64_t i = 0; i < count; i += LANES) {
-        __m512 scaled = load<__m512>(numbers + i) * _mm512_set1_ps(by) * _mm512_set1_ps(65536.0f);
-        __m512i whole = is_finite ? _mm512_cvtps_epi32(scaled) : _mm512_setzero_si512();
+        __m512 scaled = load<__m512>(numbers + i) * _mm512_set1_ps(by) * _mm512_set1_ps(LOWEST);
+        __m512i whole = _mm512_maskz_cvtps_epi32(is_finite ? 0xFFFF : 0, scaled);
+        if (DIGITS == 2) whole = _mm512_slli_epi32(whole, 8);
         // Digits that are 128 too large do not carry.
         __m512i bytes = _mm512_xor_si512(_mm512_add_epi32(whole, half), half);
-        bytes = _mm512_shuffle_epi8(_mm512_and_si512(bytes, _mm512_set1_epi32(0xFFFFFF)), order);
+        bytes = _mm512_shuffle_epi8(bytes, order);
         sums = _mm512_dpbusd_epi32(sums, ones, bytes);
         _mm512_storeu_si512(digits.quads + i, bytes);
     }
@@ -81,27 +88,31 @@ inline void add_products(__m512i &sum, __m512i codes, __m512i digits) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));
 }
 
-// The sums of the products of `ROWS` rows of digits and of codes `[parts, apart, vectors]`, the first `quads` of each part
-// of which count: of two vectors from `codes` on, in units of the rows' steps, to `out[row * row_out + 0 .. 31]`.
-template <int64_t ROWS>
-[[gnu::noinline]] inline void multiply(const Digits *rows, const __m512i *codes, int64_t vectors, int64_t parts, int64_t apart,
-                     int64_t quads, float *out, int64_t row_out, const char *ahead, int64_t ahead_step) {
+// CodeQuads `[parts, apart, vectors]`, of each part so many quads.
+struct CodeQuads {
+    const __m512i *at;
+    int64_t vectors, parts, apart, quads;
+};
+
+// The sums of the products of `ROWS` rows of digits and two vectors of codes, in the rows' steps: to
+// `out[row * row_out + 0 .. 31]`. Meanwhile as many lines a quad are fetched from what is read next: processors do not
+// foresee it where there is so much to compute.
+template <int64_t ROWS, int64_t DIGITS, int64_t LINES>
+[[gnu::noinline]] void multiply(const Digits *rows, CodeQuads codes, const char *ahead, float *out, int64_t row_out) {
     __m512i sums[ROWS][DIGITS][2];
+    const int32_t *digits[ROWS];
 #pragma GCC unroll 4
     for (int64_t r = 0; r < ROWS; r++) {
+        digits[r] = rows[r].quads;
 #pragma GCC unroll 3
         for (int64_t d = 0; d < DIGITS; d++) sums[r][d][0] = sums[r][d][1] = _mm512_set1_epi32(rows[r].begins[d]);
     }
-    const int32_t *digits[ROWS];
-#pragma GCC unroll 4
-    for (int64_t r = 0; r < ROWS; r++) digits[r] = rows[r].quads;
-    for (int64_t part = 0; part < parts; part++) {
-        const __m512i *at = codes + part * apart * vectors;
-        int64_t offset = part * apart * QUAD;
-        for (int64_t i = 0; i < quads; i++, at += vectors, offset += QUAD) {
-            _mm_prefetch(ahead, HINT);
-            _mm_prefetch(ahead + BLOCK, HINT);
-            ahead += ahead_step;
+    for (int64_t part = 0; part < codes.parts; part++) {
+        const __m512i *at = codes.at + part * codes.apart * codes.vectors;
+        int64_t offset = part * codes.apart * QUAD;
+        for (int64_t i = 0; i < codes.quads; i++, at += codes.vectors, offset += QUAD) {
+#pragma GCC unroll 2
+            for (int64_t line = 0; line < LINES; line++, ahead += BLOCK) _mm_prefetch(ahead, _MM_HINT_T0);
             __m512i first = at[0], second = at[1];
 #pragma GCC unroll 4
             for (int64_t r = 0; r < ROWS; r++) {
@@ -120,9 +131,27 @@ template <int64_t ROWS>
         for (int64_t v = 0; v < 2; v++) {
             __m512 sum = _mm512_cvtepi32_ps(sums[r][0][v]);
             sum += _mm512_cvtepi32_ps(sums[r][1][v]) * _mm512_set1_ps(0x1p-8f);
-            sum += _mm512_cvtepi32_ps(sums[r][2][v]) * _mm512_set1_ps(0x1p-16f);
+            if (DIGITS == 3) sum += _mm512_cvtepi32_ps(sums[r][DIGITS - 1][v]) * _mm512_set1_ps(0x1p-16f);
             _mm512_storeu_ps(out + r * row_out + v * LANES, sum);
         }
+    }
+}
+
+// The same of the lowest digits of one row and of a few of its quads: added to `out[16 * VECTORS]`.
+template <int64_t VECTORS>
+inline void multiply_few(const Digits &row, const __m512i *codes, const int32_t *quads, int64_t count, float *out) {
+    __m512i sums[VECTORS];
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECTORS; v++) sums[v] = _mm512_set1_epi32(row.begins[2]);
+    for (int64_t i = 0; i < count; i++) {
+        __m512i digit = _mm512_set1_epi32(row.quads[quads[i] * QUAD + 2]);
+#pragma GCC unroll 8
+        for (int64_t v = 0; v < VECTORS; v++) add_products(sums[v], codes[quads[i] * VECTORS + v], digit);
+    }
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < VECTORS; v++) {
+        __m512 sum = load<__m512>(out + v * LANES) + _mm512_cvtepi32_ps(sums[v]) * _mm512_set1_ps(0x1p-16f);
+        _mm512_storeu_ps(out + v * LANES, sum);
     }
 }
 
@@ -161,19 +190,30 @@ template <int64_t CODEC> inline __m512i codes_of(__m512i bytes, int64_t part) {
     return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 
+// Block after block of `ROWS` rows. What stands for rows beyond the last is not used.
+template <int64_t CODEC, int64_t ROWS> struct Rows {
+    Rows(const Coded<CODEC> &coded, const char *data, int64_t left) {
+        int64_t last = (left - 1) * coded.bytes;
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < ROWS; i++) at[i] = data + std::min(i * coded.bytes, last);
+    }
+
+    inline void read(__mmask64 bytes, __m512i *x) {
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < ROWS; i++) x[i] = _mm512_maskz_loadu_epi8(bytes, at[i]), at[i] += BLOCK;
+    }
+
+    const char *at[ROWS];
+};
+
 // The codes of `count` rows `[parts, quads of dims, vectors]`, a lane a token, to multiply queries with.
 template <int64_t CODEC>
 inline void read_across(const Coded<CODEC> &coded, const char *data, int64_t count, int64_t vectors, __m512i *out) {
     for (int64_t v = 0; v * LANES < count; v++) {
+        Rows<CODEC, LANES> rows(coded, data + v * LANES * coded.bytes, count - v * LANES);
         for (int64_t block = 0; block < coded.blocks; block++) {
-            __mmask64 bytes = coded.bytes_of(block);
-            __m512i x[16];
-#pragma GCC unroll 16
-            for (int64_t t = 0; t < LANES; t++) {
-                // What stands for tokens beyond the last is not used.
-                int64_t row = std::min(v * LANES + t, count - 1);
-                x[t] = _mm512_maskz_loadu_epi8(bytes, data + row * coded.bytes + block * BLOCK);
-            }
+            __m512i x[LANES];
+            rows.read(coded.bytes_of(block), x);
             transpose(x);
             for (int64_t part = 0; part < coded.PARTS; part++) {
                 __m512i *to = out + (part * coded.blocks + block) * LANES * vectors + v;
@@ -190,14 +230,10 @@ template <int64_t CODEC>
 inline void read_along(const Coded<CODEC> &coded, const char *data, int64_t count, __m512i *out) {
     int64_t vectors = coded.PARTS * coded.blocks * 4;
     for (int64_t t = 0; t < count; t += QUAD, out += vectors) {
+        Rows<CODEC, QUAD> rows(coded, data + t * coded.bytes, count - t);
         for (int64_t block = 0; block < coded.blocks; block++) {
-            __mmask64 bytes = coded.bytes_of(block);
             __m512i x[QUAD];
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < QUAD; i++) {
-                int64_t row = std::min(t + i, count - 1);
-                x[i] = _mm512_maskz_loadu_epi8(bytes, data + row * coded.bytes + block * BLOCK);
-            }
+            rows.read(coded.bytes_of(block), x);
             __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
             __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
             x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);

@@ -11,12 +11,13 @@
 
 namespace hfkv {
 
-// Of all queries of one row and kv head.
+// Of all queries of one row and kv head. Weights have two digits where the result is rounded to less.
 template <int64_t CODEC> class Products {
   public:
     explicit Products(const Call &call)
-        : rows(call.rows()), value_width(call.value_width), keys(call.key_width), values(call.value_width) {
-        quads.assign(rows * (keys.padded() + MOST_TILE), 0), digits.resize(2 * rows);
+        : rows(call.rows()), value_width(call.value_width), weight_digits(call.dtype == F32 ? 3 : 2),
+          keys(call.key_width), values(call.value_width) {
+        quads.assign(rows * (keys.padded() + MOST_TILE), 0), digits.resize(2 * rows), few.resize(rows);
         for (int64_t r = 0; r < rows; r++) {
             digits[r].quads = &quads[r * keys.padded()];
             digits[rows + r].quads = &quads[rows * keys.padded() + r * MOST_TILE];
@@ -29,58 +30,86 @@ template <int64_t CODEC> class Products {
     // Takes a query `[width]`; whether all of its numbers are finite.
     bool take(int64_t r, const float *query, int64_t width) {
         for (int64_t i = 0; i < width; i++) placed[keys.place(i)] = query[i];
-        split(placed.data(), keys.padded(), keys.CENTRE, digits[r]);
+        split<3, true>(placed.data(), keys.padded(), magnitude_of(placed.data(), keys.padded()), keys.CENTRE, digits[r]);
+        for (int64_t i = 0; i < keys.padded() / QUAD; i++) {
+            if (digits[r].quads[i * QUAD + 2]) few[r].push_back(int32_t(i));
+        }
+        has_few = has_few && int64_t(few[r].size()) * FEW <= keys.padded() / QUAD;
         return digits[r].step == digits[r].step;
     }
 
     // Scores of all queries against `count` keys, without their scales and in units of `unit`.
     void score(const char *data, int64_t count, const char *ahead) {
-        constexpr int64_t vectors = MOST_TILE / LANES;
-        read_across<CODEC>(keys, data, count, vectors, lines());
-        for (int64_t v = 0; v * LANES < count; v += 2) {
-            multiply_all(0, v, vectors, keys.PARTS, keys.blocks * LANES, (keys.bytes + QUAD - 1) / QUAD, MOST_TILE, ahead + v * 2048, 128);
+        read_across<CODEC>(keys, data, count, VECTORS, lines());
+        CodeQuads of{lines(), VECTORS, keys.PARTS, keys.blocks * LANES, (keys.bytes + QUAD - 1) / QUAD};
+        for (int64_t v = 0; v * LANES < count; v += 2, of.at += 2) {
+            ahead = multiply_all(has_few ? 2 : 3, digits.data(), of, ahead, &sums[v * LANES], MOST_TILE);
+        }
+        for (int64_t r = 0; r < rows && has_few; r++) {
+            multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), &sums[r * MOST_TILE]);
         }
     }
 
     float unit(int64_t r) const { return digits[r].step; }
     Vector scores(int64_t r, int64_t v) const { return load<Vector>(&sums[r * MOST_TILE + v * LANES]); }
 
-    // Takes the weights `[64]` of a query, times the scales of the values.
-    void weigh(int64_t r, const float *weights) { split(weights, MOST_TILE, values.CENTRE, digits[rows + r]); }
+    // Takes the weights `[rows, 64]`, times the scales of the values, of which the largest of each row is known.
+    void weigh(const float *weights, const float *largest) {
+        for (int64_t r = 0; r < rows; r++, weights += MOST_TILE) {
+            if (weight_digits == 3) {
+                split<3, false>(weights, MOST_TILE, largest[r], values.CENTRE, digits[rows + r]);
+            } else {
+                split<2, false>(weights, MOST_TILE, largest[r], values.CENTRE, digits[rows + r]);
+            }
+        }
+    }
 
-    // Adds `count` values, and what is added to all numbers of a query, to `out[rows, width]`.
+    // Adds `count` values, and what is added to all numbers of a query, to `out[rows, row_out]`.
     void add(const char *data, int64_t count, const char *ahead, const float *offsets, float *out, int64_t row_out) {
         read_along<CODEC>(values, data, count, lines());
         int64_t vectors = values.padded() / LANES;
-        for (int64_t v = 0; v < vectors; v += 2) {
-            multiply_all(rows, v, vectors, 1, 0, (count + QUAD - 1) / QUAD, values.padded(), ahead + v * 1024, 128);
+        CodeQuads of{lines(), vectors, 1, 0, (count + QUAD - 1) / QUAD};
+        for (int64_t v = 0; v < vectors; v += 2, of.at += 2) {
+            ahead = multiply_all(weight_digits, &digits[rows], of, ahead, &sums[v * LANES], values.padded());
         }
         for (int64_t r = 0; r < rows; r++) {
-            const float *of = &sums[r * values.padded()];
-            add_sums<CODEC>(values, of, digits[rows + r].step, offsets[r], value_width, out + r * row_out);
+            const float *from = &sums[r * values.padded()];
+            add_sums<CODEC>(values, from, digits[rows + r].step, offsets[r], value_width, out + r * row_out);
         }
     }
 
   private:
+    // One quad in so many has lowest digits, at most, where they are multiplied apart.
+    static constexpr int64_t VECTORS = MOST_TILE / LANES, FEW = 4, LINES = CODEC == INT4 ? 1 : 2;
+
     struct alignas(BLOCK) Line {
         char bytes[BLOCK];
     };
 
     __m512i *lines() { return reinterpret_cast<__m512i *>(codes.data()); }
 
-    void multiply_all(int64_t first, int64_t v, int64_t vectors, int64_t parts, int64_t apart, int64_t quads, int64_t row_out, const char *ahead, int64_t step) {
-        const Digits *of = &digits[first];
-        const __m512i *from = lines() + v;
-        float *to = &sums[v * LANES];
-        int64_t r = 0;
-        for (; r + 4 <= rows; r += 4) multiply<4>(of + r, from, vectors, parts, apart, quads, to + r * row_out, row_out, ahead, step);
-        for (; r + 2 <= rows; r += 2) multiply<2>(of + r, from, vectors, parts, apart, quads, to + r * row_out, row_out, ahead, step);
-        if (r < rows) multiply<1>(of + r, from, vectors, parts, apart, quads, to + r * row_out, row_out, ahead, step);
+    // Returns what is ahead then.
+    const char *multiply_all(int64_t count, const Digits *of, const CodeQuads &codes, const char *ahead, float *out,
+                             int64_t row_out) {
+        for (int64_t r = 0; r < rows;) {
+            int64_t block = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
+            auto kernel = block == 4 ? choose<4>(count, !r) : block == 2 ? choose<2>(count, !r) : choose<1>(count, !r);
+            kernel(of + r, codes, ahead, out + r * row_out, row_out);
+            r += block;
+        }
+        return ahead + LINES * BLOCK * codes.parts * codes.quads;
     }
 
-    int64_t rows, value_width;
+    template <int64_t ROWS> static auto choose(int64_t count, bool fetches) {
+        if (!fetches) return count == 3 ? multiply<ROWS, 3, 0> : multiply<ROWS, 2, 0>;
+        return count == 3 ? multiply<ROWS, 3, LINES> : multiply<ROWS, 2, LINES>;
+    }
+
+    int64_t rows, value_width, weight_digits;
+    bool has_few = true;
     Coded<CODEC> keys, values;
     std::vector<int32_t> quads;
+    std::vector<std::vector<int32_t>> few;
     std::vector<Digits> digits;
     std::vector<Line> codes;
     std::vector<float> sums, placed;

@@ -20,24 +20,23 @@ template <int64_t CODEC> class Task {
         kd = call.padded(call.key_width), vd = call.padded(call.value_width);
         query.assign(call.rows() * kd, 0.0f), sums.assign(call.rows(), 0.0f), offsets.assign(call.rows(), 0.0f);
         keys.assign(TILE * kd, 0.0f), values.assign(TILE * vd, 0.0f);
-        weights.assign(call.rows() * TILE, 0.0f);
-        const char *from = call.query;
+        weights.assign(call.rows() * TILE, 0.0f), largest.assign(call.rows(), 0.0f);
+        tile.resize(call.rows() * MOST_TILE / LANES);
+        is_whole = HFKV_HAS_INTEGERS && (CODEC == INT8 || CODEC == INT4);
         for (int64_t g = 0; g < call.groups; g++) {
             for (int64_t n = 0; n < call.queries; n++) {
-                float *q = &query[(g * call.queries + n) * kd];
+                int64_t r = g * call.queries + n;
+                float *q = &query[r * kd];
                 int64_t at = b * call.query_strides[0] + (h * call.groups + g) * call.query_strides[1];
                 at += n * call.query_strides[2];
-                for (int64_t i = 0; i < call.key_width; i++) q[i] = load_number(from, call.dtype, at + i) * call.scale;
+                for (int64_t i = 0; i < call.key_width; i++) q[i] = load_number(call.query, call.dtype, at + i);
                 if (call.codec == INT4) rotate(q, call.key_width);
-                float sum = 0;
-                for (int64_t i = 0; i < call.key_width; i++) sum += q[i];
-                sums[g * call.queries + n] = sum;
+#if HFKV_HAS_INTEGERS
+                is_whole = is_whole && products.take(r, q, call.key_width);
+#endif
+                for (int64_t i = 0; i < call.key_width; i++) sums[r] += q[i] *= call.scale;
             }
         }
-#if HFKV_HAS_INTEGERS
-        is_whole = CODEC == INT8 || CODEC == INT4;
-        for (int64_t r = 0; r < call.rows() && is_whole; r++) is_whole = products.take(r, &query[r * kd], call.key_width);
-#endif
     }
 
     void attend(int64_t begin, int64_t end, Part &part) {
@@ -84,6 +83,7 @@ template <int64_t CODEC> class Task {
             Vector scores = score(r, rows);
             if (CODEC == INT8 || CODEC == FP8) scores *= scale;
             if (CODEC == INT4) scores = scores * scale + low * sums[r];
+            limit<1>(r, &scores, part);
             weigh<1>(r, &scores, part);
             store(&weights[r * TILE], scores);
         }
@@ -108,21 +108,27 @@ template <int64_t CODEC> class Task {
         const char *data = call.planes[2] + slot * row_bytes(CODEC, call.value_width);
         const char *kdata = call.planes[0] + slot * row_bytes(CODEC, call.key_width);
         products.score(kdata, count, data);
+        // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
-            Vector weight[VECTORS], offset = all(0.0f);
+            Vector *scores = &tile[r * VECTORS];
             for (int64_t v = 0; v < VECTORS; v++) {
-                weight[v] = products.scores(r, v) * (products.unit(r) * scales[0][v]);
-                if (CODEC == INT4) weight[v] += lows[0][v] * sums[r];
+                scores[v] = products.scores(r, v) * (products.unit(r) * call.scale * scales[0][v]);
+                if (CODEC == INT4) scores[v] += lows[0][v] * sums[r];
             }
+            limit<VECTORS>(r, scores, part);
+        }
+        for (int64_t r = 0; r < call.rows(); r++) {
+            Vector *weight = &tile[r * VECTORS], offset = all(0.0f);
             weigh<VECTORS>(r, weight, part);
             for (int64_t v = 0; v < VECTORS; v++) {
                 offset += weight[v] * lows[1][v];
                 weight[v] *= scales[1][v];
             }
             if (CODEC == INT4) offsets[r] = sum_of(offset);
-            products.weigh(r, reinterpret_cast<const float *>(weight));
+            largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
-        products.add(data, count, kdata + 64 * row_bytes(CODEC, call.key_width), offsets.data(), part.out.data(), vd);
+        products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
+        products.add(data, count, kdata + MOST_TILE * row_bytes(CODEC, call.key_width), offsets.data(), part.out.data(), vd);
 #endif
     }
 
@@ -185,8 +191,8 @@ template <int64_t CODEC> class Task {
         return sums_of(products);
     }
 
-    // Turns a query's scores into weights; what was summed is made smaller if they are larger.
-    template <int64_t VECTORS> inline void weigh(int64_t r, Vector *scores, Part &part) {
+    // What is summed is made smaller if a query's scores are larger than those before.
+    template <int64_t VECTORS> inline void limit(int64_t r, Vector *scores, Part &part) {
         if (call.softcap > 0) {
             for (int64_t v = 0; v < VECTORS; v++) {
                 for (int64_t i = 0; i < LANES; i++) scores[v][i] = call.softcap * std::tanh(scores[v][i] / call.softcap);
@@ -205,7 +211,12 @@ template <int64_t CODEC> class Task {
             float *out = &part.out[r * vd];
             for (int64_t i = 0; i < vd; i++) out[i] *= by;
         }
+    }
+
+    // Turns a query's scores into weights.
+    template <int64_t VECTORS> inline void weigh(int64_t r, Vector *scores, Part &part) {
         Vector sum = all(0.0f);
+        float largest = part.largest[r];
         for (int64_t v = 0; v < VECTORS; v++) {
             Vector weight = exp(scores[v] - largest);
             if (largest == -INFINITY) weight = select(scores[v] == scores[v], all(0.0f), scores[v]);
@@ -237,7 +248,8 @@ template <int64_t CODEC> class Task {
 
     const Call &call;
     int64_t b, h, kd, vd;
-    std::vector<float> query, sums, offsets, keys, values, weights;
+    std::vector<float> query, sums, offsets, keys, values, weights, largest;
+    std::vector<Vector> tile;
     Sight sight;
     bool is_whole = false;  // whether queries are split into digits
 #if HFKV_HAS_INTEGERS

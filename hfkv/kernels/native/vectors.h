@@ -62,7 +62,11 @@ inline Vector select(Integers where, Vector yes, Vector no) {
 
 // exp(x) to 2 units in the last place; 0 below -87, NaN stays NaN. After Cephes' expf.
 inline Vector exp(Vector x) {
+#if defined(__AVX512F__)
+    Vector clamped = (Vector)_mm512_max_ps((__m512)all(-87.0f), (__m512)x);  // of NaNs the second is taken
+#else
     Vector clamped = select(x > -87.0f, x, all(-87.0f));
+#endif
     Vector shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2 ** 23: rounds to a whole number
     Vector n = shifted - 12582912.0f;
     Vector r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
@@ -73,10 +77,15 @@ inline Vector exp(Vector x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+    __mmask16 counts = _mm512_cmp_ps_mask((__m512)x, (__m512)all(-87.0f), _CMP_NLT_UQ);
+    return (Vector)_mm512_maskz_scalef_ps(counts, (__m512)p, (__m512)n);
+#else
     Integers power = (__builtin_convertvector(n, Integers) + 127) << 23;
     Vector found = p * (Vector)power;
     found = select(x < -87.0f, all(0.0f), found);
     return select(x == x, found, x);
+#endif
 }
 
 // One vector of lanes of two others: 0 .. 15 are those of `a`, 16 .. 31 those of `b`.
