@@ -24,17 +24,17 @@ constexpr int64_t BLOCK = 64, QUAD = 4;
 template <int64_t CODEC> struct Coded {
     static constexpr int64_t PARTS = CODEC == INT4 ? 2 : 1, CENTRE = CODEC == INT4 ? 8 : 128;
 
-    explicit Coded(int64_t width) : bytes((width + PARTS - 1) / PARTS), blocks((bytes + BLOCK - 1) / BLOCK) {}
+    explicit Coded(int64_t width)
+        : bytes((width + PARTS - 1) / PARTS), blocks((bytes + BLOCK - 1) / BLOCK),
+          of_last(~uint64_t(0) >> (blocks * BLOCK - bytes)) {}
 
     // Numbers of a row, each part filled up to whole blocks, and where one of them is among those.
     int64_t padded() const { return PARTS * blocks * BLOCK; }
     int64_t place(int64_t i) const { return i < bytes ? i : i - bytes + blocks * BLOCK; }
-    __mmask64 bytes_of(int64_t block) const {
-        int64_t left = bytes - block * BLOCK;
-        return left >= BLOCK ? ~uint64_t(0) : (uint64_t(1) << left) - 1;
-    }
+    __mmask64 bytes_of(int64_t block) const { return block + 1 < blocks ? ~uint64_t(0) : of_last; }
 
     int64_t bytes, blocks;
+    __mmask64 of_last;
 };
 
 // What a row of numbers is as integers.
@@ -94,11 +94,12 @@ struct CodeQuads {
     int64_t vectors, parts, apart, quads;
 };
 
-// The sums of the products of `ROWS` rows of digits and two vectors of codes, in the rows' steps: to
-// `out[row * row_out + 0 .. 31]`. Meanwhile as many lines a quad are fetched from what is read next: processors do not
-// foresee it where there is so much to compute.
+// Adds the sums of the products of `ROWS` rows of digits and two vectors of codes to `out[row * row_out + 0 .. 31]`, times
+// what the digits are worth, and the rows' offsets; or sets them, as they are, where there are no offsets. Meanwhile as many
+// lines a quad are fetched from what is read next: processors do not foresee it where there is so much to compute.
 template <int64_t ROWS, int64_t DIGITS, int64_t LINES>
-[[gnu::noinline]] void multiply(const Digits *rows, CodeQuads codes, const char *ahead, float *out, int64_t row_out) {
+[[gnu::noinline]] void multiply(const Digits *rows, CodeQuads codes, const char *ahead, const float *offsets, float *out,
+                                int64_t row_out) {
     __m512i sums[ROWS][DIGITS][2];
     const int32_t *digits[ROWS];
 #pragma GCC unroll 4
@@ -126,33 +127,33 @@ template <int64_t ROWS, int64_t DIGITS, int64_t LINES>
         }
     }
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < ROWS; r++) {
+    for (int64_t r = 0; r < ROWS; r++, out += row_out) {
 #pragma GCC unroll 2
         for (int64_t v = 0; v < 2; v++) {
             __m512 sum = _mm512_cvtepi32_ps(sums[r][0][v]);
             sum += _mm512_cvtepi32_ps(sums[r][1][v]) * _mm512_set1_ps(0x1p-8f);
             if (DIGITS == 3) sum += _mm512_cvtepi32_ps(sums[r][DIGITS - 1][v]) * _mm512_set1_ps(0x1p-16f);
-            _mm512_storeu_ps(out + r * row_out + v * LANES, sum);
+            if (offsets) {
+                sum = load<__m512>(out + v * LANES) + _mm512_set1_ps(offsets[r]) + sum * _mm512_set1_ps(rows[r].step);
+            }
+            _mm512_storeu_ps(out + v * LANES, sum);
         }
     }
 }
 
-// The same of the lowest digits of one row and of a few of its quads: added to `out[16 * VECTORS]`.
+// Adds those of the lowest digits of one row and of a few of its quads to `out[VECTORS]`.
 template <int64_t VECTORS>
-inline void multiply_few(const Digits &row, const __m512i *codes, const int32_t *quads, int64_t count, float *out) {
+inline void multiply_few(const Digits &row, const __m512i *codes, const int32_t *quads, int64_t count, Vector *out) {
     __m512i sums[VECTORS];
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int64_t v = 0; v < VECTORS; v++) sums[v] = _mm512_set1_epi32(row.begins[2]);
     for (int64_t i = 0; i < count; i++) {
         __m512i digit = _mm512_set1_epi32(row.quads[quads[i] * QUAD + 2]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int64_t v = 0; v < VECTORS; v++) add_products(sums[v], codes[quads[i] * VECTORS + v], digit);
     }
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < VECTORS; v++) {
-        __m512 sum = load<__m512>(out + v * LANES) + _mm512_cvtepi32_ps(sums[v]) * _mm512_set1_ps(0x1p-16f);
-        _mm512_storeu_ps(out + v * LANES, sum);
-    }
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < VECTORS; v++) out[v] += (Vector)_mm512_cvtepi32_ps(sums[v]) * 0x1p-16f;
 }
 
 // Rows and columns of 32 bits change places.
@@ -193,9 +194,12 @@ template <int64_t CODEC> inline __m512i codes_of(__m512i bytes, int64_t part) {
 // Block after block of `ROWS` rows. What stands for rows beyond the last is not used.
 template <int64_t CODEC, int64_t ROWS> struct Rows {
     Rows(const Coded<CODEC> &coded, const char *data, int64_t left) {
-        int64_t last = (left - 1) * coded.bytes;
+        if (left >= ROWS) {
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < ROWS; i++) at[i] = data + std::min(i * coded.bytes, last);
+            for (int64_t i = 0; i < ROWS; i++) at[i] = data + i * coded.bytes;
+        } else {
+            for (int64_t i = 0; i < ROWS; i++) at[i] = data + std::min(i, left - 1) * coded.bytes;
+        }
     }
 
     inline void read(__mmask64 bytes, __m512i *x) {
@@ -246,28 +250,12 @@ inline void read_along(const Coded<CODEC> &coded, const char *data, int64_t coun
     }
 }
 
-// Adds `sums`, in the order of `read_along`, times `by` and `offset` to `out[width]`.
-template <int64_t CODEC>
-inline void add_sums(const Coded<CODEC> &coded, const float *sums, float by, float offset, int64_t width, float *out) {
-    for (int64_t part = 0; part < coded.PARTS; part++) {
-        for (int64_t block = 0; block < coded.blocks; block++, sums += BLOCK) {
-            __m512 x[4], y[4];
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < 4; i++) x[i] = load<__m512>(sums + i * LANES);
-            y[0] = _mm512_shuffle_f32x4(x[0], x[1], 0x44), y[1] = _mm512_shuffle_f32x4(x[2], x[3], 0x44);
-            y[2] = _mm512_shuffle_f32x4(x[0], x[1], 0xEE), y[3] = _mm512_shuffle_f32x4(x[2], x[3], 0xEE);
-            x[0] = _mm512_shuffle_f32x4(y[0], y[1], 0x88), x[1] = _mm512_shuffle_f32x4(y[0], y[1], 0xDD);
-            x[2] = _mm512_shuffle_f32x4(y[2], y[3], 0x88), x[3] = _mm512_shuffle_f32x4(y[2], y[3], 0xDD);
-            int64_t begin = part * coded.bytes, end = part ? width : std::min(coded.bytes, width);
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < 4; i++) {
-                int64_t at = begin + block * BLOCK + i * LANES;
-                if (at >= end) break;
-                __mmask16 dims = end - at >= LANES ? 0xFFFF : (1 << (end - at)) - 1;
-                __m512 sum = _mm512_maskz_loadu_ps(dims, out + at);
-                _mm512_mask_storeu_ps(out + at, dims, sum + x[i] * _mm512_set1_ps(by) + _mm512_set1_ps(offset));
-            }
-        }
+// Puts sums `[parts, blocks, 4]` vectors, in the order of `read_along`, in that of the dims: `out[width]`.
+template <int64_t CODEC> inline void put_in_order(const Coded<CODEC> &coded, const float *sums, int64_t width, float *out) {
+    for (int64_t i = 0; i < width; i++) {
+        // Of a block's 64 dims four in a row lie in a vector, the next four in the next.
+        int64_t place = coded.place(i), in_block = place % BLOCK, vector = in_block / QUAD % 4;
+        out[i] = sums[place - in_block + vector * LANES + in_block / LANES * QUAD + in_block % QUAD];
     }
 }
 

@@ -23,7 +23,7 @@ template <int64_t CODEC> class Products {
             digits[rows + r].quads = &quads[rows * keys.padded() + r * MOST_TILE];
         }
         codes.resize(std::max(keys.padded(), values.padded()) * MOST_TILE / BLOCK);
-        sums.assign(rows * std::max(MOST_TILE, values.padded()), 0.0f);
+        of_scores.assign(rows * MOST_TILE, 0.0f), of_values.assign(rows * values.padded(), 0.0f);
         placed.assign(keys.padded(), 0.0f);
     }
 
@@ -38,20 +38,22 @@ template <int64_t CODEC> class Products {
         return digits[r].step == digits[r].step;
     }
 
-    // Scores of all queries against `count` keys, without their scales and in units of `unit`.
+    // Scores of all queries against `count` keys, without their scales.
     void score(const char *data, int64_t count, const char *ahead) {
         read_across<CODEC>(keys, data, count, VECTORS, lines());
         CodeQuads of{lines(), VECTORS, keys.PARTS, keys.blocks * LANES, (keys.bytes + QUAD - 1) / QUAD};
         for (int64_t v = 0; v * LANES < count; v += 2, of.at += 2) {
-            ahead = multiply_all(has_few ? 2 : 3, digits.data(), of, ahead, &sums[v * LANES], MOST_TILE);
-        }
-        for (int64_t r = 0; r < rows && has_few; r++) {
-            multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), &sums[r * MOST_TILE]);
+            float *out = &of_scores[v * LANES];
+            ahead = multiply_all(has_few ? 2 : 3, digits.data(), of, ahead, nullptr, out, MOST_TILE);
         }
     }
 
-    float unit(int64_t r) const { return digits[r].step; }
-    Vector scores(int64_t r, int64_t v) const { return load<Vector>(&sums[r * MOST_TILE + v * LANES]); }
+    // Those of one query, as long as the keys are the last that were read.
+    inline void scores(int64_t r, Vector *out) {
+        for (int64_t v = 0; v < VECTORS; v++) out[v] = load<Vector>(&of_scores[r * MOST_TILE + v * LANES]);
+        if (has_few) multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), out);
+        for (int64_t v = 0; v < VECTORS; v++) out[v] *= digits[r].step;
+    }
 
     // Takes the weights `[rows, 64]`, times the scales of the values, of which the largest of each row is known.
     void weigh(const float *weights, const float *largest) {
@@ -64,19 +66,24 @@ template <int64_t CODEC> class Products {
         }
     }
 
-    // Adds `count` values, and what is added to all numbers of a query, to `out[rows, row_out]`.
-    void add(const char *data, int64_t count, const char *ahead, const float *offsets, float *out, int64_t row_out) {
+    // Adds `count` values, and what is added to all numbers of a query.
+    void add(const char *data, int64_t count, const char *ahead, const float *offsets) {
         read_along<CODEC>(values, data, count, lines());
         int64_t vectors = values.padded() / LANES;
         CodeQuads of{lines(), vectors, 1, 0, (count + QUAD - 1) / QUAD};
         for (int64_t v = 0; v < vectors; v += 2, of.at += 2) {
-            ahead = multiply_all(weight_digits, &digits[rows], of, ahead, &sums[v * LANES], values.padded());
-        }
-        for (int64_t r = 0; r < rows; r++) {
-            const float *from = &sums[r * values.padded()];
-            add_sums<CODEC>(values, from, digits[rows + r].step, offsets[r], value_width, out + r * row_out);
+            float *out = &of_values[v * LANES];
+            ahead = multiply_all(weight_digits, &digits[rows], of, ahead, offsets, out, values.padded());
         }
     }
+
+    // Makes what was added for a query smaller.
+    void shrink(int64_t r, float by) {
+        for (int64_t i = 0; i < values.padded(); i++) of_values[r * values.padded() + i] *= by;
+    }
+
+    // What was added for a query, to `out[width]`.
+    void finish(int64_t r, float *out) { put_in_order<CODEC>(values, &of_values[r * values.padded()], value_width, out); }
 
   private:
     // One quad in so many has lowest digits, at most, where they are multiplied apart.
@@ -89,12 +96,12 @@ template <int64_t CODEC> class Products {
     __m512i *lines() { return reinterpret_cast<__m512i *>(codes.data()); }
 
     // Returns what is ahead then.
-    const char *multiply_all(int64_t count, const Digits *of, const CodeQuads &codes, const char *ahead, float *out,
-                             int64_t row_out) {
+    const char *multiply_all(int64_t count, const Digits *of, const CodeQuads &codes, const char *ahead,
+                             const float *offsets, float *out, int64_t row_out) {
         for (int64_t r = 0; r < rows;) {
             int64_t block = rows - r >= 4 ? 4 : rows - r >= 2 ? 2 : 1;
             auto kernel = block == 4 ? choose<4>(count, !r) : block == 2 ? choose<2>(count, !r) : choose<1>(count, !r);
-            kernel(of + r, codes, ahead, out + r * row_out, row_out);
+            kernel(of + r, codes, ahead, offsets ? offsets + r : nullptr, out + r * row_out, row_out);
             r += block;
         }
         return ahead + LINES * BLOCK * codes.parts * codes.quads;
@@ -112,7 +119,7 @@ template <int64_t CODEC> class Products {
     std::vector<std::vector<int32_t>> few;
     std::vector<Digits> digits;
     std::vector<Line> codes;
-    std::vector<float> sums, placed;
+    std::vector<float> of_scores, of_values, placed;
 };
 
 }  // namespace hfkv

@@ -42,6 +42,14 @@ template <int64_t CODEC> class Task {
     void attend(int64_t begin, int64_t end, Part &part) {
         part.out.assign(call.rows() * vd, 0.0f);
         part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
+        attend_tokens(begin, end, part);
+#if HFKV_HAS_INTEGERS
+        for (int64_t r = 0; r < call.rows() && is_whole; r++) products.finish(r, &part.out[r * vd]);
+#endif
+    }
+
+  private:
+    void attend_tokens(int64_t begin, int64_t end, Part &part) {
         const Meta &layout = call.layout;
         if (!call.columns) {
             return attend_run(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
@@ -61,7 +69,6 @@ template <int64_t CODEC> class Task {
         }
     }
 
-  private:
     // Tokens `begin .. end - 1`, which lie one after the other from `slot` on.
     void attend_run(int64_t begin, int64_t end, int64_t slot, Part &part) {
         // No tile has slots of sinks and newest tokens: positions go on within one.
@@ -111,8 +118,9 @@ template <int64_t CODEC> class Task {
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
+            products.scores(r, scores);
             for (int64_t v = 0; v < VECTORS; v++) {
-                scores[v] = products.scores(r, v) * (products.unit(r) * call.scale * scales[0][v]);
+                scores[v] *= call.scale * scales[0][v];
                 if (CODEC == INT4) scores[v] += lows[0][v] * sums[r];
             }
             limit<VECTORS>(r, scores, part);
@@ -128,7 +136,7 @@ template <int64_t CODEC> class Task {
             largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
         products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
-        products.add(data, count, kdata + MOST_TILE * row_bytes(CODEC, call.key_width), offsets.data(), part.out.data(), vd);
+        products.add(data, count, kdata + MOST_TILE * row_bytes(CODEC, call.key_width), offsets.data());
 #endif
     }
 
@@ -210,6 +218,9 @@ template <int64_t CODEC> class Task {
             part.sum[r] *= by;
             float *out = &part.out[r * vd];
             for (int64_t i = 0; i < vd; i++) out[i] *= by;
+#if HFKV_HAS_INTEGERS
+            products.shrink(r, by);
+#endif
         }
     }
 
