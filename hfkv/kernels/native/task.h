@@ -105,6 +105,11 @@ template <int64_t CODEC> class Task {
     void attend_codes(int64_t count, int64_t slot, Part &part) {
 #if HFKV_HAS_INTEGERS
         constexpr int64_t VECTORS = MOST_TILE / LANES;
+        constexpr int64_t SCALES = (CODEC == INT4 ? 4 : 2) * MOST_TILE;
+        for (int64_t i = 0; i < 2 * SCALES; i += BLOCK) {
+            const char *plane = call.planes[i < SCALES ? 1 : 3];
+            __builtin_prefetch(plane + SCALES / MOST_TILE * (slot + MOST_TILE) + i % SCALES);
+        }
         Vector scales[2][VECTORS], lows[2][VECTORS];
         for (int64_t v = 0; v < VECTORS; v++) {
             for (int64_t side = 0; side < 2; side++) {
@@ -114,7 +119,7 @@ template <int64_t CODEC> class Task {
         }
         const char *data = call.planes[2] + slot * row_bytes(CODEC, call.value_width);
         const char *kdata = call.planes[0] + slot * row_bytes(CODEC, call.key_width);
-        products.score(kdata, count, data);
+        products.score(kdata, count, kdata + 64 * row_bytes(CODEC, call.key_width));
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
@@ -136,7 +141,7 @@ template <int64_t CODEC> class Task {
             largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
         products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
-        products.add(data, count, kdata + MOST_TILE * row_bytes(CODEC, call.key_width), offsets.data());
+        products.add(data, count, data + 64 * row_bytes(CODEC, call.value_width), offsets.data());
 #endif
     }
 
