@@ -191,33 +191,33 @@ template <int64_t CODEC> inline __m512i codes_of(__m512i bytes, int64_t part) {
     return _mm512_and_si512(part ? _mm512_srli_epi16(bytes, 4) : bytes, _mm512_set1_epi8(15));
 }
 
-// Block after block of `ROWS` rows. What stands for rows beyond the last is not used.
-template <int64_t CODEC, int64_t ROWS> struct Rows {
-    Rows(const Coded<CODEC> &coded, const char *data, int64_t left) {
-        if (left >= ROWS) {
-#pragma GCC unroll 16
-            for (int64_t i = 0; i < ROWS; i++) at[i] = data + i * coded.bytes;
-        } else {
-            for (int64_t i = 0; i < ROWS; i++) at[i] = data + std::min(i, left - 1) * coded.bytes;
+// One block of `ROWS` rows, `left` of which there are. What stands for others is not used.
+template <int64_t ROWS>
+inline void read_block(const char *data, int64_t row_bytes, int64_t left, __mmask64 bytes, __m512i *x) {
+    if (left < ROWS) {
+        for (int64_t i = 0; i < ROWS; i++) {
+            x[i] = _mm512_maskz_loadu_epi8(bytes, data + std::min(i, left - 1) * row_bytes);
         }
+        return;
     }
-
-    inline void read(__mmask64 bytes, __m512i *x) {
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < ROWS; i++) x[i] = _mm512_maskz_loadu_epi8(bytes, at[i]), at[i] += BLOCK;
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < ROWS; i += QUAD, data += QUAD * row_bytes) {
+        asm("" : "+r"(data));  // g++ 12 would keep the addresses of all rows
+        x[i] = _mm512_maskz_loadu_epi8(bytes, data);
+        x[i + 1] = _mm512_maskz_loadu_epi8(bytes, data + row_bytes);
+        x[i + 2] = _mm512_maskz_loadu_epi8(bytes, data + 2 * row_bytes);
+        x[i + 3] = _mm512_maskz_loadu_epi8(bytes, data + 3 * row_bytes);
     }
-
-    const char *at[ROWS];
-};
+}
 
 // The codes of `count` rows `[parts, quads of dims, vectors]`, a lane a token, to multiply queries with.
 template <int64_t CODEC>
 inline void read_across(const Coded<CODEC> &coded, const char *data, int64_t count, int64_t vectors, __m512i *out) {
     for (int64_t v = 0; v * LANES < count; v++) {
-        Rows<CODEC, LANES> rows(coded, data + v * LANES * coded.bytes, count - v * LANES);
+        const char *rows = data + v * LANES * coded.bytes;
         for (int64_t block = 0; block < coded.blocks; block++) {
             __m512i x[LANES];
-            rows.read(coded.bytes_of(block), x);
+            read_block<LANES>(rows + block * BLOCK, coded.bytes, count - v * LANES, coded.bytes_of(block), x);
             transpose(x);
             for (int64_t part = 0; part < coded.PARTS; part++) {
                 __m512i *to = out + (part * coded.blocks + block) * LANES * vectors + v;
@@ -234,10 +234,10 @@ template <int64_t CODEC>
 inline void read_along(const Coded<CODEC> &coded, const char *data, int64_t count, __m512i *out) {
     int64_t vectors = coded.PARTS * coded.blocks * 4;
     for (int64_t t = 0; t < count; t += QUAD, out += vectors) {
-        Rows<CODEC, QUAD> rows(coded, data + t * coded.bytes, count - t);
+        const char *rows = data + t * coded.bytes;
         for (int64_t block = 0; block < coded.blocks; block++) {
             __m512i x[QUAD];
-            rows.read(coded.bytes_of(block), x);
+            read_block<QUAD>(rows + block * BLOCK, coded.bytes, count - t, coded.bytes_of(block), x);
             __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
             __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
             x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
