@@ -30,7 +30,12 @@ template <int64_t CODEC> class Products {
     // Takes a query `[width]`; whether all of its numbers are finite.
     bool take(int64_t r, const float *query, int64_t width) {
         for (int64_t i = 0; i < width; i++) placed[keys.place(i)] = query[i];
-        split<3, true>(placed.data(), keys.padded(), magnitude_of(placed.data(), keys.padded()), keys.CENTRE, digits[r]);
+        float largest = magnitude_of(placed.data(), keys.padded());
+        if (CODEC == INT4 && weight_digits == 2) {
+            split<2, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
+        } else {
+            split<3, true>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
+        }
         for (int64_t i = 0; i < keys.padded() / QUAD; i++) {
             if (digits[r].quads[i * QUAD + 2]) few[r].push_back(int32_t(i));
         }
@@ -51,7 +56,7 @@ template <int64_t CODEC> class Products {
     // Those of one query, as long as the keys are the last that were read.
     inline void scores(int64_t r, Vector *out) {
         for (int64_t v = 0; v < VECTORS; v++) out[v] = load<Vector>(&of_scores[r * MOST_TILE + v * LANES]);
-        if (has_few) multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), out);
+        if (has_few && !few[r].empty()) multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), out);
         for (int64_t v = 0; v < VECTORS; v++) out[v] *= digits[r].step;
     }
 

@@ -215,7 +215,7 @@ template <int64_t CODEC> class Task {
             for (int64_t v = 0; v < VECTORS; v++) scores[v] = select(sight.of(r, v), scores[v], all(-INFINITY));
         }
         Vector most = all(part.largest[r]);
-        for (int64_t v = 0; v < VECTORS; v++) most = select(scores[v] > most, scores[v], most);
+        for (int64_t v = 0; v < VECTORS; v++) most = larger(scores[v], most);
         float largest = largest_of(most);
         if (largest > part.largest[r]) {
             float by = std::exp(part.largest[r] - largest);

@@ -60,13 +60,18 @@ inline Vector select(Integers where, Vector yes, Vector no) {
     return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
 }
 
+// The larger numbers of two, those of `b` where those of `a` are NaNs.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return select(a > b, a, b);
+#endif
+}
+
 // exp(x) to 2 units in the last place; 0 below -87, NaN stays NaN. After Cephes' expf.
 inline Vector exp(Vector x) {
-#if defined(__AVX512F__)
-    Vector clamped = (Vector)_mm512_max_ps((__m512)all(-87.0f), (__m512)x);  // of NaNs the second is taken
-#else
-    Vector clamped = select(x > -87.0f, x, all(-87.0f));
-#endif
+    Vector clamped = larger(all(-87.0f), x);
     Vector shifted = clamped * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2 ** 23: rounds to a whole number
     Vector n = shifted - 12582912.0f;
     Vector r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
