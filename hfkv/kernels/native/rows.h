@@ -53,6 +53,8 @@ template <int64_t CODEC> inline void read_row(const char *row, int64_t width, fl
     }
 }
 
+inline int64_t scale_bytes(int64_t codec) { return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : 0; }
+
 inline int64_t row_bytes(int64_t codec, int64_t width) {
     if (codec == NONE_F32) return 4 * width;
     if (codec == NONE_BF16) return 2 * width;

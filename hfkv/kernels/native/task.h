@@ -12,7 +12,12 @@
 
 namespace hfkv {
 
-constexpr int64_t MOST_ROWS = 4;
+// Rows that values are added to at once, and that are scored at once.
+#if defined(__AVX512F__)
+constexpr int64_t MOST_ROWS = 4, SCORED = 4;
+#else
+constexpr int64_t MOST_ROWS = 4, SCORED = 2;
+#endif
 
 template <int64_t CODEC> class Task {
   public:
@@ -52,7 +57,8 @@ template <int64_t CODEC> class Task {
     void attend_tokens(int64_t begin, int64_t end, Part &part) {
         const Meta &layout = call.layout;
         if (!call.columns) {
-            return attend_run(begin, end, (b * call.heads + h) * call.capacity + layout.start() + begin, part);
+            int64_t slot = (b * call.heads + h) * call.capacity + layout.start();
+            return attend_run(begin, end, slot + begin, slot + end, part);
         }
         int64_t column = 0;
         // There may be room for more columns than hold anything: they begin nowhere.
@@ -60,44 +66,50 @@ template <int64_t CODEC> class Task {
                layout.high(column + 1) > layout.low(column + 1)) {
             column++;
         }
+        auto slot_of = [&](int64_t at) {
+            return (layout.page(b, at) * call.heads + h) * call.capacity + layout.low(at);
+        };
         for (; column < call.columns && layout.begins(column) < end; column++) {
             int64_t first = layout.begins(column), last = first + layout.high(column) - layout.low(column);
             int64_t from = std::max(first, begin), to = std::min(last, end);
             if (from >= to) continue;
-            int64_t slot = (layout.page(b, column) * call.heads + h) * call.capacity + layout.low(column);
-            attend_run(from, to, slot + from - first, part);
+            int64_t slot = slot_of(column) + from - first;
+            attend_run(from, to, slot, to < end && column + 1 < call.columns ? slot_of(column + 1) : slot, part);
         }
     }
 
-    // Tokens `begin .. end - 1`, which lie one after the other from `slot` on.
-    void attend_run(int64_t begin, int64_t end, int64_t slot, Part &part) {
+    // Tokens `begin .. end - 1`, which lie one after the other from `slot` on; those after them lie from `after` on.
+    void attend_run(int64_t begin, int64_t end, int64_t slot, int64_t after, Part &part) {
         // No tile has slots of sinks and newest tokens: positions go on within one.
-        int64_t slots_end = call.layout.num_slots();
+        int64_t slots_end = call.layout.num_slots(), tile = is_whole ? MOST_TILE : TILE;
         for (int64_t from = begin; from < end;) {
-            int64_t to = std::min(from + (is_whole ? MOST_TILE : TILE), end);
+            int64_t to = std::min(from + tile, end);
             if (from < slots_end && to > slots_end) to = slots_end;
-            if (sight.look(from, to - from, is_whole ? MOST_TILE : TILE)) {
+            next = to < end ? slot + to - begin : after;
+            if (sight.look(from, to - from, tile)) {
                 (this->*(is_whole ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
             }
             from = to;
         }
     }
 
+    // Has a plane's part of the next tile fetched: processors do not foresee it where there is so much to compute.
+    inline void fetch(int64_t plane, int64_t bytes, int64_t tile) const {
+        const char *from = call.planes[plane] + next * bytes;
+        for (int64_t i = 0; i < tile * bytes; i += 64) __builtin_prefetch(from + i);
+    }
+
     void attend_tile(int64_t count, int64_t slot, Part &part) {
         const float *rows = read_rows(0, call.key_width, kd, slot, count, keys.data());
         Vector scale = read_scales(1, slot, count, 0), low = read_lows(1, slot, count, 0);
-        for (int64_t r = 0; r < call.rows(); r++) {
-            Vector scores = score(r, rows);
-            if (CODEC == INT8 || CODEC == FP8) scores *= scale;
-            if (CODEC == INT4) scores = scores * scale + low * sums[r];
-            limit<1>(r, &scores, part);
-            weigh<1>(r, &scores, part);
-            store(&weights[r * TILE], scores);
-        }
+        fetch(0, row_bytes(CODEC, call.key_width), TILE), fetch(1, scale_bytes(CODEC), TILE);
+        int64_t r = 0;
+        for (; r + SCORED <= call.rows(); r += SCORED) score<SCORED>(r, rows, scale, low, part);
+        for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
         rows = read_rows(2, call.value_width, vd, slot, count, values.data());
         scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
-        int64_t r = 0;
-        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
+        fetch(2, row_bytes(CODEC, call.value_width), TILE), fetch(3, scale_bytes(CODEC), TILE);
+        for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
     }
 
@@ -105,11 +117,7 @@ template <int64_t CODEC> class Task {
     void attend_codes(int64_t count, int64_t slot, Part &part) {
 #if HFKV_HAS_INTEGERS
         constexpr int64_t VECTORS = MOST_TILE / LANES;
-        constexpr int64_t SCALES = (CODEC == INT4 ? 4 : 2) * MOST_TILE;
-        for (int64_t i = 0; i < 2 * SCALES; i += BLOCK) {
-            const char *plane = call.planes[i < SCALES ? 1 : 3];
-            __builtin_prefetch(plane + SCALES / MOST_TILE * (slot + MOST_TILE) + i % SCALES);
-        }
+        fetch(1, scale_bytes(CODEC), MOST_TILE), fetch(3, scale_bytes(CODEC), MOST_TILE);
         Vector scales[2][VECTORS], lows[2][VECTORS];
         for (int64_t v = 0; v < VECTORS; v++) {
             for (int64_t side = 0; side < 2; side++) {
@@ -117,9 +125,8 @@ template <int64_t CODEC> class Task {
                 lows[side][v] = read_lows(2 * side + 1, slot, count, v);
             }
         }
-        const char *data = call.planes[2] + slot * row_bytes(CODEC, call.value_width);
-        const char *kdata = call.planes[0] + slot * row_bytes(CODEC, call.key_width);
-        products.score(kdata, count, kdata + 64 * row_bytes(CODEC, call.key_width));
+        int64_t bytes = row_bytes(CODEC, call.key_width), value_bytes = row_bytes(CODEC, call.value_width);
+        products.score(call.planes[0] + slot * bytes, count, call.planes[0] + next * bytes);
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
@@ -141,7 +148,8 @@ template <int64_t CODEC> class Task {
             largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
         products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
-        products.add(data, count, data + 64 * row_bytes(CODEC, call.value_width), offsets.data());
+        const char *values = call.planes[2];
+        products.add(values + slot * value_bytes, count, values + next * value_bytes, offsets.data());
 #endif
     }
 
@@ -190,18 +198,42 @@ template <int64_t CODEC> class Task {
         return pairs;
     }
 
-    // Scores of one query against the tile's tokens, without their scales.
-    inline Vector score(int64_t r, const float *rows) {
-        Vector products[TILE];
+    // Weights of `ROWS` queries for the tile's tokens.
+    template <int64_t ROWS> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+        // As many sums at once as there are registers for.
+        constexpr int64_t TOKENS = ROWS == 1 ? TILE : ROWS;
+        Vector products[ROWS][TILE];
+        for (int64_t t = 0; t < TILE; t += TOKENS) {
+            Vector sum[ROWS][TOKENS] = {};
+            const float *q = &query[r * kd], *of = rows + t * kd;
+            for (int64_t at = 0; at < kd; at += LANES) {
+                Vector key[TOKENS];
 #pragma GCC unroll 16
-        for (int64_t t = 0; t < TILE; t++) products[t] = all(0.0f);
-        const float *q = &query[r * kd];
-        for (int64_t i = 0; i < kd; i += LANES) {
-            Vector of_query = load<Vector>(q + i);
+                for (int64_t i = 0; i < TOKENS; i++) key[i] = load<Vector>(of + i * kd + at);
+#pragma GCC unroll 4
+                for (int64_t n = 0; n < ROWS; n++) {
+                    Vector of_query = load<Vector>(q + n * kd + at);
 #pragma GCC unroll 16
-            for (int64_t t = 0; t < TILE; t++) products[t] += of_query * load<Vector>(rows + t * kd + i);
+                    for (int64_t i = 0; i < TOKENS; i++) sum[n][i] += of_query * key[i];
+                }
+            }
+#pragma GCC unroll 4
+            for (int64_t n = 0; n < ROWS; n++) {
+#pragma GCC unroll 16
+                for (int64_t i = 0; i < TOKENS; i++) products[n][t + i] = sum[n][i];
+            }
         }
-        return sums_of(products);
+        Vector scores[ROWS];
+        for (int64_t n = 0; n < ROWS; n++) {
+            scores[n] = sums_of(products[n]);
+            if (CODEC == INT8 || CODEC == FP8) scores[n] *= scale;
+            if (CODEC == INT4) scores[n] = scores[n] * scale + low * sums[r + n];
+            limit<1>(r + n, &scores[n], part);
+        }
+        for (int64_t n = 0; n < ROWS; n++) {
+            weigh<1>(r + n, &scores[n], part);
+            store(&weights[(r + n) * TILE], scores[n]);
+        }
     }
 
     // What is summed is made smaller if a query's scores are larger than those before.
@@ -263,7 +295,7 @@ template <int64_t CODEC> class Task {
     }
 
     const Call &call;
-    int64_t b, h, kd, vd;
+    int64_t b, h, kd, vd, next = 0;
     std::vector<float> query, sums, offsets, keys, values, weights, largest;
     std::vector<Vector> tile;
     Sight sight;
