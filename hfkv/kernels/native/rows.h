@@ -40,6 +40,7 @@ template <int64_t CODEC> inline void read_row(const char *row, int64_t width, fl
         return;
     }
     int64_t i = 0;
+#pragma GCC unroll 4
     for (; i + LANES <= width; i += LANES) {
         if (CODEC == INT8) store(out + i, __builtin_convertvector(widen_bytes(row + i), Vector));
         if (CODEC == FP8) store(out + i, from_fp8(widen_codes(row + i)));
@@ -54,6 +55,8 @@ template <int64_t CODEC> inline void read_row(const char *row, int64_t width, fl
 }
 
 inline int64_t scale_bytes(int64_t codec) { return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : 0; }
+
+inline int64_t number_bytes(int64_t codec) { return codec == NONE_F32 ? 4 : codec == NONE_BF16 ? 2 : 1; }
 
 inline int64_t row_bytes(int64_t codec, int64_t width) {
     if (codec == NONE_F32) return 4 * width;

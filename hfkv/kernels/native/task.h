@@ -12,12 +12,27 @@
 
 namespace hfkv {
 
-// Rows that values are added to at once, and that are scored at once.
+// Rows that are scored at once, those that values are added to, and vectors of dims: what there are registers for.
 #if defined(__AVX512F__)
-constexpr int64_t MOST_ROWS = 4, SCORED = 4;
+constexpr int64_t SCORED = 4, MOST_ROWS = 4, WIDE = 2;
 #else
-constexpr int64_t MOST_ROWS = 4, SCORED = 2;
+constexpr int64_t SCORED = 2, MOST_ROWS = 4, WIDE = 1;
 #endif
+
+// Memory that is read next, so many bytes at a time: processors do not foresee it where there is so much to compute.
+struct Ahead {
+    Ahead(const char *at, int64_t step) : at(at), step(step) {}
+
+    inline void fetch() {
+        __builtin_prefetch(at);
+        if (step > 64) __builtin_prefetch(at + 64);
+        if (step > 128) __builtin_prefetch(at + 128), __builtin_prefetch(at + 192);
+        at += step;
+    }
+
+    const char *at;
+    int64_t step;
+};
 
 template <int64_t CODEC> class Task {
   public:
@@ -102,13 +117,11 @@ template <int64_t CODEC> class Task {
     void attend_tile(int64_t count, int64_t slot, Part &part) {
         const float *rows = read_rows(0, call.key_width, kd, slot, count, keys.data());
         Vector scale = read_scales(1, slot, count, 0), low = read_lows(1, slot, count, 0);
-        fetch(0, row_bytes(CODEC, call.key_width), TILE), fetch(1, scale_bytes(CODEC), TILE);
         int64_t r = 0;
         for (; r + SCORED <= call.rows(); r += SCORED) score<SCORED>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
         rows = read_rows(2, call.value_width, vd, slot, count, values.data());
         scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
-        fetch(2, row_bytes(CODEC, call.value_width), TILE), fetch(3, scale_bytes(CODEC), TILE);
         for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
     }
@@ -203,10 +216,12 @@ template <int64_t CODEC> class Task {
         // As many sums at once as there are registers for.
         constexpr int64_t TOKENS = ROWS == 1 ? TILE : ROWS;
         Vector products[ROWS][TILE];
+        Ahead ahead(call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : TOKENS * LANES * number_bytes(CODEC));
         for (int64_t t = 0; t < TILE; t += TOKENS) {
             Vector sum[ROWS][TOKENS] = {};
             const float *q = &query[r * kd], *of = rows + t * kd;
             for (int64_t at = 0; at < kd; at += LANES) {
+                ahead.fetch();
                 Vector key[TOKENS];
 #pragma GCC unroll 16
                 for (int64_t i = 0; i < TOKENS; i++) key[i] = load<Vector>(of + i * kd + at);
@@ -282,15 +297,38 @@ template <int64_t CODEC> class Task {
             store(scaled + i * TILE, weight * scale);
             offsets[i] = CODEC == INT4 ? sum_of(weight * low) : 0.0f;
         }
-        for (int64_t at = 0; at < vd; at += LANES) {
-            Vector sum[ROWS];
-            for (int64_t i = 0; i < ROWS; i++) sum[i] = load<Vector>(&part.out[(r + i) * vd + at]) + offsets[i];
+        const char *from = call.planes[2] + next * row_bytes(CODEC, call.value_width);
+        Ahead ahead(from, r ? 0 : WIDE * LANES * number_bytes(CODEC));
+        int64_t at = 0;
+        for (; at + WIDE * LANES <= vd; at += WIDE * LANES) add_dims<ROWS, WIDE>(r, rows, scaled, offsets, at, ahead, part);
+        for (; at < vd; at += LANES) add_dims<ROWS, 1>(r, rows, scaled, offsets, at, ahead, part);
+    }
+
+    template <int64_t ROWS, int64_t VECTORS>
+    inline void add_dims(int64_t r, const float *rows, const float *scaled, const float *offsets, int64_t at, Ahead &ahead,
+                         Part &part) {
+        Vector sum[ROWS][VECTORS];
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < ROWS; i++) {
+            const float *out = &part.out[(r + i) * vd + at];
+#pragma GCC unroll 2
+            for (int64_t v = 0; v < VECTORS; v++) sum[i][v] = load<Vector>(out + v * LANES) + offsets[i];
+        }
 #pragma GCC unroll 16
-            for (int64_t t = 0; t < TILE; t++) {
-                Vector value = load<Vector>(rows + t * vd + at);
-                for (int64_t i = 0; i < ROWS; i++) sum[i] += scaled[i * TILE + t] * value;
+        for (int64_t t = 0; t < TILE; t++) {
+            ahead.fetch();
+#pragma GCC unroll 2
+            for (int64_t v = 0; v < VECTORS; v++) {
+                Vector value = load<Vector>(rows + t * vd + at + v * LANES);
+#pragma GCC unroll 4
+                for (int64_t i = 0; i < ROWS; i++) sum[i][v] += scaled[i * TILE + t] * value;
             }
-            for (int64_t i = 0; i < ROWS; i++) store(&part.out[(r + i) * vd + at], sum[i]);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < ROWS; i++) {
+            float *out = &part.out[(r + i) * vd + at];
+#pragma GCC unroll 2
+            for (int64_t v = 0; v < VECTORS; v++) store(out + v * LANES, sum[i][v]);
         }
     }
 
