@@ -14,43 +14,37 @@ inline Vector from_fp8(Naturals bits) {
     return (Vector)(((bits & 0x80) << 24) | ((bits & 0x7F) << 20)) * FP8_SCALE;
 }
 
-// The numbers of one stored row as float32 `[width]`, without its scale.
-template <int64_t CODEC> inline void read_row(const char *row, int64_t width, float *out) {
+// The numbers of one stored row as float32 `[width]`, without its scale. What is left of a row, and where a register holds
+// less than 16 all of it, is as simple as compilers make vectors of by themselves.
+template <int64_t CODEC> inline void read_row(const char *__restrict row, int64_t width, float *__restrict out) {
+    const uint8_t *codes = reinterpret_cast<const uint8_t *>(row);
+    int64_t i = 0;
     if (CODEC == NONE_F32) {
         std::memcpy(out, row, 4 * width);
-        return;
-    }
-    if (CODEC == INT4) {
-        int64_t half = (width + 1) / 2, i = 0;
-        const uint8_t *codes = reinterpret_cast<const uint8_t *>(row);
-        for (; i + LANES <= half; i += LANES) {
+    } else if (CODEC == INT4) {
+        int64_t half = (width + 1) / 2;
+        for (; NATIVE == LANES && i + LANES <= width - half; i += LANES) {
             Naturals both = widen_codes(codes + i);
             store(out + i, __builtin_convertvector((Integers)(both & 15) - 8, Vector));
-            Vector upper = __builtin_convertvector((Integers)(both >> 4) - 8, Vector);
-            if (half + i + LANES <= width) {
-                store(out + half + i, upper);
-            } else {
-                for (int64_t j = 0; half + i + j < width; j++) out[half + i + j] = upper[j];
-            }
+            store(out + half + i, __builtin_convertvector((Integers)(both >> 4) - 8, Vector));
         }
-        for (; i < half; i++) {
-            out[i] = float(int(codes[i] & 15) - 8);
-            if (half + i < width) out[half + i] = float(int(codes[i] >> 4) - 8);
-        }
-        return;
-    }
-    int64_t i = 0;
+        for (int64_t j = i; j < half; j++) out[j] = float(int(codes[j] & 15) - 8);
+        for (int64_t j = i; j < width - half; j++) out[half + j] = float(int(codes[j] >> 4) - 8);
+    } else {
 #pragma GCC unroll 4
-    for (; i + LANES <= width; i += LANES) {
-        if (CODEC == INT8) store(out + i, __builtin_convertvector(widen_bytes(row + i), Vector));
-        if (CODEC == FP8) store(out + i, from_fp8(widen_codes(row + i)));
-        if (CODEC == NONE_BF16) store(out + i, (Vector)(widen_halves(row + 2 * i) << 16));
-    }
-    for (; i < width; i++) {
-        uint8_t byte = uint8_t(row[i * (CODEC == NONE_BF16 ? 2 : 1)]);
-        if (CODEC == INT8) out[i] = float(int8_t(byte));
-        if (CODEC == FP8) out[i] = from_bits((uint32_t(byte & 0x80) << 24) | (uint32_t(byte & 0x7F) << 20)) * FP8_SCALE;
-        if (CODEC == NONE_BF16) out[i] = from_bf16(load<uint16_t>(row + 2 * i));
+        for (; NATIVE == LANES && i + LANES <= width; i += LANES) {
+            if (CODEC == INT8) store(out + i, __builtin_convertvector(widen_bytes(row + i), Vector));
+            if (CODEC == FP8) store(out + i, from_fp8(widen_codes(row + i)));
+            if (CODEC == NONE_BF16) store(out + i, (Vector)(widen_halves(row + 2 * i) << 16));
+        }
+        for (; i < width; i++) {
+            if (CODEC == INT8) out[i] = float(int8_t(codes[i]));
+            if (CODEC == FP8) {
+                uint32_t code = codes[i];
+                out[i] = from_bits(((code & 0x80) << 24) | ((code & 0x7F) << 20)) * FP8_SCALE;
+            }
+            if (CODEC == NONE_BF16) out[i] = from_bf16(load<uint16_t>(row + 2 * i));
+        }
     }
 }
 

@@ -12,12 +12,8 @@
 
 namespace hfkv {
 
-// Rows that are scored at once, those that values are added to, and vectors of dims: what there are registers for.
-#if defined(__AVX512F__)
-constexpr int64_t SCORED = 4, MOST_ROWS = 4, WIDE = 2;
-#else
-constexpr int64_t SCORED = 2, MOST_ROWS = 4, WIDE = 1;
-#endif
+// Rows that are scored, or that values are added to, at once, and tokens and vectors of dims: as there are registers for.
+constexpr int64_t MOST_ROWS = 4, WIDE = 2;
 
 // Memory that is read next, so many bytes at a time: processors do not foresee it where there is so much to compute.
 struct Ahead {
@@ -118,7 +114,7 @@ template <int64_t CODEC> class Task {
         const float *rows = read_rows(0, call.key_width, kd, slot, count, keys.data());
         Vector scale = read_scales(1, slot, count, 0), low = read_lows(1, slot, count, 0);
         int64_t r = 0;
-        for (; r + SCORED <= call.rows(); r += SCORED) score<SCORED>(r, rows, scale, low, part);
+        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) score<MOST_ROWS>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
         rows = read_rows(2, call.value_width, vd, slot, count, values.data());
         scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
@@ -213,21 +209,20 @@ template <int64_t CODEC> class Task {
 
     // Weights of `ROWS` queries for the tile's tokens.
     template <int64_t ROWS> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
-        // As many sums at once as there are registers for.
-        constexpr int64_t TOKENS = ROWS == 1 ? TILE : ROWS;
-        Vector products[ROWS][TILE];
-        Ahead ahead(call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : TOKENS * LANES * number_bytes(CODEC));
+        constexpr int64_t TOKENS = NATIVE == LANES ? (ROWS == 1 ? 16 : 4) : ROWS == 1 ? 8 : 2;
+        Native products[ROWS][TILE];
+        Ahead ahead(call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : TOKENS * NATIVE * number_bytes(CODEC));
         for (int64_t t = 0; t < TILE; t += TOKENS) {
-            Vector sum[ROWS][TOKENS] = {};
+            Native sum[ROWS][TOKENS] = {};
             const float *q = &query[r * kd], *of = rows + t * kd;
-            for (int64_t at = 0; at < kd; at += LANES) {
+            for (int64_t at = 0; at < kd; at += NATIVE) {
                 ahead.fetch();
-                Vector key[TOKENS];
+                Native key[TOKENS];
 #pragma GCC unroll 16
-                for (int64_t i = 0; i < TOKENS; i++) key[i] = load<Vector>(of + i * kd + at);
+                for (int64_t i = 0; i < TOKENS; i++) key[i] = load<Native>(of + i * kd + at);
 #pragma GCC unroll 4
                 for (int64_t n = 0; n < ROWS; n++) {
-                    Vector of_query = load<Vector>(q + n * kd + at);
+                    Native of_query = load<Native>(q + n * kd + at);
 #pragma GCC unroll 16
                     for (int64_t i = 0; i < TOKENS; i++) sum[n][i] += of_query * key[i];
                 }
@@ -298,28 +293,30 @@ template <int64_t CODEC> class Task {
             offsets[i] = CODEC == INT4 ? sum_of(weight * low) : 0.0f;
         }
         const char *from = call.planes[2] + next * row_bytes(CODEC, call.value_width);
-        Ahead ahead(from, r ? 0 : WIDE * LANES * number_bytes(CODEC));
+        Ahead ahead(from, r ? 0 : WIDE * NATIVE * number_bytes(CODEC));
         int64_t at = 0;
-        for (; at + WIDE * LANES <= vd; at += WIDE * LANES) add_dims<ROWS, WIDE>(r, rows, scaled, offsets, at, ahead, part);
-        for (; at < vd; at += LANES) add_dims<ROWS, 1>(r, rows, scaled, offsets, at, ahead, part);
+        for (; at + WIDE * NATIVE <= vd; at += WIDE * NATIVE) {
+            add_dims<ROWS, WIDE>(r, rows, scaled, offsets, at, ahead, part);
+        }
+        for (; at < vd; at += NATIVE) add_dims<ROWS, 1>(r, rows, scaled, offsets, at, ahead, part);
     }
 
     template <int64_t ROWS, int64_t VECTORS>
     inline void add_dims(int64_t r, const float *rows, const float *scaled, const float *offsets, int64_t at, Ahead &ahead,
                          Part &part) {
-        Vector sum[ROWS][VECTORS];
+        Native sum[ROWS][VECTORS];
 #pragma GCC unroll 4
         for (int64_t i = 0; i < ROWS; i++) {
             const float *out = &part.out[(r + i) * vd + at];
 #pragma GCC unroll 2
-            for (int64_t v = 0; v < VECTORS; v++) sum[i][v] = load<Vector>(out + v * LANES) + offsets[i];
+            for (int64_t v = 0; v < VECTORS; v++) sum[i][v] = load<Native>(out + v * NATIVE) + offsets[i];
         }
 #pragma GCC unroll 16
         for (int64_t t = 0; t < TILE; t++) {
             ahead.fetch();
 #pragma GCC unroll 2
             for (int64_t v = 0; v < VECTORS; v++) {
-                Vector value = load<Vector>(rows + t * vd + at + v * LANES);
+                Native value = load<Native>(rows + t * vd + at + v * NATIVE);
 #pragma GCC unroll 4
                 for (int64_t i = 0; i < ROWS; i++) sum[i][v] += scaled[i * TILE + t] * value;
             }
@@ -328,7 +325,7 @@ template <int64_t CODEC> class Task {
         for (int64_t i = 0; i < ROWS; i++) {
             float *out = &part.out[(r + i) * vd + at];
 #pragma GCC unroll 2
-            for (int64_t v = 0; v < VECTORS; v++) store(out + v * LANES, sum[i][v]);
+            for (int64_t v = 0; v < VECTORS; v++) store(out + v * NATIVE, sum[i][v]);
         }
     }
 

@@ -19,7 +19,19 @@ typedef uint32_t Naturals __attribute__((vector_size(64)));
 typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint8_t Codes __attribute__((vector_size(16)));
 typedef int16_t Shorts __attribute__((vector_size(32)));
+typedef float Quad __attribute__((vector_size(16)));
+typedef int32_t QuadIntegers __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
+
+// What a register holds, for what must stay in registers: compilers keep longer vectors in memory.
+#if defined(__AVX512F__)
+constexpr int64_t NATIVE = 16;
+#elif defined(__AVX__)
+constexpr int64_t NATIVE = 8;
+#else
+constexpr int64_t NATIVE = 4;
+#endif
+typedef float Native __attribute__((vector_size(4 * NATIVE)));
 
 template <typename T> inline T load(const void *at) {
     T x;
@@ -27,7 +39,7 @@ template <typename T> inline T load(const void *at) {
     return x;
 }
 
-inline void store(float *at, Vector x) { std::memcpy(at, &x, sizeof(x)); }
+template <typename T> inline void store(float *at, T x) { std::memcpy(at, &x, sizeof(x)); }
 
 // 16 stored numbers, each in 32 bits. Compilers take several steps where processors have one.
 inline Integers widen_bytes(const void *at) {
@@ -93,6 +105,7 @@ inline Vector exp(Vector x) {
 #endif
 }
 
+#if defined(__AVX512F__)
 // One vector of lanes of two others: 0 .. 15 are those of `a`, 16 .. 31 those of `b`.
 template <int... LANE> inline Vector pick(Vector a, Vector b) {
 #if defined(__clang__)
@@ -132,6 +145,34 @@ inline Vector sums_of(const Vector *x) {
     }
     return fold_fours(fold_halves(fours[0], fours[1]), fold_halves(fours[2], fours[3]));
 }
+#else
+template <int... LANE> inline Quad pick(Quad a, Quad b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, LANE...);
+#else
+    return __builtin_shuffle(a, b, QuadIntegers{LANE...});
+#endif
+}
+
+inline Quad fold(Native x) {
+    Quad of[NATIVE / 4], sum = {};
+    std::memcpy(of, &x, sizeof(of));
+    for (int i = 0; i < NATIVE / 4; i++) sum += of[i];
+    return sum;
+}
+
+// The same in vectors of four, which all processors have: compilers take longer ones apart to shuffle them.
+inline Vector sums_of(const Native *x) {
+    Quad sums[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        Quad a = fold(x[4 * i]), b = fold(x[4 * i + 1]), c = fold(x[4 * i + 2]), d = fold(x[4 * i + 3]);
+        Quad ab = pick<0, 4, 1, 5>(a, b) + pick<2, 6, 3, 7>(a, b), cd = pick<0, 4, 1, 5>(c, d) + pick<2, 6, 3, 7>(c, d);
+        sums[i] = pick<0, 1, 4, 5>(ab, cd) + pick<2, 3, 6, 7>(ab, cd);
+    }
+    return load<Vector>(sums);
+}
+#endif
 
 inline float sum_of(Vector x) {
 #if defined(__AVX512F__)
