@@ -14,15 +14,15 @@ namespace hfkv {
 // Of all queries of one row and kv head. Weights have two digits where the result is rounded to less.
 template <int64_t CODEC> class Products {
   public:
-    explicit Products(const Call &call)
-        : rows(call.rows()), value_width(call.value_width), weight_digits(call.dtype == F32 ? 3 : 2),
+    Products(const Call &call, int64_t rows)
+        : rows(rows), value_width(call.value_width), weight_digits(call.dtype == F32 ? 3 : 2),
           keys(call.key_width), values(call.value_width) {
         quads.assign(rows * (keys.padded() + MOST_TILE), 0), digits.resize(2 * rows), few.resize(rows);
         for (int64_t r = 0; r < rows; r++) {
             digits[r].quads = &quads[r * keys.padded()];
             digits[rows + r].quads = &quads[rows * keys.padded() + r * MOST_TILE];
         }
-        codes.resize(std::max(keys.padded(), values.padded()) * MOST_TILE / BLOCK);
+        codes.resize(rows ? std::max(keys.padded(), values.padded()) * MOST_TILE / BLOCK : 0);
         of_scores.assign(rows * MOST_TILE, 0.0f), of_values.assign(rows * values.padded(), 0.0f);
         placed.assign(keys.padded(), 0.0f);
     }
@@ -53,11 +53,11 @@ template <int64_t CODEC> class Products {
         }
     }
 
-    // Those of one query, as long as the keys are the last that were read.
-    inline void scores(int64_t r, Vector *out) {
+    // Those of one query, times `scale`, as long as the keys are the last that were read.
+    inline void scores(int64_t r, float scale, Vector *out) {
         for (int64_t v = 0; v < VECTORS; v++) out[v] = load<Vector>(&of_scores[r * MOST_TILE + v * LANES]);
         if (has_few && !few[r].empty()) multiply_few<VECTORS>(digits[r], lines(), few[r].data(), int64_t(few[r].size()), out);
-        for (int64_t v = 0; v < VECTORS; v++) out[v] *= digits[r].step;
+        for (int64_t v = 0; v < VECTORS; v++) out[v] *= digits[r].step * scale;
     }
 
     // Takes the weights `[rows, 64]`, times the scales of the values, of which the largest of each row is known.

@@ -6,31 +6,16 @@
 #include <vector>
 
 #include "call.h"
+#include "floats.h"
 #include "products.h"
 #include "rows.h"
 #include "sight.h"
 
 namespace hfkv {
 
-// Rows that are scored, or that values are added to, at once, and tokens and vectors of dims: as there are registers for.
-constexpr int64_t MOST_ROWS = 4, WIDE = 2;
-
-// Memory that is read next, so many bytes at a time: processors do not foresee it where there is so much to compute.
-struct Ahead {
-    Ahead(const char *at, int64_t step) : at(at), step(step) {}
-
-    inline void fetch() {
-        __builtin_prefetch(at);
-        if (step > 64) __builtin_prefetch(at + 64);
-        if (step > 128) __builtin_prefetch(at + 128), __builtin_prefetch(at + 192);
-        at += step;
-    }
-
-    const char *at;
-    int64_t step;
-};
-
 template <int64_t CODEC> class Task {
+    static constexpr bool IS_CODED = CODEC == INT8 || CODEC == INT4;
+
   public:
     Task(const Call &call, int64_t row, int64_t head) : call(call), b(row), h(head), sight(call, row, head) {
         kd = call.padded(call.key_width), vd = call.padded(call.value_width);
@@ -38,7 +23,7 @@ template <int64_t CODEC> class Task {
         keys.assign(TILE * kd, 0.0f), values.assign(TILE * vd, 0.0f);
         weights.assign(call.rows() * TILE, 0.0f), largest.assign(call.rows(), 0.0f);
         tile.resize(call.rows() * MOST_TILE / LANES);
-        is_whole = HFKV_HAS_INTEGERS && (CODEC == INT8 || CODEC == INT4);
+        has_digits = HFKV_HAS_INTEGERS && IS_CODED;
         for (int64_t g = 0; g < call.groups; g++) {
             for (int64_t n = 0; n < call.queries; n++) {
                 int64_t r = g * call.queries + n;
@@ -48,7 +33,7 @@ template <int64_t CODEC> class Task {
                 for (int64_t i = 0; i < call.key_width; i++) q[i] = load_number(call.query, call.dtype, at + i);
                 if (call.codec == INT4) rotate(q, call.key_width);
 #if HFKV_HAS_INTEGERS
-                is_whole = is_whole && products.take(r, q, call.key_width);
+                has_digits = has_digits && products.take(r, q, call.key_width);
 #endif
                 for (int64_t i = 0; i < call.key_width; i++) sums[r] += q[i] *= call.scale;
             }
@@ -60,7 +45,7 @@ template <int64_t CODEC> class Task {
         part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
         attend_tokens(begin, end, part);
 #if HFKV_HAS_INTEGERS
-        for (int64_t r = 0; r < call.rows() && is_whole; r++) products.finish(r, &part.out[r * vd]);
+        for (int64_t r = 0; r < call.rows() && has_digits; r++) products.finish(r, &part.out[r * vd]);
 #endif
     }
 
@@ -92,13 +77,13 @@ template <int64_t CODEC> class Task {
     // Tokens `begin .. end - 1`, which lie one after the other from `slot` on; those after them lie from `after` on.
     void attend_run(int64_t begin, int64_t end, int64_t slot, int64_t after, Part &part) {
         // No tile has slots of sinks and newest tokens: positions go on within one.
-        int64_t slots_end = call.layout.num_slots(), tile = is_whole ? MOST_TILE : TILE;
+        int64_t slots_end = call.layout.num_slots(), tile = has_digits ? MOST_TILE : TILE;
         for (int64_t from = begin; from < end;) {
             int64_t to = std::min(from + tile, end);
             if (from < slots_end && to > slots_end) to = slots_end;
             next = to < end ? slot + to - begin : after;
             if (sight.look(from, to - from, tile)) {
-                (this->*(is_whole ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
+                (this->*(has_digits ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
             }
             from = to;
         }
@@ -139,9 +124,9 @@ template <int64_t CODEC> class Task {
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
-            products.scores(r, scores);
+            products.scores(r, call.scale, scores);
             for (int64_t v = 0; v < VECTORS; v++) {
-                scores[v] *= call.scale * scales[0][v];
+                scores[v] *= scales[0][v];
                 if (CODEC == INT4) scores[v] += lows[0][v] * sums[r];
             }
             limit<VECTORS>(r, scores, part);
@@ -209,40 +194,17 @@ template <int64_t CODEC> class Task {
 
     // Weights of `ROWS` queries for the tile's tokens.
     template <int64_t ROWS> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
-        constexpr int64_t TOKENS = NATIVE == LANES ? (ROWS == 1 ? 16 : 4) : ROWS == 1 ? 8 : 2;
-        Native products[ROWS][TILE];
-        Ahead ahead(call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : TOKENS * NATIVE * number_bytes(CODEC));
-        for (int64_t t = 0; t < TILE; t += TOKENS) {
-            Native sum[ROWS][TOKENS] = {};
-            const float *q = &query[r * kd], *of = rows + t * kd;
-            for (int64_t at = 0; at < kd; at += NATIVE) {
-                ahead.fetch();
-                Native key[TOKENS];
-#pragma GCC unroll 16
-                for (int64_t i = 0; i < TOKENS; i++) key[i] = load<Native>(of + i * kd + at);
-#pragma GCC unroll 4
-                for (int64_t n = 0; n < ROWS; n++) {
-                    Native of_query = load<Native>(q + n * kd + at);
-#pragma GCC unroll 16
-                    for (int64_t i = 0; i < TOKENS; i++) sum[n][i] += of_query * key[i];
-                }
-            }
-#pragma GCC unroll 4
-            for (int64_t n = 0; n < ROWS; n++) {
-#pragma GCC unroll 16
-                for (int64_t i = 0; i < TOKENS; i++) products[n][t + i] = sum[n][i];
-            }
-        }
         Vector scores[ROWS];
-        for (int64_t n = 0; n < ROWS; n++) {
-            scores[n] = sums_of(products[n]);
-            if (CODEC == INT8 || CODEC == FP8) scores[n] *= scale;
-            if (CODEC == INT4) scores[n] = scores[n] * scale + low * sums[r + n];
-            limit<1>(r + n, &scores[n], part);
+        Ahead ahead{call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : number_bytes(CODEC)};
+        multiply_rows<ROWS>(&query[r * kd], rows, kd, ahead, scores);
+        for (int64_t i = 0; i < ROWS; i++) {
+            if (CODEC == INT8 || CODEC == FP8) scores[i] *= scale;
+            if (CODEC == INT4) scores[i] = scores[i] * scale + low * sums[r + i];
+            limit<1>(r + i, &scores[i], part);
         }
-        for (int64_t n = 0; n < ROWS; n++) {
-            weigh<1>(r + n, &scores[n], part);
-            store(&weights[(r + n) * TILE], scores[n]);
+        for (int64_t i = 0; i < ROWS; i++) {
+            weigh<1>(r + i, &scores[i], part);
+            store(&weights[(r + i) * TILE], scores[i]);
         }
     }
 
@@ -266,7 +228,7 @@ template <int64_t CODEC> class Task {
             float *out = &part.out[r * vd];
             for (int64_t i = 0; i < vd; i++) out[i] *= by;
 #if HFKV_HAS_INTEGERS
-            products.shrink(r, by);
+            if (has_digits) products.shrink(r, by);
 #endif
         }
     }
@@ -284,49 +246,15 @@ template <int64_t CODEC> class Task {
         part.sum[r] += sum_of(sum);
     }
 
-    template <int64_t ROWS>
-    inline void add(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+    template <int64_t ROWS> inline void add(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
         float scaled[ROWS * TILE], offsets[ROWS];
         for (int64_t i = 0; i < ROWS; i++) {
             Vector weight = load<Vector>(&weights[(r + i) * TILE]);
             store(scaled + i * TILE, weight * scale);
             offsets[i] = CODEC == INT4 ? sum_of(weight * low) : 0.0f;
         }
-        const char *from = call.planes[2] + next * row_bytes(CODEC, call.value_width);
-        Ahead ahead(from, r ? 0 : WIDE * NATIVE * number_bytes(CODEC));
-        int64_t at = 0;
-        for (; at + WIDE * NATIVE <= vd; at += WIDE * NATIVE) {
-            add_dims<ROWS, WIDE>(r, rows, scaled, offsets, at, ahead, part);
-        }
-        for (; at < vd; at += NATIVE) add_dims<ROWS, 1>(r, rows, scaled, offsets, at, ahead, part);
-    }
-
-    template <int64_t ROWS, int64_t VECTORS>
-    inline void add_dims(int64_t r, const float *rows, const float *scaled, const float *offsets, int64_t at, Ahead &ahead,
-                         Part &part) {
-        Native sum[ROWS][VECTORS];
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < ROWS; i++) {
-            const float *out = &part.out[(r + i) * vd + at];
-#pragma GCC unroll 2
-            for (int64_t v = 0; v < VECTORS; v++) sum[i][v] = load<Native>(out + v * NATIVE) + offsets[i];
-        }
-#pragma GCC unroll 16
-        for (int64_t t = 0; t < TILE; t++) {
-            ahead.fetch();
-#pragma GCC unroll 2
-            for (int64_t v = 0; v < VECTORS; v++) {
-                Native value = load<Native>(rows + t * vd + at + v * NATIVE);
-#pragma GCC unroll 4
-                for (int64_t i = 0; i < ROWS; i++) sum[i][v] += scaled[i * TILE + t] * value;
-            }
-        }
-#pragma GCC unroll 4
-        for (int64_t i = 0; i < ROWS; i++) {
-            float *out = &part.out[(r + i) * vd + at];
-#pragma GCC unroll 2
-            for (int64_t v = 0; v < VECTORS; v++) store(out + v * NATIVE, sum[i][v]);
-        }
+        Ahead ahead{call.planes[2] + next * row_bytes(CODEC, call.value_width), r ? 0 : number_bytes(CODEC)};
+        add_rows<ROWS>(scaled, offsets, rows, vd, ahead, &part.out[r * vd]);
     }
 
     const Call &call;
@@ -334,9 +262,10 @@ template <int64_t CODEC> class Task {
     std::vector<float> query, sums, offsets, keys, values, weights, largest;
     std::vector<Vector> tile;
     Sight sight;
-    bool is_whole = false;  // whether queries are split into digits
+    bool has_digits = false;  // whether queries are split into digits: those that are finite, where there are integers
 #if HFKV_HAS_INTEGERS
-    Products<CODEC> products{call};
+    // Without queries where they have no digits.
+    Products<CODEC> products{call, IS_CODED ? call.rows() : 0};
 #endif
 };
 
