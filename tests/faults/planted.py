@@ -60,6 +60,27 @@ FAULTS = (
         ("kernels/test_cpu_attention.py",),
     ),
     Fault(
+        "native integers take codes to be one larger",
+        "hfkv/kernels/native/integers.h",
+        "CENTRE = CODEC == INT4 ? 8 : 128;",
+        "CENTRE = CODEC == INT4 ? 7 : 127;",
+        ("kernels/test_cpu_attention.py",),
+    ),
+    Fault(
+        "a native query's lowest digits are left out",
+        "hfkv/kernels/native/products.h",
+        "if (has_few && !few[r].empty()) multiply_few",
+        "if (has_few && few[r].empty()) multiply_few",
+        ("kernels/test_native_digits.py",),
+    ),
+    Fault(
+        "a native value of zeros hides small weights",
+        "hfkv/kernels/native/task.h",
+        "scales[1][v][i] = lows[1][v][i] = 0;",
+        "break;",
+        ("kernels/test_native_digits.py",),
+    ),
+    Fault(
         "a native code is cut off where it should be rounded",
         "hfkv/kernels/native/append.cpp",
         "(x + 12582912.0f) - 12582912.0f",

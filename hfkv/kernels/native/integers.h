@@ -83,6 +83,19 @@ inline void split(const float *numbers, int64_t count, float largest, int32_t ce
     _mm_storeu_si128(reinterpret_cast<__m128i *>(digits.begins), _mm_mullo_epi32(sum, _mm_set1_epi32(-centre)));
 }
 
+// Whether `count` numbers are about as exact in so many digits as in float32, or half precision's; not where the largest
+// is far beyond most of the others, and these are not of few bits, nor where one is not finite.
+template <int64_t DIGITS>
+inline bool keeps(const float *numbers, int64_t count, float largest, const Digits &digits) {
+    constexpr float LOWEST = DIGITS == 3 ? 65536 : 256, MOST_LOST = DIGITS == 3 ? 0x1p-16f : 0x1p-8f;
+    float unit = digits.step / LOWEST, lost = 0, kept = 0;
+    for (int64_t i = 0; i < count; i++) {
+        lost += std::fabs(numbers[i] - std::nearbyint(numbers[i] / unit) * unit);
+        kept += std::min(std::fabs(numbers[i]), largest / 256);
+    }
+    return lost <= kept * MOST_LOST;
+}
+
 // Adds the products of codes and digits, four to a lane. Of the compiler's own function g++ 12 moves every sum to and fro.
 inline void add_products(__m512i &sum, __m512i codes, __m512i digits) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(digits));

@@ -27,20 +27,30 @@ template <int64_t CODEC> class Products {
         placed.assign(keys.padded(), 0.0f);
     }
 
-    // Takes a query `[width]`; whether all of its numbers are finite.
+    // Takes a query `[width]`; whether its digits are as good as its numbers. Those of half precision are of few bits until
+    // int4 rotates them, which leaves none far beyond the others: two digits are more exact than they are.
     bool take(int64_t r, const float *query, int64_t width) {
         for (int64_t i = 0; i < width; i++) placed[keys.place(i)] = query[i];
         float largest = magnitude_of(placed.data(), keys.padded());
-        if (CODEC == INT4 && weight_digits == 2) {
-            split<2, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
-        } else {
+        if (weight_digits == 3) {
+            split<3, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
+        } else if (CODEC == INT8) {
             split<3, true>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
+        } else {
+            split<2, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
         }
         for (int64_t i = 0; i < keys.padded() / QUAD; i++) {
             if (digits[r].quads[i * QUAD + 2]) few[r].push_back(int32_t(i));
         }
         has_few = has_few && int64_t(few[r].size()) * FEW <= keys.padded() / QUAD;
-        return digits[r].step == digits[r].step;
+        return CODEC == INT8 || weight_digits == 3 ? keeps<3>(placed.data(), keys.padded(), largest, digits[r])
+                                                   : keeps<2>(placed.data(), keys.padded(), largest, digits[r]);
+    }
+
+    // The sum of a query's numbers as they are multiplied.
+    float sum(int64_t r) const {
+        const int32_t *of = digits[r].begins;
+        return -digits[r].step / keys.CENTRE * (float(of[0]) + float(of[1]) * 0x1p-8f + float(of[2]) * 0x1p-16f);
     }
 
     // Scores of all queries against `count` keys, without their scales.

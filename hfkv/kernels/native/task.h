@@ -36,6 +36,9 @@ template <int64_t CODEC> class Task {
                 has_digits = has_digits && products.take(r, q, call.key_width);
 #endif
                 for (int64_t i = 0; i < call.key_width; i++) sums[r] += q[i] *= call.scale;
+#if HFKV_HAS_INTEGERS
+                if (has_digits) sums[r] = products.sum(r) * call.scale;
+#endif
             }
         }
     }
@@ -121,6 +124,16 @@ template <int64_t CODEC> class Task {
         }
         int64_t bytes = row_bytes(CODEC, call.key_width), value_bytes = row_bytes(CODEC, call.value_width);
         products.score(call.planes[0] + slot * bytes, count, call.planes[0] + next * bytes);
+        // A value of zeros has a scale of 1, beside which others, of small weights, would be lost: it adds nothing.
+        const char *values = call.planes[2] + slot * value_bytes;
+        for (int64_t v = 0; v < VECTORS; v++) {
+            __mmask16 ones = _mm512_cmp_ps_mask((__m512)scales[1][v], _mm512_set1_ps(1), _CMP_EQ_OQ);
+            for (int64_t i = 0; ones; i++, ones >>= 1) {
+                const char *row = values + (v * LANES + i) * value_bytes;
+                if (!(ones & 1) || (CODEC == INT4 && lows[1][v][i] != 8)) continue;
+                if (std::all_of(row, row + value_bytes, [](char code) { return !code; })) scales[1][v][i] = lows[1][v][i] = 0;
+            }
+        }
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
@@ -142,8 +155,7 @@ template <int64_t CODEC> class Task {
             largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
         products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
-        const char *values = call.planes[2];
-        products.add(values + slot * value_bytes, count, values + next * value_bytes, offsets.data());
+        products.add(values, count, call.planes[2] + next * value_bytes, offsets.data());
 #endif
     }
 
@@ -262,7 +274,7 @@ template <int64_t CODEC> class Task {
     std::vector<float> query, sums, offsets, keys, values, weights, largest;
     std::vector<Vector> tile;
     Sight sight;
-    bool has_digits = false;  // whether queries are split into digits: those that are finite, where there are integers
+    bool has_digits = false;  // whether queries are split into digits, where there are integers and these keep them
 #if HFKV_HAS_INTEGERS
     // Without queries where they have no digits.
     Products<CODEC> products{call, IS_CODED ? call.rows() : 0};
