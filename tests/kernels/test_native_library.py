@@ -186,13 +186,14 @@ def test_nothing_beyond_a_planes_end_is_read_or_written(codec: str, head_dim: in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64"])
+@pytest.mark.parametrize("architecture", ["cascadelake", "x86-64-v4", "x86-64-v3", "x86-64-v2", "x86-64"])
 def test_other_instructions_compute_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HFKV_NATIVE_ARCH", architecture)
     if native.library() is None:
         pytest.skip(native.why_not())
-    if architecture == "x86-64-v4" and "avx512f" not in Path("/proc/cpuinfo").read_text():
-        pytest.skip("this processor has no AVX-512")
+    needed = {"cascadelake": "avx512_vnni", "x86-64-v4": "avx512f"}.get(architecture, "")
+    if needed not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {needed}")
     native.loaded.cache_clear()
     assert native.loaded() is native.library()
     try:
@@ -230,7 +231,7 @@ assert native.library() is not None, native.why_not()
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
                       "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py",
-                      "tests/kernels/test_native_experts.py"]))
+                      "tests/kernels/test_native_experts.py", "tests/kernels/test_native_digits.py"]))
 """
 
 

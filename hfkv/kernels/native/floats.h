@@ -55,7 +55,8 @@ inline void multiply_rows(const float *query, const float *keys, int64_t width, 
 
 // Adds an offset and 16 values `[16, width]` times weights `[ROWS, 16]` to some dims of `out`.
 template <int64_t ROWS, int64_t VECTORS>
-inline void add_dims(const float *weights, const float *offsets, const float *values, int64_t width, Ahead &ahead, float *out) {
+inline void add_dims(const float *weights, const float *offsets, const float *values, int64_t width, Ahead &ahead,
+                     float *out) {
     Native sum[ROWS][VECTORS];
 #pragma GCC unroll 4
     for (int64_t n = 0; n < ROWS; n++) {
@@ -81,7 +82,8 @@ inline void add_dims(const float *weights, const float *offsets, const float *va
 
 // The same for all dims `[ROWS, width]`.
 template <int64_t ROWS>
-inline void add_rows(const float *weights, const float *offsets, const float *values, int64_t width, Ahead ahead, float *out) {
+inline void add_rows(const float *weights, const float *offsets, const float *values, int64_t width, Ahead ahead,
+                     float *out) {
     int64_t at = 0;
     for (; at + WIDE * NATIVE <= width; at += WIDE * NATIVE) {
         add_dims<ROWS, WIDE>(weights, offsets, values + at, width, ahead, out + at);

@@ -1,8 +1,9 @@
 // Products of codes and float32 numbers in exact integers, where processors multiply bytes four to a lane.
-// A number becomes three digits of base 256, -128 .. 127 each: a whole multiple of the largest of its row / 2 ** 23, about
-// as exact as float32. CodeQuads are made unsigned, as the instruction wants one of its factors: int8's plus 128, int4's as they
-// are stored; what they are too large by, times the sum of the digits, is what a sum begins with. A lane is a token where
-// scores are summed, over the dims, and a dim where values are, over the tokens: so lanes are never summed.
+// A number becomes digits of base 256, -128 .. 127 each: as a multiple of the largest of its row / 2 ** 23 three, which is
+// about as exact as float32, or of the largest / 2 ** 15 two. Codes are made unsigned, as the instruction wants one of its
+// factors: int8's plus 128, int4's as they are stored; what they are too large by, times the sum of the digits, is what a
+// sum begins with. A lane is a token where scores are summed, over the dims, and a dim where values are, over the tokens:
+// so lanes are never summed.
 
 #pragma once
 
@@ -61,10 +62,10 @@ inline void split(const float *numbers, int64_t count, float largest, int32_t ce
     // Of four numbers the bytes 2, then 1, then 0, then nothing.
     const __m512i order = _mm512_broadcast_i32x4(_mm_set_epi8(-1, -1, -1, -1, 12, 8, 4, 0, 13, 9, 5, 1, 14, 10, 6, 2));
     const __m512i ones = _mm512_set1_epi8(1), half = _mm512_set1_epi32(0x808080);
-    // The highest digit at most, and what the lowest is worth; 8 less than 127.5 in units of it as products are rounded.
+    // What the lowest digit is worth in the highest's, and the most that digits hold, less what products are rounded by.
     constexpr float LOWEST = DIGITS == 3 ? 65536 : 256, MOST = DIGITS == 3 ? 8355704 / LOWEST : 32639 / LOWEST;
     bool is_finite = largest < INFINITY;
-    float by = is_finite ? MOST / std::max(largest, 0x1p-118f) : 0;
+    float by = is_finite ? MOST / std::max(largest, 0x1p-118f) : 0;  // a float32 too, whatever is divided by
     if (BINARY) by = from_bits(bits_of(by) & 0x7F800000);
     digits.step = is_finite ? 1 / by : NAN;
     __m512i sums = _mm512_setzero_si512();
