@@ -106,6 +106,7 @@ template <int64_t CODEC> class Task {
         for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
         rows = read_rows(2, call.value_width, vd, slot, count, values.data());
         scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
+        if (CODEC == INT4) drop_zeros(call.planes[2] + slot * row_bytes(CODEC, call.value_width), scale, low);
         for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
     }
@@ -124,16 +125,8 @@ template <int64_t CODEC> class Task {
         }
         int64_t bytes = row_bytes(CODEC, call.key_width), value_bytes = row_bytes(CODEC, call.value_width);
         products.score(call.planes[0] + slot * bytes, count, call.planes[0] + next * bytes);
-        // A value of zeros has a scale of 1, beside which others, of small weights, would be lost: it adds nothing.
         const char *values = call.planes[2] + slot * value_bytes;
-        for (int64_t v = 0; v < VECTORS; v++) {
-            __mmask16 ones = _mm512_cmp_ps_mask((__m512)scales[1][v], _mm512_set1_ps(1), _CMP_EQ_OQ);
-            for (int64_t i = 0; ones; i++, ones >>= 1) {
-                const char *row = values + (v * LANES + i) * value_bytes;
-                if (!(ones & 1) || (CODEC == INT4 && lows[1][v][i] != 8)) continue;
-                if (std::all_of(row, row + value_bytes, [](char code) { return !code; })) scales[1][v][i] = lows[1][v][i] = 0;
-            }
-        }
+        for (int64_t v = 0; v < VECTORS; v++) drop_zeros(values + v * LANES * value_bytes, scales[1][v], lows[1][v]);
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
@@ -185,6 +178,16 @@ template <int64_t CODEC> class Task {
             found[i] = t < count && sight.is_token_seen[t] ? from_bf16(scales[slot + t]) : 0.0f;
         }
         return found;
+    }
+
+    // A value of zeros has a scale of 1, beside which others, of small weights, would be lost: it adds nothing.
+    inline void drop_zeros(const char *values, Vector &scale, Vector &low) {
+        int64_t bytes = row_bytes(CODEC, call.value_width);
+        for (uint32_t ones = lanes_that_are(1, scale), i = 0; ones; i++, ones >>= 1) {
+            if (!(ones & 1) || (CODEC == INT4 && low[i] != 8)) continue;
+            const char *row = values + i * bytes;
+            if (std::all_of(row, row + bytes, [](char code) { return !code; })) scale[i] = low[i] = 0;
+        }
     }
 
     // What is added to a row of int4, whose numbers are read less 8.

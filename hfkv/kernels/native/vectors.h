@@ -81,6 +81,17 @@ inline Vector larger(Vector a, Vector b) {
 #endif
 }
 
+// The lanes that are `x`, a bit each.
+inline uint32_t lanes_that_are(float x, Vector of) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)of, (__m512)all(x), _CMP_EQ_OQ);
+#else
+    uint32_t found = 0;
+    for (int i = 0; i < LANES; i++) found |= uint32_t(of[i] == x) << i;
+    return found;
+#endif
+}
+
 // exp(x) to 2 units in the last place; 0 below -87, NaN stays NaN. After Cephes' expf.
 inline Vector exp(Vector x) {
     Vector clamped = larger(all(-87.0f), x);
