@@ -60,13 +60,6 @@ FAULTS = (
         ("kernels/test_cpu_attention.py",),
     ),
     Fault(
-        "native integers take codes to be one larger",
-        "hfkv/kernels/native/integers.h",
-        "CENTRE = CODEC == INT4 ? 8 : 128;",
-        "CENTRE = CODEC == INT4 ? 7 : 127;",
-        ("kernels/test_cpu_attention.py",),
-    ),
-    Fault(
         "a native query's lowest digits are left out",
         "hfkv/kernels/native/products.h",
         "if (has_few && !few[r].empty()) multiply_few",
