@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.architecture import MAY_IMPORT
-from tests.faults.planted import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.planted import FAULTS
 from tests.faults.planting import ROOT, planted_text
 
 pytestmark = pytest.mark.slow

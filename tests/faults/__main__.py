@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.faults.planted import FAULTS, Fault
+from tests.faults.fault import Fault
+from tests.faults.planted import FAULTS
 from tests.faults.planting import first_to_find, plant
 
 NOTHING = "-"

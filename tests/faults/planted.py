@@ -2,28 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Fault(NamedTuple):
-    """One change of one file that makes the library wrong.
-
-    Attributes:
-        name: what is wrong then.
-        file: the file, from the top of the repository.
-        old: code that the file has exactly once.
-        new: what takes its place.
-        tests: the test files that should find it, from ``tests/``.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
+from tests.faults.fault import Fault
+from tests.faults.native import NATIVE
 
 FAULTS = (
+    *NATIVE,
     Fault(
         "a window is one token short",
         "hfkv/policy/schedule.py",
@@ -51,41 +34,6 @@ FAULTS = (
         "E4M3_MAX = 448.0",
         "E4M3_MAX = 480.0",
         ("unit/test_codecs.py",),
-    ),
-    Fault(
-        "a native query sees the token after its own",
-        "hfkv/kernels/native/sight.h",
-        "j >= pads && j <= t &&",
-        "j >= pads && j <= t + 1 &&",
-        ("kernels/test_cpu_attention.py",),
-    ),
-    Fault(
-        "a native query's lowest digits are left out",
-        "hfkv/kernels/native/products.h",
-        "if (has_few && !few[r].empty()) multiply_few",
-        "if (has_few && few[r].empty()) multiply_few",
-        ("kernels/test_native_digits.py",),
-    ),
-    Fault(
-        "a native value of zeros hides small weights",
-        "hfkv/kernels/native/task.h",
-        "scale[i] = low[i] = 0;",
-        "break;",
-        ("kernels/test_native_digits.py",),
-    ),
-    Fault(
-        "a native code is cut off where it should be rounded",
-        "hfkv/kernels/native/append.cpp",
-        "(x + 12582912.0f) - 12582912.0f",
-        "x",
-        ("kernels/test_append.py",),
-    ),
-    Fault(
-        "scales stay where they were when a window's sinks move",
-        "hfkv/kernels/native/append.cpp",
-        "if (!part.scales) return;",
-        "return;",
-        ("kernels/test_native_steps.py",),
     ),
     Fault(
         "views that somebody keeps are given to the next layer",
@@ -240,13 +188,6 @@ FAULTS = (
         "packs = all(ours",
         "packs = any(ours",
         ("unit/test_crossover.py",),
-    ),
-    Fault(
-        "native products of int4 lose the centre",
-        "hfkv/kernels/native/experts.cpp",
-        "numbers.high * its[0] + its[1]}",
-        "numbers.high * its[0]}",
-        ("kernels/test_native_experts.py",),
     ),
     Fault(
         "a checkpoint may lack a plane",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.faults.planted import Fault
+from tests.faults.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 TIERS = {"default": "not slow", "slow": "slow"}

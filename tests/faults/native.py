@@ -1,0 +1,50 @@
+"""The faults of the native kernels."""
+
+from __future__ import annotations
+
+from tests.faults.fault import Fault
+
+NATIVE = (
+    Fault(
+        "a native query sees the token after its own",
+        "hfkv/kernels/native/sight.h",
+        "j >= pads && j <= t &&",
+        "j >= pads && j <= t + 1 &&",
+        ("kernels/test_cpu_attention.py",),
+    ),
+    Fault(
+        "a native query's lowest digits are left out",
+        "hfkv/kernels/native/products.h",
+        "if (has_few && !few[r].empty()) multiply_few",
+        "if (has_few && few[r].empty()) multiply_few",
+        ("kernels/test_native_digits.py",),
+    ),
+    Fault(
+        "a native value of zeros hides small weights",
+        "hfkv/kernels/native/task.h",
+        "scale[i] = low[i] = 0;",
+        "break;",
+        ("kernels/test_native_digits.py",),
+    ),
+    Fault(
+        "a native code is cut off where it should be rounded",
+        "hfkv/kernels/native/append.cpp",
+        "(x + 12582912.0f) - 12582912.0f",
+        "x",
+        ("kernels/test_append.py",),
+    ),
+    Fault(
+        "scales stay where they were when a window's sinks move",
+        "hfkv/kernels/native/append.cpp",
+        "if (!part.scales) return;",
+        "return;",
+        ("kernels/test_native_steps.py",),
+    ),
+    Fault(
+        "native products of int4 lose the centre",
+        "hfkv/kernels/native/experts.cpp",
+        "numbers.high * its[0] + its[1]}",
+        "numbers.high * its[0]}",
+        ("kernels/test_native_experts.py",),
+    ),
+)
