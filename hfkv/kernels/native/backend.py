@@ -10,7 +10,7 @@ from hfkv.kernels.native.library import why_not
 
 # Numbers of keys and values from which plain float32 tokens are worth it: fewer go to torch's own function, as
 # transformers sends them, and the results are the same bits.
-WORTH_FROM_OF_PLAIN = 1 << 19
+WORTH_FROM_OF_PLAIN = 1 << 15
 
 
 class NativeBackend(Backend):
