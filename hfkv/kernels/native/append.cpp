@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common.h"
-#include "pool.h"
+#include "threads.h"
 
 namespace hfkv {
 namespace {
@@ -268,7 +268,7 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
     if (rows * widest < 1 << 14) threads = 1;
     // Some tasks a thread: one that comes late has the others do more.
     int64_t tasks = threads > 1 ? std::min(rows, 8 * threads) : 1;
-    Pool::shared().run(threads, tasks, [&](int64_t task) {
+    share(threads, tasks, [&](int64_t task) {
         std::vector<float> row(widest + 2 * LANES);  // a few hundred numbers, and what is read behind them
         for (int64_t index = task * rows / tasks; index < (task + 1) * rows / tasks; index++) {
             const Part &part = parts[index >= rows_of_keys];

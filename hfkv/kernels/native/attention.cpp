@@ -7,8 +7,8 @@
 #include <new>
 #include <vector>
 
-#include "pool.h"
 #include "task.h"
+#include "threads.h"
 
 namespace hfkv {
 namespace {
@@ -67,7 +67,7 @@ template <int64_t CODEC> void attend(const Call &call) {
     // What takes less than a thread needs to wake up.
     if (call.batch * call.heads * (last - first) * (call.key_width + call.value_width) < 1 << 17) threads = 1;
     std::atomic<bool> has_memory{true};
-    Pool::shared().run(threads, tasks, [&](int64_t index) {
+    share(threads, tasks, [&](int64_t index) {
         int64_t stretch = index % stretches, h = index / stretches % call.heads, b = index / stretches / call.heads;
         int64_t begin = first + stretch * STRETCH;
         try {
@@ -123,3 +123,6 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     }
     return 0;
 }
+
+// Takes the function by which torch's OpenMP begins a region.
+extern "C" void hfkv_threads(void *region) { hfkv::region = reinterpret_cast<hfkv::Region>(region); }

@@ -12,7 +12,7 @@
 #endif
 
 #include "common.h"
-#include "pool.h"
+#include "threads.h"
 
 namespace hfkv {
 namespace {
@@ -312,21 +312,10 @@ template <typename T> struct Room {
     }
 };
 
-// GOMP_parallel of the OpenMP that torch has loaded, or none.
-using Region = void (*)(void (*)(void *), void *, unsigned, unsigned);
-Region region = nullptr;
-
-// Shares blocks among torch's own threads, some tasks of neighbouring ones for each. Between the products of an expert
-// torch computes too, and its threads look for more to do for a while: others would have to wait for their cores.
-template <typename Work> void share(int64_t threads, int64_t blocks, const Work &work) {
+// Shares blocks among threads, some tasks of neighbouring ones for each.
+template <typename Work> void share_blocks(int64_t threads, int64_t blocks, const Work &work) {
     int64_t tasks = threads > 1 ? std::min(blocks, 8 * threads) : 1;
-    auto task = [&](int64_t i) { work(i * blocks / tasks, (i + 1) * blocks / tasks); };
-    if (!region || threads < 2) return Pool::shared().run(threads, tasks, task);
-    std::atomic<int64_t> next{0};
-    auto take_part = [&] {
-        for (int64_t i = next++; i < tasks; i = next++) task(i);
-    };
-    region([](void *given) { (*static_cast<decltype(take_part) *>(given))(); }, &take_part, unsigned(threads), 0);
+    share(threads, tasks, [&](int64_t i) { work(i * blocks / tasks, (i + 1) * blocks / tasks); });
 }
 
 // As many rows meet numbers that are decoded in registers, again for each FEW of them.
@@ -357,7 +346,7 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
             for (int64_t i = 0; i < matrix.inputs; i++) put(row + i, load_number(x, dtype, r * matrix.inputs + i));
         }
     }
-    share(threads, blocks, [&](int64_t begin, int64_t end) {
+    share_blocks(threads, blocks, [&](int64_t begin, int64_t end) {
         Room<T> decoded;
         Room<float> steps, sums;
         try {
@@ -394,7 +383,7 @@ int linear(const Matrix &matrix, const void *x, int64_t rows, void *out, int64_t
 template <typename T> int numbers(const Matrix &matrix, T *out, int64_t threads) {
     int64_t width = matrix.width();
     std::atomic<int> failure{0};
-    share(threads, (matrix.outputs + BLOCK - 1) / BLOCK, [&](int64_t begin, int64_t end) {
+    share_blocks(threads, (matrix.outputs + BLOCK - 1) / BLOCK, [&](int64_t begin, int64_t end) {
         Room<float> decoded, steps;
         try {
             decoded.take(BLOCK * (width + PAD));
@@ -434,9 +423,6 @@ Matrix matrix_of(const int64_t *shape, const void *weight, const void *scale, co
 
 }  // namespace
 }  // namespace hfkv
-
-// Takes the function by which torch's OpenMP begins a region.
-extern "C" void hfkv_expert_region(void *given) { hfkv::region = reinterpret_cast<hfkv::Region>(given); }
 
 // Products of x `[rows, K]` with a matrix, written to its columns of out `[rows, columns]`; 2 where memory is missing.
 // shape: codec, N, K, bytes from one output to the next, bytes of a column; then rows, the dtype of x and out, columns

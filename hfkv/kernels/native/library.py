@@ -160,8 +160,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.hfkv_attend.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_float, pointer, pointer]
     loaded.hfkv_attend.restype = ctypes.c_int
     loaded.hfkv_expert_linear.argtypes, loaded.hfkv_expert_linear.restype = [pointer] * 8, ctypes.c_int
-    loaded.hfkv_expert_region.argtypes, loaded.hfkv_expert_region.restype = [pointer], None
-    loaded.hfkv_expert_region(_region())
+    loaded.hfkv_threads.argtypes, loaded.hfkv_threads.restype = [pointer], None
+    loaded.hfkv_threads(_region())
     loaded.hfkv_expert_numbers.argtypes, loaded.hfkv_expert_numbers.restype = [pointer] * 7, ctypes.c_int
     return loaded
 
