@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from hfkv.stores.base import Placing, Planes
-from hfkv.stores.layout import Layout, is_float8
+from hfkv.stores.layout import Layout, bits_of, is_float8
 
 
 class PageSlots(Placing):
@@ -18,19 +20,48 @@ class PageSlots(Placing):
         planes: planes of the pages.
         count: number of new tokens, which the last column has room for.
         key: the block table and the full columns, to compare.
+        rows, fresh: rows whose last page others list too, and the pages that copies of these are made in.
 
     Attributes:
         length, column: the store's length and last column afterwards.
         table: the block table, int64 `[B, columns]`.
     """
 
-    __slots__ = ("_new", "_of_planes", "_reads", "column", "key", "length", "spans", "table")
+    __slots__ = (
+        "_copied",
+        "_new",
+        "_of_planes",
+        "_reads",
+        "column",
+        "fresh",
+        "key",
+        "length",
+        "rows",
+        "spans",
+        "table",
+    )
 
-    def __init__(self, before: Layout, planes: Sequence[torch.Tensor], count: int, key: object) -> None:
+    def __init__(
+        self,
+        before: Layout,
+        planes: Sequence[torch.Tensor],
+        count: int,
+        key: Any,
+        rows: Sequence[int] = (),
+        fresh: Sequence[int] = (),
+    ) -> None:
         assert before.table is not None
         low, high = before.spans[-1]
+        self.rows, self.fresh, table = rows, fresh, before.table
+        if fresh:
+            table = before.table.clone()
+            new = torch.tensor(fresh)
+            self._copied = slice(low, high), table[list(rows), -1].to(planes[0].device), new.to(planes[0].device)
+            table[list(rows), -1] = new
+            before = replace(before, table=table)
+            key = tuple(map(tuple, table.tolist())), key[1]
         self.start, self.key, self.before = 0, key, before
-        self.table, self.length, self.column = before.table, before.length + count, (low, high + count)
+        self.table, self.length, self.column = table, before.length + count, (low, high + count)
         self.spans = (*before.spans[:-1], self.column)
         # Heads, width, and whether the dtype is one that torch cannot index.
         self._of_planes = [(plane.shape[1], plane.shape[3], is_float8(plane.dtype)) for plane in planes]
@@ -45,6 +76,13 @@ class PageSlots(Placing):
                 plane, tokens = plane.view(torch.uint8), tokens.view(torch.uint8)
             if width:
                 plane.view(-1, width).index_copy_(0, self._new[heads], tokens.reshape(-1, width))
+
+    def copy(self, planes: Sequence[torch.Tensor]) -> None:
+        """Copies the last pages of `rows` to those of `fresh`."""
+        held, old, new = self._copied
+        for plane in planes:
+            slots = bits_of(plane).narrow(2, held.start, held.stop - held.start)
+            slots.index_copy_(0, new, slots.index_select(0, old))
 
     def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
         """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hfkv.stores.base import Placing, Planes
-from hfkv.stores.layout import Layout, spans_without
+from hfkv.stores.layout import Layout, bits_of, spans_without
 from hfkv.stores.page_room import PageRoom
 from hfkv.stores.page_slots import PageSlots
 
@@ -84,21 +84,29 @@ class PagedStore(PageRoom):
             return None
         if self._key is None:
             self._key = tuple(map(tuple, self.table)), tuple(self.columns[:-1])
-        return self.length, self.columns[-1], self._key, self.has_shared_end
+        # Pages that are copied before they are written to, and those that the copies are made in.
+        rows = self._rows_to_copy(-1) if self.has_shared_end else []
+        fresh = self.blocks.free[: -len(rows) - 1 : -1]
+        return self.length, self.columns[-1], self._key, tuple(rows), tuple(fresh) if rows else ()
 
     @property
     def has_shared_end(self) -> bool:
-        return self.pages.blocks.is_any_shared([row[-1] for row in self.table])
+        return bool(self.columns) and self.pages.blocks.is_any_shared([row[-1] for row in self.table])
 
     def placing(self, count: int, start: int, stop: int) -> Placing | None:
         extent: Any = self.extent
-        if extent is None or extent[-1] or stop > start or count > self._room():
-            return None  # the last pages are to be copied, or columns begin or go
-        return PageSlots(self.layout(), self.planes, count, self._key)
+        if extent is None or stop > start or count > self._room():
+            return None  # columns begin or go
+        *_, rows, fresh = extent
+        if len(fresh) < len(rows):
+            return None  # planes have to grow
+        return PageSlots(self.layout(), self.planes, count, self._key, rows, fresh)
 
     def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, PageSlots)
         with self.pages.lock:
+            if placing.fresh:
+                self._take_copies(placing)
             placing.write(self.pages.planes, new or ())
         # One key for all layers, which is equal to itself at a glance.
         self.length, self.columns[-1], self._ids, self._key = placing.length, placing.column, placing.table, placing.key
@@ -206,10 +214,7 @@ class PagedStore(PageRoom):
 
     def _own(self, column: int) -> None:
         """Gives every row a page of its own in `column`, copying those that are shared."""
-        shared = [row for row in self.table if self.blocks.is_shared(row[column])]
-        # Of the rows that share one page the last may keep it.
-        owners = {row[column]: row for row in shared if self._holders_are_here(row, column)}
-        copies = [row for row in shared if owners.get(row[column]) is not row]
+        copies = [self.table[row] for row in self._rows_to_copy(column)]
         if not copies:
             return
         old = [row[column] for row in copies]
@@ -218,6 +223,22 @@ class PagedStore(PageRoom):
         for row, page in zip(copies, fresh, strict=True):
             row[column] = page
         self._ids = self._key = None
+
+    def _rows_to_copy(self, column: int) -> list[int]:
+        """The rows whose page in `column` is to be copied before it is written to."""
+        shared = [row for row, pages in enumerate(self.table) if self.blocks.is_shared(pages[column])]
+        # Of the rows that share one page the last may keep it.
+        owners = {self.table[row][column]: row for row in shared if self._holders_are_here(self.table[row], column)}
+        return [row for row in shared if owners.get(self.table[row][column]) != row]
+
+    def _take_copies(self, placing: PageSlots) -> None:
+        """Gives rows the copies of their last pages that a placing names; the caller holds the lock."""
+        taken = self.blocks.take(len(placing.fresh))
+        assert taken == [*placing.fresh], f"{taken} are free, and not {placing.fresh}"
+        placing.copy(self.pages.planes)
+        self.blocks.release([self.table[row][-1] for row in placing.rows])
+        for row, page in zip(placing.rows, placing.fresh, strict=True):
+            self.table[row][-1] = page
 
     def _holders_are_here(self, row: list[int], column: int) -> bool:
         """Whether only `column` of other rows, and this row wherever it lists it, hold the row's page there."""
@@ -234,8 +255,10 @@ class PagedStore(PageRoom):
 
     def _write(self, pages: list[int], first: int, tokens: Sequence[torch.Tensor]) -> None:
         """Writes tokens `[B, H_i, n, d_i]` from slot `first` of B `pages` on."""
+        index = torch.tensor(pages, device=self.device)
         for plane, states in zip(self.planes, tokens, strict=True):
-            plane[pages, :, first : first + states.shape[2]] = states.to(plane.device)
+            slots = bits_of(plane).narrow(2, first, states.shape[2])
+            slots.index_copy_(0, index, bits_of(states.to(plane.device)))
 
     def _fill(self, pages: list[int], content: Sequence[torch.Tensor]) -> None:
         """Writes whole pages `[n, H_i, P, d_i]`."""
@@ -252,8 +275,10 @@ class PagedStore(PageRoom):
     def _copy(self, pages: list[int], held: slice) -> list[int]:
         """Copies the slots `held` of `pages`; the copies may be written to."""
         fresh = self._take(len(pages))
+        old, new = torch.tensor((pages, fresh), device=self.device)
         for plane in self.planes:
-            plane[fresh, :, held] = plane[pages, :, held]
+            slots = bits_of(plane).narrow(2, held.start, held.stop - held.start)
+            slots.index_copy_(0, new, slots.index_select(0, old))
         return fresh
 
     def _retable(self, table: list[list[int]], changes: list[tuple[list[int], int]]) -> None:

@@ -283,3 +283,30 @@ def test_the_first_layer_of_a_forward_that_failed_is_taken_back() -> None:
     assert [layer.get_seq_length() for layer in cache.layers] == [5, 5, 5]
     feed(cache, 1, 1)
     assert [layer.get_seq_length() for layer in cache.layers] == [6, 6, 6]
+
+
+@pytest.mark.parametrize("kv", ["paged", "int8+paged", "fp8+paged"])
+def test_rows_that_share_their_last_page_keep_layers_in_step(kv: str) -> None:
+    cache = cache_of(kv)
+    cache.reserve(64)
+    feed(cache, 2, 9)
+    cache.batch_repeat_interleave(2)
+    other = cache.fork()
+    feed(cache, 4, 1)  # planes grow
+    before = everything(other)
+    for rows in ([0, 0, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]):
+        cache.reorder_cache(torch.tensor(rows))
+        expected = everything(cache)
+        with steps_made() as made:
+            feed(cache, 4, 1)
+        assert [step.placing is not None for step in made] == [True]
+        assert equal(
+            [[plane[:, :, :-1] for plane in layer[3:]] for layer in everything(cache)], [x[3:] for x in expected]
+        )
+        for layer in cache.layers:
+            listed = [page for row in layer.store.table for page in row]
+            listed += [page for row in other.layers[cache.layers.index(layer)].store.table for page in row]
+            counts = [listed.count(page) for page in range(layer.store.blocks.size)]
+            assert counts == layer.store.blocks.refcounts
+            assert len({row[-1] for row in layer.store.table}) == 4
+    assert equal(everything(other), before)

@@ -50,6 +50,9 @@ class Following(Member, Storage):
             ValueError: their shape, dtype or device does not continue the tokens held.
         """
         store, step = self._store, self.group.step
+        if store is not None and store.is_paged and store.has_shared_end:
+            with store.lock:  # others take free pages, and release those that are listed here, too
+                return self._follow(self._work_out(key_states, value_states), key_states, value_states)
         if (
             step is None
             # What the others of the group have done is what this one has done, and nothing else has happened to it.
@@ -64,13 +67,18 @@ class Following(Member, Storage):
             or value_states.dtype != step.dtype
             or key_states.device != self.device
             or torch.is_grad_enabled()
-            or (store.is_paged and store.has_shared_end)
         ):
             step = self._work_out(key_states, value_states)
+        return self._follow(step, key_states, value_states)
+
+    def _follow(
+        self, step: Step | None, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Does what a step says, or appends without one."""
         if step is None or step.placing is None:
             return self._by_itself(step, key_states, value_states)
         placing = step.placing
-        codec, span = self.codec, self.span
+        store, codec, span = self._store, self.codec, self.span
         assert store is not None
         if step.writing is not None:
             self._write(step, key_states, value_states)
