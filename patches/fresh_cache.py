@@ -16,6 +16,7 @@ from hfkv.cache.kv_cache import KVCache
 
 # The method of a model by which `generate` makes a cache.
 HOOK = "_prepare_cache_for_generation"
+_STOCK = GenerationMixin._prepare_cache_for_generation
 
 
 def self_attention_of(cache: Any) -> Any:
@@ -86,7 +87,7 @@ def cache_as_before(model: Any, generation_config: Any) -> KVCache | None:
     before, now = (kv, model_type, builders), (patch.kv, model.config.model_type, tuple(BUILDERS))
     if before != now or blueprint.settings != _settings(model):
         return None
-    is_stock = getattr(type(model), HOOK) is getattr(GenerationMixin, HOOK)
+    is_stock = getattr(type(model), HOOK) is _STOCK
     return blueprint.cache.fork() if is_stock and model._supports_default_dynamic_cache() else None
 
 

@@ -109,3 +109,11 @@ class Member:
         """Says that something else happens than what the group does; views that wait for the next layer go."""
         self.followed = None
         self.group.shown = None
+
+    def _change(self) -> None:
+        """Says that tokens or rows go, come back or change: no step says any more what follows.
+
+        A layer may come to a state where it has been; but a mask that was read then may have been filled anew since.
+        """
+        self._leave_step()
+        self.group.step = None

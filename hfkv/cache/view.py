@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sys import getrefcount
 from typing import Any, NamedTuple
+from weakref import getweakrefcount
 
 import torch
 
@@ -113,7 +114,7 @@ def same_views(group: Group, step: Step, store: Store, padding: LeftPadding, rot
     key, value, held = shown
     # References: the tuple, the name here and the argument; each view has its tokens besides.
     is_free = getrefcount(key) == getrefcount(value) == 3 and getrefcount(held) == 5
-    if not is_free or held.step is not step:
+    if not is_free or held.step is not step or getweakrefcount(key) or getweakrefcount(value):
         return None
     held.store, held.padding, held.rotary, held.version = store, padding, rotary, store.version
     return key, value

@@ -38,8 +38,8 @@ FAULTS = (
     Fault(
         "views that somebody keeps are given to the next layer",
         "hfkv/cache/view.py",
-        "    if not is_free or held.step is not step:",
-        "    if held.step is not step:",
+        "    if not is_free or held.step is not step or",
+        "    if held.step is not step or",
         ("unit/test_step_views.py",),
     ),
     Fault(

@@ -125,3 +125,16 @@ def test_odd_widths_and_groups(codec: str, widths: tuple[int, int], groups: int)
     given = case(codec, length=150, head_dim=widths[0], value_dim=widths[1], groups=groups, num_queries=2)
     check(attend, given)
     check(attend, case(codec, length=90, head_dim=widths[0], groups=groups, page_size=16, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("exponent", [-10, -18, -26])
+def test_values_whose_rotated_numbers_are_all_the_same_are_not_lost_beside_their_scale(
+    codec: str, exponent: int
+) -> None:
+    torch.manual_seed(0)
+    values = torch.zeros(1, 1, 150, 64)
+    values[..., 0] = 2.0**exponent
+    given = encoded(codec, torch.randn(1, 1, 150, 64), values, torch.randn(1, 4, 1, 64), 0.1)
+    out = attend(*given.arguments).out * 2.0**-exponent
+    exact = attention_naive(*given.arguments, dtype=torch.float64)[0] * 2.0**-exponent
+    torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=0)

@@ -129,3 +129,31 @@ def test_a_prompt_of_few_tokens_is_attended_to_as_transformers_does() -> None:
     with hfkv.patch(model, "none"):
         ours = model(**inputs, past_key_values=KVCache(model)).logits
     assert torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("kv", ["none", "int8", "none+paged+page_size:16"])
+@pytest.mark.parametrize("is_sliced", [False, True])
+def test_a_mask_that_is_filled_anew_between_forwards_is_read_anew(kv: str, is_sliced: bool) -> None:
+    """Drafts are verified, and taken back, with one buffer for their masks."""
+    model, held, tokens = llama(num_hidden_layers=2), 300, 3
+    ids, new = torch.randint(3, 99, (1, held)), torch.randint(3, 99, (1, tokens))
+    mask = torch.ones(1, 1, tokens, held + tokens + (40 if is_sliced else 0), dtype=torch.bool)[..., : held + tokens]
+    places = torch.arange(held, held + tokens)[None]
+
+    def seen(cache: KVCache) -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        found = []
+        model(ids, past_key_values=cache)
+        for _ in range(4):
+            mask.copy_(torch.rand(mask.shape) > 0.5)
+            mask[:, :, 0] = False  # it sees nothing
+            found.append(model(new, past_key_values=cache, attention_mask=mask, position_ids=places).logits[:, 1:])
+            cache.crop(-tokens)
+        return found
+
+    with torch.no_grad():
+        expected = seen(KVCache(model, kv))
+        with hfkv.patch(model):
+            ours = seen(KVCache(model, kv))
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

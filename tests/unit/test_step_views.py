@@ -55,6 +55,15 @@ def test_half_of_what_is_shown_is_kept_with_the_other(kept: str) -> None:
     assert tokens.store is cache.layers[0].store
 
 
+def test_a_view_with_a_weak_reference_to_it_is_no_other_layers() -> None:
+    cache = ready("none")
+    key, value = cache.update(new_tokens(), new_tokens(), 0)
+    weak = weakref.ref(key)
+    del key, value
+    cache.update(new_tokens(), new_tokens(), 1)
+    assert weak() is None or weak().held.store is cache.layers[0].store
+
+
 def test_a_view_that_nobody_keeps_serves_the_next_layer() -> None:
     cache = ready("none")
     seen = []

@@ -89,7 +89,7 @@ class Assignable(Member, ABC):
         """Replaces the tokens held once both parts have been assigned (or one, of the same length and batch)."""
         if states is None:
             return
-        self._leave_step()
+        self._change()
         held = self.held() if self.is_initialized else None
         both = self._assignment.take(part, states, held)
         if both is not None:

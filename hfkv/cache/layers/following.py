@@ -193,7 +193,7 @@ class Following(Member, Storage):
             except BaseException:
                 store.truncate(placing.before.length)
                 self.span.gone_below = step.gone_below
-                self._leave_step()
+                self._change()
                 raise
 
     def _next_step(self, state: object, keys: torch.Tensor, values: torch.Tensor) -> Step:

@@ -55,7 +55,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         self._batch = 1
         self._reserved = 0
         self._lent: list[torch.Tensor] = []
-        self._leave_step()
+        self._change()
         self._version = 0
         self._copies = (1, 0)
         self._assignment = Assignment()
@@ -128,7 +128,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         Returns:
             The layout of the tokens before it.
         """
-        self._leave_step()
+        self._change()
         self._forget_unseen()
         before = self.store.extend(1)
         self.span.advance(1)
@@ -238,13 +238,13 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
 
     @record_past.setter
     def record_past(self, record: bool) -> None:
-        self._leave_step()
+        self._change()
         self.span.record_past = record
         self._bind()
 
     def activate_past_recording(self) -> None:
         """Starts to record: the tokens of the forwards since the last `crop` can be cropped again."""
-        self._leave_step()
+        self._change()
         self.span.start_recording()
         self._bind()
 
@@ -264,7 +264,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the newest `-tokens_to_remove` tokens; 0 only trims what a recording kept. See `Span.after_crop`."""
         seen, left = self.span.seen, self.span.after_crop(int(tokens_to_remove), self._batch)
-        self._leave_step()
+        self._change()
         if self.is_initialized and left < seen:
             self.store.truncate(self.store.length - (seen - left))
         self.span.crop(left)

@@ -83,6 +83,6 @@ class Rows(Member):
     def hold(self, store: Store, rows: torch.Tensor) -> None:
         """Takes `store` as its own; row i of it is what row `rows[i]` was."""
         self._store = store
-        self._leave_step()
+        self._change()
         self.span.padding.select(rows.tolist())
         self._batch = len(rows)

@@ -106,7 +106,7 @@ template <int64_t CODEC> class Task {
         for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
         rows = read_rows(2, call.value_width, vd, slot, count, values.data());
         scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
-        if (CODEC == INT4) drop_zeros(call.planes[2] + slot * row_bytes(CODEC, call.value_width), scale, low);
+        if (CODEC == INT4) drop_zeros(slot, scale, low);
         for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
         for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
     }
@@ -126,7 +126,7 @@ template <int64_t CODEC> class Task {
         int64_t bytes = row_bytes(CODEC, call.key_width), value_bytes = row_bytes(CODEC, call.value_width);
         products.score(call.planes[0] + slot * bytes, count, call.planes[0] + next * bytes);
         const char *values = call.planes[2] + slot * value_bytes;
-        for (int64_t v = 0; v < VECTORS; v++) drop_zeros(values + v * LANES * value_bytes, scales[1][v], lows[1][v]);
+        for (int64_t v = 0; v < VECTORS; v++) drop_zeros(slot + v * LANES, scales[1][v], lows[1][v]);
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
@@ -180,13 +180,17 @@ template <int64_t CODEC> class Task {
         return found;
     }
 
-    // A value of zeros has a scale of 1, beside which others, of small weights, would be lost: it adds nothing.
-    inline void drop_zeros(const char *values, Vector &scale, Vector &low) {
+    // A value whose numbers are all the same has a scale of 1 and no codes but 0: beside the scale others, of small
+    // weights, would be lost, and its own low. It adds that, or nothing.
+    inline void drop_zeros(int64_t slot, Vector &scale, Vector &low) {
         int64_t bytes = row_bytes(CODEC, call.value_width);
+        const char *values = call.planes[2] + slot * bytes;
+        const uint16_t *pairs = reinterpret_cast<const uint16_t *>(call.planes[3]) + 2 * slot;
         for (uint32_t ones = lanes_that_are(1, scale), i = 0; ones; i++, ones >>= 1) {
-            if (!(ones & 1) || (CODEC == INT4 && low[i] != 8)) continue;
             const char *row = values + i * bytes;
-            if (std::all_of(row, row + bytes, [](char code) { return !code; })) scale[i] = low[i] = 0;
+            if (!(ones & 1) || !std::all_of(row, row + bytes, [](char code) { return !code; })) continue;
+            scale[i] = 0;
+            if (CODEC == INT4) low[i] = from_bf16(pairs[2 * i + 1]);
         }
     }
 
