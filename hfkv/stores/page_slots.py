@@ -79,10 +79,7 @@ class PageSlots(Placing):
 
     def copy(self, planes: Sequence[torch.Tensor]) -> None:
         """Copies the last pages of `rows` to those of `fresh`."""
-        held, old, new = self._copied
-        for plane in planes:
-            slots = bits_of(plane).narrow(2, held.start, held.stop - held.start)
-            slots.index_copy_(0, new, slots.index_select(0, old))
+        copy_slots(planes, *self._copied)
 
     def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
         """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""
@@ -105,6 +102,13 @@ class PageSlots(Placing):
         columns = torch.repeat_interleave(torch.arange(len(self.spans)), counts)[first:last]
         slots = torch.cat([torch.arange(low, high) for low, high in self.spans])[first:last]
         return _rows(self.table[:, columns], slots, heads, plane)
+
+
+def copy_slots(planes: Sequence[torch.Tensor], held: slice, old: torch.Tensor, new: torch.Tensor) -> None:
+    """Copies the slots `held` of the pages `old` to those of the pages `new`, int64 `[n]` each."""
+    for plane in planes:
+        slots = bits_of(plane).narrow(2, held.start, held.stop - held.start)
+        slots.index_copy_(0, new, slots.index_select(0, old))
 
 
 def _rows(pages: torch.Tensor, slots: torch.Tensor, heads: int, plane: torch.Tensor) -> torch.Tensor:

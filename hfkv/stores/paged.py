@@ -12,7 +12,7 @@ import torch
 from hfkv.stores.base import Placing, Planes
 from hfkv.stores.layout import Layout, bits_of, spans_without
 from hfkv.stores.page_room import PageRoom
-from hfkv.stores.page_slots import PageSlots
+from hfkv.stores.page_slots import PageSlots, copy_slots
 
 
 class PagedStore(PageRoom):
@@ -129,7 +129,7 @@ class PagedStore(PageRoom):
             if full or tail:
                 for row, pages in zip(self.table, self._take_columns(full, tail > 0), strict=True):
                     row.extend(pages)
-                self._ids = self._key = None
+                self._moved()
             if head:
                 low, high = self.columns[-1]
                 self.columns[-1] = (low, high + head)
@@ -214,15 +214,11 @@ class PagedStore(PageRoom):
 
     def _own(self, column: int) -> None:
         """Gives every row a page of its own in `column`, copying those that are shared."""
-        copies = [self.table[row] for row in self._rows_to_copy(column)]
-        if not copies:
-            return
-        old = [row[column] for row in copies]
-        fresh = self._copy(old, slice(*self.columns[column]))
-        self.blocks.release(old)
-        for row, page in zip(copies, fresh, strict=True):
-            row[column] = page
-        self._ids = self._key = None
+        rows = self._rows_to_copy(column)
+        if rows:
+            fresh = self._copy([self.table[row][column] for row in rows], slice(*self.columns[column]))
+            self._give(rows, column, fresh)
+            self._moved()
 
     def _rows_to_copy(self, column: int) -> list[int]:
         """The rows whose page in `column` is to be copied before it is written to."""
@@ -236,9 +232,13 @@ class PagedStore(PageRoom):
         taken = self.blocks.take(len(placing.fresh))
         assert taken == [*placing.fresh], f"{taken} are free, and not {placing.fresh}"
         placing.copy(self.pages.planes)
-        self.blocks.release([self.table[row][-1] for row in placing.rows])
-        for row, page in zip(placing.rows, placing.fresh, strict=True):
-            self.table[row][-1] = page
+        self._give(placing.rows, -1, placing.fresh)
+
+    def _give(self, rows: Sequence[int], column: int, pages: Sequence[int]) -> None:
+        """Lists other pages for some rows in `column`."""
+        self.blocks.release([self.table[row][column] for row in rows])
+        for row, page in zip(rows, pages, strict=True):
+            self.table[row][column] = page
 
     def _holders_are_here(self, row: list[int], column: int) -> bool:
         """Whether only `column` of other rows, and this row wherever it lists it, hold the row's page there."""
@@ -275,10 +275,7 @@ class PagedStore(PageRoom):
     def _copy(self, pages: list[int], held: slice) -> list[int]:
         """Copies the slots `held` of `pages`; the copies may be written to."""
         fresh = self._take(len(pages))
-        old, new = torch.tensor((pages, fresh), device=self.device)
-        for plane in self.planes:
-            slots = bits_of(plane).narrow(2, held.start, held.stop - held.start)
-            slots.index_copy_(0, new, slots.index_select(0, old))
+        copy_slots(self.planes, held, *torch.tensor((pages, fresh), device=self.device))
         return fresh
 
     def _retable(self, table: list[list[int]], changes: list[tuple[list[int], int]]) -> None:
@@ -291,5 +288,5 @@ class PagedStore(PageRoom):
                 if more < 0:
                     self.blocks.release(pages)
             self.table = table
-            self._ids = self._key = None
+            self._moved()
             self._shrink()

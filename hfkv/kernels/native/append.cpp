@@ -6,27 +6,10 @@
 
 #include "common.h"
 #include "threads.h"
+#include "vectors.h"
 
 namespace hfkv {
 namespace {
-
-constexpr int64_t LANES = 16;
-
-typedef float Vector __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint8_t Codes __attribute__((vector_size(16)));
-
-inline Vector load(const float *at) {
-    Vector x;
-    std::memcpy(&x, at, sizeof(x));
-    return x;
-}
-
-inline void store(float *at, Vector x) { std::memcpy(at, &x, sizeof(x)); }
-
-inline Vector select(Integers where, Vector yes, Vector no) {
-    return (Vector)((where & (Integers)yes) | (~where & (Integers)no));
-}
 
 #if defined(__clang__)
 #define SHUFFLED(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
@@ -68,10 +51,10 @@ uint16_t scale_for(float largest, float inverse) {
 // The least and the most of a row, both NaN where one number is. Rows are followed by copies of their first number, up
 // to a multiple of LANES.
 void range_of(const float *x, int64_t width, float *least, float *most) {
-    Vector low = load(x), high = low;
+    Vector low = load<Vector>(x), high = low;
     Integers odd = low != low;
     for (int64_t i = LANES; i < width; i += LANES) {
-        Vector numbers = load(x + i);
+        Vector numbers = load<Vector>(x + i);
         odd |= numbers != numbers;
         low = select(numbers < low, numbers, low);
         high = select(numbers > high, numbers, high);
@@ -115,7 +98,7 @@ void encode_int8(const float *x, int64_t width, uint8_t *codes, uint16_t *scale)
     *scale = scale_for(largest_of(x, width), float(1.0 / 127));
     float by = from_bf16(*scale);
     for (int64_t i = 0; i < width; i += LANES) {
-        store_codes(codes + i, whole(at_least(at_most(load(x + i) / by, 127), -127)), width - i);
+        store_codes(codes + i, whole(at_least(at_most(load<Vector>(x + i) / by, 127), -127)), width - i);
     }
 }
 
@@ -137,7 +120,7 @@ void rotate_row(float *row, int64_t width) {
     if (block < LANES) return rotate(row, width);
     constexpr int32_t N = INT32_MIN;
     for (int64_t i = 0; i < width; i += LANES) {
-        Vector x = load(row + i);
+        Vector x = load<Vector>(row + i);
         x = butterfly(x, swapped_1(x), Integers{0, N, 0, N, 0, N, 0, N, 0, N, 0, N, 0, N, 0, N});
         x = butterfly(x, swapped_2(x), Integers{0, 0, N, N, 0, 0, N, N, 0, 0, N, N, 0, 0, N, N});
         x = butterfly(x, swapped_4(x), Integers{0, 0, 0, 0, N, N, N, N, 0, 0, 0, 0, N, N, N, N});
@@ -147,14 +130,14 @@ void rotate_row(float *row, int64_t width) {
     for (int64_t half = LANES; half < block; half *= 2) {
         for (int64_t i = 0; i < width; i += 2 * half) {
             for (int64_t j = i; j < i + half; j += LANES) {
-                Vector a = load(row + j), b = load(row + j + half);
+                Vector a = load<Vector>(row + j), b = load<Vector>(row + j + half);
                 store(row + j, a + b);
                 store(row + j + half, a - b);
             }
         }
     }
     float scale = float(1.0 / std::sqrt(double(block)));
-    for (int64_t i = 0; i < width; i += LANES) store(row + i, load(row + i) * scale);
+    for (int64_t i = 0; i < width; i += LANES) store(row + i, load<Vector>(row + i) * scale);
 }
 
 // Numbers behind the row's last one are written over.
@@ -169,7 +152,7 @@ void encode_int4(float *x, int64_t width, uint8_t *codes, uint16_t *scale_and_lo
     scale_and_low[1] = low;
     float by = from_bf16(scale_and_low[0]);
     int64_t half = (width + 1) / 2;
-    auto code = [&](int64_t i) { return whole(at_least(at_most((load(x + i) - origin) / by, 15), 0)); };
+    auto code = [&](int64_t i) { return whole(at_least(at_most((load<Vector>(x + i) - origin) / by, 15), 0)); };
     if (width % 2) x[width] = origin;  // which is code 0
     for (int64_t i = 0; i < half; i += LANES) store_codes(codes + i, code(i) | code(half + i) << 4, half - i);
 }

@@ -7,12 +7,9 @@
 #include <new>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "common.h"
 #include "threads.h"
+#include "vectors.h"
 
 namespace hfkv {
 namespace {
@@ -20,23 +17,9 @@ namespace {
 // GROUP inputs share a step and a centre in int4. BLOCK outputs are decoded together, and ROWS rows meet them while they
 // are in the second cache; the sums of OUTPUTS outputs and FEW rows are in registers. PAD numbers behind a row keep rows
 // of a power of two apart in the caches. Measured on an EPYC (AVX-512 with bf16) with matrices of 4096 x 1024.
-constexpr int64_t LANES = 16, GROUP = 32, BLOCK = 32, ROWS = 96, OUTPUTS = 8, FEW = 3, PAD = 32;
+constexpr int64_t GROUP = 32, BLOCK = 32, ROWS = 96, OUTPUTS = 8, FEW = 3, PAD = 32;
 
-typedef float Vector __attribute__((vector_size(64)));
-typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint32_t Naturals __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
-typedef uint8_t Codes __attribute__((vector_size(16)));
-typedef int16_t Shorts __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-
-template <typename T> inline T load(const void *at) {
-    T x;
-    std::memcpy(&x, at, sizeof(T));
-    return x;
-}
-
-inline void store(float *at, Vector x) { std::memcpy(at, &x, sizeof(x)); }
+using hfkv::store;
 
 // 16 finite numbers, rounded half to even.
 inline void store(uint16_t *at, Vector x) {
@@ -51,28 +34,12 @@ inline void store(uint16_t *at, Vector x) {
 }
 
 // 16 stored numbers, without what they are multiplied by.
-inline Vector load_bytes(const void *at) {
-#if defined(__AVX512F__)
-    return __builtin_convertvector((Integers)_mm512_cvtepi8_epi32(load<__m128i>(at)), Vector);
-#else
-    return __builtin_convertvector(__builtin_convertvector(load<Bytes>(at), Shorts), Vector);
-#endif
-}
+inline Vector load_bytes(const void *at) { return __builtin_convertvector(widen_bytes(at), Vector); }
 
-inline Vector load_halves(const void *at) {
-#if defined(__AVX512F__)
-    return (Vector)((Naturals)_mm512_cvtepu16_epi32(load<__m256i>(at)) << 16);
-#else
-    return (Vector)(__builtin_convertvector(load<Halves>(at), Naturals) << 16);
-#endif
-}
+inline Vector load_halves(const void *at) { return (Vector)(widen_halves(at) << 16); }
 
 inline void load_nibbles(const void *at, Vector &low, Vector &high) {
-#if defined(__AVX512F__)
-    Naturals both = (Naturals)_mm512_cvtepu8_epi32(load<__m128i>(at));
-#else
-    Naturals both = __builtin_convertvector(__builtin_convertvector(load<Codes>(at), Halves), Naturals);
-#endif
+    Naturals both = widen_codes(at);
     low = __builtin_convertvector((Integers)(both & 15) - 8, Vector);
     high = __builtin_convertvector((Integers)(both >> 4) - 8, Vector);
 }
