@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hfkv.stores import Changes
 from hfkv.stores.base import Placing
 
 # Stands for the step before where there was none: no layer has followed it.
@@ -82,12 +83,14 @@ class Group:
         step: the step that was worked out last.
         shown: the views that the last layer to follow it was given, and the tokens behind them; see
             `hfkv.cache.view.same_views`.
+        changes: what the stores of the layers have done last; they hold the same block table.
     """
 
-    __slots__ = ("shown", "step")
+    __slots__ = ("changes", "shown", "step")
 
     def __init__(self) -> None:
         self.step: Step | None = None
+        self.changes = Changes()
         self.shown: Any = None
 
     def __reduce__(self) -> Any:

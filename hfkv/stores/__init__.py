@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.stores.base import Store
+from hfkv.stores.changes import Changes
 from hfkv.stores.contiguous import ContiguousStore
 from hfkv.stores.offload.budget import Budget, Offload, Place
 from hfkv.stores.offload.bus import is_apart
@@ -13,6 +14,7 @@ from hfkv.stores.paged import PagedStore
 
 __all__ = [
     "Budget",
+    "Changes",
     "ContiguousStore",
     "Offload",
     "OffloadedStore",
@@ -36,6 +38,7 @@ def make_store(
     *,
     offload: Place | None = None,
     bound: int | None = None,
+    changes: Changes | None = None,
 ) -> Store:
     """Makes a store for planes on `device`.
 
@@ -46,6 +49,7 @@ def make_store(
         offload: the layer's place among the offloaded layers, or None. Where host memory is the device's own, there is
             nothing to offload; elsewhere an offloaded store is paged, whatever `kind` says.
         bound: see `Store`.
+        changes: what paged stores of other layers have done; see `PageRoom`.
     """
     is_offloaded = offload is not None and is_apart(device)
     if kind != "paged" and not is_offloaded:
@@ -57,7 +61,7 @@ def make_store(
             page_size = min(page_size, 1 << (max(bound // 16, 1).bit_length() - 1))
     if is_offloaded and offload is not None:
         return OffloadedStore(page_size, offload, bound=bound)
-    return PagedStore(page_size, bound=bound)
+    return PagedStore(page_size, bound=bound, changes=changes)
 
 
 def is_worth_pages(tokens: int, device: torch.device, page_size: int | None = None, bound: int | None = None) -> bool:
@@ -70,7 +74,9 @@ def _page_size(device: torch.device) -> int:
     return CPU_PAGE_SIZE if device.type == "cpu" else ACCELERATOR_PAGE_SIZE
 
 
-def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None) -> Store:
+def copy_rows(
+    store: Store, rows: torch.Tensor, kind: str, page_size: int | None = None, changes: Changes | None = None
+) -> Store:
     """Copies a store: row i of the copy holds what row `rows[i]` of `store` does.
 
     Args:
@@ -78,7 +84,7 @@ def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None
         rows: indices of the rows to copy, int64 `[B']`.
         kind: kind of the copy; ``"auto"`` puts a contiguous store into pages where copies of a row can share some, and
             `is_worth_pages` says so.
-        page_size: see `make_store`.
+        page_size, changes: see `make_store`.
     """
     assert store.device is not None
     repeats = len(set(rows.tolist())) < len(rows)
@@ -86,7 +92,7 @@ def copy_rows(store: Store, rows: torch.Tensor, kind: str, page_size: int | None
         return store.fork(rows)
     if not is_worth_pages(max(store.length, store.reserved), store.device, page_size, store.bound):
         return store.fork(rows)
-    paged = make_store("paged", store.device, page_size, bound=store.bound)
+    paged = make_store("paged", store.device, page_size, bound=store.bound, changes=changes)
     paged.append(store.read())
     paged.select(rows)
     return paged

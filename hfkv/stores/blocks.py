@@ -17,6 +17,19 @@ class BlockPool:
         self.refcounts: list[int] = []
         self.free: list[int] = []
 
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, BlockPool):
+            return self is other
+        return (self.free, self.refcounts) == (other.free, other.refcounts)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def copy(self) -> BlockPool:
+        """Copies the counts."""
+        twin = BlockPool(self._on_free)
+        twin.refcounts, twin.free = list(self.refcounts), list(self.free)
+        return twin
+
     @property
     def size(self) -> int:
         return len(self.refcounts)

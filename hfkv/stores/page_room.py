@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from hfkv.stores.base import GROWTH, Store
+from hfkv.stores.block_table import BlockTable, Listed
 from hfkv.stores.blocks import BlockPool
+from hfkv.stores.changes import Change, Changes
 from hfkv.stores.pages import Pages
 
 # Shared planes grow by their size divided by this: most of their pages are a prompt that many rows hold together.
@@ -17,24 +19,25 @@ SHARED_GROWTH = 16
 
 
 class PageRoom(Store):
-    """Planes `[N, H_i, P, d_i]` of N pages of P tokens, of which rows list some, and some are free.
+    """Planes `[N, H_i, P, d_i]` of N pages of P tokens, of which a block table lists some, and some are free.
 
     Args:
         page_size: number of tokens a page, P.
+        changes: what stores have done that are likely to be in the same state, the layers of a group; None for a store
+            by itself.
 
     Attributes:
         pages: the planes, and which of their pages are free.
-        table: by row, the pages that it lists, one a column.
-        columns: the slots ``low <= p < high`` of each column's pages that hold tokens.
+        block_table: the pages that rows list, and the tokens held.
     """
 
-    def __init__(self, page_size: int, *, bound: int | None = None) -> None:
+    def __init__(self, page_size: int, *, bound: int | None = None, changes: Changes | None = None) -> None:
         self.pages = Pages()
-        self.table: list[list[int]] = []
-        self.columns: list[tuple[int, int]] = []
+        self.block_table = BlockTable()
         super().__init__(bound=bound)
-        self.pages.join(())
+        self.pages.stores = 1
         self.page_size = page_size
+        self.changes = Changes() if changes is None else changes
         self._copies = (1, 0)
 
     @property
@@ -50,66 +53,152 @@ class PageRoom(Store):
         return self.pages.blocks
 
     @property
+    def table(self) -> list[list[int]]:
+        """By row, the pages that it lists, one a column."""
+        return list(self.block_table.rows)
+
+    @property
+    def columns(self) -> tuple[tuple[int, int], ...]:
+        """The slots ``low <= p < high`` of each column's pages that hold tokens."""
+        return self.block_table.columns
+
+    @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
         return self.pages.lock
 
-    @abstractmethod
-    def _moved(self) -> None:
-        """Says that the table is another one."""
+    def _hold(self, table: BlockTable) -> None:
+        self.block_table, self.length = table, table.length
+
+    def _alike(self, asked: tuple[Any, ...], work: Callable[[BlockTable], BlockTable]) -> BlockTable:
+        """Works out another block table, or comes to the one that a store in the same state has come to.
+
+        Args:
+            asked: what is asked for.
+            work: function of the block table that gives the one afterwards. It counts pages in `blocks`, and leaves
+                to `_move` what is done to planes.
+        """
+        pages = self.pages
+        with pages.lock:
+            asked = (*asked, self.reserved, self.bound, self._copies, pages.stores)
+            table, blocks = self.block_table, pages.blocks
+            known = self.changes.find(asked, table, blocks)
+            if known is not None:
+                with contextlib.suppress(MemoryError):  # there may be some for less
+                    for move, arguments in known.moves:
+                        move(self, *arguments)
+                    pages.blocks = known.blocks_after
+                    return known.table_after
+            pages.changeable()
+            moves = pages.moves = []
+            try:
+                after = work(table)
+                if self.reserved == asked[-4]:  # else there was no memory for it
+                    self.changes.add(Change(asked, table, blocks, after, pages.blocks, tuple(moves)))
+                return after
+            except BaseException:
+                pages.blocks = blocks
+                raise
+            finally:
+                pages.moves = None
+                while pages.left:
+                    pages.stores -= 1
+                    pages.changeable().release(pages.left.pop().pages)
+
+    def _leave(self) -> None:
+        """Gives up the pages listed."""
+        with self.pages.lock:
+            if self.pages.moves is not None:  # the garbage collector calls, from amidst another store's work
+                self.pages.left.append(self.block_table)
+                return
+            self._alike(("leave",), self._released)
+            self.pages.stores -= 1
+
+    def _released(self, table: BlockTable) -> BlockTable:
+        self.blocks.release(table.pages)
+        return table
+
+    def _move(self, move: Callable[..., Any], *arguments: Any) -> None:
+        """Calls a function of the store that changes its planes, and remembers it for other layers."""
+        move(self, *arguments)
+        assert self.pages.moves is not None
+        self.pages.moves.append((move, arguments))
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
         """Takes new pages for every row: `full` to fill at once, and one to fill token by token if `has_tail`."""
-        count = full + has_tail
-        pages = self._take(count * len(self.table))
-        return [pages[index * count : (index + 1) * count] for index in range(len(self.table))]
+        count, rows = full + has_tail, len(self.block_table.rows)
+        pages = self._take(count * rows)
+        return [pages[index * count : (index + 1) * count] for index in range(rows)]
 
     def _take(self, count: int) -> list[int]:
         needed = self.blocks.used + count
         if needed > self.blocks.size:
-            listed = {page for row in self.table for page in row}
-            reserved = self._reserved_pages() + self.blocks.used - len(listed)
+            table = self.block_table
+            num_listed = len(table.listed)
+            reserved = self._reserved_pages(table) + self.blocks.used - num_listed
             grown = self.blocks.size + self.blocks.size // SHARED_GROWTH
-            if self.pages.stores == 1 and len(listed) == len(self.table) * len(self.columns):  # no page is shared
+            if self.pages.stores == 1 and num_listed == len(table.rows) * len(table.columns):  # no page is shared
                 grown = max(int(self.blocks.size * GROWTH), reserved)
             self.allocate_reserved(needed, max(needed, grown), self._resize)
         return self.blocks.take(count)
 
-    def _reserved_pages(self) -> int:
+    def _reserved_pages(self, table: BlockTable) -> int:
         tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
         columns = -(-tokens // self.page_size)
         copies, shared = self._copies
         if copies > 1 and self.bound is None:
             columns += (copies - 1) * max(columns - shared // self.page_size, 0)
-        return len(self.table) * columns
+        return len(table.rows) * columns
 
     def _resize(self, size: int) -> None:
-        lent = self.take_lent(self.planes, [(0, size)])
-        if lent is not None and not self.blocks.size:
-            self.planes = lent
-            return self.blocks.grow(len(lent[0]))
-        count = min(size, self.blocks.size)
-        grown = []
-        for old in self.planes:
-            plane = self.allocate((size, *old.shape[1:]), like=old)
-            plane[:count] = old[:count]
-            grown.append(plane)
-        self.planes = grown
-        self.blocks.grow(size)
+        self._move(_make_planes, size)
+        # Planes that were lent may be larger.
+        self.blocks.grow(max(size, len(self.planes[0])))
 
-    def _shrink(self) -> None:
+    def _retabled(self, after: tuple[BlockTable, Listed]) -> BlockTable:
+        """Counts the pages of another table, and gives it, or the same in smaller planes."""
+        table, changes = after
+        for pages, more in changes:
+            for _ in range(more):
+                self.blocks.retain(pages)
+        for pages, more in changes:
+            if more < 0:
+                self.blocks.release(pages)
+        return self._shrunk(table)
+
+    def _shrunk(self, table: BlockTable) -> BlockTable:
         """Moves the pages in use to smaller planes, if many have become free (a window filled, rows went)."""
-        size = max(self.blocks.used + len(self.table), self._reserved_pages())
-        if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(self.table):
-            return
-        used = sorted({page for row in self.table for page in row})
-        place = {page: index for index, page in enumerate(used)}
-        for index, old in enumerate(self.planes):
-            plane = self.allocate((size, *old.shape[1:]), like=old)
-            plane[: len(used)] = old[used]
-            self.planes[index] = plane
+        size = max(self.blocks.used + len(table.rows), self._reserved_pages(table))
+        if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(table.rows):
+            return table
+        used = sorted(table.listed)
+        self._move(_move_together, used, size)
         refcounts = [self.blocks.refcounts[page] for page in used]
         self.pages.blocks = BlockPool()
         self.blocks.refcounts = refcounts
         self.blocks.grow(size)
-        self.table = [[place[page] for page in row] for row in self.table]
-        self._moved()
+        return table.renumbered({page: index for index, page in enumerate(used)})
+
+
+def _make_planes(store: PageRoom, size: int) -> None:
+    """Makes room for `size` pages: in planes that were lent, or in larger ones."""
+    count = len(store.planes[0])
+    lent = store.take_lent(store.planes, [(0, size)])
+    if count >= size:
+        return
+    if lent is not None and not count:
+        store.planes = lent
+        return
+    grown = []
+    for old in store.planes:
+        plane = store.allocate((size, *old.shape[1:]), like=old)
+        plane[:count] = old
+        grown.append(plane)
+    store.planes = grown
+
+
+def _move_together(store: PageRoom, used: list[int], size: int) -> None:
+    """Moves the pages `used` to the front of planes of `size` pages."""
+    for index, old in enumerate(store.planes):
+        plane = store.allocate((size, *old.shape[1:]), like=old)
+        plane[: len(used)] = old[used]
+        store.planes[index] = plane

@@ -3,71 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 
 from hfkv.stores.base import Placing, Planes
-from hfkv.stores.layout import Layout, bits_of, is_float8
+from hfkv.stores.block_table import BlockTable, LastColumn
+from hfkv.stores.blocks import BlockPool
+from hfkv.stores.layout import bits_of, is_float8
 
 
 class PageSlots(Placing):
     """Places of tokens in pages `[N, H, P, d]`, as rows of ``plane.view(N · H · P, d)``.
 
     Args:
-        before: layout of the tokens held before.
+        table: block table of the tokens held before.
         planes: planes of the pages.
         count: number of new tokens, which the last column has room for.
-        key: the block table and the full columns, to compare.
-        rows, fresh: rows whose last page others list too, and the pages that copies of these are made in.
+        last: what is to be done to the last column before, for which there are free pages enough.
 
     Attributes:
-        length, column: the store's length and last column afterwards.
-        table: the block table, int64 `[B, columns]`.
+        after: the block table afterwards.
     """
 
-    __slots__ = (
-        "_copied",
-        "_new",
-        "_of_planes",
-        "_reads",
-        "column",
-        "fresh",
-        "key",
-        "length",
-        "rows",
-        "spans",
-        "table",
-    )
+    __slots__ = ("_copied", "_counted", "_new", "_of_planes", "_old", "_reads", "after", "last")
 
-    def __init__(
-        self,
-        before: Layout,
-        planes: Sequence[torch.Tensor],
-        count: int,
-        key: Any,
-        rows: Sequence[int] = (),
-        fresh: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, table: BlockTable, planes: Sequence[torch.Tensor], count: int, last: LastColumn) -> None:
+        low, high = table.columns[-1]
+        self.last = last
+        if last.rows:
+            device, new = planes[0].device, torch.tensor(last.fresh)
+            old = torch.tensor([table.rows[row][-1] for row in last.rows])
+            self._old, self._copied = old.tolist(), (slice(low, high), old.to(device), new.to(device))
+            table = table.giving(last.rows, -1, last.fresh)
+        before = table.layout
         assert before.table is not None
-        low, high = before.spans[-1]
-        self.rows, self.fresh, table = rows, fresh, before.table
-        if fresh:
-            table = before.table.clone()
-            new = torch.tensor(fresh)
-            self._copied = slice(low, high), table[list(rows), -1].to(planes[0].device), new.to(planes[0].device)
-            table[list(rows), -1] = new
-            before = replace(before, table=table)
-            key = tuple(map(tuple, table.tolist())), key[1]
-        self.start, self.key, self.before = 0, key, before
-        self.table, self.length, self.column = table, before.length + count, (low, high + count)
-        self.spans = (*before.spans[:-1], self.column)
+        self.start, self.before, self.after = 0, before, table.extended(count, (), ())
+        self._counted: tuple[BlockPool, BlockPool] | None = None
         # Heads, width, and whether the dtype is one that torch cannot index.
         self._of_planes = [(plane.shape[1], plane.shape[3], is_float8(plane.dtype)) for plane in planes]
-        pages, slots = self.table[:, -1:], torch.arange(high, high + count)
+        pages, slots = before.table[:, -1:], torch.arange(high, high + count)
         self._new = {heads: _rows(pages, slots, heads, planes[0]) for heads, _, _ in self._of_planes}
         self._reads: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def counted(self, blocks: BlockPool) -> BlockPool:
+        """The counts of pages once rows have their copies; for the same counts the same ones again."""
+        if self._counted is None or blocks != self._counted[0]:
+            after = blocks.copy()
+            taken = after.take(len(self.last.fresh))
+            assert taken == [*self.last.fresh], f"{taken} are free, and not {self.last.fresh}"
+            after.release(self._old)
+            self._counted = blocks, after
+        return self._counted[1]
 
     def write(self, planes: Sequence[torch.Tensor], new: Planes) -> None:
         """Writes new tokens `[B, H_i, count, d_i]`, if any are given."""
@@ -78,14 +64,14 @@ class PageSlots(Placing):
                 plane.view(-1, width).index_copy_(0, self._new[heads], tokens.reshape(-1, width))
 
     def copy(self, planes: Sequence[torch.Tensor]) -> None:
-        """Copies the last pages of `rows` to those of `fresh`."""
+        """Copies the last pages of the rows that share theirs."""
         copy_slots(planes, *self._copied)
 
     def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
         """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""
         found = []
         for plane, (heads, width, is_bits) in zip(planes, self._of_planes, strict=True):
-            shape = len(self.table), heads, last - first, width
+            shape = len(self.after.rows), heads, last - first, width
             if not width:
                 found.append(plane.new_empty(shape))
                 continue
@@ -98,10 +84,12 @@ class PageSlots(Placing):
         return tuple(found)
 
     def _index(self, plane: torch.Tensor, heads: int, first: int, last: int) -> torch.Tensor:
-        counts = torch.tensor([high - low for low, high in self.spans])
-        columns = torch.repeat_interleave(torch.arange(len(self.spans)), counts)[first:last]
-        slots = torch.cat([torch.arange(low, high) for low, high in self.spans])[first:last]
-        return _rows(self.table[:, columns], slots, heads, plane)
+        spans, table = self.after.columns, self.before.table
+        assert table is not None
+        counts = torch.tensor([high - low for low, high in spans])
+        columns = torch.repeat_interleave(torch.arange(len(spans)), counts)[first:last]
+        slots = torch.cat([torch.arange(low, high) for low, high in spans])[first:last]
+        return _rows(table[:, columns], slots, heads, plane)
 
 
 def copy_slots(planes: Sequence[torch.Tensor], held: slice, old: torch.Tensor, new: torch.Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,9 +20,11 @@ class Pages:
 
     Attributes:
         planes: planes of the pages, none until the first tokens come.
-        blocks: reference counts of the pages.
+        blocks: reference counts of the pages. Stores remember them: see `changeable`.
         lock: lock that its thread may take again.
         stores: number of stores that list these pages.
+        moves: while a store works out what to do, what it has done to the planes; None in between.
+        left: block tables of stores that the garbage collector has taken meanwhile.
     """
 
     def __init__(self) -> None:
@@ -31,18 +32,13 @@ class Pages:
         self.blocks = BlockPool()
         self.lock = threading.RLock()
         self.stores = 0
+        self.moves: list[Any] | None = None
+        self.left: list[Any] = []
 
-    def join(self, pages: Iterable[int]) -> None:
-        """Counts one more store, which lists `pages`."""
-        with self.lock:
-            self.stores += 1
-            self.blocks.retain(pages)
-
-    def leave(self, pages: Iterable[int]) -> None:
-        """Counts one store less, which listed `pages`."""
-        with self.lock:
-            self.stores -= 1
-            self.blocks.release(pages)
+    def changeable(self) -> BlockPool:
+        """The counts, for a caller that holds the lock and changes them; those that were stay as they were."""
+        self.blocks = self.blocks.copy()
+        return self.blocks
 
     def are_used(self) -> bool:
         """Whether any store lists these pages."""

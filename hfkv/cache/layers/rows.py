@@ -50,7 +50,7 @@ class Rows(Member):
         forked._reserved = 0
         if self._store is not None:
             rows = repeated(repeats, self._batch)
-            forked.hold(copy_rows(self._store, rows, self.kv.store, self.kv.page_size), rows)
+            forked.hold(copy_rows(self._store, rows, self.kv.store, self.kv.page_size, self.group.changes), rows)
         return forked
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -76,7 +76,7 @@ class Rows(Member):
         rows = repeated(repeats, self._batch)
         goes_over = self.kv.store == "auto" and not store.is_paged and len(rows) > self._batch
         if goes_over and is_worth_pages(max(store.length, store.reserved), self.device, self.kv.page_size, store.bound):
-            self.hold(copy_rows(store, rows, "auto", self.kv.page_size), rows)
+            self.hold(copy_rows(store, rows, "auto", self.kv.page_size, self.group.changes), rows)
         else:
             self._select(rows)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
+from hfkv.cache.step import Group
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 from hfkv.stores import Budget, Offload, Place, Store, is_worth_pages, make_store
@@ -21,6 +22,7 @@ class Storage:
     window: Window | None
     span: Span
     offloaded: Place | None = None
+    group: Group
     _store: Store | None
     _copies: tuple[int, int]
     _reserved: int
@@ -83,7 +85,9 @@ class Storage:
         if kind == "auto" and copies > 1:
             is_worth = is_worth_pages(max(tokens, self._reserved), device, self.kv.page_size, self.bound)
             kind = "paged" if is_worth else "contiguous"
-        store = make_store(kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound)
+        store = make_store(
+            kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound, changes=self.group.changes
+        )
         store.expect_copies(copies, tokens)
         store.reserve(self._reserved + self._num_slots)
         store.lent, self._lent = self._lent, []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +10,7 @@ import torch
 
 from hfkv.measure.allocated import storage_bytes
 from hfkv.stores.base import PlaneBytes, Planes, Run, allocate, token_bytes
+from hfkv.stores.block_table import BlockTable
 from hfkv.stores.layout import Layout
 from hfkv.stores.offload.budget import Place
 from hfkv.stores.offload.staging import Staging, Wanted
@@ -153,13 +154,12 @@ class OffloadedStore(PagedStore):
 
     def _begin(self, new: Planes) -> None:
         self.device = new[0].device
-        self.table = [[] for _ in range(len(new[0]))]
+        self._hold(BlockTable([[] for _ in range(len(new[0]))]))
         like = [plane.new_empty(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
         most = self._share(like)
         bus = self.staging.bus
-        self.pages.leave(())
         self.pages = TieredPages(bus, most, self.bound is not None, like)
-        self.pages.join(())
+        self.pages.stores = 1
         self._join()
 
     def _share(self, like: Sequence[torch.Tensor] | None = None) -> int | None:
@@ -217,9 +217,19 @@ class OffloadedStore(PagedStore):
             raise
         return fresh
 
-    def _shrink(self) -> None:
+    def _shrunk(self, table: BlockTable) -> BlockTable:
         if self.planes:
-            self.tiers.shrink(len(self.table) if self.bound is not None else None)
+            self.tiers.shrink(len(table.rows) if self.bound is not None else None)
+        return table
+
+    def _alike(self, asked: tuple[Any, ...], work: Callable[[BlockTable], BlockTable]) -> BlockTable:
+        with self.lock:
+            return work(self.block_table)  # each layer's pages lie elsewhere
+
+    def _leave(self) -> None:
+        with self.lock:
+            self.blocks.release(self.block_table.pages)
+            self.pages.stores -= 1
 
     def _end(self, piece: _Piece) -> int:
         return self.length if piece.end is None else piece.end

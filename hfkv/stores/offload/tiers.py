@@ -59,6 +59,9 @@ class TieredPages(Pages):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an offloaded cache cannot be pickled: save it with cache.save(path)")
 
+    def changeable(self) -> BlockPool:
+        return self.blocks  # which tells these pages what has become free
+
     @property
     def most(self) -> int | None:
         """The most pages on the device."""
