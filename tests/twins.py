@@ -21,6 +21,7 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs import CODECS
 from hfkv.sharing.files.cache_file import load_cache, save_cache
 from hfkv.stores import PagedStore
+from hfkv.stores.block_table import BlockTable
 from hfkv.stores.offload.tiers import TieredPages
 from hfkv.stores.pages import Pages
 from tests.tiny import llama_config
@@ -245,6 +246,7 @@ class Caches:
     def check(self) -> None:
         for twin in self.twins:
             twin.check()
+            check_tables(twin)
         self.check_pages()
 
     def check_pages(self) -> None:
@@ -267,6 +269,14 @@ class Caches:
 
 def stores_of(twin: Twin) -> list[PagedStore]:
     return [leaf._store for leaf in twin.cache.leaves if isinstance(leaf._store, PagedStore)]
+
+
+def check_tables(twin: Twin) -> None:
+    """Layers of a group, which have done the same, hold the same pages; offloaded ones each have their own."""
+    tables: dict[int, BlockTable] = {}
+    for leaf in twin.cache.leaves:
+        if isinstance(leaf._store, PagedStore) and not leaf._store.is_offloaded:
+            assert tables.setdefault(id(leaf.group), leaf._store.block_table) == leaf._store.block_table
 
 
 def check_pages(pages: Pages, stores: list[PagedStore]) -> None:

@@ -45,6 +45,7 @@ class Placing:
             new tokens' columns too.
         start: slots before the first token afterwards; contiguous planes only.
         front, gap: tokens at the front that move over those that go, and how many slots further; see `Store.shift`.
+        copies: whether pages that others list too are copied before they are written to.
     """
 
     __slots__ = ("before", "start")
@@ -53,6 +54,7 @@ class Placing:
     start: int
     front: int = 0
     gap: int = 0
+    copies: bool = False
 
 
 class PlaneBytes(NamedTuple):

@@ -19,12 +19,10 @@ class LastColumn(NamedTuple):
     """What is to be done before tokens are added to the last column of a table.
 
     Attributes:
-        is_shared: whether a page of it is listed more than once.
         rows: rows that take a copy of their page first.
         fresh: the free pages that the copies are made in; fewer than rows where planes have to grow.
     """
 
-    is_shared: bool
     rows: tuple[int, ...]
     fresh: tuple[int, ...]
 
@@ -85,10 +83,9 @@ class BlockTable:
         """What adding to the last column takes, with pages counted by `blocks`."""
         known = self._last
         if known is None or known[0] is not blocks:
-            is_shared = bool(self.columns) and blocks.is_any_shared([row[-1] for row in self.rows])
-            rows = self.rows_to_copy(-1, blocks) if is_shared else []
+            rows = self.rows_to_copy(-1, blocks)
             fresh = blocks.free[: -len(rows) - 1 : -1] if rows else []
-            known = self._last = blocks, LastColumn(is_shared, tuple(rows), tuple(fresh))
+            known = self._last = blocks, LastColumn(tuple(rows), tuple(fresh))
         return known[1]
 
     def rows_to_copy(self, column: int, blocks: BlockPool) -> list[int]:

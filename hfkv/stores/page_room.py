@@ -39,6 +39,8 @@ class PageRoom(Store):
         self.page_size = page_size
         self.changes = Changes() if changes is None else changes
         self._copies = (1, 0)
+        self._counts = self.pages.blocks  # counts of pages, and what has been done to planes, while a change is made
+        self._moves: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     @property
     def planes(self) -> list[torch.Tensor]:
@@ -64,7 +66,7 @@ class PageRoom(Store):
 
     @property
     def lock(self) -> contextlib.AbstractContextManager[Any]:
-        return self.pages.lock
+        return self.pages
 
     def _hold(self, table: BlockTable) -> None:
         self.block_table, self.length = table, table.length
@@ -74,11 +76,11 @@ class PageRoom(Store):
 
         Args:
             asked: what is asked for.
-            work: function of the block table that gives the one afterwards. It counts pages in `blocks`, and leaves
+            work: function of the block table that gives the one afterwards. It counts pages in `_counts`, and leaves
                 to `_move` what is done to planes.
         """
         pages = self.pages
-        with pages.lock:
+        with pages:
             asked = (*asked, self.reserved, self.bound, self._copies, pages.stores)
             table, blocks = self.block_table, pages.blocks
             known = self.changes.find(asked, table, blocks)
@@ -88,40 +90,17 @@ class PageRoom(Store):
                         move(self, *arguments)
                     pages.blocks = known.blocks_after
                     return known.table_after
-            pages.changeable()
-            moves = pages.moves = []
-            try:
-                after = work(table)
-                if self.reserved == asked[-4]:  # else there was no memory for it
-                    self.changes.add(Change(asked, table, blocks, after, pages.blocks, tuple(moves)))
-                return after
-            except BaseException:
-                pages.blocks = blocks
-                raise
-            finally:
-                pages.moves = None
-                while pages.left:
-                    pages.stores -= 1
-                    pages.changeable().release(pages.left.pop().pages)
-
-    def _leave(self) -> None:
-        """Gives up the pages listed."""
-        with self.pages.lock:
-            if self.pages.moves is not None:  # the garbage collector calls, from amidst another store's work
-                self.pages.left.append(self.block_table)
-                return
-            self._alike(("leave",), self._released)
-            self.pages.stores -= 1
-
-    def _released(self, table: BlockTable) -> BlockTable:
-        self.blocks.release(table.pages)
-        return table
+            self._counts, self._moves = blocks.copy(), []
+            after = work(table)
+            if self.reserved == asked[-4]:  # else there was no memory for it
+                self.changes.add(Change(asked, table, blocks, after, self._counts, tuple(self._moves)))
+            pages.blocks = self._counts
+            return after
 
     def _move(self, move: Callable[..., Any], *arguments: Any) -> None:
         """Calls a function of the store that changes its planes, and remembers it for other layers."""
         move(self, *arguments)
-        assert self.pages.moves is not None
-        self.pages.moves.append((move, arguments))
+        self._moves.append((move, arguments))
 
     def _take_columns(self, full: int, has_tail: bool) -> list[list[int]]:
         """Takes new pages for every row: `full` to fill at once, and one to fill token by token if `has_tail`."""
@@ -130,16 +109,16 @@ class PageRoom(Store):
         return [pages[index * count : (index + 1) * count] for index in range(rows)]
 
     def _take(self, count: int) -> list[int]:
-        needed = self.blocks.used + count
-        if needed > self.blocks.size:
+        needed = self._counts.used + count
+        if needed > self._counts.size:
             table = self.block_table
             num_listed = len(table.listed)
-            reserved = self._reserved_pages(table) + self.blocks.used - num_listed
-            grown = self.blocks.size + self.blocks.size // SHARED_GROWTH
+            reserved = self._reserved_pages(table) + self._counts.used - num_listed
+            grown = self._counts.size + self._counts.size // SHARED_GROWTH
             if self.pages.stores == 1 and num_listed == len(table.rows) * len(table.columns):  # no page is shared
-                grown = max(int(self.blocks.size * GROWTH), reserved)
+                grown = max(int(self._counts.size * GROWTH), reserved)
             self.allocate_reserved(needed, max(needed, grown), self._resize)
-        return self.blocks.take(count)
+        return self._counts.take(count)
 
     def _reserved_pages(self, table: BlockTable) -> int:
         tokens = self.reserved if self.bound is None else min(self.reserved, self.bound + self.page_size)
@@ -152,30 +131,30 @@ class PageRoom(Store):
     def _resize(self, size: int) -> None:
         self._move(_make_planes, size)
         # Planes that were lent may be larger.
-        self.blocks.grow(max(size, len(self.planes[0])))
+        self._counts.grow(max(size, len(self.planes[0])))
 
     def _retabled(self, after: tuple[BlockTable, Listed]) -> BlockTable:
         """Counts the pages of another table, and gives it, or the same in smaller planes."""
         table, changes = after
         for pages, more in changes:
             for _ in range(more):
-                self.blocks.retain(pages)
+                self._counts.retain(pages)
         for pages, more in changes:
             if more < 0:
-                self.blocks.release(pages)
+                self._counts.release(pages)
         return self._shrunk(table)
 
     def _shrunk(self, table: BlockTable) -> BlockTable:
         """Moves the pages in use to smaller planes, if many have become free (a window filled, rows went)."""
-        size = max(self.blocks.used + len(table.rows), self._reserved_pages(table))
-        if self.pages.stores > 1 or self.blocks.size <= GROWTH * size + len(table.rows):
+        size = max(self._counts.used + len(table.rows), self._reserved_pages(table))
+        if self.pages.stores > 1 or self._counts.size <= GROWTH * size + len(table.rows):
             return table
         used = sorted(table.listed)
         self._move(_move_together, used, size)
-        refcounts = [self.blocks.refcounts[page] for page in used]
-        self.pages.blocks = BlockPool()
-        self.blocks.refcounts = refcounts
-        self.blocks.grow(size)
+        counts = BlockPool()
+        counts.refcounts = [self._counts.refcounts[page] for page in used]
+        counts.grow(size)
+        self._counts = counts
         return table.renumbered({page: index for index, page in enumerate(used)})
 
 

@@ -25,11 +25,11 @@ class PageSlots(Placing):
         after: the block table afterwards.
     """
 
-    __slots__ = ("_copied", "_counted", "_new", "_of_planes", "_old", "_reads", "after", "last")
+    __slots__ = ("_copied", "_counted", "_new", "_of_planes", "_old", "_reads", "after", "copies", "last")
 
     def __init__(self, table: BlockTable, planes: Sequence[torch.Tensor], count: int, last: LastColumn) -> None:
         low, high = table.columns[-1]
-        self.last = last
+        self.last, self.copies = last, bool(last.rows)
         if last.rows:
             device, new = planes[0].device, torch.tensor(last.fresh)
             old = torch.tensor([table.rows[row][-1] for row in last.rows])

@@ -33,7 +33,7 @@ class PagedStore(PageRoom):
 
     def __del__(self) -> None:
         if "changes" in vars(self):  # else it was never made whole
-            self._leave()
+            self.pages.leave(self.block_table)
 
     def __deepcopy__(self, memo: Any) -> PagedStore:
         return self.fork(torch.arange(len(self.block_table.rows)))
@@ -44,7 +44,7 @@ class PagedStore(PageRoom):
 
         def work(table: BlockTable) -> BlockTable:
             copy, _ = table.chosen(chosen)
-            self.blocks.retain(copy.pages)
+            self._counts.retain(copy.pages)
             return copy
 
         with self.lock:
@@ -95,7 +95,8 @@ class PagedStore(PageRoom):
 
     @property
     def has_shared_end(self) -> bool:
-        return self._last_column.is_shared
+        table = self.block_table
+        return bool(table.columns) and self.pages.blocks.is_any_shared([row[-1] for row in table.rows])
 
     @property
     def _last_column(self) -> LastColumn:
@@ -112,7 +113,7 @@ class PagedStore(PageRoom):
     def put(self, placing: Placing, new: Planes | None) -> None:
         assert isinstance(placing, PageSlots)
         with self.pages.lock:
-            if placing.last.rows:
+            if placing.copies:
                 self.pages.blocks = placing.counted(self.pages.blocks)
                 placing.copy(self.pages.planes)
             placing.write(self.pages.planes, new or ())
@@ -195,12 +196,12 @@ class PagedStore(PageRoom):
             self._hold(self._alike(("own", column), lambda table: self._owning(table, column)))
 
     def _owning(self, table: BlockTable, column: int) -> BlockTable:
-        rows = table.rows_to_copy(column, self.blocks)
+        rows = table.rows_to_copy(column, self._counts)
         if not rows:
             return table
         old = [table.rows[row][column] for row in rows]
         fresh = self._copy(old, slice(*table.columns[column]))
-        self.blocks.release(old)
+        self._counts.release(old)
         return table.giving(rows, column, fresh)
 
     def _empty(self) -> PagedStore:

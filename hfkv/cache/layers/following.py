@@ -121,7 +121,9 @@ class Following(Member, Storage):
         step = group.step
         if step is None or step.state != state:
             step = group.step = self._next_step(state, keys, values)
-            if self.followed is not None and store is not None and keys.dtype == values.dtype:
+            # A page that others list too may be another thread's in one layer, and no more in the next.
+            is_plain = step.placing is None or not step.placing.copies
+            if self.followed is not None and store is not None and keys.dtype == values.dtype and is_plain:
                 step.comes_after(self.followed)
                 step.held, step.pads, step.dtype = store.length, pads, keys.dtype
                 step.key_shape, step.value_shape = keys.shape, values.shape

@@ -224,12 +224,8 @@ class OffloadedStore(PagedStore):
 
     def _alike(self, asked: tuple[Any, ...], work: Callable[[BlockTable], BlockTable]) -> BlockTable:
         with self.lock:
+            self._counts = self.blocks
             return work(self.block_table)  # each layer's pages lie elsewhere
-
-    def _leave(self) -> None:
-        with self.lock:
-            self.blocks.release(self.block_table.pages)
-            self.pages.stores -= 1
 
     def _end(self, piece: _Piece) -> int:
         return self.length if piece.end is None else piece.end

@@ -59,8 +59,8 @@ class TieredPages(Pages):
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an offloaded cache cannot be pickled: save it with cache.save(path)")
 
-    def changeable(self) -> BlockPool:
-        return self.blocks  # which tells these pages what has become free
+    def release(self, pages: Sequence[int]) -> None:
+        self.blocks.release(pages)  # which tell these pages what has become free
 
     @property
     def most(self) -> int | None:
