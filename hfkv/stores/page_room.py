@@ -56,7 +56,7 @@ class PageRoom(Store):
 
     @property
     def table(self) -> list[list[int]]:
-        """By row, the pages that it lists, one a column."""
+        """Lists of pages, one a row, with a page a column."""
         return list(self.block_table.rows)
 
     @property

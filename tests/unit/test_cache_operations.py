@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfkv import KVCache, KVConfig, Window
+from tests.twin_caches import Caches, check_pages, stores_of
 from tests.twins import (
     HEAD_DIM,
     HEADS,
@@ -20,13 +21,10 @@ from tests.twins import (
     MOST_CACHES,
     MOST_ROWS,
     STORES,
-    Caches,
     Twin,
-    check_pages,
     config,
     kv_of,
     run_threads,
-    stores_of,
 )
 from tests.unit.test_stores import CopiedBytes
 
