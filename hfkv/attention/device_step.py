@@ -158,6 +158,8 @@ def _alike(one: KVLayer, other: KVLayer) -> bool:
     first, second = one.store.layout(), other.store.layout()
     if (one.window, one.sliding, one.span.gone_below) != (other.window, other.sliding, other.span.gone_below):
         return False
+    if first is second:  # of one block table
+        return True
     if (first.length, first.start, first.spans, first.is_paged) != (
         *(second.length, second.start, second.spans, second.is_paged),
     ):
