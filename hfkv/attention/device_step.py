@@ -42,9 +42,10 @@ def step_reason(cache: KVCache, mask: torch.Tensor | None, config: Any) -> str |
             return f"{name} {refusal}"
         (layer,) = layer.leaves
         attend = attention_kernel if widths_of(config, index) is None else latent_kernel
+        is_innermost = bool(layer.store.tokens_innermost)
         kernels = (
-            append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims),
-            attend(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims),
+            append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims, is_innermost),
+            attend(layer.kv.codec, layer.dtype, layer.device, 1, layer.head_dims, is_innermost),
         )
         for kernel in kernels:
             if not kernel.reads_device_lengths:
@@ -139,7 +140,8 @@ class DeviceStep:
         """Makes the layers write and read where the device says, while the context lasts."""
         for group in self.groups:
             for layer in [self.layers[index] for index in group.indices]:
-                kernel = append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims).run
+                is_innermost = bool(layer.store.tokens_innermost)
+                kernel = append_kernel(layer.kv.codec, layer.dtype, layer.device, layer.head_dims, is_innermost).run
                 assert kernel is not None
                 layer.captured = Captured(kernel, group.before, group.written, group.seen)
         try:

@@ -162,7 +162,8 @@ def _reads_slices(rule: Rule, held: HeldTokens) -> bool:
 def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | None) -> bool:
     """Works out what the kernel is given for few queries and many tokens; whether that is all."""
     key, value, num_queries = held.parts["key"], held.parts["value"], rule.queries[2]
-    kernel = attention_kernel(held.codec.name, key.dtype, held.device, num_queries, (key.head_dim, value.head_dim))
+    head_dims, is_innermost = (key.head_dim, value.head_dim), bool(held.store.tokens_innermost)
+    kernel = attention_kernel(held.codec.name, key.dtype, held.device, num_queries, head_dims, is_innermost)
     if kernel.run is None or not (look is None or kernel.reads_moved_windows):
         return False
     if look is None:

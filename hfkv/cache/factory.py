@@ -228,4 +228,7 @@ def _replace(place: LayerPlace) -> Any:
         raise TypeError(
             f"the builder {name} must return a CacheLayer, or None to leave layer {place.index}, got {layer!r}"
         )
+    if widths_of(place.config, place.index):
+        for leaf in layer.leaves:
+            leaf.values_innermost = False  # beside latents, the values are rotary keys
     return layer

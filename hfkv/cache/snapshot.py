@@ -146,7 +146,8 @@ class HeldTokens:
     def kernel(self, query: torch.Tensor) -> Kernel:
         """The kernel that attends to these tokens."""
         head_dims = (self.parts["key"].head_dim, self.parts["value"].head_dim)
-        return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims)
+        is_innermost = bool(self.store.tokens_innermost)
+        return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims, is_innermost)
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
         """Shape `[B, H, T, D]` of the keys or values."""

@@ -45,6 +45,9 @@ class Kernel(NamedTuple):
         worth_from: numbers of keys and values together from which it is faster, for one query a row, than to decode
             all tokens and to call scaled_dot_product_attention.
         worth_from_in_pages: the same of tokens in pages, which have to be gathered first; None where it is no other.
+        takes_values_innermost: whether it reads, or writes, values whose tokens lie side by side, as
+            `Asked.values_innermost` says; without it, it is not called for such values.
+        wants_values_innermost: whether it is the faster for them: stores that are made for it then keep values so.
         of_step: called with the arguments of `run` and with `inputs`, gives a `StepCall` for the layers that do the
             same in a forward, or None where these arguments are for `run` alone; None where there is no such thing.
     """
@@ -56,6 +59,8 @@ class Kernel(NamedTuple):
     reads_moved_windows: bool = True
     worth_from: float = 0
     worth_from_in_pages: float | None = None
+    takes_values_innermost: bool = False
+    wants_values_innermost: bool = False
     of_step: Callable[..., StepCall | None] | None = None
 
 
@@ -68,6 +73,8 @@ class Asked(NamedTuple):
         device: device of all tensors.
         num_queries: number of queries of each row, q; from `MANY` on all are the same.
         head_dims: widths Dk and Dv, or r and dr of latents.
+        values_innermost: whether the tokens of the values' data lie side by side, and not the numbers of a token: the
+            strides of the plane say so. Keys and scales never lie so.
     """
 
     codec: Codec
@@ -75,6 +82,7 @@ class Asked(NamedTuple):
     device: torch.device
     num_queries: int
     head_dims: tuple[int, int]
+    values_innermost: bool = False
 
 
 class Backend(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 
@@ -45,7 +46,12 @@ LISTENERS.append(forget_choices)
 
 
 def attention_kernel(
-    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, head_dims: tuple[int, int]
+    codec: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_queries: int,
+    head_dims: tuple[int, int],
+    values_innermost: bool = False,
 ) -> Kernel:
     """The kernel by which queries attend to tokens.
 
@@ -55,19 +61,32 @@ def attention_kernel(
         device: device of the queries.
         num_queries: number of queries of each row, q.
         head_dims: widths Dk and Dv.
+        values_innermost: see `Asked`.
     """
-    return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims)
+    return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims, values_innermost)
 
 
 @functools.cache
-def _attention_kernel(
-    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, head_dims: tuple[int, int]
-) -> Kernel:
-    return _first("attention", "decode + sdpa", codec, dtype, device, num_queries, head_dims)
+def _attention_kernel(codec: str, *asked: Any) -> Kernel:
+    return _first("attention", "decode + sdpa", codec, *asked)
+
+
+def wants_values_innermost(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> bool:
+    """Whether a store should keep the tokens of values side by side, for the kernel that one query attends by.
+
+    Args:
+        codec, dtype, device, head_dims: see `attention_kernel`.
+    """
+    return attention_kernel(codec, dtype, device, 1, head_dims, True).wants_values_innermost
 
 
 def latent_kernel(
-    codec: str, dtype: torch.dtype, device: torch.device, num_queries: int, widths: tuple[int, int]
+    codec: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_queries: int,
+    widths: tuple[int, int],
+    values_innermost: bool = False,
 ) -> Kernel:
     """The kernel by which absorbed queries attend to latents; called as `latent_attention_naive` is.
 
@@ -77,37 +96,49 @@ def latent_kernel(
         device: device of the queries.
         num_queries: number of queries of each row, q; one kernel takes any number.
         widths: widths r and dr.
+        values_innermost: see `Asked`; the values are the rotary keys.
     """
-    return _latent_kernel(codec, dtype, device, widths)
+    return _latent_kernel(codec, dtype, device, widths, values_innermost)
 
 
 @functools.cache
-def _latent_kernel(codec: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, int]) -> Kernel:
-    return _first("latent", "decode + absorbed", codec, dtype, device, 1, widths)
+def _latent_kernel(
+    codec: str, dtype: torch.dtype, device: torch.device, widths: tuple[int, int], values_innermost: bool
+) -> Kernel:
+    return _first("latent", "decode + absorbed", codec, dtype, device, 1, widths, values_innermost)
 
 
 @functools.cache
-def append_kernel(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> Kernel:
+def append_kernel(
+    codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int], values_innermost: bool = False
+) -> Kernel:
     """The kernel by which new tokens are encoded and written."""
-    return _first("append", "torch", codec, dtype, device, 1, head_dims)
+    return _first("append", "torch", codec, dtype, device, 1, head_dims, values_innermost)
 
 
 @functools.cache
-def expanded_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
+def expanded_kernel(dtype: torch.dtype, device: torch.device, values_innermost: bool = False) -> Kernel:
     """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
-    found = _answers("expanded", dtype, device)
-    return _taken(found, Kernel("expand + sdpa", f"no backend is for {device.type}", None))
+    none = Kernel("expand + sdpa", f"no backend is for {device.type}", None)
+    return _taken(_answers("expanded", dtype, device), none, values_innermost)
 
 
 def _first(
-    use: str, without: str, codec: str, dtype: torch.dtype, device: torch.device, num: int, head_dims: tuple[int, int]
+    use: str,
+    without: str,
+    codec: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    num: int,
+    head_dims: tuple[int, int],
+    values_innermost: bool,
 ) -> Kernel:
     """The first kernel that a backend has for a use; or none, named `without`, with the last backend's reason."""
     if codec not in CODECS:
         return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
-    asked = Asked(CODECS[codec], dtype, device, num, head_dims)
-    found = _answers(use, asked, device)
-    return _taken(found, Kernel(without, f"no backend is for {device.type}", None))
+    asked = Asked(CODECS[codec], dtype, device, num, head_dims, values_innermost)
+    none = Kernel(without, f"no backend is for {device.type}", None)
+    return _taken(_answers(use, asked, device), none, values_innermost)
 
 
 def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list[Kernel]:
@@ -128,7 +159,13 @@ def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list
     return found
 
 
-def _taken(found: list[Kernel], none: Kernel) -> Kernel:
-    """The first that is a kernel, or one for a step; else what the last backend said, or `none`."""
-    kernels = (kernel for kernel in found if kernel.run is not None or kernel.of_step is not None)
-    return next(kernels, found[-1] if found else none)
+def _taken(found: list[Kernel], none: Kernel, values_innermost: bool) -> Kernel:
+    """The first that is a kernel, or one for a step, and takes values as they lie; else why there is none."""
+    kernels = [kernel for kernel in found if kernel.run is not None or kernel.of_step is not None]
+    able = [kernel for kernel in kernels if kernel.takes_values_innermost or not values_innermost]
+    if kernels and not able:
+        last = kernels[-1].name
+        return Kernel(
+            none.name, f"{last}: the numbers of a token must lie side by side, and those of values do not", None
+        )
+    return able[0] if able else found[-1] if found else none

@@ -16,9 +16,9 @@ from hfkv.cache.layers.span import Span
 from hfkv.planning.geometry import Geometry, States
 from hfkv.policy.config import KVConfig
 from hfkv.stores import ContiguousStore, PagedStore, Store, make_store
-from hfkv.stores.base import token_bytes
 from hfkv.stores.offload.bus import BUSES
 from hfkv.stores.offload.staging import BUFFER_BYTES, BUFFERS
+from hfkv.stores.planes import token_bytes
 
 # Tokens of a prompt that are read at a time: generate(prefill_chunk_size=2048). What a forward brings is held until the
 # next one, windows or not, and its activations grow with it.

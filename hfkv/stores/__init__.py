@@ -38,6 +38,7 @@ def make_store(
     *,
     offload: Place | None = None,
     bound: int | None = None,
+    tokens_innermost: tuple[int, ...] = (),
     changes: Changes | None = None,
 ) -> Store:
     """Makes a store for planes on `device`.
@@ -48,20 +49,20 @@ def make_store(
         page_size: number of tokens a page; None for 256 on a CPU and 64 on an accelerator, less in a small window.
         offload: the layer's place among the offloaded layers, or None. Where host memory is the device's own, there is
             nothing to offload; elsewhere an offloaded store is paged, whatever `kind` says.
-        bound: see `Store`.
+        bound, tokens_innermost: see `Store`.
         changes: what paged stores of other layers have done; see `PageRoom`.
     """
     is_offloaded = offload is not None and is_apart(device)
     if kind != "paged" and not is_offloaded:
-        return ContiguousStore(bound=bound)
+        return ContiguousStore(bound=bound, tokens_innermost=tokens_innermost)
     if page_size is None:
         page_size = _page_size(device)
         if bound is not None:
             # Up to three pages of a window are partly filled: the slots', the oldest and the newest.
             page_size = min(page_size, 1 << (max(bound // 16, 1).bit_length() - 1))
     if is_offloaded and offload is not None:
-        return OffloadedStore(page_size, offload, bound=bound)
-    return PagedStore(page_size, bound=bound, changes=changes)
+        return OffloadedStore(page_size, offload, bound=bound, tokens_innermost=tokens_innermost)
+    return PagedStore(page_size, bound=bound, tokens_innermost=tokens_innermost, changes=changes)
 
 
 def is_worth_pages(tokens: int, device: torch.device, page_size: int | None = None, bound: int | None = None) -> bool:
@@ -92,7 +93,8 @@ def copy_rows(
         return store.fork(rows)
     if not is_worth_pages(max(store.length, store.reserved), store.device, page_size, store.bound):
         return store.fork(rows)
-    paged = make_store("paged", store.device, page_size, bound=store.bound, changes=changes)
+    order = store.tokens_innermost
+    paged = make_store("paged", store.device, page_size, bound=store.bound, tokens_innermost=order, changes=changes)
     paged.append(store.read())
     paged.select(rows)
     return paged

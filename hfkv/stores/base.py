@@ -14,6 +14,7 @@ import torch
 from hfkv.measure.allocated import storage_bytes
 from hfkv.stores.layout import Layout
 from hfkv.stores.pickling import from_pickle, to_pickle
+from hfkv.stores.planes import allocate, has_tokens_innermost, token_bytes
 
 logger = logging.getLogger("hfkv")
 
@@ -80,10 +81,12 @@ class Store(ABC):
 
     Args:
         bound: number of tokens to which a window limits a row between two steps; None without a limit.
+        tokens_innermost: indices of the planes whose tokens lie side by side, for kernels that read them so; in the
+            others, the numbers of a token do.
     """
 
-    def __init__(self, *, bound: int | None = None) -> None:
-        self.bound = bound
+    def __init__(self, *, bound: int | None = None, tokens_innermost: tuple[int, ...] = ()) -> None:
+        self.bound, self.tokens_innermost = bound, tokens_innermost
         self.length = 0
         self.reserved = 0
         self.version = 0  # changes when a token that was held moves or goes
@@ -237,19 +240,27 @@ class Store(ABC):
         return storage_bytes(self.planes)
 
     def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """Allocates an uninitialised plane of `like`'s dtype in this store's memory.
+        """Allocates an uninitialised plane in the dtype and the order of another, in this store's memory.
 
         Raises:
             MemoryError: there is not enough memory.
         """
         assert self.device is not None
-        return allocate(shape, like.dtype, self.device)
+        return allocate(shape, like.dtype, self.device, has_tokens_innermost(like))
+
+    def blanks(self, new: Planes, rows: int, tokens: int) -> list[torch.Tensor]:
+        """Allocates the first planes for tokens like the new ones, each in its order; others are made like them."""
+        assert self.device is not None
+        return [
+            allocate((rows, p.shape[1], tokens, p.shape[3]), p.dtype, self.device, index in self.tokens_innermost)
+            for index, p in enumerate(new)
+        ]
 
     def take_lent(self, like: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor] | None:
         """Takes the planes lent, once, if they are as those of `like` and large enough.
 
         Args:
-            like: planes of the dtypes and shapes that are wanted, the dimensions of `sizes` aside.
+            like: planes of the dtypes, orders and shapes that are wanted, the dimensions of `sizes` aside.
             sizes: dimensions that may be larger, and their least size.
         """
         lent, self.lent = self.lent, []
@@ -260,7 +271,7 @@ class Store(ABC):
             if (plane.dtype, plane.device, plane.dim()) != (wanted.dtype, self.device, wanted.dim()):
                 return None
             fits = (n >= free[i] if i in free else n == wanted.shape[i] for i, n in enumerate(plane.shape))
-            if not all(fits):
+            if not all(fits) or has_tokens_innermost(plane) != has_tokens_innermost(wanted):
                 return None
         return lent
 
@@ -278,32 +289,3 @@ class Store(ABC):
             logger.warning("no room to reserve what max_length asks for, growing step by step instead: %s", error)
             self.reserved = 0
             allocate(needed)
-
-
-def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Allocates uninitialised memory for keys and values.
-
-    Raises:
-        MemoryError: there is not enough memory.
-    """
-    # A cache filled under inference_mode may go on outside it: its planes must be ordinary tensors.
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return allocate(shape, dtype, device)
-    try:
-        return torch.empty(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
-        raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error
-
-
-def no_memory(num_bytes: int, where: str, error: Exception) -> MemoryError:
-    """The error for bytes of keys and values that could not be allocated."""
-    return MemoryError(
-        f"could not allocate {num_bytes:,} bytes for keys and values in {where} ({str(error).splitlines()[0]}); use a "
-        "smaller codec, a window, offload or a shorter context"
-    )
-
-
-def token_bytes(plane: torch.Tensor) -> int:
-    """The bytes of one token of a plane `[.., H, T, d]`."""
-    return plane.shape[1] * plane.shape[3] * plane.element_size()

@@ -6,6 +6,7 @@ import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
 from hfkv.stores.layout import Layout, bits_of, is_float8
+from hfkv.stores.planes import by_token
 
 # Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
 # 1/16 of the bytes that attention over 4,096 tokens reads anyway.
@@ -58,8 +59,8 @@ class ContiguousStore(Store):
     slack in proportion to the tokens held that costs O(1) a token.
     """
 
-    def __init__(self, *, bound: int | None = None) -> None:
-        super().__init__(bound=bound)
+    def __init__(self, *, bound: int | None = None, tokens_innermost: tuple[int, ...] = ()) -> None:
+        super().__init__(bound=bound, tokens_innermost=tokens_innermost)
         self.start = 0
 
     @property
@@ -75,7 +76,8 @@ class ContiguousStore(Store):
         if not self.planes:
             self.device = new[0].device
             wanted = max(count, self._cap(self.reserved))
-            self.allocate_reserved(count, wanted, lambda capacity: self._allocate(new, capacity))
+            like = self.blanks(new, len(new[0]), 0)
+            self.allocate_reserved(count, wanted, lambda capacity: self._allocate(like, capacity))
         before = self.extend(count)
         first = before.start + before.length
         for plane, tokens in zip(self.planes, new, strict=True):
@@ -166,7 +168,7 @@ class ContiguousStore(Store):
 
     def fork(self, rows: torch.Tensor) -> ContiguousStore:
         """Copies the held tokens; see `Store.fork`."""
-        forked = ContiguousStore(bound=self.bound)
+        forked = ContiguousStore(bound=self.bound, tokens_innermost=self.tokens_innermost)
         forked.device, forked.length = self.device, self.length
         held = slice(self.start, self.start + self.length)
         for plane in self.planes:
@@ -182,8 +184,10 @@ class ContiguousStore(Store):
     ) -> Planes:
         begin, end = self.start + first, self.start + (self.length if last is None else last)
         if rows == slice(None):
-            return tuple([plane.narrow(2, begin, end - begin) for plane in self.planes[which]])
-        return tuple(plane[rows, :, begin:end] for plane in self.planes[which])
+            found = [plane.narrow(2, begin, end - begin) for plane in self.planes[which]]
+        else:
+            found = [plane[rows, :, begin:end] for plane in self.planes[which]]
+        return tuple(map(by_token, found) if self.tokens_innermost else found)
 
     def held_tokens(self) -> int:
         return len(self.planes[0]) * self.length if self.planes else 0
@@ -211,7 +215,7 @@ class ContiguousStore(Store):
         for plane, source in zip(self.planes, old, strict=True):
             plane[:, :, : self.length].copy_(source[:, :, first : first + self.length])
 
-    def _allocate(self, like: Planes | list[torch.Tensor], capacity: int) -> None:
+    def _allocate(self, like: list[torch.Tensor], capacity: int) -> None:
         self.planes = self.take_lent(like, [(2, capacity)]) or [
             self.allocate((plane.shape[0], plane.shape[1], capacity, plane.shape[3]), like=plane) for plane in like
         ]

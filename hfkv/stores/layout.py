@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from hfkv.stores.planes import by_token, has_tokens_innermost
+
 
 @dataclass(frozen=True, eq=False)
 class Layout:
@@ -53,10 +55,13 @@ class Layout:
     def read(
         self, planes: Iterable[torch.Tensor], begin: int, end: int, rows: slice = slice(None)
     ) -> tuple[torch.Tensor, ...]:
-        """Reads the tokens `begin .. end - 1` of `rows`, `[rows, H, end - begin, d]`: slices, or copies of pages."""
+        """Reads the tokens `begin .. end - 1` of `rows`, `[rows, H, end - begin, d]`, the numbers of each side by side.
+
+        They are slices; copies where they lie in pages, or tokens innermost.
+        """
         if self.table is None:
             held = slice(self.start + begin, self.start + end)
-            return tuple(plane[rows, :, held] for plane in planes)
+            return tuple(by_token(plane[rows, :, held]) for plane in planes)
         first, last = (bisect.bisect_right(self.begins, index) - 1 for index in (begin, end - 1))
         first, last = max(first, 0), max(last, -1)
         table, spans = self.table[rows, first : last + 1], self.spans[first : last + 1]
@@ -85,8 +90,11 @@ def _take(
     heads, page_size, width = plane.shape[1:]
     # A page of one head is contiguous: taken whole, it is copied at the speed of memory.
     index = (table[:, None] * heads + torch.arange(heads)[:, None]).flatten()  # [rows * H * columns]
-    bits = bits_of(plane)
-    pages = bits.view(plane.shape[0] * heads, page_size * bits.shape[3]).index_select(0, index.to(plane.device))
+    bits, is_turned = bits_of(plane), has_tokens_innermost(plane)
+    pages = bits.transpose(2, 3) if is_turned else bits
+    pages = pages.view(plane.shape[0] * heads, page_size * width).index_select(0, index.to(plane.device))
+    if is_turned:
+        pages = pages.view(len(index), width, page_size).transpose(1, 2).contiguous()
     pages = pages.view(len(table), heads, len(spans) * page_size, width)
     if all(high == page_size for _, high in spans[:-1]) and all(low == 0 for low, _ in spans[1:]):
         first = skipped + (spans[0][0] if spans else 0)

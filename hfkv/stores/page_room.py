@@ -31,10 +31,17 @@ class PageRoom(Store):
         block_table: the pages that rows list, and the tokens held.
     """
 
-    def __init__(self, page_size: int, *, bound: int | None = None, changes: Changes | None = None) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        *,
+        bound: int | None = None,
+        tokens_innermost: tuple[int, ...] = (),
+        changes: Changes | None = None,
+    ) -> None:
         self.pages = Pages()
         self.block_table = BlockTable()
-        super().__init__(bound=bound)
+        super().__init__(bound=bound, tokens_innermost=tokens_innermost)
         self.pages.stores = 1
         self.page_size = page_size
         self.changes = Changes() if changes is None else changes

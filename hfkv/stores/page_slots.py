@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -10,10 +11,11 @@ from hfkv.stores.base import Placing, Planes
 from hfkv.stores.block_table import BlockTable, LastColumn
 from hfkv.stores.blocks import BlockPool
 from hfkv.stores.layout import bits_of, is_float8
+from hfkv.stores.planes import has_tokens_innermost
 
 
 class PageSlots(Placing):
-    """Places of tokens in pages `[N, H, P, d]`, as rows of ``plane.view(N · H · P, d)``.
+    """Places of tokens in pages `[N, H, P, d]`: rows of ``plane.view(N · H · P, d)``, or of ``plane[n, h, p]``.
 
     Args:
         table: block table of the tokens held before.
@@ -39,11 +41,16 @@ class PageSlots(Placing):
         assert before.table is not None
         self.start, self.before, self.after = 0, before, table.extended(count, (), ())
         self._counted: tuple[BlockPool, BlockPool] | None = None
-        # Heads, width, and whether the dtype is one that torch cannot index.
-        self._of_planes = [(plane.shape[1], plane.shape[3], is_float8(plane.dtype)) for plane in planes]
+        # Heads, width, whether tokens are innermost, and whether the dtype is one that torch cannot index.
+        self._of_planes = [
+            (plane.shape[1], plane.shape[3], has_tokens_innermost(plane), is_float8(plane.dtype)) for plane in planes
+        ]
         pages, slots = before.table[:, -1:], torch.arange(high, high + count)
-        self._new = {heads: _rows(pages, slots, heads, planes[0]) for heads, _, _ in self._of_planes}
-        self._reads: dict[tuple[int, int, int], torch.Tensor] = {}
+        self._new: Any = {
+            (heads, is_turned): _rows(pages, slots, heads, is_turned, planes[0])
+            for heads, _, is_turned, _ in self._of_planes
+        }
+        self._reads: dict[tuple[int, bool, int, int], Any] = {}
 
     def counted(self, blocks: BlockPool) -> BlockPool:
         """The counts of pages once rows have their copies; for the same counts the same ones again."""
@@ -57,11 +64,13 @@ class PageSlots(Placing):
 
     def write(self, planes: Sequence[torch.Tensor], new: Planes) -> None:
         """Writes new tokens `[B, H_i, count, d_i]`, if any are given."""
-        for plane, tokens, (heads, width, is_bits) in zip(planes, new, self._of_planes, strict=False):
+        for plane, tokens, (heads, width, is_turned, is_bits) in zip(planes, new, self._of_planes, strict=False):
             if is_bits:
                 plane, tokens = plane.view(torch.uint8), tokens.view(torch.uint8)
-            if width:
-                plane.view(-1, width).index_copy_(0, self._new[heads], tokens.reshape(-1, width))
+            if is_turned:
+                plane.index_put_(self._new[heads, True], tokens.reshape(-1, width))
+            elif width:
+                plane.view(-1, width).index_copy_(0, self._new[heads, False], tokens.reshape(-1, width))
 
     def copy(self, planes: Sequence[torch.Tensor]) -> None:
         """Copies the last pages of the rows that share theirs."""
@@ -70,26 +79,27 @@ class PageSlots(Placing):
     def read(self, planes: Sequence[torch.Tensor], first: int, last: int) -> Planes:
         """Reads tokens `first .. last - 1`, `[B, H_i, last - first, d_i]`."""
         found = []
-        for plane, (heads, width, is_bits) in zip(planes, self._of_planes, strict=True):
+        for plane, (heads, width, is_turned, is_bits) in zip(planes, self._of_planes, strict=True):
             shape = len(self.after.rows), heads, last - first, width
             if not width:
                 found.append(plane.new_empty(shape))
                 continue
-            key = heads, first, last
+            key = heads, is_turned, first, last
             index = self._reads.get(key)
             if index is None:
                 index = self._reads[key] = self._index(plane, *key)
-            rows = (plane.view(torch.uint8) if is_bits else plane).view(-1, width).index_select(0, index)
+            bits = plane.view(torch.uint8) if is_bits else plane
+            rows = bits[index].contiguous() if is_turned else bits.view(-1, width).index_select(0, index)
             found.append((rows.view(plane.dtype) if is_bits else rows).view(shape))
         return tuple(found)
 
-    def _index(self, plane: torch.Tensor, heads: int, first: int, last: int) -> torch.Tensor:
+    def _index(self, plane: torch.Tensor, heads: int, is_turned: bool, first: int, last: int) -> Any:
         spans, table = self.after.columns, self.before.table
         assert table is not None
         counts = torch.tensor([high - low for low, high in spans])
         columns = torch.repeat_interleave(torch.arange(len(spans)), counts)[first:last]
         slots = torch.cat([torch.arange(low, high) for low, high in spans])[first:last]
-        return _rows(table[:, columns], slots, heads, plane)
+        return _rows(table[:, columns], slots, heads, is_turned, plane)
 
 
 def copy_slots(planes: Sequence[torch.Tensor], held: slice, old: torch.Tensor, new: torch.Tensor) -> None:
@@ -99,7 +109,10 @@ def copy_slots(planes: Sequence[torch.Tensor], held: slice, old: torch.Tensor, n
         slots.index_copy_(0, new, slots.index_select(0, old))
 
 
-def _rows(pages: torch.Tensor, slots: torch.Tensor, heads: int, plane: torch.Tensor) -> torch.Tensor:
-    """Rows of slots `[T]` of pages `[B, 1 or T]`, for all heads: int64 `[B · H · T]`."""
+def _rows(pages: torch.Tensor, slots: torch.Tensor, heads: int, is_turned: bool, plane: torch.Tensor) -> Any:
+    """Rows of slots `[T]` of pages `[B, 1 or T]`, for all heads: int64 `[B · H · T]`, or a tuple of three if turned."""
     of_heads = pages[:, None] * heads + torch.arange(heads)[:, None]
-    return (of_heads * plane.shape[2] + slots).flatten().to(plane.device)
+    rows = (of_heads * plane.shape[2] + slots).flatten().to(plane.device)
+    if not is_turned:
+        return rows
+    return rows // (heads * plane.shape[2]), rows // plane.shape[2] % heads, rows % plane.shape[2]

@@ -205,12 +205,13 @@ class PagedStore(PageRoom):
         return table.giving(rows, column, fresh)
 
     def _empty(self) -> PagedStore:
-        return PagedStore(self.page_size, bound=self.bound, changes=self.changes)
+        order = self.tokens_innermost
+        return PagedStore(self.page_size, bound=self.bound, tokens_innermost=order, changes=self.changes)
 
     def _begin(self, new: Planes) -> None:
         self.device = new[0].device
         self._hold(BlockTable([[] for _ in range(len(new[0]))]))
-        self.planes = [self.allocate((0, plane.shape[1], self.page_size, plane.shape[3]), plane) for plane in new]
+        self.planes = self.blanks(new, 0, self.page_size)
 
     def _write(self, pages: list[int], first: int, tokens: Sequence[torch.Tensor]) -> None:
         """Writes tokens `[B, H_i, n, d_i]` from slot `first` of B `pages` on."""

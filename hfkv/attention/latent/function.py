@@ -101,7 +101,7 @@ def _expands(query: torch.Tensor, source: Latents, projection: LatentProjection,
     assert window is not None
     if window.needs_rotary or scoring.weights or scoring.dropout:
         return False
-    if expanded_kernel(query.dtype, device).run is None:
+    if expanded_kernel(query.dtype, device, bool(source.held.store.tokens_innermost)).run is None:
         return False
     # A query sees no more than the window.
     tokens = min(source.held.last - source.held.first, window.capacity() + query.shape[2])

@@ -43,8 +43,9 @@ class HeldLatents(HeldTokens):
 
     def kernel(self, query: torch.Tensor) -> Kernel:
         """The kernel for absorbed queries, or the one that expands."""
+        is_innermost = bool(self.store.tokens_innermost)
         if self.projection is not None:
-            expanded = expanded_kernel(query.dtype, query.device)
+            expanded = expanded_kernel(query.dtype, query.device, is_innermost)
             return expanded._replace(run=expanded.run and partial(expanded.run, expand=self.projection.expand))
         widths = (self.parts["key"].head_dim, self.parts["value"].head_dim)
-        return latent_kernel(self.codec.name, query.dtype, query.device, query.shape[2], widths)
+        return latent_kernel(self.codec.name, query.dtype, query.device, query.shape[2], widths, is_innermost)

@@ -132,7 +132,8 @@ class Following(Member, Storage):
     @property
     def _like(self) -> tuple[Any, ...]:
         """What new tokens have to be like."""
-        return () if self._store is None else (self._batch, self.device, self._parts["key"], self._parts["value"])
+        store, parts = self._store, self._parts
+        return () if store is None else (self._batch, self.device, parts["key"], parts["value"], store.tokens_innermost)
 
     def _by_itself(
         self, step: Step | None, keys: torch.Tensor, values: torch.Tensor
@@ -224,7 +225,8 @@ class Following(Member, Storage):
         step = Step(state, placing, span.seen + count, gone_below, first, last, *shapes, is_short)
         step.recorded_to = step.seen if span.record_past and span.recorded_to is None else span.recorded_to
         key, value = self._parts["key"], self._parts["value"]
-        kernel = append_kernel(self.codec.name, keys.dtype, keys.device, (key.head_dim, value.head_dim))
+        head_dims, is_innermost = (key.head_dim, value.head_dim), bool(store.tokens_innermost)
+        kernel = append_kernel(self.codec.name, keys.dtype, keys.device, head_dims, is_innermost)
         # Plain tokens are only copied; but where others move before, one call does both.
         if kernel.run is not None or (kernel.of_step is not None and placing.front):
             step.writing = self._writing(kernel, placing, keys, values)
@@ -246,7 +248,8 @@ class Following(Member, Storage):
         key, value = self._parts["key"], self._parts["value"]
         if key.dtype != value.dtype:
             return False
-        kernel = attention_kernel(self.codec.name, key.dtype, self.device, queries, (key.head_dim, value.head_dim))
+        head_dims, is_innermost = (key.head_dim, value.head_dim), bool(self._store and self._store.tokens_innermost)
+        kernel = attention_kernel(self.codec.name, key.dtype, self.device, queries, head_dims, is_innermost)
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
         worth_from = kernel.worth_from
         if self._store is not None and self._store.is_paged and kernel.worth_from_in_pages is not None:

@@ -110,7 +110,8 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             self._tracked = True
             new = key_states.detach(), value_states.detach()
-        kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims).run
+        is_innermost = bool(self.store.tokens_innermost)
+        kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims, is_innermost).run
         if kernel is None or self.store.is_offloaded or not self.store.planes:
             self.store.append(encode(self.codec, *new))
             return

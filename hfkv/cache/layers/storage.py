@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 
 from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
+from hfkv.cache.snapshot import Part, PartShape
 from hfkv.cache.step import Group
+from hfkv.codecs import CODECS
+from hfkv.kernels.dispatch import wants_values_innermost
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 from hfkv.stores import Budget, Offload, Place, Store, is_worth_pages, make_store
@@ -16,18 +19,22 @@ class Storage:
 
     Attributes:
         offloaded: place of the layer among the offloaded layers of a cache, or None.
+        values_innermost: whether the next store keeps the tokens of encoded values side by side (see
+            `hfkv.kernels.backend.Asked`); None where the kernel that reads them says so.
     """
 
     kv: KVConfig
     window: Window | None
     span: Span
     offloaded: Place | None = None
+    values_innermost: bool | None = None
     group: Group
     _store: Store | None
     _copies: tuple[int, int]
     _reserved: int
     _num_slots: int
     _lent: list[torch.Tensor]
+    _parts: dict[Part, PartShape]
 
     @property
     def store(self) -> Store:
@@ -86,9 +93,29 @@ class Storage:
             is_worth = is_worth_pages(max(tokens, self._reserved), device, self.kv.page_size, self.bound)
             kind = "paged" if is_worth else "contiguous"
         store = make_store(
-            kind, device, self.kv.page_size, offload=self.offloaded, bound=self.bound, changes=self.group.changes
+            kind,
+            device,
+            self.kv.page_size,
+            offload=self.offloaded,
+            bound=self.bound,
+            tokens_innermost=self._planes_innermost(device),
+            changes=self.group.changes,
         )
         store.expect_copies(copies, tokens)
         store.reserve(self._reserved + self._num_slots)
         store.lent, self._lent = self._lent, []
         return store
+
+    def keeps_values_innermost(self, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> bool:
+        """Whether a store that is made for keys of `dtype` and these widths keeps the tokens of values side by side."""
+        if CODECS[self.kv.codec].is_lossless:
+            return False
+        if self.values_innermost is not None:
+            return self.values_innermost
+        return wants_values_innermost(self.kv.codec, dtype, device, head_dims)
+
+    def _planes_innermost(self, device: torch.device) -> tuple[int, ...]:
+        """The planes of the next store whose tokens are to lie side by side: the values' data, or none."""
+        key, value = self._parts["key"], self._parts["value"]
+        is_so = self.keeps_values_innermost(key.dtype, device, (key.head_dim, value.head_dim))
+        return (value.planes.start,) if is_so else ()

@@ -202,9 +202,8 @@ class _AskedLayer:
         from hfkv.cache.layers.base import CacheLayer
 
         if not isinstance(self.layer, CacheLayer):
-            return LayerGroup(
-                f"transformers' own, {type(self.layer).__name__}", None, [Use("all", "its own", self._kind())]
-            )
+            theirs = f"transformers' own, {type(self.layer).__name__}"
+            return LayerGroup(theirs, None, [Use("all", "its own", self._kind())])
         kv = self.layer.kv
         cache = str(replace(kv, window=None) if self.layer.is_sliding else kv)
         if self.layer.is_sliding:
@@ -279,7 +278,8 @@ class _AskedLayer:
             if not is_moved or (expanded.run is not None and not self.layer.window.needs_rotary):
                 return expanded
         choose = attention_kernel if widths is None else latent_kernel
-        return choose(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2])
+        innermost = self.layer.leaves[0].keeps_values_innermost(self.dtype, self.device, heads[:2])
+        return choose(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2], innermost)
 
     def _append(self, heads: HeadShape) -> Use:
         from hfkv.kernels.dispatch import append_kernel
@@ -287,7 +287,8 @@ class _AskedLayer:
         if self.layer.kv.offload and self.device.type != "cpu":
             return Use("append", "torch", "offloaded: encoded on the device; full pages go to host memory")
         try:
-            kernel = append_kernel(self.layer.kv.codec, self.dtype, self.device, heads[:2])
+            innermost = self.layer.leaves[0].keeps_values_innermost(self.dtype, self.device, heads[:2])
+            kernel = append_kernel(self.layer.kv.codec, self.dtype, self.device, heads[:2], innermost)
         except Exception as error:  # as in `_attention`
             return Use("append", "none", f"asking for a kernel raised {type(error).__name__}: {first_line(error)}")
         return Use("append", kernel.name, kernel.reason)
@@ -312,8 +313,7 @@ def heads_of(config: PreTrainedConfig, index: int, is_sliding: bool) -> HeadShap
     num_kv_heads = getattr(own, "num_key_value_heads", None)
     groups = num_heads // num_kv_heads if isinstance(num_kv_heads, int) and num_kv_heads else 1
     head_dim = getattr(own, "head_dim", None) or own.hidden_size // num_heads
-    if not is_sliding:
-        head_dim = getattr(own, "global_head_dim", None) or head_dim
+    head_dim = (None if is_sliding else getattr(own, "global_head_dim", None)) or head_dim
     if getattr(own, "kv_lora_rank", None):
         # Latents that are expanded before they are cached: a rotated and an unrotated part of every key.
         head_dim = own.qk_nope_head_dim + own.qk_rope_head_dim

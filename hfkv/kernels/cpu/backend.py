@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CPUBackend(Backend):
-    """Attention in torch's own products, a stretch of tokens at a time."""
+    """Attention in torch's own products, a stretch of tokens at a time, which `Layout.read` gives."""
 
     def serves(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -40,12 +40,14 @@ class CPUBackend(Backend):
         else:
             is_int8 = codec.numbers == torch.int8
             numbers = "int8 products read the tokens' own bytes" if is_int8 else "float32 products of stretches"
-            return Kernel(
-                "cpu decode", f"fewer than {MANY} queries: {numbers}", decode_attention, worth_from=worth_from
-            )
+            few = f"fewer than {MANY} queries: {numbers}"
+            return Kernel("cpu decode", few, decode_attention, worth_from=worth_from, takes_values_innermost=True)
         # Plain tokens of a window lie close together: they are attended to where they lie, without a kernel's help.
         return Kernel(
-            "cpu flash", why, flash_attention, reads_moved_windows=not codec.is_lossless, worth_from=worth_from
+            *("cpu flash", why, flash_attention),
+            reads_moved_windows=not codec.is_lossless,
+            worth_from=worth_from,
+            takes_values_innermost=True,
         )
 
     def latent(self, asked: Asked) -> Kernel:
@@ -53,12 +55,14 @@ class CPUBackend(Backend):
             return Kernel("decode + absorbed", f"no CPU kernel computes in {dtype_name(asked.dtype)}", None)
         if not asked.codec.is_lossless and asked.codec.numbers is None:
             return Kernel("decode + absorbed", f"{asked.codec.name} has no affine form: latents are decoded", None)
-        return Kernel("cpu latent", "absorbed queries read the latents' own bytes once for all heads", latent_attention)
+        why = "absorbed queries read the latents' own bytes once for all heads"
+        return Kernel("cpu latent", why, latent_attention, takes_values_innermost=True)
 
     def expanded(self, dtype: torch.dtype) -> Kernel:
         if dtype not in DTYPES:
             return Kernel("expand + sdpa", f"no CPU kernel computes in {dtype_name(dtype)}", None)
-        return Kernel("cpu expanded", "many queries: latents are expanded, a stretch at a time", expanded_attention)
+        why = "many queries: latents are expanded, a stretch at a time"
+        return Kernel("cpu expanded", why, expanded_attention, takes_values_innermost=True)
 
     def append(self, asked: Asked) -> Kernel:
         return Kernel("torch", "a CPU encodes and writes with torch's own operations", None)

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 
-Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (source, target), both contiguous and of one shape
+Copies = Sequence[tuple[torch.Tensor, torch.Tensor]]  # (source, target), both of one shape and order, in one piece
 
 
 class Bus:

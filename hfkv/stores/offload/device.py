@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from hfkv.stores.base import GROWTH, allocate
+from hfkv.stores.base import GROWTH
+from hfkv.stores.planes import allocate, has_tokens_innermost
 
 logger = logging.getLogger("hfkv")
 
@@ -69,4 +70,4 @@ class DevicePages:
 
 def plane_of(size: int, like: torch.Tensor) -> torch.Tensor:
     """Allocates a plane of `size` pages that are like the pages of another."""
-    return allocate((size, *like.shape[1:]), like.dtype, like.device)
+    return allocate((size, *like.shape[1:]), like.dtype, like.device, has_tokens_innermost(like))

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from hfkv.stores.base import no_memory
 from hfkv.stores.offload.bus import Bus
+from hfkv.stores.planes import has_tokens_innermost, no_memory, shaped
 
 Planes = Sequence[torch.Tensor]
 Located = tuple[int, int]  # a page's index in a list or in planes, and its slot
@@ -30,7 +30,7 @@ class HostPages:
 
     def __init__(self, bus: Bus, like: Sequence[torch.Tensor]) -> None:
         self.bus = bus
-        self.shapes = [(tuple(plane.shape[1:]), plane.dtype) for plane in like]
+        self.kinds = [(tuple(plane.shape[1:]), plane.dtype, has_tokens_innermost(plane)) for plane in like]
         self.segments: list[list[torch.Tensor]] = []
         self.begins: list[int] = []  # the first slot of each segment
         self.size = 0
@@ -40,7 +40,7 @@ class HostPages:
     @property
     def page_bytes(self) -> int:
         """Bytes of a page, all planes together."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.shapes)
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype, _ in self.kinds)
 
     def make_room(self, count: int, expected: int = 0) -> None:
         """Makes sure that `count` slots are free.
@@ -154,12 +154,15 @@ class HostPages:
 
     def planes(self) -> list[list[torch.Tensor]]:
         """The segments of each plane."""
-        return [[segment[index] for segment in self.segments] for index in range(len(self.shapes))]
+        return [[segment[index] for segment in self.segments] for index in range(len(self.kinds))]
 
     def _add(self, count: int) -> None:
         try:
             with torch.inference_mode(False):
-                segment = [self.bus.allocate((count, *shape), dtype) for shape, dtype in self.shapes]
+                segment = [
+                    shaped(self.bus.allocate((count, *shape), dtype), (count, *shape), is_turned)
+                    for shape, dtype, is_turned in self.kinds
+                ]
         except MemoryError as error:
             raise no_memory(count * self.page_bytes, "host memory", error) from error
         self.segments.append(segment)

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 
 import torch
 
-from hfkv.stores.base import allocate, token_bytes
 from hfkv.stores.offload.bus import Bus
 from hfkv.stores.offload.tiers import TieredPages
+from hfkv.stores.planes import allocate, has_tokens_innermost, shaped, token_bytes
 
 # While one is read, the others fill. 32 MiB take 0.6 ms at 50 GB/s, ten times the launch of the kernel that reads them.
 BUFFERS, BUFFER_BYTES = 3, 1 << 25
@@ -244,7 +244,7 @@ class Staging:
             for plane in pages.planes:
                 num_bytes = count * _page_bytes(plane)
                 part = buffer.memory[first : first + num_bytes].view(plane.dtype)
-                buffer.planes.append(part.view(count, *plane.shape[1:]))
+                buffer.planes.append(shaped(part, (count, *plane.shape[1:]), has_tokens_innermost(plane)))
                 first += -(-num_bytes // ALIGNMENT) * ALIGNMENT
         buffer.of, buffer.places, buffer.next_place, buffer.holds = weakref.ref(pages), {}, 0, None
 

@@ -9,13 +9,14 @@ from typing import Any, cast
 import torch
 
 from hfkv.measure.allocated import storage_bytes
-from hfkv.stores.base import PlaneBytes, Planes, Run, allocate, token_bytes
+from hfkv.stores.base import PlaneBytes, Planes, Run
 from hfkv.stores.block_table import BlockTable
 from hfkv.stores.layout import Layout
 from hfkv.stores.offload.budget import Place
 from hfkv.stores.offload.staging import Staging, Wanted
 from hfkv.stores.offload.tiers import TieredPages
 from hfkv.stores.paged import PagedStore
+from hfkv.stores.planes import token_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +51,15 @@ class OffloadedStore(PagedStore):
     Args:
         page_size: number of tokens a page, P.
         place: place of the layer among the layers that share buffers and a budget.
-        bound: see `Store`.
+        bound, tokens_innermost: see `Store`.
     """
 
     is_offloaded = True
 
-    def __init__(self, page_size: int, place: Place, *, bound: int | None = None) -> None:
-        super().__init__(page_size, bound=bound)
+    def __init__(
+        self, page_size: int, place: Place, *, bound: int | None = None, tokens_innermost: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(page_size, bound=bound, tokens_innermost=tokens_innermost)
         self.place = place
         self._asked = place.budget.asked
         self._pieces: tuple[Any, tuple[int, int], list[_Piece]] | None = None
@@ -150,12 +153,12 @@ class OffloadedStore(PagedStore):
             return super().extend(count)
 
     def _empty(self) -> PagedStore:
-        return OffloadedStore(self.page_size, self.place, bound=self.bound)
+        return OffloadedStore(self.page_size, self.place, bound=self.bound, tokens_innermost=self.tokens_innermost)
 
     def _begin(self, new: Planes) -> None:
         self.device = new[0].device
         self._hold(BlockTable([[] for _ in range(len(new[0]))]))
-        like = [plane.new_empty(0, plane.shape[1], self.page_size, plane.shape[3]) for plane in new]
+        like = self.blanks(new, 0, self.page_size)
         most = self._share(like)
         bus = self.staging.bus
         self.pages = TieredPages(bus, most, self.bound is not None, like)
@@ -179,10 +182,10 @@ class OffloadedStore(PagedStore):
     def _pages_of(self, whole: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         # Copies: the caller may write to the tokens before they have been sent.
         content = []
-        for tokens in whole:
+        for tokens, plane in zip(whole, self.planes, strict=False):
             columns, rows, heads = tokens.shape[2], tokens.shape[0], tokens.shape[1]
-            pages = allocate((columns * rows, heads, *tokens.shape[3:]), tokens.dtype, self.staging.bus.device)
-            pages.view(columns, rows, heads, *tokens.shape[3:]).copy_(tokens.permute(2, 0, 1, 3, 4))
+            pages = self.allocate((columns * rows, heads, *tokens.shape[3:]), like=plane)
+            pages.unflatten(0, (columns, rows)).copy_(tokens.permute(2, 0, 1, 3, 4))
             content.append(pages)
         return content
 
