@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hfkv.stores.offload.bus import Bus, Copies
+from hfkv.stores.planes import has_tokens_innermost
 
 
 class LazyBus(Bus):
@@ -29,8 +30,7 @@ class LazyBus(Bus):
         with self._lock:
             super().to_device(copies, after)
             for _, target in copies:
-                assert target.is_contiguous()
-                target.view(torch.uint8).fill_(0x7F)  # a NaN in every float
+                in_one_piece(target).view(torch.uint8).fill_(0x7F)  # a NaN in every float
             return self._done + len(self._waiting)
 
     def wait(self, copied: Any) -> None:
@@ -43,8 +43,8 @@ class LazyBus(Bus):
 
     def _copy(self, copies: Copies, after: Any = None) -> None:
         for source, target in copies:
-            assert source.is_contiguous()
-            assert source.shape == target.shape
+            pieces = in_one_piece(source), in_one_piece(target)  # one `memcpy` does it
+            assert pieces[0].shape == pieces[1].shape
         with self._lock:
             self._waiting += copies
 
@@ -54,3 +54,10 @@ class LazyBus(Bus):
                 target.copy_(source)
             del self._waiting[: max(count, 0)]
             self._done += max(count, 0)
+
+
+def in_one_piece(plane: torch.Tensor) -> torch.Tensor:
+    """A plane as contiguous memory; with tokens innermost, their numbers are apart."""
+    memory = plane.transpose(-1, -2) if has_tokens_innermost(plane) else plane
+    assert memory.is_contiguous()
+    return memory

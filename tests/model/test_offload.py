@@ -15,9 +15,9 @@ import hfkv
 from hfkv import KVCache
 from hfkv.measure.allocated import storage_bytes
 from hfkv.stores import OffloadedStore
-from hfkv.stores.base import token_bytes
 from hfkv.stores.offload import staging
 from hfkv.stores.offload.bus import Bus, bus_to
+from hfkv.stores.planes import token_bytes
 from tests.tiny import greedy, llama, llama_config, prompt
 from tests.zoo import NAMED
 

@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfkv import KVCache, KVConfig, Window
+from hfkv.cache.layers.storage import Storage
+from hfkv.stores.planes import has_tokens_innermost
 from tests.twin_caches import Caches, check_pages, stores_of
 from tests.twins import (
     HEAD_DIM,
@@ -47,23 +49,35 @@ OPERATIONS = st.one_of(
 )
 
 
-def run(caches: Caches, operations: list[tuple[bool, tuple[Any, ...]]]) -> None:
-    with mock.patch("hfkv.stores.CPU_PAGE_SIZE", 2):  # so that "auto" takes pages for what is tiny
+def run(caches: Caches, operations: list[tuple[bool, tuple[Any, ...]]], values_innermost: bool = False) -> None:
+    with (
+        mock.patch("hfkv.stores.CPU_PAGE_SIZE", 2),  # so that "auto" takes pages for what is tiny
+        mock.patch.object(Storage, "values_innermost", values_innermost),
+    ):
         caches.do(0, "append", 5, 0)
         for is_inference, operation in operations:
             with torch.inference_mode(is_inference):
                 caches.do(*operation)
             caches.check()
+            check_order(caches, values_innermost)
         caches.drop_all()
+
+
+def check_order(caches: Caches, values_innermost: bool) -> None:
+    for leaf in (leaf for twin in caches.twins for leaf in twin.cache.leaves if leaf._store is not None):
+        planes, values = leaf.store.planes, leaf.parts["value"].planes.start
+        wanted = [values_innermost and not leaf.codec.is_lossless and index == values for index in range(len(planes))]
+        assert list(map(has_tokens_innermost, planes)) == wanted
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(["none", "int8"]),
+    st.sampled_from(["none", "int8", "fp8"]),
     st.sampled_from(STORES),
     st.integers(1, MOST_ROWS),
     st.sampled_from([None, (2, 5), (4, 1), (2, 30)]),
     st.lists(st.tuples(st.booleans(), OPERATIONS), min_size=3, max_size=20),
+    st.booleans(),
 )
 def test_any_sequence_of_operations_on_several_caches_equals_plain_tensors(
     codec: str,
@@ -71,13 +85,14 @@ def test_any_sequence_of_operations_on_several_caches_equals_plain_tensors(
     batch: int,
     copies: tuple[int, int] | None,
     operations: list[tuple[bool, tuple[Any, ...]]],
+    values_innermost: bool,
 ) -> None:
-    run(Caches(kv_of(codec, store), batch, copies), operations)
+    run(Caches(kv_of(codec, store), batch, copies), operations, values_innermost)
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(["none", "int8"]),
+    st.sampled_from(["none", "int8", "fp8"]),
     st.sampled_from(STORES),
     st.builds(
         Window,
@@ -88,11 +103,18 @@ def test_any_sequence_of_operations_on_several_caches_equals_plain_tensors(
     ),
     st.integers(1, MOST_ROWS),
     st.lists(st.tuples(st.booleans(), OPERATIONS), min_size=3, max_size=20),
+    st.booleans(),
 )
 def test_any_sequence_of_operations_on_several_windowed_caches_equals_plain_tensors(
-    codec: str, store: str, window: Window, batch: int, operations: list[tuple[bool, tuple[Any, ...]]]
+    codec: str,
+    store: str,
+    window: Window,
+    batch: int,
+    operations: list[tuple[bool, tuple[Any, ...]]],
+    values_innermost: bool,
 ) -> None:
-    run(Caches(replace(KVConfig.parse(kv_of(codec, store)), window=window), batch), operations)
+    caches = Caches(replace(KVConfig.parse(kv_of(codec, store)), window=window), batch)
+    run(caches, operations, values_innermost)
 
 
 @pytest.mark.parametrize("codec", ["none", "int8"])

@@ -84,7 +84,7 @@ def test_a_step_is_captured_where_the_kernel_for_latents_is_a_triton_one(monkeyp
     asked: list[Any] = []
     monkeypatch.setattr("hfkv.attention.device_step.latent_kernel", lambda *args: asked.append(args) or appended)
     assert step_reason(cache, None, model.config) is None
-    assert {args[3:] for args in asked} == {(1, (32, 16))}
+    assert {args[3:] for args in asked} == {(1, (32, 16), False)}
 
 
 def test_a_step_is_not_captured_where_an_indexer_picks_tokens_or_latents_are_expanded() -> None:

@@ -17,8 +17,8 @@ from hfkv.planning.footprint import STAGING, Footprint
 from hfkv.planning.geometry import Geometry, States
 from hfkv.planning.plan import DEVICE_OVERHEAD
 from hfkv.planning.speeds import read_speed
-from hfkv.stores.base import token_bytes
 from hfkv.stores.offload.bus import BUSES
+from hfkv.stores.planes import token_bytes
 from tests.tiny import llama, llama_config, prompt
 from tests.zoo import NAMED, Architecture, build
 from tests.zoo import prompt as prompt_for

@@ -6,12 +6,14 @@ import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hfkv import KVCache
+from hfkv.cache.layers.storage import Storage
 from hfkv.sharing.prefix_pool import PrefixPool
 from tests.prompts import ROOTS, Calls, Prompts, Text, check_pool, give, page_bytes
 from tests.twins import config, run_threads
@@ -53,18 +55,20 @@ def histories(draw: st.DrawFn) -> tuple[int, list[tuple[Any, ...]]]:
     histories(),
     st.sampled_from(["none", "int8", "int8+contiguous", "none+paged+page_size:2", "int8+paged+page_size:4"]),
     st.integers(1, 14),
+    st.booleans(),
 )
 def test_any_sequence_of_calls_is_given_what_was_computed(
-    history: tuple[int, list[tuple[Any, ...]]], kv: str, most: int
+    history: tuple[int, list[tuple[Any, ...]]], kv: str, most: int, values_innermost: bool
 ) -> None:
     page_size, actions = history
     calls = Calls(kv, page_size, most)
-    for name, *arguments in actions:
-        getattr(calls, name)(*arguments)
-        calls.check()
-    while calls.open:
-        calls.go_on(0, keep=True)
-        calls.check()
+    with mock.patch.object(Storage, "values_innermost", values_innermost):
+        for name, *arguments in actions:
+            getattr(calls, name)(*arguments)
+            calls.check()
+        while calls.open:
+            calls.go_on(0, keep=True)
+            calls.check()
     assert calls.pool.blocks.used == len(calls.pool._index)
     calls.clear()
     calls.check()

@@ -12,16 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfkv.stores import Budget, ContiguousStore, Offload, OffloadedStore, PagedStore, Store
+from hfkv.stores import Budget, ContiguousStore, Offload, OffloadedStore, PagedStore, Store, copy_rows
+from hfkv.stores.planes import has_tokens_innermost
 
 
-def make(kind: str, bound: int | None = None, offload: bool = False, budget: int | None = None) -> Store:
+def make(
+    kind: str,
+    bound: int | None = None,
+    offload: bool = False,
+    budget: int | None = None,
+    innermost: tuple[int, ...] = (),
+) -> Store:
+    given: dict[str, Any] = {"bound": bound, "tokens_innermost": innermost}
     if kind == "contiguous":
-        return ContiguousStore(bound=bound)
+        return ContiguousStore(**given)
     page_size = int(kind.removeprefix("paged"))
     if offload:
-        return OffloadedStore(page_size, Offload(Budget(budget, [bound])).place(0), bound=bound)
-    return PagedStore(page_size, bound=bound)
+        return OffloadedStore(page_size, Offload(Budget(budget, [bound])).place(0), **given)
+    return PagedStore(page_size, **given)
 
 
 def tokens(batch: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,11 +55,17 @@ operations = st.lists(
     bound=st.sampled_from([None, 6, 30]),
     offload=st.booleans(),
     budget=st.sampled_from([None, 700, 5000]),
+    innermost=st.sampled_from([(), (1,), (0, 1)]),
 )
 def test_any_sequence_of_operations_equals_a_plain_tensor(
-    operations: list[tuple[Any, ...]], kind: str, bound: int | None, offload: bool, budget: int | None
+    operations: list[tuple[Any, ...]],
+    kind: str,
+    bound: int | None,
+    offload: bool,
+    budget: int | None,
+    innermost: tuple[int, ...],
 ) -> None:
-    store, expected = make(kind, bound, offload, budget), list(tokens(3, 0))
+    store, expected = make(kind, bound, offload, budget, innermost), list(tokens(3, 0))
     store.append(tuple(expected))
     for name, *given_values in operations:
         batch, length = expected[0].shape[0], expected[0].shape[2]
@@ -77,6 +91,7 @@ def test_any_sequence_of_operations_equals_a_plain_tensor(
             assert torch.equal(plane, wanted)
         for plane, wanted in zip(read_in_runs(store), expected, strict=True):
             assert torch.equal(plane, wanted)
+        check_order(store, innermost)
     if isinstance(store, PagedStore):
         check_refcounts(store)
 
@@ -90,6 +105,16 @@ def read_in_runs(store: Store) -> list[torch.Tensor]:
     return [torch.cat(parts, dim=2) for parts in zip(*(planes for _, planes in runs), strict=True)] or list(
         store.read()
     )
+
+
+def check_order(store: Store, innermost: tuple[int, ...]) -> None:
+    """Every plane that the store holds, or has held tokens ready in, lies as it was told."""
+    planes = [list(store.planes), *(run.planes for run in store.runs(store.length))]
+    if isinstance(store, OffloadedStore) and store.planes:
+        planes += store.tiers.host.segments
+    for of_all in planes:
+        assert [has_tokens_innermost(plane) for plane in of_all] == [index in innermost for index in (0, 1)]
+    assert all(read.stride(3) == 1 for read in store.read() if read.numel())
 
 
 def check_refcounts(store: PagedStore) -> None:
@@ -225,10 +250,11 @@ def test_nbytes_is_the_sum_of_the_real_storages() -> None:
         assert store.nbytes() == sum(storages.values())
 
 
+@pytest.mark.parametrize("innermost", [(), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "paged4"])
-def test_a_store_of_any_dtype_comes_out_of_a_pickle(kind: str, dtype: torch.dtype) -> None:
-    store = make(kind)
+def test_a_store_of_any_dtype_comes_out_of_a_pickle(kind: str, dtype: torch.dtype, innermost: tuple[int, ...]) -> None:
+    store = make(kind, innermost=innermost)
     store.append((torch.randn(2, 2, 9, 3).abs().to(dtype), torch.ones(2, 1, 9, 2)))
     again, fork = pickle.loads(pickle.dumps((store, store.fork(torch.tensor([0, 1])))))
     for twin in (again, fork, copy.deepcopy(store)):
@@ -236,5 +262,31 @@ def test_a_store_of_any_dtype_comes_out_of_a_pickle(kind: str, dtype: torch.dtyp
             assert ours.dtype == theirs.dtype
             assert torch.equal(ours.float(), theirs.float())
         twin.append(tuple(plane[:, :, :3] for plane in store.read()))
+        check_order(twin, innermost)
         assert (store.length, twin.length) == (9, 12)
     assert (again.planes is fork.planes) == (kind != "contiguous")  # they still share their pages
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged4"])
+def test_planes_that_lie_otherwise_are_not_taken_over(kind: str) -> None:
+    for orders in itertools.product([(), (1,)], repeat=2):
+        stores = [make(kind, innermost=order) for order in orders]
+        stores[0].reserve(12)
+        stores[0].append(tokens(2, 9))
+        lent, stores[1].lent = stores[0].planes, list(stores[0].planes)
+        stores[1].append(tokens(2, 9))
+        taken = [ours is theirs for ours, theirs in zip(stores[1].planes, lent, strict=True)]
+        assert taken == [orders[0] == orders[1]] * 2
+        check_order(stores[1], orders[1])
+
+
+@pytest.mark.parametrize("innermost", [(), (1,)], ids=str)
+def test_rows_that_go_over_to_pages_keep_the_order(innermost: tuple[int, ...]) -> None:
+    store = make("contiguous", innermost=innermost)
+    store.append(tokens(2, 9))
+    rows = torch.tensor([0, 0, 1])
+    copied = copy_rows(store, rows, "auto", page_size=2)
+    assert isinstance(copied, PagedStore)
+    check_order(copied, innermost)
+    for ours, theirs in zip(copied.read(), store.read(), strict=True):
+        assert torch.equal(ours, theirs[rows])
