@@ -248,30 +248,31 @@ class Store(ABC):
         assert self.device is not None
         return allocate(shape, like.dtype, self.device, has_tokens_innermost(like))
 
-    def blanks(self, new: Planes, rows: int, tokens: int) -> list[torch.Tensor]:
-        """Allocates the first planes for tokens like the new ones, each in its order; others are made like them."""
+    def blanks(self, like: Sequence[torch.Tensor], rows: int, tokens: int) -> list[torch.Tensor]:
+        """Allocates planes `[rows, H_i, tokens, d_i]` for tokens like those given, each in its order."""
         assert self.device is not None
         return [
             allocate((rows, p.shape[1], tokens, p.shape[3]), p.dtype, self.device, index in self.tokens_innermost)
-            for index, p in enumerate(new)
+            for index, p in enumerate(like)
         ]
 
     def take_lent(self, like: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]]) -> list[torch.Tensor] | None:
         """Takes the planes lent, once, if they are as those of `like` and large enough.
 
         Args:
-            like: planes of the dtypes, orders and shapes that are wanted, the dimensions of `sizes` aside.
+            like: planes of the dtypes and shapes that are wanted, the dimensions of `sizes` aside.
             sizes: dimensions that may be larger, and their least size.
         """
         lent, self.lent = self.lent, []
         if len(lent) != len(like):
             return None
         free = dict(sizes)
-        for plane, wanted in zip(lent, like, strict=True):
+        for index, (plane, wanted) in enumerate(zip(lent, like, strict=True)):
             if (plane.dtype, plane.device, plane.dim()) != (wanted.dtype, self.device, wanted.dim()):
                 return None
             fits = (n >= free[i] if i in free else n == wanted.shape[i] for i, n in enumerate(plane.shape))
-            if not all(fits) or has_tokens_innermost(plane) != has_tokens_innermost(wanted):
+            is_innermost = index in self.tokens_innermost and plane.shape[3] > 1
+            if not all(fits) or has_tokens_innermost(plane) != is_innermost:
                 return None
         return lent
 

@@ -76,8 +76,7 @@ class ContiguousStore(Store):
         if not self.planes:
             self.device = new[0].device
             wanted = max(count, self._cap(self.reserved))
-            like = self.blanks(new, len(new[0]), 0)
-            self.allocate_reserved(count, wanted, lambda capacity: self._allocate(like, capacity))
+            self.allocate_reserved(count, wanted, lambda capacity: self._allocate(new, capacity))
         before = self.extend(count)
         first = before.start + before.length
         for plane, tokens in zip(self.planes, new, strict=True):
@@ -215,10 +214,8 @@ class ContiguousStore(Store):
         for plane, source in zip(self.planes, old, strict=True):
             plane[:, :, : self.length].copy_(source[:, :, first : first + self.length])
 
-    def _allocate(self, like: list[torch.Tensor], capacity: int) -> None:
-        self.planes = self.take_lent(like, [(2, capacity)]) or [
-            self.allocate((plane.shape[0], plane.shape[1], capacity, plane.shape[3]), like=plane) for plane in like
-        ]
+    def _allocate(self, like: Planes | list[torch.Tensor], capacity: int) -> None:
+        self.planes = self.take_lent(like, [(2, capacity)]) or self.blanks(like, len(like[0]), capacity)
         self.start = 0
 
     def _move(self, source: int, target: int, count: int) -> None:

@@ -28,7 +28,8 @@ def allocate(
         with torch.inference_mode(False):
             return allocate(shape, dtype, device, tokens_innermost)
     try:
-        return shaped(torch.empty(shape, dtype=dtype, device=device), shape, tokens_innermost)
+        memory = torch.empty(shape, dtype=dtype, device=device)
+        return shaped(memory, shape, True) if tokens_innermost else memory
     except RuntimeError as error:
         raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error
 

@@ -92,6 +92,27 @@ FAULTS = (
         ("unit/test_stores.py",),
     ),
     Fault(
+        "planes that lie otherwise are lent to a store",
+        "hfkv/stores/base.py",
+        "if not all(fits) or has_tokens_innermost(plane) != is_innermost:",
+        "if not all(fits):",
+        ("unit/test_stores.py",),
+    ),
+    Fault(
+        "a kernel is given values whose tokens lie side by side and does not know",
+        "hfkv/kernels/dispatch.py",
+        "able = [kernel for kernel in kernels if kernel.takes_values_innermost or not values_innermost]",
+        "able = kernels",
+        ("unit/test_values_innermost.py",),
+    ),
+    Fault(
+        "pages on the host lie otherwise than on the device",
+        "hfkv/stores/offload/host.py",
+        "has_tokens_innermost(plane)) for plane in like",
+        "False) for plane in like",
+        ("unit/test_stores.py",),
+    ),
+    Fault(
         "a layer is given less of the budget than is left",
         "hfkv/stores/offload/budget.py",
         "        left -= share\n",
