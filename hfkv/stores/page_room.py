@@ -136,9 +136,10 @@ class PageRoom(Store):
         return len(table.rows) * columns
 
     def _resize(self, size: int) -> None:
-        self._move(_make_planes, size)
-        # Planes that were lent may be larger.
-        self._counts.grow(max(size, len(self.planes[0])))
+        _make_planes(self, size)
+        size = max(size, len(self.planes[0]))  # planes that were lent may be larger
+        self._moves.append((_make_planes, (size,)))
+        self._counts.grow(size)
 
     def _retabled(self, after: tuple[BlockTable, Listed]) -> BlockTable:
         """Counts the pages of another table, and gives it, or the same in smaller planes."""

@@ -129,3 +129,14 @@ def test_a_layer_without_memory_works_out_less(monkeypatch: pytest.MonkeyPatch) 
     forward(cache, 10)
     assert [len(store.planes[0]) for store in stores(cache)] == [16, 16, 3, 16]
     assert [store.length for store in stores(cache)] == [10] * LAYERS
+
+
+def test_planes_that_were_lent_to_one_layer_alone_are_as_large_in_all() -> None:
+    lender = cache_of()
+    forward(lender, 30)
+    cache = cache_of()
+    cache.leaves[0].lend(list(stores(lender)[0].planes))
+    forward(cache, 10)
+    assert [len(store.planes[0]) for store in stores(cache)] == [8] * LAYERS
+    forward(cache, 20)
+    assert is_one_table(cache)
