@@ -15,8 +15,8 @@ NATIVE = (
     Fault(
         "a native query's lowest digits are left out",
         "hfkv/kernels/native/products.h",
-        "if (has_few && !few[r].empty()) multiply_few",
-        "if (has_few && few[r].empty()) multiply_few",
+        "if (has_few && !its.empty()) multiply_few",
+        "if (has_few && its.empty()) multiply_few",
         ("kernels/test_native_digits.py",),
     ),
     Fault(

@@ -35,7 +35,7 @@ def test_layers_that_cache_latents_show_the_kernels_for_latents() -> None:
     turned = layers_of(config, "int8+window:64+sink_positions:cache").groups[0]
     assert [(use.name, use.kernel) for use in turned.uses[1:3]] == [
         ("prefill", "cpu expanded"),
-        ("prefill, moved", "cpu latent"),
+        ("prefill, moved", latent_kernel("int8", torch.bfloat16, CPU, 16, (512, 64)).name),
     ]
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     show(DoctorReport([], report, "cpu", "bfloat16", [], 1.0), console)

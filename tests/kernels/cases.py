@@ -102,10 +102,10 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.full((size,), 0xFF, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def check(kernel: Any, given: Case) -> None:
+def check(kernel: Any, given: Case, twin: Any = attention_naive) -> None:
     """The error against the twin in float64 is at most twice that of the twin in the query's dtype, and 1e-5."""
-    exact = attention_naive(*given.arguments, dtype=torch.float64)
-    plain = attention_naive(*given.arguments, dtype=given.query.dtype)
+    exact = twin(*given.arguments, dtype=torch.float64)
+    plain = twin(*given.arguments, dtype=given.query.dtype)
     got = kernel(*given.arguments)
     assert got[0].dtype == given.query.dtype
     for ours, theirs, expected in zip(got, plain, exact, strict=True):

@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from hfkv.kernels.device_inputs import device_inputs
+from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive
 from hfkv.kernels.native import kernels
 from hfkv.kernels.native import library as native
 from hfkv.kernels.native.kernels import append, attend
+from hfkv.kernels.native.latent import attend_latents
 from hfkv.stores.layout import Layout
 from tests.kernels.cases import Case, case, check
 from tests.kernels.emulated import EmulatedLibrary
 from tests.kernels.held import garbage
+from tests.kernels.test_cpu_latent import latent_case
 from tests.kernels.test_native_library import ALL, DTYPES, same_bytes
 
 pytestmark = pytest.mark.slow
@@ -62,11 +65,11 @@ def library(program: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedLibrary:
     return emulated
 
 
-def call(library: EmulatedLibrary, given: Case) -> Any:
+def call(library: EmulatedLibrary, given: Case, kernel: Any = attend) -> Any:
     inputs = device_inputs(given.layout, given.visibility, given.query.device)
     planes = (*given.keys.planes, *given.values.planes)
     library.knows(given.query, *planes, inputs.meta, inputs.bounds, inputs.mask, given.scoring.sink_logits)
-    return lambda *arguments: attend(*arguments, inputs=inputs)
+    return lambda *arguments: kernel(*arguments, inputs=inputs)
 
 
 @pytest.mark.parametrize("codec", ALL)
@@ -84,6 +87,14 @@ def call(library: EmulatedLibrary, given: Case) -> Any:
 def test_attention_is_that_of_the_twin(library: EmulatedLibrary, codec: str, dtype: torch.dtype, words: Any) -> None:
     given = case(codec, dtype=dtype, **words)
     check(call(library, given), given)
+
+
+@pytest.mark.parametrize("codec", ALL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("words", [{}, {"page_size": 8, "batch": 2, "pads": (0, 5)}], ids=["plain", "pages"])
+def test_latents_are_those_of_the_twin(library: EmulatedLibrary, codec: str, dtype: torch.dtype, words: Any) -> None:
+    given = latent_case(codec, "native", dtype=dtype, num_queries=2, **words)
+    check(call(library, given, attend_latents), given, latent_attention_naive)
 
 
 @pytest.mark.parametrize("codec", ALL[1:])

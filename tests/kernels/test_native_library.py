@@ -17,14 +17,17 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import attention_kernel, forget_choices
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive
 from hfkv.kernels.native import library as native
 from hfkv.kernels.native.kernels import append, attend
+from hfkv.kernels.native.latent import attend_latents
 from hfkv.stores.layout import Layout
 from tests.kernels.cases import case, check
 from tests.kernels.guarded import guarded
 from tests.kernels.held import garbage
 from tests.kernels.stored_experts import EXPERT_CODECS, check_products
+from tests.kernels.test_cpu_latent import latent_case
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
 
@@ -179,6 +182,10 @@ def test_nothing_beyond_a_planes_end_is_read_or_written(codec: str, head_dim: in
         given = replace(case(codec, length=length, head_dim=head_dim), keys=encoded, values=encoded)
         given = replace(given, layout=Layout(length), query=guarded(given.query))
         check(attend, given)
+        rotary = Encoded(CODECS[codec], tuple(guarded(plane[:, :1]) for plane in planes), head_dim)
+        latents = rotary._replace(planes=tuple(guarded(plane[:, 1:]) for plane in planes))
+        queries = guarded(torch.randn(1, 5, 2, 2 * head_dim))
+        check(attend_latents, replace(given, query=queries, keys=latents, values=rotary), latent_attention_naive)
         before = [plane.clone() for plane in planes]
         new = guarded(states[:, :, -1:])
         append(new, new, encoded, encoded, Layout(length - 1))
@@ -212,6 +219,8 @@ def compare_with_twins() -> None:
             {"dtype": torch.bfloat16},
         ):
             check(attend, case(codec, length=1000, **settings))  # type: ignore[arg-type]
+            given = latent_case(codec, "native", length=1000, **settings)  # type: ignore[arg-type]
+            check(attend_latents, given, latent_attention_naive)
         rows = torch.randn(1, 2, 500, 64)
         planes = tuple(torch.zeros_like(plane) for plane in CODECS[codec].encode(rows))
         append(rows, rows, *(Encoded(CODECS[codec], planes, 64),) * 2, Layout(0))
@@ -223,6 +232,7 @@ def compare_with_twins() -> None:
 
 SANITIZED = """
 import sys
+from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive
 from hfkv.kernels.native import library as native
 native._FLAGS += ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
@@ -231,6 +241,7 @@ assert native.library() is not None, native.why_not()
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
                       "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py",
+                      "tests/kernels/test_cpu_latent.py",
                       "tests/kernels/test_native_experts.py", "tests/kernels/test_native_digits.py"]))
 """
 

@@ -80,6 +80,8 @@ def test_a_step_is_captured_where_the_kernel_for_latents_is_a_triton_one(monkeyp
     assert "(torch: " in str(step_reason(cache, None, model.config))
     appended = Kernel("triton append", "for a test", None, reads_device_lengths=True)
     monkeypatch.setattr("hfkv.attention.device_step.append_kernel", lambda *_: appended)
+    plain = Kernel("cpu latent", "for a test", None)
+    monkeypatch.setattr("hfkv.attention.device_step.latent_kernel", lambda *_: plain)
     assert "(cpu latent: " in str(step_reason(cache, None, model.config))
     asked: list[Any] = []
     monkeypatch.setattr("hfkv.attention.device_step.latent_kernel", lambda *args: asked.append(args) or appended)

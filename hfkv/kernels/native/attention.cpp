@@ -14,6 +14,20 @@ namespace hfkv {
 namespace {
 
 constexpr int64_t STRETCH = 4096;
+// Of latents there is one head for all queries: more threads find shorter stretches, and tiles of query heads. Each tile
+// reads the latents again, so that it has as many rows as that takes little beside the products.
+constexpr int64_t LATENT_STRETCH = 1024, LONG = 1 << 15, LATENT_ROWS = 64;
+
+int64_t stretch_of(const Call &call) {
+    return call.is_latent() && call.layout.length() <= LONG ? LATENT_STRETCH : STRETCH;
+}
+
+// The fewest tiles of all query heads that have so many rows at most, or one head.
+int64_t tiles_of(int64_t heads, int64_t queries) {
+    int64_t tiles = 1;
+    while (tiles < heads && (heads % tiles || heads / tiles * queries > LATENT_ROWS)) tiles++;
+    return tiles;
+}
 
 // Adds up the stretches of one row and kv head, in their order, and writes the output `[B, q, Hq, Dv]`.
 void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t count) {
@@ -38,9 +52,9 @@ void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t c
             for (int64_t i = 0; i < vd; i++) out[i] /= sum;
         }
         if (call.codec == INT4) rotate(out.data(), call.value_width);
-        int64_t at = ((b * call.queries + n) * call.heads * call.groups + head) * call.value_width;
+        int64_t at = ((b * call.queries + n) * call.query_heads() + head) * call.value_width;
         for (int64_t i = 0; i < call.value_width; i++) store_number(call.out, call.dtype, at + i, out[i]);
-        call.lse[(b * call.heads * call.groups + head) * call.queries + n] = sum == 0 ? -INFINITY : largest + std::log(sum);
+        call.lse[(b * call.query_heads() + head) * call.queries + n] = sum == 0 ? -INFINITY : largest + std::log(sum);
     }
 }
 
@@ -59,29 +73,29 @@ bool lies_in_planes(const Call &call) {
 }
 
 template <int64_t CODEC> void attend(const Call &call) {
-    int64_t first = call.layout.first(), last = call.layout.length();
-    int64_t stretches = std::max<int64_t>((last - first + STRETCH - 1) / STRETCH, 1);
-    int64_t tasks = call.batch * call.heads * stretches;
+    int64_t first = call.layout.first(), last = call.layout.length(), stretch = stretch_of(call);
+    int64_t stretches = std::max<int64_t>((last - first + stretch - 1) / stretch, 1), heads = call.heads * call.tiles;
+    int64_t tasks = call.batch * heads * stretches;
     std::vector<Part> parts(tasks);
+    std::vector<std::atomic<int64_t>> done(call.batch * heads);
     int64_t threads = std::max<int64_t>(std::min(call.threads, tasks), 1);
     // What takes less than a thread needs to wake up.
     if (call.batch * call.heads * (last - first) * (call.key_width + call.value_width) < 1 << 17) threads = 1;
     std::atomic<bool> has_memory{true};
     share(threads, tasks, [&](int64_t index) {
-        int64_t stretch = index % stretches, h = index / stretches % call.heads, b = index / stretches / call.heads;
-        int64_t begin = first + stretch * STRETCH;
+        int64_t of = index / stretches, h = of % heads, b = of / heads;
+        int64_t begin = first + index % stretches * stretch;
         try {
-            Task<CODEC>(call, b, h).attend(begin, std::min(begin + STRETCH, last), parts[index]);
-            if (stretches == 1) finish(call, b, h, &parts[index], 1);
+            Task<CODEC>(call, b, h).attend(begin, std::min(begin + stretch, last), parts[index]);
+            // Whoever does the last stretch.
+            if (done[of].fetch_add(1, std::memory_order_acq_rel) + 1 == stretches) {
+                finish(call, b, h, &parts[of * stretches], stretches);
+            }
         } catch (const std::bad_alloc &) {
             has_memory = false;
         }
     });
     if (!has_memory) throw std::bad_alloc();
-    if (stretches == 1) return;
-    for (int64_t index = 0; index < call.batch * call.heads; index++) {
-        finish(call, index / call.heads, index % call.heads, &parts[index * stretches], stretches);
-    }
 }
 
 }  // namespace
@@ -91,7 +105,8 @@ template <int64_t CODEC> void attend(const Call &call) {
 // where there is no memory for what is summed.
 // shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec, dtype of queries,
 // capacity of a row or page, threads, strides of the queries (rows, heads, queries), of the mask (the same) and of the
-// bounds (rows), pages.
+// bounds (rows), pages, width of the rotary keys beside latents; where there are any, keys are latents and values too, and
+// what is given as values are rotary keys.
 extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void *query, const void *key_data,
                             const void *key_scales, const void *value_data, const void *value_scales,
                             const int64_t *bounds, const uint8_t *mask, const float *sink_logits, float scale,
@@ -101,12 +116,16 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     std::memcpy(&call.batch, shape, 11 * sizeof(int64_t));
     std::memcpy(call.query_strides, shape + 11, 3 * sizeof(int64_t));
     std::memcpy(call.mask_strides, shape + 14, 3 * sizeof(int64_t));
-    call.bounds_stride = shape[17], call.pages = shape[18];
+    call.bounds_stride = shape[17], call.pages = shape[18], call.rotary_width = shape[19];
     call.scale = scale, call.softcap = softcap;
     call.layout = Meta{meta, call.batch, call.columns};
     call.query = static_cast<const char *>(query);
-    const void *planes[4] = {key_data, key_scales, value_data, value_scales};
-    for (int i = 0; i < 4; i++) call.planes[i] = static_cast<const char *>(planes[i]);
+    const void *planes[6] = {key_data, key_scales, value_data, value_scales, value_data, value_scales};
+    if (call.is_latent()) {
+        planes[2] = key_data, planes[3] = key_scales;
+        call.tiles = tiles_of(call.groups, call.queries), call.groups /= call.tiles;
+    }
+    for (int i = 0; i < 6; i++) call.planes[i] = static_cast<const char *>(planes[i]);
     call.bounds = bounds, call.mask = mask, call.sink_logits = sink_logits;
     call.out = static_cast<char *>(out), call.lse = lse;
     if (!lies_in_planes(call)) return 1;
@@ -123,6 +142,9 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     }
     return 0;
 }
+
+// The float32 numbers of a vector: with fewer than 16 larger products are torch's.
+extern "C" int hfkv_lanes() { return int(hfkv::NATIVE); }
 
 // Takes the function by which torch's OpenMP begins a region.
 extern "C" void hfkv_threads(void *region) { hfkv::region = reinterpret_cast<hfkv::Region>(region); }

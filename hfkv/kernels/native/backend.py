@@ -6,6 +6,7 @@ import torch
 
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
 from hfkv.kernels.native.kernels import DTYPES, append, attend, code_of, step_append, step_attention
+from hfkv.kernels.native.latent import attend_latents
 from hfkv.kernels.native.library import why_not
 
 # Numbers of keys and values from which plain float32 tokens are worth it: fewer go to torch's own function, as
@@ -35,6 +36,13 @@ class NativeBackend(Backend):
             worth_from_in_pages=0,
             of_step=step_attention,
         )
+
+    def latent(self, asked: Asked) -> Kernel:
+        reason = _unsupported(asked)
+        if reason is not None:
+            return Kernel("decode + absorbed", reason, None)
+        why = "absorbed queries read the latents' own bytes once for all heads, in C++"
+        return Kernel("native latent", why, attend_latents, reads_device_lengths=True)
 
     def append(self, asked: Asked) -> Kernel:
         reason = _unsupported(asked)

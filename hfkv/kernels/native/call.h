@@ -12,13 +12,15 @@ namespace hfkv {
 // Tokens that are read at once, and at most where codes are multiplied as integers.
 constexpr int64_t TILE = 16, MOST_TILE = 64;
 
+// Latents are keys and values of one kv head both, and have rotary keys beside them: a score is the sum of two products.
 struct Call {
     int64_t batch, columns, heads, groups, queries, key_width, value_width, codec, dtype, capacity, threads;
-    int64_t query_strides[3], mask_strides[3], bounds_stride, pages;
+    int64_t query_strides[3], mask_strides[3], bounds_stride, pages, rotary_width;
+    int64_t tiles = 1;  // that the queries of a kv head are cut into, by query heads: `groups` are those of one tile
     float scale, softcap;
     Meta layout;
     const char *query;
-    const char *planes[4];
+    const char *planes[6];  // data and scales of keys, of values, and of rotary keys, which there are beside latents only
     const int64_t *bounds;
     const uint8_t *mask;
     const float *sink_logits;
@@ -26,6 +28,8 @@ struct Call {
     float *lse;
 
     int64_t rows() const { return groups * queries; }
+    int64_t query_heads() const { return heads * tiles * groups; }
+    bool is_latent() const { return rotary_width > 0; }
     int64_t padded(int64_t width) const { return (width + LANES - 1) / LANES * LANES; }
 };
 

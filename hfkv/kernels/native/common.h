@@ -82,6 +82,20 @@ inline float load_number(const void *at, int64_t dtype, int64_t index) {
     return dtype == BF16 ? from_bf16(half) : from_f16(half);
 }
 
+// So many numbers that lie together, from one on.
+inline void load_numbers(const void *at, int64_t dtype, int64_t index, int64_t count, float *out) {
+    if (dtype == F32) {
+        std::memcpy(out, static_cast<const float *>(at) + index, count * sizeof(float));
+        return;
+    }
+    const uint16_t *halves = static_cast<const uint16_t *>(at) + index;
+    if (dtype == BF16) {
+        for (int64_t i = 0; i < count; i++) out[i] = from_bf16(halves[i]);
+    } else {
+        for (int64_t i = 0; i < count; i++) out[i] = from_f16(halves[i]);
+    }
+}
+
 inline void store_number(void *at, int64_t dtype, int64_t index, float x) {
     if (dtype == F32) {
         static_cast<float *>(at)[index] = x;

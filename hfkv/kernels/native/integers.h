@@ -8,6 +8,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "common.h"
 #include "vectors.h"
@@ -17,9 +18,15 @@
 
 namespace hfkv {
 
-// Bytes of a vector; digits of a number, and the room of those of four numbers.
 // Bytes of a vector, numbers of a lane.
 constexpr int64_t BLOCK = 64, QUAD = 4;
+
+// A vector of codes.
+struct alignas(BLOCK) Line {
+    char bytes[BLOCK];
+};
+
+inline __m512i *lines_of(std::vector<Line> &codes) { return reinterpret_cast<__m512i *>(codes.data()); }
 
 // How the codes of one row lie: in `parts` nibbles or one byte, and what they are too large by.
 template <int64_t CODEC> struct Coded {
@@ -89,12 +96,16 @@ inline void split(const float *numbers, int64_t count, float largest, int32_t ce
 template <int64_t DIGITS>
 inline bool keeps(const float *numbers, int64_t count, float largest, const Digits &digits) {
     constexpr float LOWEST = DIGITS == 3 ? 65536 : 256, MOST_LOST = DIGITS == 3 ? 0x1p-16f : 0x1p-8f;
-    float unit = digits.step / LOWEST, lost = 0, kept = 0;
-    for (int64_t i = 0; i < count; i++) {
-        lost += std::fabs(numbers[i] - std::nearbyint(numbers[i] / unit) * unit);
-        kept += std::min(std::fabs(numbers[i]), largest / 256);
+    Vector unit = all(digits.step / LOWEST), lost = all(0.0f), kept = all(0.0f);
+    const Integers magnitude = (Integers)all(0.0f) + 0x7FFFFFFF;
+    for (int64_t i = 0; i < count; i += LANES) {
+        Vector x = load<Vector>(numbers + i);
+        Vector rest = x - (Vector)_mm512_roundscale_ps((__m512)(x / unit), _MM_FROUND_CUR_DIRECTION) * unit;
+        Vector most = all(largest / 256), size = (Vector)((Integers)x & magnitude);
+        lost += (Vector)((Integers)rest & magnitude);
+        kept += (Vector)_mm512_min_ps((__m512)most, (__m512)size);
     }
-    return lost <= kept * MOST_LOST;
+    return sum_of(lost) <= sum_of(kept) * MOST_LOST;
 }
 
 // Adds the products of codes and digits, four to a lane. Of the compiler's own function g++ 12 moves every sum to and fro.
@@ -168,35 +179,6 @@ inline void multiply_few(const Digits &row, const __m512i *codes, const int32_t 
     }
 #pragma GCC unroll 4
     for (int64_t v = 0; v < VECTORS; v++) out[v] += (Vector)_mm512_cvtepi32_ps(sums[v]) * 0x1p-16f;
-}
-
-// Rows and columns of 32 bits change places.
-inline void transpose(__m512i *x) {
-    __m512i y[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-    // x[4 * i + j]: column 4 * k + j of rows 4 * i .. 4 * i + 3 in its 128 bits number k.
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) {
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), b = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xDD);
-        __m512i c = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88), d = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xDD);
-        y[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        y[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        y[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
-        y[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = y[i];
 }
 
 // The codes of one vector of bytes, unsigned: of int4 those of one part.

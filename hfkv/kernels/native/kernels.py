@@ -70,6 +70,8 @@ class StepAttention:
     Args:
         query, keys, values, layout, visibility, scoring, inputs: the arguments of the first call, as `attend` takes
             them.
+        is_latent: whether the keys are latents, which are the values too, and the values the rotary keys beside them:
+            as `hfkv.kernels.native.latent.attend_latents` takes them.
 
     Attributes:
         lse: log-sum-exp of the last call, `[B, Hq, q]`.
@@ -89,18 +91,22 @@ class StepAttention:
         visibility: Visibility,
         scoring: Scoring,
         inputs: DeviceInputs | None,
+        is_latent: bool = False,
     ) -> None:
         key_data, value_data = keys.planes[0], values.planes[0]
         inputs = inputs or device_inputs(layout, visibility, query.device)
-        batch, num_heads, num_queries, key_width = query.shape
-        heads, value_width = key_data.shape[1], values.head_dim
+        batch, num_heads, num_queries, query_width = query.shape
+        heads, key_width, value_width, rotary_width = key_data.shape[1], keys.head_dim, values.head_dim, 0
+        if is_latent:
+            value_width, rotary_width = key_width, value_width
         code = code_of(keys.codec.name, key_data.dtype)
-        is_alike = key_width == keys.head_dim and key_data.shape[:3] == value_data.shape[:3] and not num_heads % heads
+        is_alike = query_width == key_width + rotary_width and key_data.shape[:3] == value_data.shape[:3]
+        is_alike = is_alike and not num_heads % heads
         rows = batch if inputs.columns else len(key_data)
         if code is None or not is_alike or not batch == rows == inputs.batch:
             raise ValueError(
                 f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
-                f"{keys.head_dim} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
+                f"{key_width + rotary_width} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
             )
         bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
         mask_strides, bounds_stride = [0, 0, 0], 0
@@ -123,7 +129,7 @@ class StepAttention:
                 *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
                 *query.stride()[:3],
                 *mask_strides,
-                *(bounds_stride, key_data.shape[0]),
+                *(bounds_stride, key_data.shape[0], rotary_width),
             ),
         )
         self._start = self._shape.buffer_info()[0], inputs.meta.data_ptr()

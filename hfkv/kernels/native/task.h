@@ -3,10 +3,12 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "call.h"
 #include "floats.h"
+#include "halves.h"
 #include "products.h"
 #include "rows.h"
 #include "sight.h"
@@ -14,33 +16,25 @@
 namespace hfkv {
 
 template <int64_t CODEC> class Task {
-    static constexpr bool IS_CODED = CODEC == INT8 || CODEC == INT4;
+    static constexpr bool IS_CODED = CODEC == INT8 || CODEC == INT4, IS_HALVES = CODEC == NONE_BF16 || CODEC == FP8;
+    // Whether 64 tokens at a time are multiplied as they are stored; else 16 become float32.
+    static constexpr bool HAS_PRODUCTS = (HFKV_HAS_INTEGERS && IS_CODED) || (HFKV_HAS_HALVES && IS_HALVES);
 
   public:
-    Task(const Call &call, int64_t row, int64_t head) : call(call), b(row), h(head), sight(call, row, head) {
-        kd = call.padded(call.key_width), vd = call.padded(call.value_width);
-        query.assign(call.rows() * kd, 0.0f), sums.assign(call.rows(), 0.0f), offsets.assign(call.rows(), 0.0f);
-        keys.assign(TILE * kd, 0.0f), values.assign(TILE * vd, 0.0f);
+    // Of a tile of the query heads of a kv head: number `head` of all tiles.
+    Task(const Call &call, int64_t row, int64_t head)
+        : call(call), b(row), h(head), kv_head(row * call.heads + head / call.tiles), sight(call, row, head) {
+        vd = call.padded(call.value_width);
+        sums.assign(2 * call.rows(), 0.0f), offsets.assign(call.rows(), 0.0f);
         weights.assign(call.rows() * TILE, 0.0f), largest.assign(call.rows(), 0.0f);
         tile.resize(call.rows() * MOST_TILE / LANES);
-        has_digits = HFKV_HAS_INTEGERS && IS_CODED;
-        for (int64_t g = 0; g < call.groups; g++) {
-            for (int64_t n = 0; n < call.queries; n++) {
-                int64_t r = g * call.queries + n;
-                float *q = &query[r * kd];
-                int64_t at = b * call.query_strides[0] + (h * call.groups + g) * call.query_strides[1];
-                at += n * call.query_strides[2];
-                for (int64_t i = 0; i < call.key_width; i++) q[i] = load_number(call.query, call.dtype, at + i);
-                if (call.codec == INT4) rotate(q, call.key_width);
-#if HFKV_HAS_INTEGERS
-                has_digits = has_digits && products.take(r, q, call.key_width);
-#endif
-                for (int64_t i = 0; i < call.key_width; i++) sums[r] += q[i] *= call.scale;
-#if HFKV_HAS_INTEGERS
-                if (has_digits) sums[r] = products.sum(r) * call.scale;
-#endif
-            }
+        has_products = HAS_PRODUCTS;
+        for (int64_t part = 0; part < parts; part++) {
+            queries[part].assign(call.rows() * padded(part), 0.0f);
+            keys[part].assign(TILE * padded(part), 0.0f);
+            for (int64_t r = 0; r < call.rows(); r++) take(part, r);
         }
+        if (!call.is_latent()) values.assign(TILE * vd, 0.0f);
     }
 
     void attend(int64_t begin, int64_t end, Part &part) {
@@ -48,15 +42,38 @@ template <int64_t CODEC> class Task {
         part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
         attend_tokens(begin, end, part);
 #if HFKV_HAS_INTEGERS
-        for (int64_t r = 0; r < call.rows() && has_digits; r++) products.finish(r, &part.out[r * vd]);
+        for (int64_t r = 0; r < call.rows() && has_products; r++) of_values.finish(r, &part.out[r * vd]);
 #endif
     }
 
   private:
+    // Of keys, or of the rotary keys beside latents: which planes, and how wide.
+    static int64_t plane_of(int64_t part) { return part ? 4 : 0; }
+    int64_t width(int64_t part) const { return part ? call.rotary_width : call.key_width; }
+    int64_t padded(int64_t part) const { return call.padded(width(part)); }
+    int64_t bytes(int64_t part) const { return row_bytes(CODEC, width(part)); }
+
+    // Reads what a query meets one part of the keys with.
+    void take(int64_t part, int64_t r) {
+        float *q = &queries[part][r * padded(part)], sum = 0;
+        int64_t at = b * call.query_strides[0] + (h * call.groups + r / call.queries) * call.query_strides[1];
+        at += r % call.queries * call.query_strides[2] + part * call.key_width;
+        load_numbers(call.query, call.dtype, at, width(part), q);
+        if (CODEC == INT4) rotate(q, width(part));
+#if HFKV_HAS_INTEGERS
+        has_products = has_products && of_keys[part].take(r, q);
+#endif
+        for (int64_t i = 0; i < width(part); i++) sum += q[i] *= call.scale;
+#if HFKV_HAS_INTEGERS
+        if (IS_CODED && has_products) sum = of_keys[part].sum(r) * call.scale;
+#endif
+        sums[part * call.rows() + r] = sum;
+    }
+
     void attend_tokens(int64_t begin, int64_t end, Part &part) {
         const Meta &layout = call.layout;
         if (!call.columns) {
-            int64_t slot = (b * call.heads + h) * call.capacity + layout.start();
+            int64_t slot = kv_head * call.capacity + layout.start();
             return attend_run(begin, end, slot + begin, slot + end, part);
         }
         int64_t column = 0;
@@ -66,7 +83,7 @@ template <int64_t CODEC> class Task {
             column++;
         }
         auto slot_of = [&](int64_t at) {
-            return (layout.page(b, at) * call.heads + h) * call.capacity + layout.low(at);
+            return (layout.page(b, at) * call.heads + h / call.tiles) * call.capacity + layout.low(at);
         };
         for (; column < call.columns && layout.begins(column) < end; column++) {
             int64_t first = layout.begins(column), last = first + layout.high(column) - layout.low(column);
@@ -80,13 +97,13 @@ template <int64_t CODEC> class Task {
     // Tokens `begin .. end - 1`, which lie one after the other from `slot` on; those after them lie from `after` on.
     void attend_run(int64_t begin, int64_t end, int64_t slot, int64_t after, Part &part) {
         // No tile has slots of sinks and newest tokens: positions go on within one.
-        int64_t slots_end = call.layout.num_slots(), tile = has_digits ? MOST_TILE : TILE;
+        int64_t slots_end = call.layout.num_slots(), tile = has_products ? MOST_TILE : TILE;
         for (int64_t from = begin; from < end;) {
             int64_t to = std::min(from + tile, end);
             if (from < slots_end && to > slots_end) to = slots_end;
             next = to < end ? slot + to - begin : after;
             if (sight.look(from, to - from, tile)) {
-                (this->*(has_digits ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
+                (this->*(has_products ? &Task::attend_codes : &Task::attend_tile))(to - from, slot + from - begin, part);
             }
             from = to;
         }
@@ -99,41 +116,55 @@ template <int64_t CODEC> class Task {
     }
 
     void attend_tile(int64_t count, int64_t slot, Part &part) {
-        const float *rows = read_rows(0, call.key_width, kd, slot, count, keys.data());
-        Vector scale = read_scales(1, slot, count, 0), low = read_lows(1, slot, count, 0);
+        const float *rows[2] = {};
+        Vector scales[2] = {}, lows[2] = {};
+        for (int64_t of = 0; of < parts; of++) {
+            rows[of] = read_rows(plane_of(of), width(of), padded(of), slot, count, keys[of].data());
+            scales[of] = read_scales(plane_of(of) + 1, slot, count, 0);
+            lows[of] = read_lows(plane_of(of) + 1, slot, count, 0);
+        }
         int64_t r = 0;
-        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) score<MOST_ROWS>(r, rows, scale, low, part);
-        for (; r < call.rows(); r++) score<1>(r, rows, scale, low, part);
-        rows = read_rows(2, call.value_width, vd, slot, count, values.data());
-        scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
+        for (; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) score<MOST_ROWS>(r, rows, scales, lows, part);
+        for (; r < call.rows(); r++) score<1>(r, rows, scales, lows, part);
+        Vector scale = read_scales(3, slot, count, 0), low = read_lows(3, slot, count, 0);
+        const float *of_values =
+            call.is_latent() ? rows[0] : read_rows(2, call.value_width, vd, slot, count, values.data());
         if (CODEC == INT4) drop_zeros(slot, scale, low);
-        for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, rows, scale, low, part);
-        for (; r < call.rows(); r++) add<1>(r, rows, scale, low, part);
+        for (r = 0; r + MOST_ROWS <= call.rows(); r += MOST_ROWS) add<MOST_ROWS>(r, of_values, scale, low, part);
+        for (; r < call.rows(); r++) add<1>(r, of_values, scale, low, part);
     }
 
     // The same of a longer tile, by integers.
     void attend_codes(int64_t count, int64_t slot, Part &part) {
 #if HFKV_HAS_INTEGERS
         constexpr int64_t VECTORS = MOST_TILE / LANES;
-        fetch(1, scale_bytes(CODEC), MOST_TILE), fetch(3, scale_bytes(CODEC), MOST_TILE);
-        Vector scales[2][VECTORS], lows[2][VECTORS];
-        for (int64_t v = 0; v < VECTORS; v++) {
-            for (int64_t side = 0; side < 2; side++) {
-                scales[side][v] = read_scales(2 * side + 1, slot, count, v);
-                lows[side][v] = read_lows(2 * side + 1, slot, count, v);
+        Vector scales[2][VECTORS], lows[2][VECTORS], value_scales[VECTORS], value_lows[VECTORS];
+        for (int64_t of = 0; of < parts; of++) {
+            int64_t plane = plane_of(of);
+            fetch(plane + 1, scale_bytes(CODEC), MOST_TILE);
+            for (int64_t v = 0; v < VECTORS; v++) {
+                scales[of][v] = read_scales(plane + 1, slot, count, v);
+                lows[of][v] = read_lows(plane + 1, slot, count, v);
             }
+            of_keys[of].score(call.planes[plane] + slot * bytes(of), count, call.planes[plane] + next * bytes(of));
         }
-        int64_t bytes = row_bytes(CODEC, call.key_width), value_bytes = row_bytes(CODEC, call.value_width);
-        products.score(call.planes[0] + slot * bytes, count, call.planes[0] + next * bytes);
+        int64_t value_bytes = row_bytes(CODEC, call.value_width);
         const char *values = call.planes[2] + slot * value_bytes;
-        for (int64_t v = 0; v < VECTORS; v++) drop_zeros(slot + v * LANES, scales[1][v], lows[1][v]);
+        fetch(3, scale_bytes(CODEC), MOST_TILE);
+        for (int64_t v = 0; v < VECTORS; v++) {
+            value_scales[v] = read_scales(3, slot, count, v), value_lows[v] = read_lows(3, slot, count, v);
+            if (IS_CODED) drop_zeros(slot + v * LANES, value_scales[v], value_lows[v]);
+        }
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) {
             Vector *scores = &tile[r * VECTORS];
-            products.scores(r, call.scale, scores);
-            for (int64_t v = 0; v < VECTORS; v++) {
-                scores[v] *= scales[0][v];
-                if (CODEC == INT4) scores[v] += lows[0][v] * sums[r];
+            of_keys[0].scores(r, call.scale, scores);
+            scaled<VECTORS>(0, r, scales[0], lows[0], scores);
+            if (parts == 2) {
+                Vector more[VECTORS];
+                of_keys[1].scores(r, call.scale, more);
+                scaled<VECTORS>(1, r, scales[1], lows[1], more);
+                for (int64_t v = 0; v < VECTORS; v++) scores[v] += more[v];
             }
             limit<VECTORS>(r, scores, part);
         }
@@ -141,15 +172,26 @@ template <int64_t CODEC> class Task {
             Vector *weight = &tile[r * VECTORS], offset = all(0.0f);
             weigh<VECTORS>(r, weight, part);
             for (int64_t v = 0; v < VECTORS; v++) {
-                offset += weight[v] * lows[1][v];
-                weight[v] *= scales[1][v];
+                offset += weight[v] * value_lows[v];
+                weight[v] *= value_scales[v];
             }
             if (CODEC == INT4) offsets[r] = sum_of(offset);
-            largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
+            if (IS_CODED) largest[r] = magnitude_of(reinterpret_cast<const float *>(weight), MOST_TILE);
         }
-        products.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
-        products.add(values, count, call.planes[2] + next * value_bytes, offsets.data());
+        of_values.weigh(reinterpret_cast<const float *>(tile.data()), largest.data());
+        // What comes after latents is fetched already.
+        const char *ahead = call.is_latent() ? nullptr : call.planes[2] + next * value_bytes;
+        of_values.add(values, count, ahead, offsets.data(), sight.is_token_seen);
 #endif
+    }
+
+    // Scores as they are with the scales of the keys of a part, and their lows.
+    template <int64_t VECTORS>
+    inline void scaled(int64_t part, int64_t r, const Vector *scale, const Vector *low, Vector *scores) const {
+        for (int64_t v = 0; v < VECTORS; v++) {
+            if (scale_bytes(CODEC)) scores[v] *= scale[v];
+            if (CODEC == INT4) scores[v] += low[v] * sums[part * call.rows() + r];
+        }
     }
 
     // The tile's rows of one plane as float32 `[16, padded]`, without their scales; nothing where no query sees a token:
@@ -212,15 +254,19 @@ template <int64_t CODEC> class Task {
     }
 
     // Weights of `ROWS` queries for the tile's tokens.
-    template <int64_t ROWS> inline void score(int64_t r, const float *rows, Vector scale, Vector low, Part &part) {
+    template <int64_t ROWS>
+    inline void score(int64_t r, const float *const *rows, const Vector *scales, const Vector *lows, Part &part) {
         Vector scores[ROWS];
-        Ahead ahead{call.planes[0] + next * row_bytes(CODEC, call.key_width), r ? 0 : number_bytes(CODEC)};
-        multiply_rows<ROWS>(&query[r * kd], rows, kd, ahead, scores);
-        for (int64_t i = 0; i < ROWS; i++) {
-            if (CODEC == INT8 || CODEC == FP8) scores[i] *= scale;
-            if (CODEC == INT4) scores[i] = scores[i] * scale + low * sums[r + i];
-            limit<1>(r + i, &scores[i], part);
+        for (int64_t of = 0; of < parts; of++) {
+            Vector products[ROWS];
+            Ahead ahead{call.planes[plane_of(of)] + next * bytes(of), r ? 0 : number_bytes(CODEC)};
+            multiply_rows<ROWS>(&queries[of][r * padded(of)], rows[of], padded(of), ahead, products);
+            for (int64_t i = 0; i < ROWS; i++) {
+                scaled<1>(of, r + i, &scales[of], &lows[of], &products[i]);
+                scores[i] = of ? scores[i] + products[i] : products[i];
+            }
         }
+        for (int64_t i = 0; i < ROWS; i++) limit<1>(r + i, &scores[i], part);
         for (int64_t i = 0; i < ROWS; i++) {
             weigh<1>(r + i, &scores[i], part);
             store(&weights[(r + i) * TILE], scores[i]);
@@ -247,7 +293,7 @@ template <int64_t CODEC> class Task {
             float *out = &part.out[r * vd];
             for (int64_t i = 0; i < vd; i++) out[i] *= by;
 #if HFKV_HAS_INTEGERS
-            if (has_digits) products.shrink(r, by);
+            if (has_products) of_values.shrink(r, by);
 #endif
         }
     }
@@ -272,19 +318,29 @@ template <int64_t CODEC> class Task {
             store(scaled + i * TILE, weight * scale);
             offsets[i] = CODEC == INT4 ? sum_of(weight * low) : 0.0f;
         }
-        Ahead ahead{call.planes[2] + next * row_bytes(CODEC, call.value_width), r ? 0 : number_bytes(CODEC)};
+        bool is_fetched = r || call.is_latent();
+        Ahead ahead{call.planes[2] + next * row_bytes(CODEC, call.value_width), is_fetched ? 0 : number_bytes(CODEC)};
         add_rows<ROWS>(scaled, offsets, rows, vd, ahead, &part.out[r * vd]);
     }
 
     const Call &call;
-    int64_t b, h, kd, vd, next = 0;
-    std::vector<float> query, sums, offsets, keys, values, weights, largest;
+    int64_t b, h, kv_head, vd, next = 0, parts = call.is_latent() ? 2 : 1;
+    std::vector<float> queries[2], sums, offsets, keys[2], values, weights, largest;
     std::vector<Vector> tile;
     Sight sight;
-    bool has_digits = false;  // whether queries are split into digits, where there are integers and these keep them
+    bool has_products = false;  // where there are such, and queries that they keep
 #if HFKV_HAS_INTEGERS
-    // Without queries where they have no digits.
-    Products<CODEC> products{call, IS_CODED ? call.rows() : 0};
+#if HFKV_HAS_HALVES
+    using Keys = std::conditional_t<IS_HALVES, HalfKeys<CODEC>, KeyProducts<CODEC>>;
+    using Values = std::conditional_t<IS_HALVES, HalfValues<CODEC>, ValueProducts<CODEC>>;
+#else
+    using Keys = KeyProducts<CODEC>;
+    using Values = ValueProducts<CODEC>;
+#endif
+    // Without queries where there are no products.
+    Keys of_keys[2] = {{call, HAS_PRODUCTS ? call.rows() : 0, call.key_width},
+                       {call, HAS_PRODUCTS && call.is_latent() ? call.rows() : 0, call.rotary_width}};
+    Values of_values{call, HAS_PRODUCTS ? call.rows() : 0};
 #endif
 };
 

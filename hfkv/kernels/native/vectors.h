@@ -146,6 +146,35 @@ inline Vector fold_fours(Vector a, Vector b) {
            pick<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(a, b);
 }
 
+// Rows and columns of 32 bits change places.
+inline void transpose(__m512i *x) {
+    __m512i y[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+    // x[4 * i + j]: column 4 * k + j of rows 4 * i .. 4 * i + 3 in its 128 bits number k.
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), b = _mm512_shuffle_i32x4(x[j], x[4 + j], 0xDD);
+        __m512i c = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88), d = _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xDD);
+        y[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        y[4 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        y[8 + j] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        y[12 + j] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = y[i];
+}
+
 // The sums of the lanes of 16 vectors, as one vector.
 inline Vector sums_of(const Vector *x) {
     Vector fours[4];
