@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from hfkv.codecs import CODECS
+from hfkv.kernels.cpu.decode import decode_attention
+from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
 from hfkv.kernels.native.kernels import attend, code_of
@@ -134,14 +137,17 @@ def test_odd_widths_and_groups(codec: str, widths: tuple[int, int], groups: int)
     check(attend, case(codec, length=90, head_dim=widths[0], groups=groups, page_size=16, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("kernel", [attend, decode_attention, flash_attention])
 @pytest.mark.parametrize("exponent", [-10, -18, -26])
 def test_values_whose_rotated_numbers_are_all_the_same_are_not_lost_beside_their_scale(
-    codec: str, exponent: int
+    codec: str, kernel: Any, exponent: int
 ) -> None:
+    if kernel is decode_attention and codec == "none":
+        pytest.skip("it reads codes")
     torch.manual_seed(0)
     values = torch.zeros(1, 1, 150, 64)
     values[..., 0] = 2.0**exponent
     given = encoded(codec, torch.randn(1, 1, 150, 64), values, torch.randn(1, 4, 1, 64), 0.1)
-    out = attend(*given.arguments).out * 2.0**-exponent
+    out = kernel(*given.arguments).out * 2.0**-exponent
     exact = attention_naive(*given.arguments, dtype=torch.float64)[0] * 2.0**-exponent
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=0)

@@ -17,7 +17,7 @@ namespace {
 // GROUP inputs share a step and a centre in int4. BLOCK outputs are decoded together, and ROWS rows meet them while they
 // are in the second cache; the sums of OUTPUTS outputs and FEW rows are in registers. PAD numbers behind a row keep rows
 // of a power of two apart in the caches. Measured on an EPYC (AVX-512 with bf16) with matrices of 4096 x 1024.
-constexpr int64_t GROUP = 32, BLOCK = 32, ROWS = 96, OUTPUTS = 8, FEW = 3, PAD = 32;
+constexpr int64_t GROUP = 32, BLOCK = 32, ROWS = 96, OUTPUTS = NATIVE == LANES ? 8 : 4, FEW = 3, PAD = 32;
 
 using hfkv::store;
 
@@ -37,6 +37,18 @@ inline void store(uint16_t *at, Vector x) {
 inline Vector load_bytes(const void *at) { return __builtin_convertvector(widen_bytes(at), Vector); }
 
 inline Vector load_halves(const void *at) { return (Vector)(widen_halves(at) << 16); }
+
+// The numbers of a part of 16 bytes that is as long as a vector: compilers take longer ones apart, and splat them by memory.
+typedef int8_t NativeBytes __attribute__((vector_size(NATIVE)));
+typedef int32_t NativeIntegers __attribute__((vector_size(4 * NATIVE)));
+typedef int16_t NativeShorts __attribute__((vector_size(2 * NATIVE)));
+inline NativeIntegers load_part(const char *at) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (NativeIntegers)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(at)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(load<NativeBytes>(at), NativeShorts), NativeIntegers);
+#endif
+}
 
 inline void load_nibbles(const void *at, Vector &low, Vector &high) {
     Naturals both = widen_codes(at);
@@ -73,12 +85,8 @@ inline void add(Vector &sums, Pair weights, Pair x) {
 }
 
 #if defined(__AVX512BF16__)
-constexpr bool MULTIPLIES_BF16 = true;
 inline __m512bh load_factor(const uint16_t *at) { return (__m512bh)_mm512_loadu_si512(at); }
 inline void add(Vector &sums, __m512bh weights, __m512bh x) { sums = (Vector)_mm512_dpbf16_ps((__m512)sums, weights, x); }
-#else
-constexpr bool MULTIPLIES_BF16 = false;
-inline Pair load_factor(const uint16_t *at) { return {load_halves(at), load_halves(at + LANES)}; }
 #endif
 
 // Where the numbers of some outputs are read: `(m, i)` gives GROUP of output m, from input i on.
@@ -87,6 +95,7 @@ template <typename T> struct Plain {
     int64_t stride;
 
     auto operator()(int64_t m, int64_t i) const { return load_factor(weights + m * stride + i); }
+    Native part(int64_t m, int64_t i) const { return load<Native>(weights + m * stride + i); }
     Plain from(int64_t m) const { return {weights + m * stride, stride}; }
 };
 
@@ -98,6 +107,12 @@ struct Halved {
         const char *at = weights + m * stride + 2 * i;
         return {load_halves(at), load_halves(at + 2 * LANES)};
     }
+    Native part(int64_t m, int64_t i) const {
+        typedef uint16_t NativeHalves __attribute__((vector_size(2 * NATIVE)));
+        typedef uint32_t NativeNaturals __attribute__((vector_size(4 * NATIVE)));
+        const char *at = weights + m * stride + 2 * i;
+        return (Native)(__builtin_convertvector(load<NativeHalves>(at), NativeNaturals) << 16);
+    }
     Halved from(int64_t m) const { return {weights + m * stride, stride}; }
 };
 
@@ -108,6 +123,9 @@ struct Int8 {
     Pair operator()(int64_t m, int64_t i) const {
         const char *at = weights + m * stride + i;
         return {load_bytes(at), load_bytes(at + LANES)};
+    }
+    Native part(int64_t m, int64_t i) const {
+        return __builtin_convertvector(load_part(weights + m * stride + i), Native);
     }
     Int8 from(int64_t m) const { return {weights + m * stride, stride}; }
 };
@@ -123,10 +141,49 @@ struct Int4 {
         load_nibbles(weights + m * stride + i / 2, numbers.low, numbers.high);
         return {numbers.low * its[0] + its[1], numbers.high * its[0] + its[1]};
     }
+    Native part(int64_t m, int64_t i) const {
+        const float *its = steps + 2 * (i / GROUP * BLOCK + m);
+        int64_t in_group = i % GROUP;
+        NativeIntegers both = load_part(weights + m * stride + i / GROUP * LANES + in_group % LANES);
+        NativeIntegers codes = (in_group < LANES ? both : both >> 4) & 15;
+        return __builtin_convertvector(codes - 8, Native) * its[0] + its[1];
+    }
     Int4 from(int64_t m) const { return {weights + m * stride, stride, steps + 2 * m}; }
 };
 
-// Products of R rows, `apart` from each other, with OUTPUTS outputs; rows of out are BLOCK apart.
+#if !defined(__AVX512F__)
+// Products of R rows, `apart` from each other, with OUTPUTS outputs; rows of out are BLOCK apart. Sums are as long as the
+// vectors that there are, and no more than there are registers for.
+template <typename Reader, typename T, int64_t R>
+inline void tile(Reader weights, const float *x, int64_t apart, int64_t width, float *out) {
+    Native sums[R][OUTPUTS] = {};
+    for (int64_t i = 0; i < width; i += GROUP) {
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < GROUP; k += NATIVE) {
+            Native of_rows[R];
+#pragma GCC unroll 3
+            for (int64_t r = 0; r < R; r++) of_rows[r] = load<Native>(x + r * apart + i + k);
+#pragma GCC unroll 4
+            for (int64_t m = 0; m < OUTPUTS; m++) {
+                Native its = weights.part(m, i + k);
+#pragma GCC unroll 3
+                for (int64_t r = 0; r < R; r++) sums[r][m] += its * of_rows[r];
+            }
+        }
+    }
+    for (int64_t r = 0; r < R; r++) {
+        for (int64_t m = 0; m < OUTPUTS; m++) {
+            float lanes[NATIVE];
+            store(lanes, sums[r][m]);
+            for (int64_t count = NATIVE / 2; count; count /= 2) {
+                for (int64_t j = 0; j < count; j++) lanes[j] += lanes[j + count];
+            }
+            out[r * BLOCK + m] = lanes[0];
+        }
+    }
+}
+#else
+// The same, in AVX-512's registers.
 template <typename Reader, typename T, int64_t R>
 inline void tile(Reader weights, const T *x, int64_t apart, int64_t width, float *out) {
     Vector sums[R][OUTPUTS] = {};
@@ -147,6 +204,7 @@ inline void tile(Reader weights, const T *x, int64_t apart, int64_t width, float
         sums_of(sums[r][4], sums[r][5], sums[r][6], sums[r][7], out + r * BLOCK + 4);
     }
 }
+#endif
 
 // A matrix [N outputs, K inputs] as it is stored; see `hfkv.kernels.experts.codes`.
 struct Matrix {
@@ -200,9 +258,13 @@ void decode(const Matrix &matrix, int64_t first, int64_t count, const float *ste
     for (int64_t n = 0; n < count; n++, out += width + PAD) {
         if (CODEC == INT4) {
             for (int64_t i = 0; i < width; i += GROUP) {
+#if defined(__AVX512F__)
                 Pair numbers = int4(n, i);
                 store(out + i, numbers.low);
                 store(out + i + LANES, numbers.high);
+#else
+                for (int64_t k = 0; k < GROUP; k += NATIVE) store(out + i + k, int4.part(n, i + k));
+#endif
             }
             continue;
         }
@@ -399,9 +461,11 @@ extern "C" int hfkv_expert_linear(const int64_t *shape, const void *weight, cons
     using namespace hfkv;
     Matrix matrix = matrix_of(shape, weight, scale, groups, units, columns);
     int64_t rows = shape[5], dtype = shape[6];
-    if (MULTIPLIES_BF16 && dtype == BF16 && (rows > most_direct(matrix.codec) || matrix.codec == NONE_BF16)) {
+#if defined(__AVX512BF16__)
+    if (dtype == BF16 && (rows > most_direct(matrix.codec) || matrix.codec == NONE_BF16)) {
         return linear<uint16_t>(matrix, x, rows, out, dtype, shape[7], shape[8]);
     }
+#endif
     return linear<float>(matrix, x, rows, out, dtype, shape[7], shape[8]);
 }
 
