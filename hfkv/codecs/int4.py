@@ -54,8 +54,8 @@ class Int4(Codec):
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
         packed, scale_and_low = planes
         scale, low = scale_and_low.float().unbind(-1)
-        # Rows whose numbers are all the same have a scale of 1, beside which small numbers would be lost. What is looked
-        # at are the scales first: to go through all codes takes longer than to unpack them.
+        # Rows whose numbers are all the same have a scale of 1, beside which small numbers would be lost. Scales are
+        # looked at first: to go through all codes takes longer than to unpack them.
         is_even = scale == 1
         if scale.device.type == "cpu" and is_even.any():
             scale = scale.masked_fill(is_even & (packed.amax(dim=-1) == 0), 0)
