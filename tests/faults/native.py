@@ -27,6 +27,20 @@ NATIVE = (
         ("kernels/test_native_digits.py",),
     ),
     Fault(
+        "native scores of latents leave the rotary keys out",
+        "hfkv/kernels/native/task.h",
+        "scores[v] += more[v];",
+        "scores[v] += 0 * more[v];",
+        ("kernels/test_cpu_latent.py",),
+    ),
+    Fault(
+        "a native value that nobody sees is multiplied by nothing",
+        "hfkv/kernels/native/halves.h",
+        "bool has_first = is_seen[t],",
+        "bool has_first = true,",
+        ("kernels/test_native_digits.py", "kernels/test_cpu_latent.py"),
+    ),
+    Fault(
         "a native code is cut off where it should be rounded",
         "hfkv/kernels/native/append.cpp",
         "(x + 12582912.0f) - 12582912.0f",

@@ -106,15 +106,17 @@ def test_a_query_that_is_not_finite_spoils_its_own_row(codec: str, number: float
     assert (out - expected).abs().max() < 1e-5
 
 
-def test_a_value_that_is_none_spoils_whom_it_is_seen_by(codec: str) -> None:
-    given = case(codec, length=200, num_queries=2)
-    given.values.planes[-1][:, 0, 3 + 199] = torch.nan
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("token", [198, 199])
+def test_a_value_that_is_none_spoils_whom_it_is_seen_by(codec: str, token: int, dtype: torch.dtype) -> None:
+    given = case(codec, length=200, num_queries=2, dtype=dtype)
+    given.values.planes[-1][:, 0, 3 + token] = torch.nan
     out = attend(*given.arguments).out
     assert out[:, :4].isnan()[:, :, 1].all()
     assert not out[:, 4:].isnan().any()
     # One that nobody sees is not read.
     hidden = torch.ones(1, 1, 2, 200, dtype=torch.bool)
-    hidden[..., 199] = False
+    hidden[..., token] = False
     given = replace(given, visibility=replace(given.visibility, mask=hidden))
     assert not attend(*given.arguments).out.isnan().any()
 

@@ -14,8 +14,10 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.native import library as native
 from hfkv.kernels.native.kernels import append, attend
+from hfkv.kernels.native.latent import attend_latents
 from hfkv.stores.layout import Layout
 from tests.kernels.cases import case
+from tests.kernels.test_cpu_latent import latent_case
 from tests.kernels.test_native_library import ALL, same_bytes
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
@@ -34,13 +36,15 @@ def threads(count: int) -> Iterator[None]:
 @pytest.mark.parametrize("codec", ALL)
 def test_threads_change_no_bit(codec: str) -> None:
     given = case(codec, batch=2, length=9000, pads=(0, 4100), num_queries=3)
-    results = []
-    for count in (1, 2, 3):
-        with threads(count):
-            results.append(attend(*given.arguments))
-    for one in results[1:]:
-        assert torch.equal(one.out, results[0].out)
-        assert torch.equal(one.lse, results[0].lse)
+    latents = latent_case(codec, "native", batch=2, length=3000, pads=(0, 900), num_queries=20)
+    for kernel, of in ((attend, given), (attend_latents, latents)):
+        results = []
+        for count in (1, 2, 3):
+            with threads(count):
+                results.append(kernel(*of.arguments))
+        for one in results[1:]:
+            assert torch.equal(one.out, results[0].out)
+            assert torch.equal(one.lse, results[0].lse)
     new = torch.randn(2, 2, 700, 64)
     written = []
     for count in (1, 2):
