@@ -13,7 +13,11 @@ from hfkv.kernels.inputs import Visibility
 from hfkv.stores.layout import Layout
 
 # The numbers at the front of `DeviceInputs.meta`; the kernels load them by these places.
-SCALARS = ("start", "length", "last_column", "last_slot", "seen", "first", "held_from", "num_slots", "sinks")
+SCALARS = (
+    *("start", "length", "last_column", "last_slot", "seen", "first", "held_from", "num_slots", "sinks"),
+    # The longest run of columns that all begin at slot 0 and end at the same one, the highest of all.
+    *("full_from", "full_to"),
+)
 NUM_SCALARS = 16
 # Distinct inputs in one forward: before and after appending, in windowed and in other layers, and some to spare.
 NUM_RECENT = 16
@@ -148,10 +152,10 @@ def _pack(layout: Layout, visibility: Visibility | None, columns: int) -> torch.
     """The numbers of `DeviceInputs.meta`, on the CPU."""
     batch = _batch(layout, visibility)
     last_column, last_slot = (len(layout.spans) - 1, layout.spans[-1][1]) if layout.spans else (0, 0)
-    scalars = [layout.start, layout.length, last_column, last_slot]
+    scalars = [layout.start, layout.length, last_column, last_slot, 0, 0, 0, 0, 0]
     pads: tuple[int, ...] = (0,) * batch
     if visibility is not None:
-        scalars += [visibility.seen, visibility.first, visibility.held_from, visibility.num_slots, visibility.sinks]
+        scalars[4:] = visibility.seen, visibility.first, visibility.held_from, visibility.num_slots, visibility.sinks
         pads = visibility.pads
     numbers = array("i", (*scalars, *(0,) * (NUM_SCALARS - len(scalars)), *pads))
     if not columns:
@@ -168,7 +172,17 @@ def _pack(layout: Layout, visibility: Visibility | None, columns: int) -> torch.
         held = slots[:, 1] - slots[:, 0]
         spans[:2, : len(slots)] = slots.T
         spans[2, : len(slots)] = held.cumsum(0) - held
+        packed[len(scalars) : len(SCALARS)] = _longest_run(slots)
     return packed
+
+
+def _longest_run(slots: torch.Tensor) -> torch.Tensor:
+    """The columns `from` and `to` (behind the last) between which all slots `[columns, 2]` are `0, highest`."""
+    is_full = (slots[:, 0] == 0) & (slots[:, 1] == slots[:, 1].max())
+    ends = torch.nn.functional.pad((~is_full).nonzero().flatten(), (1, 1), value=-1)
+    ends[-1] = len(slots)
+    longest = ends.diff().argmax()
+    return torch.stack((ends[longest] + 1, ends[longest + 1]))
 
 
 def _empty_like(packed: torch.Tensor, device: torch.device) -> torch.Tensor:

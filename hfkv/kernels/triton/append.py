@@ -43,6 +43,7 @@ def _encode(
     is_new,
     data_ptr,
     data_rows,
+    data_d,
     scale_ptr,
     scale_rows,
     CODEC: tl.constexpr,
@@ -57,7 +58,7 @@ def _encode(
     valid = is_new[:, None] & (d < D)[None, :]
     new_at = new_ptr + n.to(tl.int64)[:, None] * new_t + d.to(tl.int64)[None, :] * new_d
     x = tl.load(new_at, mask=valid, other=0.0)
-    data_at = data_ptr + data_rows[:, None] + d[None, :]
+    data_at = data_ptr + data_rows[:, None] + (d * data_d)[None, :]
     if CODEC == "none":
         if x.dtype == data_ptr.dtype.element_ty:
             tl.store(data_at, x, mask=valid)
@@ -112,6 +113,7 @@ def _append_kernel(
     k_b,
     k_h,
     k_t,
+    k_d,
     k_scale_ptr,
     k_scale_b,
     k_scale_h,
@@ -120,6 +122,7 @@ def _append_kernel(
     v_b,
     v_h,
     v_t,
+    v_d,
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
@@ -165,6 +168,7 @@ def _append_kernel(
         is_new,
         k_ptr,
         block * k_b + h * k_h + slot * k_t,
+        k_d,
         k_scale_ptr,
         block * k_scale_b + h * k_scale_h + slot * k_scale_t,
         K_CODEC,
@@ -182,6 +186,7 @@ def _append_kernel(
         is_new,
         v_ptr,
         block * v_b + h * v_h + slot * v_t,
+        v_d,
         v_scale_ptr,
         block * v_scale_b + h * v_scale_h + slot * v_scale_t,
         V_CODEC,

@@ -18,7 +18,15 @@ from hfkv.kernels.triton.products import (
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit_tile
+from hfkv.kernels.triton.tiles import (
+    edge_at,
+    load_layout,
+    load_run,
+    locate_inside,
+    steps_inside,
+    tiles_of_split,
+    visit_tile,
+)
 from hfkv.kernels.triton.tokens import load_tokens
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
@@ -47,6 +55,7 @@ def _attention_kernel(
     k_b,
     k_h,
     k_t,
+    k_d,
     k_scale_ptr,
     k_scale_b,
     k_scale_h,
@@ -55,6 +64,7 @@ def _attention_kernel(
     v_b,
     v_h,
     v_t,
+    v_d,
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
@@ -132,20 +142,37 @@ def _attention_kernel(
     acc, acc_high, offset = empty_sums(BLOCK_M, V_PADDED)
 
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
-    for step in range(first_step, last_step):
+    run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    for edge in tl.range(first_step, last_step - behind + inside):
         block, place, visible, wanted = visit_tile(
-            step, ranges, b, layout, num_columns, rule, limits, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
+            *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
+            *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
 
-        k_rows = block * k_b + h * k_h + place * k_t
-        k_scale_at = k_scale_ptr + block * k_scale_b + h * k_scale_h + place * k_scale_t
-        k = load_tokens(k_ptr, k_rows, k_scale_at, wanted, K_CODEC, K_WIDTH, K_PADDED)
+        k_at = k_ptr + (block * k_b + h * k_h + place * k_t)
+        k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t)
+        k = load_tokens(k_at, k_d, k_scale_at, wanted, K_CODEC, K_WIDTH, K_PADDED, True)
         scores = products(q, k, K_CODEC, K_DTYPE)
-        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)
+        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
 
-        v_rows = block * v_b + h * v_h + place * v_t
-        v_scale_at = v_scale_ptr + block * v_scale_b + h * v_scale_h + place * v_scale_t
-        v = load_tokens(v_ptr, v_rows, v_scale_at, wanted, V_CODEC, V_WIDTH, V_PADDED)
+        v_at = v_ptr + (block * v_b + h * v_h + place * v_t)
+        v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t)
+        v = load_tokens(v_at, v_d, v_scale_at, wanted, V_CODEC, V_WIDTH, V_PADDED, True)
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
+
+    for step in tl.range(inside, behind):
+        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
+
+        k_at = k_ptr + (block * k_b + h * k_h + place * k_t) + more * k_t
+        k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t) + more * k_scale_t
+        k = load_tokens(k_at, k_d, k_scale_at, 0, K_CODEC, K_WIDTH, K_PADDED, False)
+        scores = products(q, k, K_CODEC, K_DTYPE)
+        p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
+
+        v_at = v_ptr + (block * v_b + h * v_h + place * v_t) + more * v_t
+        v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t) + more * v_scale_t
+        v = load_tokens(v_at, v_d, v_scale_at, 0, V_CODEC, V_WIDTH, V_PADDED, False)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
 
     num_heads = tl.num_programs(1) * G

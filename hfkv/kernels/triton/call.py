@@ -73,8 +73,12 @@ class Call(NamedTuple):
             )
         if not 0 <= num_splits <= MAX_SPLITS:
             raise ValueError(f"num_splits is {num_splits}, and at most {MAX_SPLITS} can be merged")
-        if any(plane.stride(3) != 1 and plane.shape[3] > 1 for part in parts for plane in part.planes):
-            raise ValueError("the numbers of a token must lie side by side in every plane")
+        if not all(_is_readable(plane) for plane in (*parts[0].planes, *parts[1].planes[1:])) or not _is_readable(
+            parts[1].planes[0], may_be_transposed=True
+        ):
+            raise ValueError(
+                "the numbers of a token must lie side by side in every plane, or in that of values' data the tokens"
+            )
         if capacity is None:
             # An eager call is cut for what it reads; a captured one for all that it may come to read.
             capacity = layout.length - visibility.first
@@ -154,6 +158,13 @@ class Call(NamedTuple):
         )
         if is_merged:
             merge(parts, part_lse, out, lse, is_rotated=is_rotated)
+
+
+def _is_readable(plane: torch.Tensor, *, may_be_transposed: bool = False) -> bool:
+    """Says whether numbers lie as kernels read them; they count within a tile in 32 bits."""
+    if plane.stride(3) == 1 or plane.shape[3] == 1:
+        return True
+    return may_be_transposed and plane.stride(2) == 1 and plane.stride(3) * plane.shape[3] < 1 << 31
 
 
 def outputs(query: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
