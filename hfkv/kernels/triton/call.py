@@ -107,7 +107,7 @@ class Call(NamedTuple):
         constants: tuple[object, ...],
         *,
         tiles: Tiling,
-        dtypes: tuple[torch.dtype, torch.dtype, str],
+        dtypes: tuple[torch.dtype, torch.dtype, str] | None,
         num_kv_heads: int,
         page_size: int,
         is_rotated: bool,
@@ -122,7 +122,7 @@ class Call(NamedTuple):
             planes: its arguments behind the query: both sets of planes.
             constants: its compile-time constants that describe the planes.
             tiles: rows and tokens of a tile, warps and stages.
-            dtypes: what `product_dtypes` gives.
+            dtypes: what `product_dtypes` gives, if the kernel takes it.
             num_kv_heads: heads of the planes.
             page_size: P, or 0 for contiguous planes.
             is_rotated: whether values are stored rotated.
@@ -143,7 +143,7 @@ class Call(NamedTuple):
         bounds, mask = self.bounds, self.mask
         bounds_strides = (0, 0) if bounds is None else bounds.expand(batch, num_queries).stride()
         mask_strides = (0,) * 4 if mask is None else mask.expand(batch, num_heads, num_queries, -1).stride()
-        k_dtype, v_dtype, v_precision = dtypes
+        factors = () if dtypes is None else (TL_DTYPES[dtypes[0]], TL_DTYPES[dtypes[1]], dtypes[2])
         kernel[(num_row_tiles * num_splits, num_kv_heads, batch)](
             *(query, *query.stride()[:3], *planes),
             *(self.meta, self.columns, bounds, *bounds_strides),
@@ -151,7 +151,7 @@ class Call(NamedTuple):
             *(self.sink_logits, parts, part_lse, num_queries, num_splits, self.scale, self.softcap or 1.0),
             *(NUM_SCALARS, bounds is not None, mask is not None),
             *(self.softcap is not None, self.sink_logits is not None, *constants),
-            *(rows, page_size, tiles.block_m, tiles.block_n, TL_DTYPES[k_dtype], TL_DTYPES[v_dtype], v_precision),
+            *(rows, page_size, tiles.block_m, tiles.block_n, *factors),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             enable_fp_fusion=True,

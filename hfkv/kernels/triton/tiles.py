@@ -146,12 +146,14 @@ def locate(tile, b, layout, num_columns, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
     else:
         column = slot // PAGE_SIZE
         place = slot % PAGE_SIZE
-        exists = slot < end_slot
+        exists = column * PAGE_SIZE < end_slot
         low = tl.load(spans_ptr + column, mask=exists, other=0)
         high = tl.load(spans_ptr + num_columns + column, mask=exists, other=0)
         is_held = (place >= low) & (place < high)
         index = tl.load(spans_ptr + 2 * num_columns + column, mask=exists, other=0) + place - low
         block = tl.load(table_ptr + column, mask=exists, other=0)
+        if PAGE_SIZE & (PAGE_SIZE - 1) == 0:
+            block = tl.max_constancy(block, PAGE_SIZE)
     return index, is_held, block.to(tl.int64), place.to(tl.int64)
 
 
@@ -242,6 +244,17 @@ def visit_tile(
 
 
 @triton.jit
+def in_planes(step, ranges, layout, BLOCK_N: tl.constexpr):
+    """Says which slots of the tile at a step lie in planes of a multiple of 16 slots, at least those that hold tokens.
+
+    Whole groups of 16 do or do not, so that they are loaded at once.
+    """
+    start, _, end_slot, _, _ = layout
+    slot = tile_at(step, ranges) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return slot // 16 * 16 < end_slot + start % BLOCK_N
+
+
+@triton.jit
 def locate_inside(step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """Finds where the tokens of a tile inside lie: one behind the other, in one row or page or in whole pages.
 
@@ -263,6 +276,8 @@ def locate_inside(step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.
     else:
         slot = tile * BLOCK_N + more
         block = tl.load(table_ptr + slot // PAGE_SIZE)
+        if PAGE_SIZE & (PAGE_SIZE - 1) == 0:
+            block = tl.max_constancy(block, PAGE_SIZE)
         place = slot % PAGE_SIZE
         more = more * 0
     return block.to(tl.int64), place.to(tl.int64), more

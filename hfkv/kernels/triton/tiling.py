@@ -62,9 +62,9 @@ def device_of(device: torch.device) -> Device:
 
 
 @functools.lru_cache(maxsize=1024)
-def padded(number: int) -> int:
-    """Rounds a number of rows or columns up to what a product takes: a power of two, MIN_BLOCK or more."""
-    return max(MIN_BLOCK, triton.next_power_of_2(number))
+def padded(number: int, least: int = MIN_BLOCK) -> int:
+    """Rounds a number of rows or columns up to what a product takes: a power of two, `least` or more."""
+    return max(least, triton.next_power_of_2(number))
 
 
 def warps_for(num_rows: int, num_columns: int) -> int:
@@ -110,6 +110,27 @@ def tiling(
     room = device.shared_memory - block_m * widths[0] * item_size
     num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes, page_size)
     return Tiling(block_m, block_n, num_warps, num_stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def integer_tiling(
+    device: Device, num_rows: int, widths: tuple[int, int], codecs: tuple[str, str], page_size: int
+) -> Tiling:
+    """Chooses the tiling for the rows of one kv head where products are of integers.
+
+    Args:
+        device: where it runs.
+        num_rows: queries times heads of a group.
+        widths: the padded bytes of a key and of a value.
+        codecs: of keys and of values.
+        page_size: P, or 0 for contiguous planes.
+    """
+    # Rows are pairs of digits: 8 fill a tile of a product.
+    block_m = min(4, triton.next_power_of_2(triton.cdiv(num_rows, 8))) * 8
+    block_n = 256 if "int4" in codecs else 128
+    token_bytes = sum(widths)
+    num_stages = _num_stages(device.shared_memory, 3, block_n, token_bytes, token_bytes, page_size)
+    return Tiling(block_m, block_n, 4, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)
