@@ -255,17 +255,19 @@ def in_planes(step, ranges, layout, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def locate_inside(step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+def locate_inside(
+    step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EVERY: tl.constexpr = 1
+):
     """Finds where the tokens of a tile inside lie: one behind the other, in one row or page or in whole pages.
 
     Returns:
         The row or page and the place in it, int64: one of each, and how far behind it each token lies `[BLOCK_N]`,
-        int32; or, where pages are smaller than tiles, BLOCK_N of each, and zeros.
+        int32; or, where pages are smaller than tiles, BLOCK_N of each, and zeros. Of tokens only EVERY so many.
     """
     start, _, _, _, table_ptr = layout
     _, in_slots, _, in_sinks, newest_begin, _ = ranges
     tile = newest_begin + step - in_slots - in_sinks
-    more = tl.arange(0, BLOCK_N)
+    more = tl.arange(0, BLOCK_N // EVERY) * EVERY
     if PAGE_SIZE == 0:
         block = b
         place = tl.multiple_of(start - start % BLOCK_N + tile * BLOCK_N, BLOCK_N)

@@ -127,7 +127,7 @@ def integer_tiling(
     """
     # Rows are pairs of digits: 8 fill a tile of a product.
     block_m = min(4, triton.next_power_of_2(triton.cdiv(num_rows, 8))) * 8
-    block_n = 256 if "int4" in codecs else 128
+    block_n = 128
     token_bytes = sum(widths)
     num_stages = _num_stages(device.shared_memory, 3, block_n, token_bytes, token_bytes, page_size)
     return Tiling(block_m, block_n, 4, num_stages)

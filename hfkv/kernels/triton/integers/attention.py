@@ -155,21 +155,28 @@ def _integer_kernel(
         # Codes of others may be anything: their weights are zero. Scales may not.
         exists = in_planes(step, ranges, layout, BLOCK_N)
         k = load_tile(k_head + (block * k_b + place * k_t), 1, exists, K_WIDTH, K_PADDED, True)
-        scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, True)
+        scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, BLOCK_N, True)
         scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
         softmax, p, decay = soft_weights(scores, visible, softmax, factor, True)
         v = load_tile(v_head + (block * v_b + place), v_d, exists, V_WIDTH, V_PADDED, True)
-        scales = load_scales(v_scale_head, block * v_scale_b, place, 0, wanted, V_CODEC, True)
+        scales = load_scales(v_scale_head, block * v_scale_b, place, 0, wanted, V_CODEC, BLOCK_N, True)
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 
     for step in tl.range(inside, behind):
-        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
+        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 1)
+        pages, places, pairs = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 2)
         k = load_tile(k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, K_WIDTH, K_PADDED, False)
-        scales = load_scales(k_scale_head, block * k_scale_b, place, more, 0, K_CODEC, False)
+        if K_CODEC == "int4":
+            scales = load_scales(k_scale_head, block * k_scale_b, place, more, 0, K_CODEC, BLOCK_N, False)
+        else:
+            scales = load_scales(k_scale_head, pages * k_scale_b, places, pairs, 0, K_CODEC, BLOCK_N, False)
         scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
         softmax, p, decay = soft_weights(scores, 0, softmax, factor, False)
         v = load_tile(v_head + (block * v_b + place) + more, v_d, 0, V_WIDTH, V_PADDED, False)
-        scales = load_scales(v_scale_head, block * v_scale_b, place, more, 0, V_CODEC, False)
+        if V_CODEC == "int4":
+            scales = load_scales(v_scale_head, block * v_scale_b, place, more, 0, V_CODEC, BLOCK_N, False)
+        else:
+            scales = load_scales(v_scale_head, pages * v_scale_b, places, pairs, 0, V_CODEC, BLOCK_N, False)
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 
     num_heads = tl.num_programs(1) * G
