@@ -38,7 +38,7 @@ ROTARY_DIM = 64
 APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
 LATENT = triton_latent._latent_kernel
 ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
-INTEGERS, INTEGER_CONSTANTS = triton_operator._integer_kernel, triton_operator.integer_constants
+DIGITS, DIGITS_CONSTANTS = triton_operator._digits_kernel, triton_operator.digits_constants
 GEMV, GEMM = triton_experts._gemv_kernel, triton_experts._gemm_kernel
 TILE, COMBINE = triton_experts_slots._tile_kernel, triton_experts_combine._combine_kernel
 
@@ -78,8 +78,8 @@ def target(capability: int) -> None:
     triton_append._append_kernel = Compiled(APPEND, capability)
     triton_merge._merge_kernel = Compiled(MERGE, capability)
     triton_operator._attention_kernel = Compiled(ATTENTION, capability)
-    triton_operator._integer_kernel = Compiled(INTEGERS, capability)
-    triton_operator.integer_constants = lambda *arguments: INTEGER_CONSTANTS(*arguments[:3], torch.device("cuda"))
+    triton_operator._digits_kernel = Compiled(DIGITS, capability)
+    triton_operator.digits_constants = lambda *arguments: DIGITS_CONSTANTS(*arguments[:3], torch.device("cuda"))
     triton_latent._latent_kernel = Compiled(LATENT, capability)
     triton_experts._gemv_kernel = Compiled(GEMV, capability)
     triton_experts._gemm_kernel = Compiled(GEMM, capability)

@@ -10,12 +10,12 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
-from hfkv.kernels.triton.integers.attention import _integer_kernel
-from hfkv.kernels.triton.integers.call import constants as integer_constants
-from hfkv.kernels.triton.integers.call import plane_arguments as integer_planes
-from hfkv.kernels.triton.integers.call import takes_integers
+from hfkv.kernels.triton.digits.attention import _digits_kernel
+from hfkv.kernels.triton.digits.call import constants as digits_constants
+from hfkv.kernels.triton.digits.call import plane_arguments as digits_planes
+from hfkv.kernels.triton.digits.call import takes_digits
 from hfkv.kernels.triton.numbers import rotation
-from hfkv.kernels.triton.tiling import device_of, integer_tiling, padded, tiling
+from hfkv.kernels.triton.tiling import device_of, digits_tiling, padded, tiling
 from hfkv.stores.layout import Layout
 
 
@@ -48,11 +48,11 @@ def _attention(
     codecs, dims, widths = (key_codec, value_codec), (key_dim, value_dim), (k.shape[3], v.shape[3])
     device = device_of(query.device)
     kernel, dtypes = _attention_kernel, None
-    if not is_prefill and takes_integers(query, key_planes, value_planes, codecs, page_size):
-        kernel = _integer_kernel
-        planes = integer_planes(key_planes, value_planes)
-        constants = integer_constants(codecs, dims, widths, query.device)
-        tiles = integer_tiling(device, num_rows, (padded(widths[0], 32), padded(widths[1], 32)), codecs, page_size)
+    if not is_prefill and takes_digits(query, key_planes, value_planes, codecs, page_size):
+        kernel = _digits_kernel
+        planes = digits_planes(key_planes, value_planes)
+        constants = digits_constants(codecs, dims, widths, query.device)
+        tiles = digits_tiling(device, num_rows, (padded(widths[0], 32), padded(widths[1], 32)), codecs, page_size)
     else:
         q_padded, k_padded, v_padded = padded(key_dim), padded(widths[0]), padded(widths[1])
         dtypes = product_dtypes(query.dtype, value_codec, query.device)

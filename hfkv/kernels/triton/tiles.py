@@ -135,7 +135,7 @@ def locate(tile, b, layout, num_columns, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.co
         index = slot - lead
         is_held = (index >= 0) & (index < length)
         block = b
-        place = start - lead + slot
+        place = tl.multiple_of(start - lead, BLOCK_N) + slot
     elif PAGE_SIZE % BLOCK_N == 0:
         column = tile // (PAGE_SIZE // BLOCK_N)
         place = slot - column * PAGE_SIZE
@@ -255,9 +255,7 @@ def in_planes(step, ranges, layout, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def locate_inside(
-    step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EVERY: tl.constexpr = 1
-):
+def locate_inside(step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, EVERY: tl.constexpr = 1):
     """Finds where the tokens of a tile inside lie: one behind the other, in one row or page or in whole pages.
 
     Returns:

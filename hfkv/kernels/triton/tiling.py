@@ -113,7 +113,7 @@ def tiling(
 
 
 @functools.lru_cache(maxsize=1024)
-def integer_tiling(
+def digits_tiling(
     device: Device, num_rows: int, widths: tuple[int, int], codecs: tuple[str, str], page_size: int
 ) -> Tiling:
     """Chooses the tiling for the rows of one kv head where products are of integers.

@@ -1,4 +1,4 @@
-"""The attention kernel of a few queries over int8 and int4 whose values lie transposed, in products of integers."""
+"""The attention kernel of a few queries over codes of which those of values lie transposed, in products of digits."""
 
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals
 # mypy: allow-incomplete-defs
@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton.integers.digits import NUMBERS, load_query_digits, number_of_row
-from hfkv.kernels.triton.integers.products import (
+from hfkv.kernels.triton.digits.numbers import NUMBERS, load_query_digits, number_of_row
+from hfkv.kernels.triton.digits.products import (
     add_values,
     empty_softmax,
     empty_sums,
@@ -46,7 +46,7 @@ from hfkv.kernels.triton.visibility import load_limits, load_rule
         "num_splits",
     ]
 )
-def _integer_kernel(
+def _digits_kernel(
     q_ptr,
     q_b,
     q_h,
@@ -152,13 +152,16 @@ def _integer_kernel(
             *(step, ranges, b, layout, num_columns, rule, limits),
             *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
-        # Codes of others may be anything: their weights are zero. Scales may not.
+        # Integers of others may be anything: their weights are zero. Scales may not.
         exists = in_planes(step, ranges, layout, BLOCK_N)
         k = load_tile(k_head + (block * k_b + place * k_t), 1, exists, K_WIDTH, K_PADDED, True)
         scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, BLOCK_N, True)
         scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
         softmax, p, decay = soft_weights(scores, visible, softmax, factor, True)
         v = load_tile(v_head + (block * v_b + place), v_d, exists, V_WIDTH, V_PADDED, True)
+        if V_CODEC == "fp8":
+            # A code may be NaN.
+            v = tl.where(wanted[:, None], v, 0)
         scales = load_scales(v_scale_head, block * v_scale_b, place, 0, wanted, V_CODEC, BLOCK_N, True)
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 

@@ -1,4 +1,4 @@
-"""Products of the integer kernel: scores of a tile, the weights of a running softmax, and the sums of values.
+"""Products of digits: scores of a tile, the weights of a running softmax, and the sums of values.
 
 Sums over the tokens of a tile that only the end needs are kept for each of its BLOCK_N places.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton.integers.digits import digits_of, nibbles, summed
+from hfkv.kernels.triton.digits.numbers import digits_of, nibbles, summed
 from hfkv.kernels.triton.numbers import cast, tanh
 from hfkv.kernels.triton.products import LN_2, LOG2_E
 
@@ -59,6 +59,15 @@ def load_scales(ptr, row, place, more, wanted, CODEC: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
+def product(digits, codes, CODEC: tl.constexpr):
+    """Multiplies digits by codes of int8, which are summed exactly, or of fp8."""
+    if CODEC == "fp8":
+        return tl.dot(digits, codes.to(tl.float8e4nv, bitcast=True).to(tl.float16))
+    else:
+        return tl.dot(digits, codes, out_dtype=tl.int32)
+
+
+@triton.jit
 def scores_of(
     queries,
     codes,
@@ -84,7 +93,7 @@ def scores_of(
         scores = tl.dot(q_high, tl.trans(upper), scores, out_dtype=tl.int32)
         scores = summed(scores, TILES, BLOCK_N) * scale[None, :] + q_sum[:, None] * low[None, :]
     else:
-        scores = summed(tl.dot(q, tl.trans(codes), out_dtype=tl.int32), TILES, BLOCK_N) * scale[None, :]
+        scores = summed(product(q, tl.trans(codes), CODEC), TILES, BLOCK_N) * scale[None, :]
     if HAS_SOFTCAP:
         scores = (softcap * LOG2_E) * tanh(scores * (factor / softcap)[:, None])
     return scores
@@ -156,7 +165,7 @@ def soft_weights(scores, visible, softmax, factor, IS_MASKED: tl.constexpr):
 def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexpr, CODEC: tl.constexpr):
     """Begins the sums of `add_values`: of int4 both halves of a value, and weights times offsets.
 
-    Of int8 the last becomes NaN where a value is, whose codes do not tell.
+    Of other codecs the last becomes NaN where a value is, whose codes do not tell.
     """
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
     acc_high = tl.zeros([BLOCK_M, PADDED], tl.float32)
@@ -191,7 +200,7 @@ def add_values(
     scale, low = scales
     weights = p * scale[None, :]
     largest = tl.max(weights, 1)
-    digits = digits_of(weights * (127.0 / tl.maximum(largest, 1e-30))[:, None], TILES, BLOCK_N)
+    digits = digits_of(weights * (127.0 / tl.maximum(largest, 1e-30))[:, None], CODEC, TILES, BLOCK_N)
     step = largest * (1.0 / (128.0 * 127.0))
     if CODEC == "int4":
         lower, upper = nibbles(codes, IS_ASSEMBLY)
@@ -201,7 +210,7 @@ def add_values(
         acc_high = acc_high * decay[:, None] + added * step[:, None]
         offset = offset * decay[:, None] + p * low[None, :]
     else:
-        added = summed(tl.dot(digits, codes, out_dtype=tl.int32), TILES, PADDED)
+        added = summed(product(digits, codes, CODEC), TILES, PADDED)
         acc = acc * decay[:, None] + added * step[:, None]
         offset += scale[None, :] * 0.0
     return acc, acc_high, offset

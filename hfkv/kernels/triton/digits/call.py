@@ -1,4 +1,4 @@
-"""Which calls of `decode_attention` take the integer kernel, and its arguments."""
+"""Which calls of `decode_attention` take the kernel of digits, and its arguments."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import torch
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.tiling import padded
 
-CODECS = ("int8", "int4")
+CODECS = ("int8", "int4", "fp8")
 # Queries of two digits are as exact as these need.
 DTYPES = (torch.bfloat16, torch.float16)
 # Tokens that are loaded at once.
 GROUP = 16
 
 
-def takes_integers(
+def takes_digits(
     query: torch.Tensor,
     key_planes: list[torch.Tensor],
     value_planes: list[torch.Tensor],
     codecs: tuple[str, str],
     page_size: int,
 ) -> bool:
-    """Says whether the integer kernel can attend to planes: codes, and those of values with the tokens innermost.
+    """Says whether the kernel of digits can attend to planes: codes, those of values with the tokens innermost.
 
     Args:
         query: `[B, Hq, q, D]`.
@@ -42,11 +42,13 @@ def takes_integers(
     return side_by_side and all(stride % GROUP == 0 for stride in strides)
 
 
-def plane_arguments(
-    key_planes: list[torch.Tensor], value_planes: list[torch.Tensor]
-) -> tuple[torch.Tensor | int, ...]:
+def plane_arguments(key_planes: list[torch.Tensor], value_planes: list[torch.Tensor]) -> tuple[torch.Tensor | int, ...]:
     """Gives the planes with their strides, as the kernel takes them."""
-    k, v = key_planes[0], value_planes[0]
+    # 8-bit floats go as bytes.
+    k, v = (
+        planes[0] if planes[0].dtype == torch.int8 else planes[0].view(torch.uint8)
+        for planes in (key_planes, value_planes)
+    )
     return (
         *(k, *k.stride()[:3], key_planes[1], *key_planes[1].stride()[:2]),
         *(v, *v.stride()[:2], v.stride(3), value_planes[1], *value_planes[1].stride()[:2]),

@@ -1,7 +1,7 @@
-"""Numbers as two digits, which integer products take: `(high + low / 128) * step`, 16 bits in all.
+"""Numbers as two digits that multiply codes: `(high + low / 128) * step`, where `step` is the row's.
 
-A tile of a product has 16 rows, which are the two digits of 8 numbers: row r + 8 holds the low digit of row r, in the
-same thread.
+Those that multiply integers are integers, 16 bits in all. Those of 8-bit floats are float16. A tile of a product has 16
+rows, which are the two digits of 8 numbers: row r + 8 holds the low digit of row r, in the same thread.
 """
 
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals
@@ -53,7 +53,7 @@ def load_query_digits(
         factor: what scores are multiplied by.
 
     Returns:
-        int8 `[16 TILES, PADDED]` twice: of int4 the factors of low nibbles and those of high ones, else only the first
+        Digits `[16 TILES, PADDED]` twice: of int4 the factors of low nibbles and those of high ones, else only the first
         is to be used; float32 `[8 TILES]` twice: what the products' sums of digits are multiplied by, and the sums of
         the queries' numbers, in units of that.
     """
@@ -68,8 +68,10 @@ def load_query_digits(
     step = tl.maximum(tl.max(tl.abs(q), 1) * (1.0 / 127.0), 1e-28) + tl.sum(q * 0.0, 1)
     q = q / step[:, None]
     q = tl.where(q == q, q, 0.0)
-    high = round_half_even(q)
-    low = round_half_even((q - high) * 128.0)
+    high = q.to(tl.float16).to(tl.float32) if CODEC == "fp8" else round_half_even(q)
+    low = (q - high) * 128.0
+    if CODEC != "fp8":
+        low = round_half_even(low)
     total = tl.sum(high * 128.0 + low, 1)
     _, is_low = number_of_row(TILES)
     digits = tl.where(is_low[:, None], low, high)
@@ -81,7 +83,11 @@ def load_query_digits(
         at_high = tl.broadcast_to(tl.minimum(column + WIDTH, D_PADDED - 1)[None, :], (TILES * ROWS, PADDED))
         second = tl.where((column < D - WIDTH)[None, :], tl.gather(digits, at_high, 1), 0.0)
         digits = tl.where((column < WIDTH)[None, :], tl.gather(digits, at_low, 1), 0.0)
-    return digits.to(tl.int8), second.to(tl.int8), _of_numbers(step, TILES) * (1.0 / 128.0), _of_numbers(total, TILES)
+    if CODEC == "fp8":
+        digits = digits.to(tl.float16)
+    else:
+        digits = digits.to(tl.int8)
+    return digits, second.to(tl.int8), _of_numbers(step, TILES) * (1.0 / 128.0), _of_numbers(total, TILES)
 
 
 @triton.jit
@@ -92,30 +98,36 @@ def _of_numbers(x, TILES: tl.constexpr):
 
 @triton.jit
 def summed(x, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Makes int32 `[16 TILES, WIDTH]` products of digits float32 `[8 TILES, WIDTH]`, 128 times what they stand for."""
+    """Makes `[16 TILES, WIDTH]` products of digits float32 `[8 TILES, WIDTH]`, 128 times what they stand for."""
+    weight = tl.where(tl.arange(0, 2) == 0, 128, 1).to(x.dtype)
     if TILES == 1:
-        weight = tl.where(tl.arange(0, 2) == 0, 128, 1)[:, None, None]
-        x = tl.sum(tl.reshape(x, (2, NUMBERS, WIDTH)) * weight, 0)
+        x = tl.sum(tl.reshape(x, (2, NUMBERS, WIDTH)) * weight[:, None, None], 0)
     else:
-        weight = tl.where(tl.arange(0, 2) == 0, 128, 1)[None, :, None, None]
-        x = tl.reshape(tl.sum(tl.reshape(x, (TILES, 2, NUMBERS, WIDTH)) * weight, 1), (TILES * NUMBERS, WIDTH))
+        x = tl.sum(tl.reshape(x, (TILES, 2, NUMBERS, WIDTH)) * weight[None, :, None, None], 1)
+        x = tl.reshape(x, (TILES * NUMBERS, WIDTH))
     return x.to(tl.float32)
 
 
 @triton.jit
-def digits_of(x, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes float32 `[8 TILES, WIDTH]` of magnitudes up to 127 as int8 digits `[16 TILES, WIDTH]`."""
-    shifted = x + MAGIC
-    low = (x - (shifted - MAGIC)) * 128.0 + MAGIC
-    # The last byte of their bits is the integer. Not joined: tokens stay side by side in the registers of a thread.
+def digits_of(x, CODEC: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes float32 `[8 TILES, WIDTH]` of magnitudes up to 127 as digits `[16 TILES, WIDTH]`."""
+    if CODEC == "fp8":
+        high = x.to(tl.float16)
+        low = ((x - high.to(tl.float32)) * 128.0).to(tl.float16)
+    else:
+        high = x + MAGIC
+        low = (x - (high - MAGIC)) * 128.0 + MAGIC
+    # Not joined: tokens stay side by side in the registers of a thread.
     if TILES == 1:
         is_low = (tl.arange(0, 2) > 0)[:, None, None]
-        both = tl.where(is_low, low[None, :, :], shifted[None, :, :])
+        both = tl.where(is_low, low[None, :, :], high[None, :, :])
     else:
         is_low = (tl.arange(0, 2) > 0)[None, :, None, None]
         low = tl.reshape(low, (TILES, 1, NUMBERS, WIDTH))
-        both = tl.where(is_low, low, tl.reshape(shifted, (TILES, 1, NUMBERS, WIDTH)))
-    both = both.to(tl.int32, bitcast=True).to(tl.int8)
+        both = tl.where(is_low, low, tl.reshape(high, (TILES, 1, NUMBERS, WIDTH)))
+    if CODEC != "fp8":
+        # The last byte of their bits is the integer.
+        both = both.to(tl.int32, bitcast=True).to(tl.int8)
     return tl.reshape(both, (TILES * ROWS, WIDTH))
 
 
