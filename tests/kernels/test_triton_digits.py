@@ -167,7 +167,7 @@ def test_a_sink_rounds_no_tail_away(codec: str, device: torch.device) -> None:
     arguments = query, *planes, Layout(length), Visibility(length, (0,)), Scoring(0.125)
     out, _ = decode_attention(*arguments, num_splits=2)
     expected, _ = attention_naive(*arguments, torch.float64)
-    # The tail's share is 8e-3; 16 bits of the sink's weight, which the first tile shares with 255 of the tail, are 1e-5.
+    # The share of the tail is 8e-3, and of those beside the sink in its tile 1.3e-4.
     assert worst(out, expected) < 3e-4
 
 

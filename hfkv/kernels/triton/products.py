@@ -109,10 +109,7 @@ def soft_weights(
     Returns:
         The weights `[BLOCK_M, BLOCK_N]`, the factor `[BLOCK_M]` on what was summed so far, `highest` and `total`.
     """
-    if HAS_SOFTCAP:
-        scores = (softcap * LOG2_E) * tanh(scores * scale / softcap)
-    else:
-        scores = scores * (scale * LOG2_E)
+    scores = softcap * LOG2_E * tanh(scores * scale / softcap) if HAS_SOFTCAP else scores * (scale * LOG2_E)
     if IS_MASKED:
         scores = tl.where(visible, scores, float("-inf"))
     before = highest

@@ -108,7 +108,7 @@ def _digits_kernel(
 
     Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
     """
-    TILES: tl.constexpr = BLOCK_M // NUMBERS
+    TILES: tl.constexpr = BLOCK_M // NUMBERS  # noqa: N806
     split = tl.program_id(0) % num_splits
     # The last queries see most, so they come first.
     row_tile = tl.num_programs(0) // num_splits - 1 - tl.program_id(0) // num_splits

@@ -54,8 +54,8 @@ def load_query_digits(
 
     Returns:
         Digits `[16 TILES, PADDED]` twice: of int4 the factors of low nibbles and those of high ones, else only the first
-        is to be used; float32 `[8 TILES]` twice: what the products' sums of digits are multiplied by, and the sums of
-        the queries' numbers, in units of that.
+        is to be used; float32 `[8 TILES]` twice: what sums of digits are multiplied by, and the sums of the queries'
+        numbers, in units of that.
     """
     d = tl.arange(0, D_PADDED)
     q = tl.load(ptr + rows[:, None] + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
@@ -83,10 +83,7 @@ def load_query_digits(
         at_high = tl.broadcast_to(tl.minimum(column + WIDTH, D_PADDED - 1)[None, :], (TILES * ROWS, PADDED))
         second = tl.where((column < D - WIDTH)[None, :], tl.gather(digits, at_high, 1), 0.0)
         digits = tl.where((column < WIDTH)[None, :], tl.gather(digits, at_low, 1), 0.0)
-    if CODEC == "fp8":
-        digits = digits.to(tl.float16)
-    else:
-        digits = digits.to(tl.int8)
+    digits = digits.to(tl.float16) if CODEC == "fp8" else digits.to(tl.int8)
     return digits, second.to(tl.int8), _of_numbers(step, TILES) * (1.0 / 128.0), _of_numbers(total, TILES)
 
 

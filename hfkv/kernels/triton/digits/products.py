@@ -169,10 +169,7 @@ def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexp
     """
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
     acc_high = tl.zeros([BLOCK_M, PADDED], tl.float32)
-    if CODEC == "int4":
-        offset = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        offset = tl.zeros([1, BLOCK_N], tl.float32)
+    offset = tl.zeros([BLOCK_M if CODEC == "int4" else 1, BLOCK_N], tl.float32)
     return acc, acc_high, offset
 
 
