@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
+from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.triton.arguments import plane_arguments
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
@@ -143,12 +143,13 @@ def _append_kernel(
     V_LOG_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
     if PAGE_SIZE == 0:
         block = b + tl.zeros([BLOCK_T], tl.int64)
         slot = start + length + n
@@ -220,7 +221,7 @@ def _append(
         *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
         *(meta, columns, num_new, room, key_codec, value_codec, *dims),
         *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
-        *(room if is_paged else 0, NUM_SCALARS, BLOCK_T),
+        *(room if is_paged else 0, NUM_SCALARS, is_ragged(meta, batch, columns), BLOCK_T),
         num_warps=4,
         # A fused multiply-add rounds once where the codecs round twice.
         enable_fp_fusion=False,

@@ -87,6 +87,7 @@ def _attention_kernel(
     scale,
     softcap,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -120,8 +121,8 @@ def _attention_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    rule = load_rule(meta_ptr, b, META)
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
 
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = r // G

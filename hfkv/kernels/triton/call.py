@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
+from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.triton.arguments import TL_DTYPES
 from hfkv.kernels.triton.merge import MAX_SPLITS, merge
@@ -149,7 +149,7 @@ class Call(NamedTuple):
             *(self.meta, self.columns, bounds, *bounds_strides),
             *(None if mask is None else mask.view(torch.uint8), *mask_strides),
             *(self.sink_logits, parts, part_lse, num_queries, num_splits, self.scale, self.softcap or 1.0),
-            *(NUM_SCALARS, bounds is not None, mask is not None),
+            *(NUM_SCALARS, is_ragged(self.meta, batch, self.columns), bounds is not None, mask is not None),
             *(self.softcap is not None, self.sink_logits is not None, *constants),
             *(rows, page_size, tiles.block_m, tiles.block_n, *factors),
             num_warps=tiles.num_warps,

@@ -73,6 +73,7 @@ def _latent_kernel(
     scale,
     softcap,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -109,8 +110,8 @@ def _latent_kernel(
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     b = tl.program_id(2).to(tl.int64)
 
-    rule = load_rule(meta_ptr, b, META)
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = row // NUM_HEADS

@@ -21,13 +21,14 @@ from hfkv.kernels.triton.visibility import seen_in
 
 
 @triton.jit
-def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr):
+def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.constexpr, IS_RAGGED: tl.constexpr = False):
     """Loads the numbers of the `Layout` from `DeviceInputs.meta`, which lie there in the order of `SCALARS`.
 
     Args:
         meta_ptr: the numbers.
         b: the batch row, int64.
         num_columns: columns of the block table.
+        IS_RAGGED: whether rows have lengths of their own, which lie behind all else in the order of `ROW_NUMBERS`.
 
     Returns:
         start, length, the slot behind the last held token, counted from `start` or column by column, where the spans
@@ -37,9 +38,16 @@ def load_layout(meta_ptr, b, num_columns, META: tl.constexpr, PAGE_SIZE: tl.cons
     length = tl.load(meta_ptr + 1)
     spans_ptr = meta_ptr + META + tl.num_programs(2)
     table_ptr = spans_ptr + 3 * num_columns + b * num_columns
+    last_ptr = meta_ptr + 2
+    to_next = 1
+    if IS_RAGGED:
+        to_next = tl.num_programs(2)
+        row_ptr = spans_ptr + (3 + to_next) * num_columns + b
+        length = tl.load(row_ptr)
+        last_ptr = row_ptr + to_next
     end_slot = length
     if PAGE_SIZE > 0:
-        end_slot = tl.load(meta_ptr + 2) * PAGE_SIZE + tl.load(meta_ptr + 3)
+        end_slot = tl.load(last_ptr) * PAGE_SIZE + tl.load(last_ptr + to_next)
     return start, length, end_slot, spans_ptr, table_ptr
 
 

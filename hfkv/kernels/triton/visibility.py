@@ -14,18 +14,26 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def load_rule(meta_ptr, b, META: tl.constexpr):
+def load_rule(meta_ptr, b, num_columns, META: tl.constexpr, IS_RAGGED: tl.constexpr = False):
     """Loads the numbers of the `Visibility` from `DeviceInputs.meta`, which lie there in the order of `SCALARS`.
 
     Args:
         meta_ptr: the numbers.
         b: the batch row, int64.
+        num_columns: columns of the block table.
+        IS_RAGGED: whether rows have numbers of their own, which lie behind all else in the order of `ROW_NUMBERS`.
 
     Returns:
         seen, first, held_from, num_slots, sinks and the row's pads.
     """
-    seen = tl.load(meta_ptr + 4)
-    first = tl.load(meta_ptr + 5)
+    if IS_RAGGED:
+        batch = tl.num_programs(2)
+        row_ptr = meta_ptr + META + batch + (3 + batch) * num_columns + b
+        seen = tl.load(row_ptr + 3 * batch)
+        first = tl.load(row_ptr + 4 * batch)
+    else:
+        seen = tl.load(meta_ptr + 4)
+        first = tl.load(meta_ptr + 5)
     held_from = tl.load(meta_ptr + 6)
     num_slots = tl.load(meta_ptr + 7)
     sinks = tl.load(meta_ptr + 8)

@@ -83,6 +83,7 @@ def _digits_kernel(
     scale,
     softcap,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -115,8 +116,8 @@ def _digits_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    rule = load_rule(meta_ptr, b, META)
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
 
     number, _ = number_of_row(TILES)
     row = row_tile * BLOCK_M + number

@@ -53,7 +53,7 @@ def load_query_digits(
         factor: what scores are multiplied by.
 
     Returns:
-        Digits `[16 TILES, PADDED]` twice: of int4 the factors of low nibbles and those of high ones, else only the first
+        Digits `[16 TILES, PADDED]` twice: of int4 the factors of low and of high nibbles, else only the first
         is to be used; float32 `[8 TILES]` twice: what sums of digits are multiplied by, and the sums of the queries'
         numbers, in units of that.
     """
