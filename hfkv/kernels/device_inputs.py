@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ SCALARS = (
 NUM_SCALARS = 16
 # Behind all else, where rows differ: B of each, in this order. A row's last held token lies before `last_slot`.
 ROW_NUMBERS = ("length", "last_column", "last_slot", "seen", "first")
+# Programs of one split of a kernel that can be told apart.
+NUM_COUNTERS = 1024
 # Distinct inputs in one forward: before and after appending, in windowed and in other layers, and some to spare.
 NUM_RECENT = 16
 
@@ -57,6 +59,7 @@ class DeviceInputs:
         bounds: lower bounds of the queries, int64 `[B or 1, q]`, or None.
         mask: tokens that queries see, bool `[B or 1, 1 or Hq, q, tokens]`, or None.
         is_ragged: whether each row has a length of its own.
+        shared: what equal inputs of other layers use as well: `counters`, once they are asked for.
     """
 
     meta: torch.Tensor
@@ -65,6 +68,15 @@ class DeviceInputs:
     bounds: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     is_ragged: bool = False
+    shared: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def counters(self) -> torch.Tensor:
+        """Counters with which the programs of a kernel find the last of them, int32; zero between two launches."""
+        if not self.shared:
+            with torch.inference_mode(False):
+                self.shared.append(torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=self.meta.device))
+        return self.shared[0]
 
     @classmethod
     def allocate(
@@ -96,6 +108,9 @@ class DeviceInputs:
             shape = (*visibility.mask.shape[:3], max(tokens, visibility.mask.shape[3]))
             inputs.mask = torch.zeros(shape, dtype=torch.bool, device=device)
         inputs.update(layout, visibility, rows)
+        if visibility is not None:
+            # A capture would make them anew at every replay.
+            _ = inputs.counters
         return inputs
 
     def update(self, layout: Layout, visibility: Visibility | None, rows: Rows | None = None) -> None:
@@ -177,7 +192,9 @@ def device_inputs(
     if visibility is None or (visibility.bounds is None and visibility.mask is None):
         return found.inputs
     held = found.inputs
-    return DeviceInputs(held.meta, held.batch, held.columns, visibility.bounds, visibility.mask, held.is_ragged)
+    return DeviceInputs(
+        held.meta, held.batch, held.columns, visibility.bounds, visibility.mask, held.is_ragged, held.shared
+    )
 
 
 def is_ragged(meta: torch.Tensor, batch: int, columns: int) -> bool:

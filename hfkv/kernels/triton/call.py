@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
+from hfkv.kernels.device_inputs import NUM_COUNTERS, NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.triton.arguments import TL_DTYPES
-from hfkv.kernels.triton.merge import MAX_SPLITS, merge
+from hfkv.kernels.triton.merge import FEW_SPLITS, LOADED, MAX_SPLITS, merge
+from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.support import unsupported_scoring
 from hfkv.kernels.triton.tiling import Tiling, choose_splits, device_of
 from hfkv.stores.layout import Layout
@@ -24,6 +25,7 @@ class Call(NamedTuple):
         sink_logits, scale, softcap: fields of `Scoring`.
         capacity: tokens to choose the number of splits for.
         num_splits: splits, or 0 to choose.
+        counters: of `DeviceInputs`, if the kernel can merge its splits itself; zero again when it is done.
     """
 
     meta: torch.Tensor
@@ -35,6 +37,7 @@ class Call(NamedTuple):
     softcap: float | None
     capacity: int
     num_splits: int
+    counters: torch.Tensor | None
 
     @classmethod
     def checked(
@@ -48,6 +51,8 @@ class Call(NamedTuple):
         inputs: DeviceInputs | None,
         capacity: int | None,
         num_splits: int,
+        *,
+        merges: bool = True,
     ) -> Call:
         """Makes a call of arguments that belong together; see `decode_attention` for those not listed here.
 
@@ -55,6 +60,7 @@ class Call(NamedTuple):
             parts: both sets of planes.
             key_dim: the dimensions that queries must have.
             num_splits: splits, or 0 to choose.
+            merges: whether the kernel can merge its splits itself.
 
         Raises:
             ValueError: shapes that do not belong together, more splits than can be merged, or a scoring that kernels
@@ -97,6 +103,7 @@ class Call(NamedTuple):
             scoring.softcap,
             capacity,
             num_splits,
+            inputs.counters if merges else None,
         )
 
     def launch(
@@ -114,7 +121,7 @@ class Call(NamedTuple):
         out: torch.Tensor,
         lse: torch.Tensor,
     ) -> None:
-        """Launches an attention kernel, and merges its splits if there are several or values are still rotated.
+        """Launches an attention kernel. Its splits are merged if there are several or values are still rotated.
 
         Args:
             kernel: the kernel.
@@ -133,11 +140,22 @@ class Call(NamedTuple):
         rows = num_heads // num_kv_heads
         num_row_tiles = triton.cdiv(rows * num_queries, tiles.block_m)
         num_splits = self.num_splits
+        num_programs = num_row_tiles * num_kv_heads * batch
         if num_splits == 0:
-            num_programs = num_row_tiles * num_kv_heads * batch
             num_tiles = triton.cdiv(self.capacity, tiles.block_n)
             num_splits = choose_splits(device_of(query.device), num_programs, num_tiles)
         is_merged = num_splits > 1 or is_rotated
+        # The last program of some rows merges their splits, where they are few and its registers hold the rows.
+        is_last = False
+        merges: tuple[object, ...] = ()
+        to_merge: tuple[object, ...] = ()
+        if self.counters is not None:
+            width = triton.next_power_of_2(out.shape[3])
+            at_once = LOADED // (tiles.block_m * width)
+            is_last = is_merged and num_splits <= FEW_SPLITS and num_programs <= NUM_COUNTERS and at_once > 0
+            merges = (out, lse, self.counters) if is_last else (None, None, None)
+            turned = rotation(out.shape[3]) if is_rotated else (1, 0)
+            to_merge = (*turned, width, min(FEW_SPLITS, at_once) if is_last else 0, FEW_SPLITS)
         parts = lse.new_empty(num_splits, *out.shape) if is_merged else out
         part_lse = lse.new_empty(num_splits, *lse.shape) if is_merged else lse
         bounds, mask = self.bounds, self.mask
@@ -148,15 +166,15 @@ class Call(NamedTuple):
             *(query, *query.stride()[:3], *planes),
             *(self.meta, self.columns, bounds, *bounds_strides),
             *(None if mask is None else mask.view(torch.uint8), *mask_strides),
-            *(self.sink_logits, parts, part_lse, num_queries, num_splits, self.scale, self.softcap or 1.0),
+            *(self.sink_logits, parts, part_lse, *merges, num_queries, num_splits, self.scale, self.softcap or 1.0),
             *(NUM_SCALARS, is_ragged(self.meta, batch, self.columns), bounds is not None, mask is not None),
-            *(self.softcap is not None, self.sink_logits is not None, *constants),
+            *(self.softcap is not None, self.sink_logits is not None, *to_merge, *constants),
             *(rows, page_size, tiles.block_m, tiles.block_n, *factors),
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             enable_fp_fusion=True,
         )
-        if is_merged:
+        if is_merged and not is_last:
             merge(parts, part_lse, out, lse, is_rotated=is_rotated)
 
 

@@ -36,6 +36,7 @@ def _attention(
     softcap: float | None,
     capacity: int,
     num_splits: int,
+    counters: torch.Tensor | None,
     is_prefill: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(query, value_dim)
@@ -68,7 +69,7 @@ def _attention(
             page_size,
             is_prefill=is_prefill,
         )
-    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits).launch(
+    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         kernel,
         query,
         planes,

@@ -22,6 +22,7 @@ from hfkv.kernels.triton.digits.products import (
     soft_weights,
     store_split,
 )
+from hfkv.kernels.triton.merge import merge_last
 from hfkv.kernels.triton.tiles import (
     edge_at,
     in_planes,
@@ -78,6 +79,9 @@ def _digits_kernel(
     sinks_ptr,
     out_ptr,
     lse_ptr,
+    merged_ptr,
+    merged_lse_ptr,
+    counters_ptr,
     num_queries,
     num_splits,
     scale,
@@ -88,6 +92,11 @@ def _digits_kernel(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    ROTATION: tl.constexpr,
+    LOG_ROTATION: tl.constexpr,
+    M_PADDED: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
+    FEW: tl.constexpr,
     K_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     DK: tl.constexpr,
@@ -107,7 +116,8 @@ def _digits_kernel(
 ):
     """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
-    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
+    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
     """
     TILES: tl.constexpr = BLOCK_M // NUMBERS  # noqa: N806
     split = tl.program_id(0) % num_splits
@@ -184,5 +194,13 @@ def _digits_kernel(
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 
     num_heads = tl.num_programs(1) * G
-    out_rows = ((split * tl.num_programs(2) + b) * num_heads + head) * num_queries + n
+    rows = (b * num_heads + head) * num_queries + n
+    num_rows = tl.num_programs(2).to(tl.int64) * num_heads * num_queries
+    out_rows = split * num_rows + rows
     store_split(out_ptr, lse_ptr, out_rows, is_row, sums, softmax, factor, V_CODEC, DV, V_WIDTH, V_PADDED)
+    if MERGED_SPLITS > 0:
+        program = ((b * tl.num_programs(1) + h) * (tl.num_programs(0) // num_splits) + row_tile).to(tl.int32)
+        merge_last(
+            *((merged_ptr, merged_lse_ptr, counters_ptr), out_ptr, lse_ptr, program, rows, is_row, num_rows),
+            *(num_splits, DV, M_PADDED, ROTATION, LOG_ROTATION, BLOCK_M, MERGED_SPLITS, FEW),
+        )
