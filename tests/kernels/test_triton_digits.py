@@ -1,19 +1,23 @@
 """`decode_attention` in digits: int8, int4 and fp8 whose values lie transposed, against its naive twin."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 
+from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
-from hfkv.kernels.triton import operator
+from hfkv.kernels.triton import call, operator
 from hfkv.kernels.triton.decode import decode_attention
+from hfkv.kernels.triton.digits.numbers import NIBBLES
 from hfkv.kernels.triton.tiling import Tiling
 from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled, transposed, worst
 from tests.kernels.test_triton_decode import VISIBILITIES, rows
 
+SMALL = Tiling(8, 32, 4, 3)
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -95,7 +99,7 @@ FEW = ("ragged", "slots", "sinks and summaries", "bounds of each row", "mask for
 def test_visibility(
     name: str, page_size: int, codec: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(operator, "digits_tiling", lambda *_: Tiling(8, 32, 4, 3))
+    monkeypatch.setattr(operator, "digits_tiling", lambda *_: SMALL)
     length, visibility = VISIBILITIES[name]
     tensors = {part: getattr(visibility, part) for part in ("bounds", "mask")}
     moved = {part: tensor.to(device) for part, tensor in tensors.items() if tensor is not None}
@@ -203,3 +207,31 @@ def test_int8_errs_as_its_codes_do(device: torch.device) -> None:
     error = worst(decode_attention(query, keys, transposed(values), *arguments)[0], exact)
     assert error <= 2e-2
     assert error <= 1.1 * worst(attention_naive(query, keys, values, *arguments, torch.float64)[0], exact)
+
+
+def test_the_assembly_takes_the_nibbles_that_operations_on_bytes_do() -> None:
+    registers = {"$2": torch.arange(-(1 << 31), 1 << 31, 65_537 * 1023)}  # words whose four bytes vary
+    for line in NIBBLES.value.rstrip(";").split("; "):
+        operation, target, source, number = line.replace(",", "").split()
+        value = registers[source] & 0xFFFFFFFF
+        registers[target] = value & int(number, 16) if operation == "and.b32" else value >> int(number)
+        assert operation in ("and.b32", "shr.u32")
+    words, low, high = (registers[name].to(torch.int32).view(torch.uint8) for name in ("$2", "$0", "$1"))
+    assert torch.equal(low, words & 0xF)
+    assert torch.equal(high, words >> 4)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 8, 9])
+def test_the_last_of_a_few_splits_merges_them(num_splits: int, device: torch.device) -> None:
+    k, v = rows(2, 2, 2, 300, 64, device=device)
+    keys, values, layout = aligned("int4", k), transposed(aligned("int4", v)), Layout(300)
+    visibility = Visibility(300, (0, 250))
+    inputs = DeviceInputs.allocate(layout, visibility, device)
+    merged = mock.Mock(wraps=call.merge)
+    with mock.patch.object(call, "merge", merged), mock.patch.object(operator, "digits_tiling", return_value=SMALL):
+        for _ in range(2):
+            query = rows(2, 4, 1, 64, device=device)
+            arguments = query, keys, values, layout, visibility, Scoring(0.125)
+            check(decode_attention, *arguments, inputs=inputs, num_splits=num_splits)
+            assert not inputs.counters.any()
+    assert merged.call_count == (2 if num_splits > 8 else 0)

@@ -17,6 +17,8 @@ from hfkv.kernels.triton.numbers import rotate, round_half_even
 
 # A number so large that 23 bits of mantissa end at the ones: those are the last bits of what is added to it.
 MAGIC = tl.constexpr(12582912.0)
+# $0 and $1 are the low and the high nibbles of the four bytes in $2.
+NIBBLES = tl.constexpr("and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;")
 # Rows of a product, and numbers in them.
 ROWS = tl.constexpr(16)
 NUMBERS = tl.constexpr(8)
@@ -137,7 +139,7 @@ def nibbles(x, IS_ASSEMBLY: tl.constexpr):
     """
     if IS_ASSEMBLY:
         return tl.inline_asm_elementwise(
-            "and.b32 $0, $2, 0x0F0F0F0F; shr.u32 $1, $2, 4; and.b32 $1, $1, 0x0F0F0F0F;",
+            NIBBLES,
             "=&r,=r,r",
             [x],
             dtype=(tl.int8, tl.int8),
