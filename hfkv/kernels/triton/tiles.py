@@ -285,7 +285,7 @@ def locate_inside(step, ranges, b, layout, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.
         slot = tile * BLOCK_N + more
         block = tl.load(table_ptr + slot // PAGE_SIZE)
         if PAGE_SIZE & (PAGE_SIZE - 1) == 0:
-            block = tl.max_constancy(block, PAGE_SIZE)
+            block = tl.max_constancy(block, PAGE_SIZE // EVERY)
         place = slot % PAGE_SIZE
         more = more * 0
     return block.to(tl.int64), place.to(tl.int64), more

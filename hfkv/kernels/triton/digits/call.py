@@ -36,7 +36,10 @@ def takes_digits(
     if values.stride(2) != 1 or values.stride(3) < room or room % GROUP or page_size & (page_size - 1):
         return False
     scales = key_planes[1], value_planes[1]
-    side_by_side = all(scale.stride(3) == 1 and scale.stride(2) == scale.shape[3] for scale in scales)
+    # They are loaded four bytes at a time.
+    side_by_side = all(
+        scale.stride(3) == 1 and scale.stride(2) == scale.shape[3] and scale.data_ptr() % GROUP == 0 for scale in scales
+    )
     strides = (*key_planes[0].stride()[:2], *values.stride()[:2], values.stride(3))
     strides = (*strides, *scales[0].stride()[:2], *scales[1].stride()[:2])
     return side_by_side and all(stride % GROUP == 0 for stride in strides)
@@ -49,10 +52,9 @@ def plane_arguments(key_planes: list[torch.Tensor], value_planes: list[torch.Ten
         planes[0] if planes[0].dtype == torch.int8 else planes[0].view(torch.uint8)
         for planes in (key_planes, value_planes)
     )
-    return (
-        *(k, *k.stride()[:3], key_planes[1], *key_planes[1].stride()[:2]),
-        *(v, *v.stride()[:2], v.stride(3), value_planes[1], *value_planes[1].stride()[:2]),
-    )
+    arguments: list[torch.Tensor | int] = [k, *k.stride()[:3], key_planes[1], *key_planes[1].stride()[:2]]
+    arguments += [v, *v.stride()[:2], v.stride(3), value_planes[1], *value_planes[1].stride()[:2]]
+    return tuple(arguments)
 
 
 def constants(

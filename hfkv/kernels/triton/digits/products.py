@@ -163,10 +163,7 @@ def soft_weights(scores, visible, softmax, factor, IS_MASKED: tl.constexpr):
 
 @triton.jit
 def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexpr, CODEC: tl.constexpr):
-    """Begins the sums of `add_values`: of int4 both halves of a value, and weights times offsets.
-
-    Of other codecs the last becomes NaN where a value is, whose codes do not tell.
-    """
+    """Begins the sums of `add_values`: of int4 both halves of a value, and weights times offsets."""
     acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
     acc_high = tl.zeros([BLOCK_M, PADDED], tl.float32)
     offset = tl.zeros([BLOCK_M if CODEC == "int4" else 1, BLOCK_N], tl.float32)
@@ -196,7 +193,9 @@ def add_values(
     acc, acc_high, offset = sums
     scale, low = scales
     weights = p * scale[None, :]
-    largest = tl.max(weights, 1)
+    # Bits of numbers that are not below zero are in the numbers' order, and those of NaN, which a maximum of floats
+    # passes over, above them.
+    largest = tl.max(weights.to(tl.uint32, bitcast=True), 1).to(tl.float32, bitcast=True)
     digits = digits_of(weights * (127.0 / tl.maximum(largest, 1e-30))[:, None], CODEC, TILES, BLOCK_N)
     step = largest * (1.0 / (128.0 * 127.0))
     if CODEC == "int4":
@@ -209,7 +208,6 @@ def add_values(
     else:
         added = summed(product(digits, codes, CODEC), TILES, PADDED)
         acc = acc * decay[:, None] + added * step[:, None]
-        offset += scale[None, :] * 0.0
     return acc, acc_high, offset
 
 
