@@ -100,6 +100,7 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     num_queries = length if operation == "prefill" else 1
     if "transposed" in options:
         values = transposed(values)
+    num_queries = 4 if "few" in options else num_queries
     num_heads = 16 if "wide" in options else 8
     query = torch.zeros(2, num_heads, num_queries, head_dim, dtype=getattr(torch, dtype))
     if operation.startswith("latent"):

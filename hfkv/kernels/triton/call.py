@@ -13,7 +13,7 @@ from hfkv.kernels.triton.arguments import TL_DTYPES
 from hfkv.kernels.triton.merge import FEW_SPLITS, LOADED, MAX_SPLITS, merge
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.support import unsupported_scoring
-from hfkv.kernels.triton.tiling import Tiling, choose_splits, device_of
+from hfkv.kernels.triton.tiling import MAX_REGISTERS, Tiling, choose_splits, device_of
 from hfkv.stores.layout import Layout
 
 
@@ -173,6 +173,7 @@ class Call(NamedTuple):
             num_warps=tiles.num_warps,
             num_stages=tiles.num_stages,
             enable_fp_fusion=True,
+            maxnreg=MAX_REGISTERS if dtypes is None else None,
         )
         if is_merged and not is_last:
             merge(parts, part_lse, out, lse, is_rotated=is_rotated)

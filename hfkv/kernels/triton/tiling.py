@@ -22,6 +22,8 @@ ENOUGH = 0.85
 # Shared memory for tiles, in bytes: of 227, 163 and 99 KiB, with room for reductions.
 SHARED_MEMORY = {(9, 0): 212 << 10, (10, 0): 212 << 10, (10, 3): 212 << 10, (8, 0): 148 << 10}
 LITTLE_SHARED_MEMORY = 84 << 10
+# Of a thread; ptxas, not told, may stay below 168 and put some on the stack, so that three programs fit.
+MAX_REGISTERS = 255
 # Rows and columns of a product, at least.
 MIN_BLOCK = 16
 
@@ -125,12 +127,12 @@ def digits_tiling(
         codecs: of keys and of values.
         page_size: P, or 0 for contiguous planes.
     """
-    # Rows are pairs of digits: 8 fill a tile of a product.
-    block_m = min(4, triton.next_power_of_2(triton.cdiv(num_rows, 8))) * 8
+    # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers.
+    block_m = 8 if num_rows <= 8 else 16
     block_n = 128
     token_bytes = sum(widths)
     num_stages = _num_stages(device.shared_memory, 3, block_n, token_bytes, token_bytes, page_size)
-    return Tiling(block_m, block_n, 4, num_stages)
+    return Tiling(block_m, block_n, 4 if block_m == 8 else 8, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)
