@@ -127,12 +127,19 @@ def digits_tiling(
         codecs: of keys and of values.
         page_size: P, or 0 for contiguous planes.
     """
-    # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers.
-    block_m = 8 if num_rows <= 8 else 16
-    block_n = 128
+    # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers, nor those of 16 in
+    # wide heads or beside 8-bit floats that become float16.
+    is_wide = max(width << (codec == "int4") for width, codec in zip(widths, codecs, strict=True)) > 128
+    block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs else 16
     token_bytes = sum(widths)
-    num_stages = _num_stages(device.shared_memory, 3, block_n, token_bytes, token_bytes, page_size)
-    return Tiling(block_m, block_n, 4 if block_m == 8 else 8, num_stages)
+    converted_bytes = 2 * widths[1] if codecs[1] == "fp8" else 0
+    block_n = 128
+    while block_n > 32 and block_n * (2 * token_bytes + converted_bytes) > device.shared_memory:
+        block_n //= 2
+    # Two programs a multiprocessor, and two tiles on their way.
+    room = max(device.shared_memory // 2 - block_n * converted_bytes, 2 * block_n * token_bytes)
+    num_stages = _num_stages(room, 3, block_n, token_bytes, token_bytes, page_size)
+    return Tiling(block_m, block_n, 8 if is_wide or block_m == 16 else 4, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)
