@@ -32,13 +32,18 @@ def aligned(codec: str, tokens: torch.Tensor, start: int = 0) -> Encoded:
     return contiguous(codec, tokens, start=start, spare=16 - (start + tokens.shape[2]) % 16)
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("dtype", [BF16, HALF])
+SHAPES = [(1, 1, 64, 1), (300, 4, 128, 1), (270, 8, 96, 1), (150, 1, 256, 3), (140, 8, 64, 7), (140, 5, 80, 2)]
+KINDS = [("int8", BF16), ("int4", HALF), ("fp8", BF16), ("int4", BF16), ("int8", HALF), ("fp8", HALF)]
+
+
 @pytest.mark.parametrize(
-    ("length", "groups", "head_dim", "num_queries"),
-    [(1, 1, 64, 1), (400, 4, 128, 1), (270, 8, 96, 1), (300, 1, 256, 3), (150, 8, 64, 7), (140, 5, 80, 2)],
+    ("codec", "dtype", "length", "groups", "head_dim", "num_queries"),
+    [
+        pytest.param(*kind, *shape, marks=[] if place == at else [pytest.mark.slow])
+        for at, shape in enumerate(SHAPES)
+        for place, kind in enumerate(KINDS)
+    ],
 )
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
 def test_shapes(
     codec: str, length: int, groups: int, head_dim: int, num_queries: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -55,11 +60,15 @@ def test_shapes(
     )
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("page_size", [16, 64, 128, 256])
+@pytest.mark.parametrize(
+    ("codec", "page_size"),
+    [
+        *(("int8", 16), ("int4", 64), ("int8", 256)),
+        *(pytest.param(codec, size, marks=pytest.mark.slow) for codec in ("int4", "fp8") for size in (16, 128)),
+    ],
+)
 def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, device: torch.device) -> None:
-    length = 560
+    length = 420
     k, v = rows(2, 2, 1, length, 64, device=device)
     spans = odd_spans(length, page_size)
     table = shuffled(2, len(spans) + 1)
@@ -89,7 +98,7 @@ def test_keys_and_values_of_their_own_codecs_and_widths(codecs: tuple[str, str],
 
 
 # What the others are made of; they come in the slow tier.
-FEW = ("ragged", "slots", "sinks and summaries", "bounds of each row", "mask for all")
+FEW = ("ragged", "slots", "bounds of each row", "mask for all")
 
 
 @pytest.mark.parametrize(("page_size", "codec"), [(0, "int8"), pytest.param(16, "fp8", marks=pytest.mark.slow)])
@@ -120,25 +129,26 @@ def test_visibility(
     check(decode_attention, query, keys, transposed(values), layout, visibility, Scoring(0.125), num_splits=2)
 
 
-@pytest.mark.pairwise
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("num_splits", "softcap", "with_sinks"),
+    [(3, 2.0, True), (1, None, True), pytest.param(3, None, False, marks=pytest.mark.slow)],
+)
 def test_scoring(num_splits: int, softcap: float | None, with_sinks: bool, device: torch.device) -> None:
-    k, v = rows(2, 2, 1, 500, 64, device=device)
+    k, v = rows(2, 2, 1, 300, 64, device=device)
     sinks = torch.tensor([1.5, -40.0, 20.0, 0.0], dtype=BF16, device=device) if with_sinks else None
     check(
         decode_attention,
         rows(2, 4, 1, 64, device=device),
         aligned("int4", k),
         transposed(aligned("int4", v)),
-        Layout(500),
-        Visibility(seen=500, pads=(500, 100)),
+        Layout(300),
+        Visibility(seen=300, pads=(300, 100)),
         Scoring(0.5, softcap=softcap, sink_logits=sinks),
         num_splits=num_splits,
     )
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of the interpreter, about NaN
 def test_queries_without_digits_and_tokens_without_numbers_are_nan(device: torch.device) -> None:
     k, v = rows(2, 1, 1, 300, 64, device=device)
     query = rows(1, 4, 1, 64, device=device)
@@ -199,14 +209,16 @@ def test_equal_scores_average(device: torch.device) -> None:
 
 
 def test_int8_errs_as_its_codes_do(device: torch.device) -> None:
-    k, v = rows(2, 1, 2, 1000, 128, device=device)
+    k, v = rows(2, 1, 2, 400, 128, device=device)
     query = rows(1, 8, 1, 128, device=device)
-    arguments = Layout(1000), Visibility(1000, (0,)), Scoring(128**-0.5)
+    arguments = Layout(400), Visibility(400, (0,)), Scoring(128**-0.5)
     exact, _ = attention_naive(query, contiguous("none", k), contiguous("none", v), *arguments, torch.float64)
     keys, values = aligned("int8", k), aligned("int8", v)
     error = worst(decode_attention(query, keys, transposed(values), *arguments)[0], exact)
     assert error <= 2e-2
-    assert error <= 1.1 * worst(attention_naive(query, keys, values, *arguments, torch.float64)[0], exact)
+    # Rounded as any output is.
+    twin = attention_naive(query, keys, values, *arguments, torch.float64)[0].to(BF16)
+    assert error <= 1.1 * worst(twin, exact)
 
 
 def test_the_assembly_takes_the_nibbles_that_operations_on_bytes_do() -> None:
@@ -221,16 +233,16 @@ def test_the_assembly_takes_the_nibbles_that_operations_on_bytes_do() -> None:
     assert torch.equal(high, words >> 4)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 8, 9])
+@pytest.mark.parametrize("num_splits", [1, 8, 9])
 def test_the_last_of_a_few_splits_merges_them(num_splits: int, device: torch.device) -> None:
-    k, v = rows(2, 2, 2, 300, 64, device=device)
+    k, v = rows(2, 1, 1, 300, 64, device=device)
     keys, values, layout = aligned("int4", k), transposed(aligned("int4", v)), Layout(300)
-    visibility = Visibility(300, (0, 250))
+    visibility = Visibility(300, (50,))
     inputs = DeviceInputs.allocate(layout, visibility, device)
     merged = mock.Mock(wraps=call.merge)
     with mock.patch.object(call, "merge", merged), mock.patch.object(operator, "digits_tiling", return_value=SMALL):
         for _ in range(2):
-            query = rows(2, 4, 1, 64, device=device)
+            query = rows(1, 2, 1, 64, device=device)
             arguments = query, keys, values, layout, visibility, Scoring(0.125)
             check(decode_attention, *arguments, inputs=inputs, num_splits=num_splits)
             assert not inputs.counters.any()

@@ -31,6 +31,7 @@ def held(codec: str, page_size: int, device: torch.device) -> tuple[Encoded, Enc
     return keys, values, Layout(LENGTH, table=table, spans=spans)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("page_size", [0, 16])
 @pytest.mark.parametrize("codec", ["none", "int8"])
 @pytest.mark.parametrize("is_windowed", [False, True])

@@ -16,6 +16,7 @@ from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shu
 from tests.kernels.test_triton_decode import BF16, SINGLE, rows
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("page_size", [0, 16])
 @pytest.mark.parametrize(
     ("codec", "num_queries", "dtype"), [("int8", 2, SINGLE), ("int4", 20, BF16), ("fp8", 20, BF16)]
@@ -55,6 +56,7 @@ def test_latents_attend_with_rotary_keys_that_lie_so(codec: str, device: torch.d
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_new_tokens_are_written_to_them(codec: str, page_size: int, device: torch.device) -> None:
