@@ -155,7 +155,8 @@ def _attention_kernel(
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
     inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
-    for edge in tl.range(first_step, last_step - behind + inside):
+    # Edges are few, except under a mask: one tile on its way is enough, and takes fewer registers.
+    for edge in tl.range(first_step, last_step - behind + inside, num_stages=None if HAS_MASK else 2):
         block, place, visible, wanted = visit_tile(
             *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
             *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
