@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from hfkv.kernels.device_inputs import Rows
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.stores.layout import Layout
 
@@ -87,6 +90,50 @@ def attend_naive(
     # What a value holds that nobody sees must not reach the sum: 0 x NaN is NaN.
     v = torch.where(visible.any(dim=2).any(dim=1)[:, None, :, None], v, 0)
     return weights[..., : v.shape[2]] @ v, lse
+
+
+def row_of(
+    query: torch.Tensor, keys: Encoded, values: Encoded, layout: Layout, visibility: Visibility, rows: Rows, row: int
+) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility]:
+    """One row of a call whose rows are of different lengths, as a call of its own."""
+    length = rows.lengths[row]
+    if layout.table is None:
+        keys, values = (part._replace(planes=tuple(p[row : row + 1] for p in part.planes)) for part in (keys, values))
+        layout = Layout(length, layout.start)
+    else:
+        spans = tuple(
+            (low, min(high, low + max(length - begin, 0)))
+            for (low, high), begin in zip(layout.spans, layout.begins, strict=True)
+        )
+        layout = Layout(length, table=layout.table[row : row + 1], spans=spans)
+    bounds, mask = (
+        part if part is None or len(part) == 1 else part[row : row + 1] for part in (visibility.bounds, visibility.mask)
+    )
+    first = 0 if rows.first is None else rows.first[row]
+    if mask is not None:
+        mask = mask[..., : max(length - first, 0)]
+    pads = visibility.pads[row : row + 1]
+    visibility = replace(visibility, seen=rows.seen[row], first=first, pads=pads, bounds=bounds, mask=mask)
+    return query[row : row + 1], keys, values, layout, visibility
+
+
+def ragged_naive(
+    query: torch.Tensor,
+    keys: Encoded,
+    values: Encoded,
+    layout: Layout,
+    visibility: Visibility,
+    scoring: Scoring,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: Rows,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `attention_naive` gives of each row alone, where rows are of different lengths."""
+    alone = [
+        attention_naive(*row_of(query, keys, values, layout, visibility, rows, row), scoring, dtype)
+        for row in range(len(query))
+    ]
+    return torch.cat([out for out, _ in alone]), torch.cat([lse for _, lse in alone])
 
 
 def append_naive(

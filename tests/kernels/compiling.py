@@ -27,17 +27,18 @@ from hfkv.kernels.triton.prefill import prefill_attention
 from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
 from hfkv.stores.layout import Layout
 from tests.kernels.expert_cases import choose, stack
-from tests.kernels.held import garbage
+from tests.kernels.held import garbage, transposed
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
 # What one program may have of it, in bytes.
-SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Beside latents, whose dimensions are the head dim.
 ROTARY_DIM = 64
 APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
 LATENT = triton_latent._latent_kernel
 ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
+DIGITS, DIGITS_CONSTANTS = triton_operator._digits_kernel, triton_operator.digits_constants
 GEMV, GEMM = triton_experts._gemv_kernel, triton_experts._gemm_kernel
 TILE, COMBINE = triton_experts_slots._tile_kernel, triton_experts_combine._combine_kernel
 
@@ -77,6 +78,8 @@ def target(capability: int) -> None:
     triton_append._append_kernel = Compiled(APPEND, capability)
     triton_merge._merge_kernel = Compiled(MERGE, capability)
     triton_operator._attention_kernel = Compiled(ATTENTION, capability)
+    triton_operator._digits_kernel = Compiled(DIGITS, capability)
+    triton_operator.digits_constants = lambda *arguments: DIGITS_CONSTANTS(*arguments[:3], torch.device("cuda"))
     triton_latent._latent_kernel = Compiled(LATENT, capability)
     triton_experts._gemv_kernel = Compiled(GEMV, capability)
     triton_experts._gemm_kernel = Compiled(GEMM, capability)
@@ -95,7 +98,11 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     shape = (2, 2, page_size or 2 * length, head_dim)
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
     num_queries = length if operation == "prefill" else 1
-    query = torch.zeros(2, 8, num_queries, head_dim, dtype=getattr(torch, dtype))
+    if "transposed" in options:
+        values = transposed(values)
+    num_queries = 4 if "few" in options else num_queries
+    num_heads = 16 if "wide" in options else 8
+    query = torch.zeros(2, num_heads, num_queries, head_dim, dtype=getattr(torch, dtype))
     if operation.startswith("latent"):
         # A set of latents and one of rotary keys, for the 128 heads of DeepSeek-V3.
         keys, values = (

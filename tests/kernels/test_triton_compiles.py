@@ -1,5 +1,6 @@
 """Kernels compile for GPUs, and fit their shared memory, on a machine without one."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ FEW = (
     "90 append int4 fp8 bfloat16 128 64",
     "90 decode int4 int8 bfloat16 128 64 scoring bounds",
     "80 prefill none int4 float16 96 0 mask",
+    "80 decode int4 int8 bfloat16 128 16 scoring bounds transposed",
 )
 SHAPES = (
     ("append", "float32", 80, 0),
@@ -23,6 +25,8 @@ SHAPES = (
     ("prefill", "bfloat16", 256, 0),
     ("prefill", "float32", 256, 64),
 )
+# Whose values lie transposed: products of digits.
+DIGITS = (("bfloat16", 256, 0), ("bfloat16", 96, 0), ("float16", 64, "16 few"), ("bfloat16", 128, 64))
 
 
 def check(kernels: tuple[str, ...], cache: Path) -> None:
@@ -40,9 +44,20 @@ def test_kernels_compile(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_every_kind_of_kernel_compiles(capability: int, codec: str, tmp_path: Path) -> None:
     # The attention kernels of fp8 need 8.9.
     shapes = SHAPES[:1] if codec == "fp8" and capability < 89 else SHAPES
     kernels = (f"{operation} {codec} {codec} {dtype} {dim} {size}" for operation, dtype, dim, size in shapes)
     check(tuple(f"{capability} {kernel}" for kernel in kernels), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("codec", "capability"),
+    # 8-bit floats need 8.9.
+    [*itertools.product(("int8", "int4"), (80, 89, 90, 100)), *(("fp8", capability) for capability in (89, 90, 100))],
+)
+def test_every_kind_of_kernel_of_digits_compiles(codec: str, capability: int, tmp_path: Path) -> None:
+    kernels = (f"{capability} decode {codec} {codec} {dtype} {dim} {size} transposed" for dtype, dim, size in DIGITS)
+    check(tuple(kernels), tmp_path)

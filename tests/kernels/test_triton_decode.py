@@ -292,5 +292,19 @@ def test_the_operator_keeps_torchs_contract(device: torch.device) -> None:
     query = rows(1, 2, 1, 64, device=device)
     planes = (list(k.planes), list(k.planes), "int4", "int4", 64)
     for num_splits in (1, 2):
-        arguments = (query, *planes, inputs.meta, 0, None, None, None, 0.125, None, 20, num_splits, False)
+        arguments = (
+            query,
+            *planes,
+            inputs.meta,
+            0,
+            None,
+            None,
+            None,
+            0.125,
+            None,
+            20,
+            num_splits,
+            inputs.counters,
+            False,
+        )
         opcheck(torch.ops.hfkv.attention.default, arguments)

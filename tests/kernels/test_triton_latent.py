@@ -231,5 +231,5 @@ def test_the_operator_keeps_torchs_contract(device: torch.device) -> None:
     latents, rotary = (contiguous("int4", rows(1, 1, 20, dim, device=device)) for dim in (64, 16))
     inputs = DeviceInputs.allocate(Layout(20), Visibility(20, (0,)), device)
     planes = (list(latents.planes), list(rotary.planes), "int4", 64)
-    arguments = (rows(1, 2, 1, 80, device=device), *planes, inputs.meta, 0, None, None, None, 0.125, None, 20, 2)
+    arguments = (rows(1, 2, 1, 80, device=device), *planes, inputs.meta, 0, None, None, None, 0.125, None, 20, 2, None)
     opcheck(torch.ops.hfkv.latent_attention.default, arguments)

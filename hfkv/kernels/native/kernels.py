@@ -95,6 +95,7 @@ class StepAttention:
     ) -> None:
         key_data, value_data = keys.planes[0], values.planes[0]
         inputs = inputs or device_inputs(layout, visibility, query.device)
+        _refuse_ragged(inputs)
         batch, num_heads, num_queries, query_width = query.shape
         heads, key_width, value_width, rotary_width = key_data.shape[1], keys.head_dim, values.head_dim, 0
         if is_latent:
@@ -222,6 +223,7 @@ class StepAppend:
         moved: tuple[int, int] = (0, 0),
     ) -> None:
         inputs = inputs or device_inputs(layout.end, None, new_keys.device)
+        _refuse_ragged(inputs)
         key_data, dtype = keys.planes[0], new_keys.dtype
         batch, key_heads, count, key_width = new_keys.shape
         for new, encoded in ((new_keys, keys), (new_values, values)):
@@ -260,6 +262,12 @@ class StepAppend:
         )  # fmt: skip
         if is_full:
             raise ValueError(f"{new_keys.shape[2]} new tokens find no room in planes of {tuple(planes[0].shape)}")
+
+
+def _refuse_ragged(inputs: DeviceInputs) -> None:
+    """Refuses rows of different lengths, which only the kernels of a GPU tell apart."""
+    if inputs.is_ragged:
+        raise ValueError("native kernels take one length for all rows: give each row a call of its own")
 
 
 def _check(name: str, given: torch.Tensor, sizes: tuple[int, ...], is_long_enough: bool = True) -> None:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
+from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.triton.arguments import plane_arguments
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
@@ -43,6 +43,7 @@ def _encode(
     is_new,
     data_ptr,
     data_rows,
+    data_d,
     scale_ptr,
     scale_rows,
     CODEC: tl.constexpr,
@@ -57,7 +58,7 @@ def _encode(
     valid = is_new[:, None] & (d < D)[None, :]
     new_at = new_ptr + n.to(tl.int64)[:, None] * new_t + d.to(tl.int64)[None, :] * new_d
     x = tl.load(new_at, mask=valid, other=0.0)
-    data_at = data_ptr + data_rows[:, None] + d[None, :]
+    data_at = data_ptr + data_rows[:, None] + (d * data_d)[None, :]
     if CODEC == "none":
         if x.dtype == data_ptr.dtype.element_ty:
             tl.store(data_at, x, mask=valid)
@@ -112,6 +113,7 @@ def _append_kernel(
     k_b,
     k_h,
     k_t,
+    k_d,
     k_scale_ptr,
     k_scale_b,
     k_scale_h,
@@ -120,6 +122,7 @@ def _append_kernel(
     v_b,
     v_h,
     v_t,
+    v_d,
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
@@ -140,12 +143,13 @@ def _append_kernel(
     V_LOG_BLOCK: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
     if PAGE_SIZE == 0:
         block = b + tl.zeros([BLOCK_T], tl.int64)
         slot = start + length + n
@@ -165,6 +169,7 @@ def _append_kernel(
         is_new,
         k_ptr,
         block * k_b + h * k_h + slot * k_t,
+        k_d,
         k_scale_ptr,
         block * k_scale_b + h * k_scale_h + slot * k_scale_t,
         K_CODEC,
@@ -182,6 +187,7 @@ def _append_kernel(
         is_new,
         v_ptr,
         block * v_b + h * v_h + slot * v_t,
+        v_d,
         v_scale_ptr,
         block * v_scale_b + h * v_scale_h + slot * v_scale_t,
         V_CODEC,
@@ -215,7 +221,7 @@ def _append(
         *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
         *(meta, columns, num_new, room, key_codec, value_codec, *dims),
         *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
-        *(room if is_paged else 0, NUM_SCALARS, BLOCK_T),
+        *(room if is_paged else 0, NUM_SCALARS, is_ragged(meta, batch, columns), BLOCK_T),
         num_warps=4,
         # A fused multiply-add rounds once where the codecs round twice.
         enable_fp_fusion=False,

@@ -24,6 +24,8 @@ def product_dtypes(dtype: torch.dtype, value_codec: str, device: torch.device) -
 def plane_arguments(planes: list[torch.Tensor], *, has_heads: bool = True) -> tuple[torch.Tensor | int, ...]:
     """Gives data and scales of encoded planes, each with the strides of its rows (or pages), heads and tokens.
 
+    Data have the stride of a token's numbers as well.
+
     Args:
         planes: of keys or of values, as a codec wrote them.
         has_heads: whether the kernel asks for the heads' stride; there is one head otherwise.
@@ -33,4 +35,4 @@ def plane_arguments(planes: list[torch.Tensor], *, has_heads: bool = True) -> tu
     data = planes[0].view(torch.uint8) if planes[0].dtype == torch.float8_e4m3fn else planes[0]
     # Without scales their place is taken by the data.
     scale = planes[-1]
-    return data, *data.stride()[strides], scale, *scale.stride()[strides]
+    return data, *data.stride()[strides], data.stride(3), scale, *scale.stride()[strides]

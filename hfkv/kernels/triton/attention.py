@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.merge import merge_last
 from hfkv.kernels.triton.products import (
     add_values,
     empty_softmax,
@@ -18,7 +19,15 @@ from hfkv.kernels.triton.products import (
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit_tile
+from hfkv.kernels.triton.tiles import (
+    edge_at,
+    load_layout,
+    load_run,
+    locate_inside,
+    steps_inside,
+    tiles_of_split,
+    visit_tile,
+)
 from hfkv.kernels.triton.tokens import load_tokens
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
@@ -47,6 +56,7 @@ def _attention_kernel(
     k_b,
     k_h,
     k_t,
+    k_d,
     k_scale_ptr,
     k_scale_b,
     k_scale_h,
@@ -55,6 +65,7 @@ def _attention_kernel(
     v_b,
     v_h,
     v_t,
+    v_d,
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
@@ -72,15 +83,24 @@ def _attention_kernel(
     sinks_ptr,
     out_ptr,
     lse_ptr,
+    merged_ptr,
+    merged_lse_ptr,
+    counters_ptr,
     num_queries,
     num_splits,
     scale,
     softcap,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    ROTATION: tl.constexpr,
+    LOG_ROTATION: tl.constexpr,
+    M_PADDED: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
+    FEW: tl.constexpr,
     K_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     DK: tl.constexpr,
@@ -102,7 +122,8 @@ def _attention_kernel(
 ):
     """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
-    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
+    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
     """
     split = tl.program_id(0) % num_splits
     # The last queries see most, so they come first.
@@ -110,8 +131,8 @@ def _attention_kernel(
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
 
-    rule = load_rule(meta_ptr, b, META)
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
 
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = r // G
@@ -132,24 +153,50 @@ def _attention_kernel(
     acc, acc_high, offset = empty_sums(BLOCK_M, V_PADDED)
 
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
-    for step in range(first_step, last_step):
+    run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    # Edges are few, except under a mask: one tile on its way is enough, and takes fewer registers.
+    for edge in tl.range(first_step, last_step - behind + inside, num_stages=None if HAS_MASK else 2):
         block, place, visible, wanted = visit_tile(
-            step, ranges, b, layout, num_columns, rule, limits, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
+            *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
+            *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
 
-        k_rows = block * k_b + h * k_h + place * k_t
-        k_scale_at = k_scale_ptr + block * k_scale_b + h * k_scale_h + place * k_scale_t
-        k = load_tokens(k_ptr, k_rows, k_scale_at, wanted, K_CODEC, K_WIDTH, K_PADDED)
+        k_at = k_ptr + (block * k_b + h * k_h + place * k_t)
+        k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t)
+        k = load_tokens(k_at, k_d, k_scale_at, wanted, K_CODEC, K_WIDTH, K_PADDED, True)
         scores = products(q, k, K_CODEC, K_DTYPE)
-        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)
+        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
 
-        v_rows = block * v_b + h * v_h + place * v_t
-        v_scale_at = v_scale_ptr + block * v_scale_b + h * v_scale_h + place * v_scale_t
-        v = load_tokens(v_ptr, v_rows, v_scale_at, wanted, V_CODEC, V_WIDTH, V_PADDED)
+        v_at = v_ptr + (block * v_b + h * v_h + place * v_t)
+        v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t)
+        v = load_tokens(v_at, v_d, v_scale_at, wanted, V_CODEC, V_WIDTH, V_PADDED, True)
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
+
+    for step in tl.range(inside, behind):
+        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
+
+        k_at = k_ptr + (block * k_b + h * k_h + place * k_t) + more * k_t
+        k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t) + more * k_scale_t
+        k = load_tokens(k_at, k_d, k_scale_at, 0, K_CODEC, K_WIDTH, K_PADDED, False)
+        scores = products(q, k, K_CODEC, K_DTYPE)
+        p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
+
+        v_at = v_ptr + (block * v_b + h * v_h + place * v_t) + more * v_t
+        v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t) + more * v_scale_t
+        v = load_tokens(v_at, v_d, v_scale_at, 0, V_CODEC, V_WIDTH, V_PADDED, False)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
 
     num_heads = tl.num_programs(1) * G
-    out_rows = ((split * tl.num_programs(2) + b) * num_heads + head) * num_queries + n
+    rows = (b * num_heads + head) * num_queries + n
+    num_rows = tl.num_programs(2).to(tl.int64) * num_heads * num_queries
+    out_rows = split * num_rows + rows
     store_split(
         out_ptr, lse_ptr, out_rows, is_row, acc, acc_high, offset, highest, total, V_CODEC, DV, V_WIDTH, V_PADDED
     )
+    if MERGED_SPLITS > 0:
+        program = ((b * tl.num_programs(1) + h) * (tl.num_programs(0) // num_splits) + row_tile).to(tl.int32)
+        merge_last(
+            *((merged_ptr, merged_lse_ptr, counters_ptr), out_ptr, lse_ptr, program, rows, is_row, num_rows),
+            *(num_splits, DV, M_PADDED, ROTATION, LOG_ROTATION, BLOCK_M, MERGED_SPLITS, FEW),
+        )

@@ -20,13 +20,20 @@ class TritonBackend(Backend):
             return Kernel("decode + sdpa", reason, None)
         if asked.num_queries < MANY:
             from hfkv.kernels.triton.decode import decode_attention
+            from hfkv.kernels.triton.digits.call import CODECS, DTYPES
 
-            few = f"fewer than {MANY} queries: split over the tokens' own bytes"
-            return Kernel("triton decode", few, decode_attention, reads_device_lengths=True)
+            return Kernel(
+                "triton decode",
+                f"fewer than {MANY} queries: split over the tokens' own bytes",
+                decode_attention,
+                reads_device_lengths=True,
+                takes_values_innermost=True,
+                wants_values_innermost=asked.codec.name in CODECS and asked.dtype in DTYPES,
+            )
         from hfkv.kernels.triton.prefill import prefill_attention
 
         many = f"{MANY} queries or more: tiles of the tokens' own bytes"
-        return Kernel("triton prefill", many, prefill_attention, reads_device_lengths=True)
+        return Kernel("triton prefill", many, prefill_attention, reads_device_lengths=True, takes_values_innermost=True)
 
     def latent(self, asked: Asked) -> Kernel:
         reason = unsupported_latent(asked.device, asked.dtype, asked.codec.name, *asked.head_dims)
@@ -47,4 +54,5 @@ class TritonBackend(Backend):
             return Kernel("torch", reason, None)
         from hfkv.kernels.triton.append import append
 
-        return Kernel("triton append", "encoded and written in one pass", append, reads_device_lengths=True)
+        how = "encoded and written in one pass"
+        return Kernel("triton append", how, append, reads_device_lengths=True, takes_values_innermost=True)

@@ -31,6 +31,7 @@ def _latent_attention(
     softcap: float | None,
     capacity: int,
     num_splits: int,
+    counters: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(query, latent_dim)
     if out.numel() == 0:
@@ -50,7 +51,7 @@ def _latent_attention(
         sum(data_padded) * c.element_size(),
         page_size,
     )
-    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits).launch(
+    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         _latent_kernel,
         query,
         (*plane_arguments(latent_planes, has_heads=False), *plane_arguments(rotary_planes, has_heads=False)),
@@ -117,7 +118,9 @@ def latent_attention(
         raise ValueError(f"latents {shapes[0]} and rotary keys {shapes[1]} are not one kv head in the same rows")
     num_splits = 0 if num_splits is None else num_splits
     key_dim = latents.head_dim + rotary.head_dim
-    call = Call.checked(query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits)
+    call = Call.checked(
+        *(query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits), merges=False
+    )
     out, lse = torch.ops.hfkv.latent_attention(
         *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim, *call)
     )

@@ -44,12 +44,14 @@ def _latent_kernel(
     c_ptr,
     c_b,
     c_t,
+    c_d,
     c_scale_ptr,
     c_scale_b,
     c_scale_t,
     r_ptr,
     r_b,
     r_t,
+    r_d,
     r_scale_ptr,
     r_scale_b,
     r_scale_t,
@@ -71,6 +73,7 @@ def _latent_kernel(
     scale,
     softcap,
     META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
     HAS_BOUNDS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -107,8 +110,8 @@ def _latent_kernel(
     row_tile = num_row_tiles - 1 - tl.program_id(0) % num_row_tiles
     b = tl.program_id(2).to(tl.int64)
 
-    rule = load_rule(meta_ptr, b, META)
-    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE)
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = row // NUM_HEADS
@@ -139,9 +142,11 @@ def _latent_kernel(
 
         # Loaded once, and a factor of both products.
         c_scale_at = c_scale_ptr + block * c_scale_b + place * c_scale_t
-        c = load_tokens(c_ptr, block * c_b + place * c_t, c_scale_at, wanted, CODEC, C_WIDTH, C_PADDED)
+        c_at = c_ptr + (block * c_b + place * c_t)
+        c = load_tokens(c_at, c_d, c_scale_at, wanted, CODEC, C_WIDTH, C_PADDED, True)
         r_scale_at = r_scale_ptr + block * r_scale_b + place * r_scale_t
-        r = load_tokens(r_ptr, block * r_b + place * r_t, r_scale_at, wanted, CODEC, R_WIDTH, R_PADDED)
+        r_at = r_ptr + (block * r_b + place * r_t)
+        r = load_tokens(r_at, r_d, r_scale_at, wanted, CODEC, R_WIDTH, R_PADDED, True)
         scores = products(q, c, CODEC, K_DTYPE)
         scores += products(turned, r, CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)

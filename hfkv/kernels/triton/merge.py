@@ -15,6 +15,10 @@ from hfkv.kernels.triton.numbers import cast, rotate, rotation
 # Rows times splits that a program holds at a time. Not measured on a GPU yet.
 BLOCK = 16
 MAX_SPLITS = 128
+# Splits that the last of their programs merges: it reads them one after the other, where a launch reads all at once.
+FEW_SPLITS = 8
+# Numbers of parts that it loads at a time.
+LOADED = 4096
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -62,6 +66,68 @@ def _merge_kernel(
         out = rotate(out, BLOCK_R, PADDED, ROTATION, LOG_ROTATION)
     out_at = out_ptr + at[:, None] * D + d[None, :]
     tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def merge_last(
+    targets,
+    parts_ptr,
+    part_lse_ptr,
+    program,
+    rows,
+    is_row,
+    num_rows,
+    num_splits,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROTATION: tl.constexpr,
+    LOG_ROTATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    FEW: tl.constexpr,
+):
+    """Merges what the splits of some rows have stored, in the program that comes last; the others do nothing.
+
+    Args:
+        targets: where the output, its log-sum-exp and the counters are, which are zero again at the end.
+        parts_ptr, part_lse_ptr: what `store_split` wrote, by this program too.
+        program: the counter of these rows.
+        rows: int64 `[BLOCK_M]`, the rows of the output.
+        is_row: `[BLOCK_M]`.
+        num_rows: rows of the output, int64.
+    """
+    out_ptr, lse_ptr, counters_ptr = targets
+    # All threads have stored before one counts.
+    tl.debug_barrier()
+    count = tl.atomic_add(counters_ptr + program, 1, sem="acq_rel", scope="gpu")
+    if count == num_splits - 1:
+        tl.store(counters_ptr + program, 0)
+        every = tl.arange(0, FEW)
+        exists = is_row[:, None] & (every < num_splits)[None, :]
+        part_lse_at = part_lse_ptr + rows[:, None] + every[None, :] * num_rows
+        part_lse = tl.load(part_lse_at, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        highest = tl.max(part_lse, 1)
+        finite = tl.where(highest == float("-inf"), 0.0, highest)
+        total = tl.sum(tl.exp(part_lse - finite[:, None]), 1)
+        is_empty = total == 0.0
+        lse = finite + tl.log(tl.where(is_empty, 1.0, total))
+        tl.store(lse_ptr + rows, tl.where(is_empty, float("-inf"), lse), mask=is_row)
+        d = tl.arange(0, PADDED)
+        out = tl.zeros([BLOCK_M, PADDED], tl.float32)
+        for split in range(0, num_splits, BLOCK_S):
+            s = split + tl.arange(0, BLOCK_S)
+            valid = is_row[:, None] & (s < num_splits)[None, :]
+            at = rows[:, None] + s[None, :] * num_rows
+            weights = tl.load(part_lse_ptr + at, mask=valid, other=float("-inf"), cache_modifier=".cg")
+            weights = tl.exp(weights - lse[:, None])
+            parts_at = parts_ptr + at[:, :, None] * D + d[None, None, :]
+            valid = valid[:, :, None] & (d < D)[None, None, :]
+            parts = tl.load(parts_at, mask=valid, other=0.0, cache_modifier=".cg")
+            out += tl.sum(weights[:, :, None] * parts, 1)
+        if ROTATION > 1:
+            out = rotate(out, BLOCK_M, PADDED, ROTATION, LOG_ROTATION)
+        out_at = out_ptr + rows[:, None] * D + d[None, :]
+        tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & (d < D)[None, :])
 
 
 def merge(

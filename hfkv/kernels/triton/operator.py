@@ -10,8 +10,12 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
+from hfkv.kernels.triton.digits.attention import _digits_kernel
+from hfkv.kernels.triton.digits.call import constants as digits_constants
+from hfkv.kernels.triton.digits.call import plane_arguments as digits_planes
+from hfkv.kernels.triton.digits.call import takes_digits
 from hfkv.kernels.triton.numbers import rotation
-from hfkv.kernels.triton.tiling import device_of, padded, tiling
+from hfkv.kernels.triton.tiling import device_of, digits_tiling, padded, tiling
 from hfkv.stores.layout import Layout
 
 
@@ -32,6 +36,7 @@ def _attention(
     softcap: float | None,
     capacity: int,
     num_splits: int,
+    counters: torch.Tensor | None,
     is_prefill: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(query, value_dim)
@@ -40,24 +45,35 @@ def _attention(
     _, num_heads, num_queries, key_dim = query.shape
     k, v = key_planes[0], value_planes[0]
     num_kv_heads, page_size = k.shape[1], k.shape[2] if columns else 0
-    dims, widths = (key_dim, value_dim), (k.shape[3], v.shape[3])
-    q_padded, k_padded, v_padded = padded(key_dim), padded(widths[0]), padded(widths[1])
-    dtypes = product_dtypes(query.dtype, value_codec, query.device)
-    tiles = tiling(
-        device_of(query.device),
-        num_heads // num_kv_heads * num_queries,
-        (q_padded, padded(value_dim)),
-        query.dtype,
-        dtypes[1].itemsize,
-        k_padded * k.element_size() + v_padded * v.element_size(),
-        page_size,
-        is_prefill=is_prefill,
-    )
-    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits).launch(
-        _attention_kernel,
+    num_rows = num_heads // num_kv_heads * num_queries
+    codecs, dims, widths = (key_codec, value_codec), (key_dim, value_dim), (k.shape[3], v.shape[3])
+    device = device_of(query.device)
+    kernel, dtypes = _attention_kernel, None
+    if not is_prefill and takes_digits(query, key_planes, value_planes, codecs, page_size):
+        kernel = _digits_kernel
+        planes = digits_planes(key_planes, value_planes)
+        constants = digits_constants(codecs, dims, widths, query.device)
+        tiles = digits_tiling(device, num_rows, (padded(widths[0], 32), padded(widths[1], 32)), codecs, page_size)
+    else:
+        q_padded, k_padded, v_padded = padded(key_dim), padded(widths[0]), padded(widths[1])
+        dtypes = product_dtypes(query.dtype, value_codec, query.device)
+        planes = (*plane_arguments(key_planes), *plane_arguments(value_planes))
+        constants = (*codecs, *dims, *widths, q_padded, k_padded, v_padded, *rotation(key_dim))
+        tiles = tiling(
+            device,
+            num_rows,
+            (q_padded, padded(value_dim)),
+            query.dtype,
+            dtypes[1].itemsize,
+            k_padded * k.element_size() + v_padded * v.element_size(),
+            page_size,
+            is_prefill=is_prefill,
+        )
+    Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
+        kernel,
         query,
-        (*plane_arguments(key_planes), *plane_arguments(value_planes)),
-        (key_codec, value_codec, *dims, *widths, q_padded, k_padded, v_padded, *rotation(key_dim)),
+        planes,
+        constants,
         tiles=tiles,
         dtypes=dtypes,
         num_kv_heads=num_kv_heads,

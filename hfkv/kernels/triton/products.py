@@ -95,26 +95,29 @@ def empty_softmax(sinks_ptr, head, split, BLOCK_M: tl.constexpr, HAS_SINKS: tl.c
 
 
 @triton.jit
-def soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def soft_weights(
+    scores, visible, highest, total, scale, softcap, HAS_SOFTCAP: tl.constexpr, IS_MASKED: tl.constexpr = True
+):
     """Takes the next step of a running softmax, in powers of two.
 
     Args:
         scores: float32 `[BLOCK_M, BLOCK_N]`.
-        visible: a mask of the same shape.
+        visible: a mask of the same shape; not looked at unless IS_MASKED, when everybody sees all.
         highest, total: the largest score so far, and the sum of weights.
         scale, softcap: factor on scores and the bound of a tanh on them.
 
     Returns:
         The weights `[BLOCK_M, BLOCK_N]`, the factor `[BLOCK_M]` on what was summed so far, `highest` and `total`.
     """
-    scores = scores * scale
-    if HAS_SOFTCAP:
-        scores = softcap * tanh(scores / softcap)
-    scores = tl.where(visible, scores * LOG2_E, float("-inf"))
+    scores = softcap * LOG2_E * tanh(scores * scale / softcap) if HAS_SOFTCAP else scores * (scale * LOG2_E)
+    if IS_MASKED:
+        scores = tl.where(visible, scores, float("-inf"))
     before = highest
     highest = tl.maximum(before, tl.max(scores, 1))
-    # Of a row that has seen nothing yet both are -inf, whose difference is none.
-    finite = tl.where(highest == float("-inf"), 0.0, highest)
+    finite = highest
+    if IS_MASKED:
+        # Of a row that has seen nothing yet both are -inf, whose difference is none.
+        finite = tl.where(highest == float("-inf"), 0.0, highest)
     p = tl.exp2(scores - finite[:, None])
     decay = tl.exp2(before - finite)
     return p, decay, highest, total * decay + tl.sum(p, 1)

@@ -22,6 +22,8 @@ ENOUGH = 0.85
 # Shared memory for tiles, in bytes: of 227, 163 and 99 KiB, with room for reductions.
 SHARED_MEMORY = {(9, 0): 212 << 10, (10, 0): 212 << 10, (10, 3): 212 << 10, (8, 0): 148 << 10}
 LITTLE_SHARED_MEMORY = 84 << 10
+# Of a thread; ptxas, not told, may stay below 168 and put some on the stack, so that three programs fit.
+MAX_REGISTERS = 255
 # Rows and columns of a product, at least.
 MIN_BLOCK = 16
 
@@ -62,9 +64,9 @@ def device_of(device: torch.device) -> Device:
 
 
 @functools.lru_cache(maxsize=1024)
-def padded(number: int) -> int:
-    """Rounds a number of rows or columns up to what a product takes: a power of two, MIN_BLOCK or more."""
-    return max(MIN_BLOCK, triton.next_power_of_2(number))
+def padded(number: int, least: int = MIN_BLOCK) -> int:
+    """Rounds a number of rows or columns up to what a product takes: a power of two, `least` or more."""
+    return max(least, triton.next_power_of_2(number))
 
 
 def warps_for(num_rows: int, num_columns: int) -> int:
@@ -110,6 +112,34 @@ def tiling(
     room = device.shared_memory - block_m * widths[0] * item_size
     num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes, page_size)
     return Tiling(block_m, block_n, num_warps, num_stages)
+
+
+@functools.lru_cache(maxsize=1024)
+def digits_tiling(
+    device: Device, num_rows: int, widths: tuple[int, int], codecs: tuple[str, str], page_size: int
+) -> Tiling:
+    """Chooses the tiling for the rows of one kv head where products are of integers.
+
+    Args:
+        device: where it runs.
+        num_rows: queries times heads of a group.
+        widths: the padded bytes of a key and of a value.
+        codecs: of keys and of values.
+        page_size: P, or 0 for contiguous planes.
+    """
+    # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers, nor those of 16 in
+    # wide heads or beside 8-bit floats that become float16.
+    is_wide = max(width << (codec == "int4") for width, codec in zip(widths, codecs, strict=True)) > 128
+    block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs else 16
+    token_bytes = sum(widths)
+    converted_bytes = 2 * widths[1] if codecs[1] == "fp8" else 0
+    block_n = 128
+    while block_n > 32 and block_n * (2 * token_bytes + converted_bytes) > device.shared_memory:
+        block_n //= 2
+    # Two programs a multiprocessor, and two tiles on their way.
+    room = max(device.shared_memory // 2 - block_n * converted_bytes, 2 * block_n * token_bytes)
+    num_stages = _num_stages(room, 3, block_n, token_bytes, token_bytes, page_size)
+    return Tiling(block_m, block_n, 8 if is_wide or block_m == 16 else 4, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)

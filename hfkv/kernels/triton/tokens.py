@@ -11,43 +11,58 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(ptr, rows, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def load_rows(at, stride, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_MASKED: tl.constexpr):
     """Loads `[BLOCK_N, PADDED]`, zeros where a row is not wanted and behind its WIDTH numbers.
 
     Args:
-        ptr: a data plane.
-        rows: int64 `[BLOCK_N]`, where the rows begin.
-        wanted: `[BLOCK_N]`.
+        at: pointers to where the rows of a data plane begin `[BLOCK_N]`.
+        stride: from one number of a row to the next.
+        wanted: `[BLOCK_N]`; not looked at unless IS_MASKED.
     """
     d = tl.arange(0, PADDED)
-    return tl.load(ptr + rows[:, None] + d[None, :], mask=wanted[:, None] & (d < WIDTH)[None, :], other=0)
+    row_at = at[:, None] + (d * stride)[None, :]
+    if IS_MASKED:
+        return tl.load(row_at, mask=wanted[:, None] & (d < WIDTH)[None, :], other=0)
+    elif WIDTH < PADDED:
+        return tl.load(row_at, mask=(d < WIDTH)[None, :], other=0)
+    else:
+        return tl.load(row_at)
 
 
 @triton.jit
-def load_scales(at, wanted, CODEC: tl.constexpr):
+def load_scales(at, wanted, CODEC: tl.constexpr, IS_MASKED: tl.constexpr):
     """Loads float32 `[BLOCK_N]` scales, and the offsets of int4; ones and zeros where there are none."""
-    scale = tl.full(wanted.shape, 1.0, tl.float32)
-    low = tl.zeros(wanted.shape, tl.float32)
+    scale = tl.full(at.shape, 1.0, tl.float32)
+    low = tl.zeros(at.shape, tl.float32)
     if CODEC != "none":
-        scale = tl.load(at, mask=wanted, other=1.0).to(tl.float32)
+        scale = (tl.load(at, mask=wanted, other=1.0) if IS_MASKED else tl.load(at)).to(tl.float32)
     if CODEC == "int4":
-        low = tl.load(at + 1, mask=wanted, other=0.0).to(tl.float32)
+        low = (tl.load(at + 1, mask=wanted, other=0.0) if IS_MASKED else tl.load(at + 1)).to(tl.float32)
     return scale, low
 
 
 @triton.jit
-def load_tokens(ptr, rows, scale_at, wanted, CODEC: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def load_tokens(
+    at,
+    stride,
+    scale_at,
+    wanted,
+    CODEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
     """Loads the keys or the values of a tile.
 
     Args:
-        ptr, rows, wanted: arguments of `load_rows`.
+        at, stride, wanted: arguments of `load_rows`.
         scale_at: pointers to the scales `[BLOCK_N]`.
 
     Returns:
         Data `[BLOCK_N, PADDED]`, as they are stored, scales and offsets.
     """
-    data = load_rows(ptr, rows, wanted, WIDTH, PADDED)
-    scale, low = load_scales(scale_at, wanted, CODEC)
+    data = load_rows(at, stride, wanted, WIDTH, PADDED, IS_MASKED)
+    scale, low = load_scales(scale_at, wanted, CODEC, IS_MASKED)
     return data, scale, low
 
 

@@ -14,18 +14,26 @@ FAR = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def load_rule(meta_ptr, b, META: tl.constexpr):
+def load_rule(meta_ptr, b, num_columns, META: tl.constexpr, IS_RAGGED: tl.constexpr = False):
     """Loads the numbers of the `Visibility` from `DeviceInputs.meta`, which lie there in the order of `SCALARS`.
 
     Args:
         meta_ptr: the numbers.
         b: the batch row, int64.
+        num_columns: columns of the block table.
+        IS_RAGGED: whether rows have numbers of their own, which lie behind all else in the order of `ROW_NUMBERS`.
 
     Returns:
         seen, first, held_from, num_slots, sinks and the row's pads.
     """
-    seen = tl.load(meta_ptr + 4)
-    first = tl.load(meta_ptr + 5)
+    if IS_RAGGED:
+        batch = tl.num_programs(2)
+        row_ptr = meta_ptr + META + batch + (3 + batch) * num_columns + b
+        seen = tl.load(row_ptr + 3 * batch)
+        first = tl.load(row_ptr + 4 * batch)
+    else:
+        seen = tl.load(meta_ptr + 4)
+        first = tl.load(meta_ptr + 5)
     held_from = tl.load(meta_ptr + 6)
     num_slots = tl.load(meta_ptr + 7)
     sinks = tl.load(meta_ptr + 8)
@@ -68,22 +76,25 @@ def load_limits(
     Returns:
         `is_row`; the rows' positions `[BLOCK_M]` and the highest of them; the lowest position that each sees
         `[BLOCK_M]`, or without bounds the row's pads, and the lowest of all; pointers to the rows of the mask
-        `[BLOCK_M]`, or 0, and its last stride.
+        `[BLOCK_M]`, or 0, and its last stride; the lowest of the rows' positions, and the highest of their bounds.
     """
     seen, _, _, _, _, pad = rule
     t = seen - num_queries + n
+    t_first = seen - num_queries + row_tile * BLOCK_M // ROWS
     t_last = seen - num_queries + tl.minimum((row_tile * BLOCK_M + BLOCK_M - 1) // ROWS, num_queries - 1)
     bound = pad
     lowest = pad
+    highest = pad
     # The compiler takes no None in a tuple.
     mask_rows = 0
     if HAS_BOUNDS:
         bound_at = bounds_ptr + b * bounds_b + n.to(tl.int64) * bounds_n
         bound = tl.minimum(tl.load(bound_at, mask=is_row, other=FAR), FAR).to(tl.int32)
         lowest = tl.maximum(pad, tl.min(bound, 0))
+        highest = tl.max(tl.where(is_row, bound, pad), 0)
     if HAS_MASK:
         mask_rows = mask_ptr + b * mask_b + head * mask_h + n.to(tl.int64) * mask_n
-    return is_row, t, t_last, bound, lowest, mask_rows, mask_t
+    return is_row, t, t_last, bound, lowest, mask_rows, mask_t, t_first, highest
 
 
 @triton.jit
@@ -98,7 +109,7 @@ def seen_in(index, is_held, rule, limits, HAS_BOUNDS: tl.constexpr, HAS_MASK: tl
         Who sees which `[BLOCK_M, BLOCK_N]`, and which are to be loaded `[BLOCK_N]`.
     """
     _, first, held_from, num_slots, sinks, pad = rule
-    is_row, t, t_last, bound, lowest, mask_rows, mask_t = limits
+    is_row, t, t_last, bound, lowest, mask_rows, mask_t, _, _ = limits
     is_held = is_held & (index >= first)
     if HAS_MASK:
         mask_at = mask_rows[:, None] + (index - first).to(tl.int64)[None, :] * mask_t

@@ -1,0 +1,206 @@
+"""The attention kernel of a few queries over codes of which those of values lie transposed, in products of digits."""
+
+# ruff: noqa: N803 - Triton writes compile-time constants in capitals
+# mypy: allow-incomplete-defs
+# Triton annotates nothing else.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from hfkv.kernels.triton.digits.numbers import NUMBERS, load_query_digits, number_of_row
+from hfkv.kernels.triton.digits.products import (
+    add_values,
+    empty_softmax,
+    empty_sums,
+    exponent_factor,
+    load_scales,
+    load_tile,
+    query_factor,
+    scores_of,
+    soft_weights,
+    store_split,
+)
+from hfkv.kernels.triton.merge import merge_last
+from hfkv.kernels.triton.tiles import (
+    edge_at,
+    in_planes,
+    load_layout,
+    load_run,
+    locate_inside,
+    steps_inside,
+    tiles_of_split,
+    visit_tile,
+)
+from hfkv.kernels.triton.visibility import load_limits, load_rule
+
+
+@triton.jit(
+    do_not_specialize=[
+        "bounds_b",
+        "mask_b",
+        "mask_h",
+        "mask_n",
+        "num_columns",
+        "num_queries",
+        "num_splits",
+    ]
+)
+def _digits_kernel(
+    q_ptr,
+    q_b,
+    q_h,
+    q_n,
+    k_ptr,
+    k_b,
+    k_h,
+    k_t,
+    k_scale_ptr,
+    k_scale_b,
+    k_scale_h,
+    v_ptr,
+    v_b,
+    v_h,
+    v_d,
+    v_scale_ptr,
+    v_scale_b,
+    v_scale_h,
+    meta_ptr,
+    num_columns,
+    bounds_ptr,
+    bounds_b,
+    bounds_n,
+    mask_ptr,
+    mask_b,
+    mask_h,
+    mask_n,
+    mask_t,
+    sinks_ptr,
+    out_ptr,
+    lse_ptr,
+    merged_ptr,
+    merged_lse_ptr,
+    counters_ptr,
+    num_queries,
+    num_splits,
+    scale,
+    softcap,
+    META: tl.constexpr,
+    IS_RAGGED: tl.constexpr,
+    HAS_BOUNDS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    ROTATION: tl.constexpr,
+    LOG_ROTATION: tl.constexpr,
+    M_PADDED: tl.constexpr,
+    MERGED_SPLITS: tl.constexpr,
+    FEW: tl.constexpr,
+    K_CODEC: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    Q_PADDED: tl.constexpr,
+    K_PADDED: tl.constexpr,
+    V_PADDED: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    K_LOG_BLOCK: tl.constexpr,
+    IS_ASSEMBLY: tl.constexpr,
+    G: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
+
+    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
+    """
+    TILES: tl.constexpr = BLOCK_M // NUMBERS  # noqa: N806
+    split = tl.program_id(0) % num_splits
+    # The last queries see most, so they come first.
+    row_tile = tl.num_programs(0) // num_splits - 1 - tl.program_id(0) // num_splits
+    h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
+
+    rule = load_rule(meta_ptr, b, num_columns, META, IS_RAGGED)
+    layout = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
+
+    number, _ = number_of_row(TILES)
+    row = row_tile * BLOCK_M + number
+    n = row // G
+    q_rows = b * q_b + (h * G + row % G) * q_h + n.to(tl.int64) * q_n
+    q = load_query_digits(
+        *(q_ptr, q_rows, n < num_queries, query_factor(scale, HAS_SOFTCAP)),
+        *(K_CODEC, DK, K_WIDTH, Q_PADDED, K_PADDED, K_BLOCK, K_LOG_BLOCK, TILES),
+    )
+
+    r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = r // G
+    head = h * G + r % G
+    is_row = n < num_queries
+    limits = load_limits(
+        *(row_tile, n, is_row, num_queries, b, head, rule),
+        *(bounds_ptr, bounds_b, bounds_n, mask_ptr, mask_b, mask_h, mask_n, mask_t),
+        *(G, BLOCK_M, HAS_BOUNDS, HAS_MASK),
+    )
+
+    factor = exponent_factor(q, HAS_SOFTCAP)
+    softmax = empty_softmax(sinks_ptr, head, split, factor, BLOCK_M, BLOCK_N, HAS_SINKS)
+    sums = empty_sums(BLOCK_M, BLOCK_N, V_PADDED, V_CODEC)
+
+    ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
+    run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    k_head, v_head = k_ptr + h * k_h, v_ptr + h * v_h
+    k_scale_head, v_scale_head = k_scale_ptr + h * k_scale_h, v_scale_ptr + h * v_scale_h
+    for edge in tl.range(first_step, last_step - behind + inside):
+        step = edge_at(edge, inside, behind)
+        block, place, visible, wanted = visit_tile(
+            *(step, ranges, b, layout, num_columns, rule, limits),
+            *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
+        )
+        # Integers of others may be anything: their weights are zero. Scales may not.
+        exists = in_planes(step, ranges, layout, BLOCK_N)
+        k = load_tile(k_head + (block * k_b + place * k_t), 1, exists, K_WIDTH, K_PADDED, True)
+        scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, BLOCK_N, True)
+        scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
+        softmax, p, decay = soft_weights(scores, visible, softmax, factor, True)
+        v = load_tile(v_head + (block * v_b + place), v_d, exists, V_WIDTH, V_PADDED, True)
+        if V_CODEC == "fp8":
+            # A code may be NaN.
+            v = tl.where(wanted[:, None], v, 0)
+        scales = load_scales(v_scale_head, block * v_scale_b, place, 0, wanted, V_CODEC, BLOCK_N, True)
+        sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
+
+    for step in tl.range(inside, behind):
+        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 1)
+        pages, places, pairs = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 2)
+        k = load_tile(k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, K_WIDTH, K_PADDED, False)
+        if K_CODEC == "int4":
+            scales = load_scales(k_scale_head, block * k_scale_b, place, more, 0, K_CODEC, BLOCK_N, False)
+        else:
+            scales = load_scales(k_scale_head, pages * k_scale_b, places, pairs, 0, K_CODEC, BLOCK_N, False)
+        scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
+        softmax, p, decay = soft_weights(scores, 0, softmax, factor, False)
+        v = load_tile(v_head + (block * v_b + place) + more, v_d, 0, V_WIDTH, V_PADDED, False)
+        if V_CODEC == "int4":
+            scales = load_scales(v_scale_head, block * v_scale_b, place, more, 0, V_CODEC, BLOCK_N, False)
+        else:
+            scales = load_scales(v_scale_head, pages * v_scale_b, places, pairs, 0, V_CODEC, BLOCK_N, False)
+        sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
+
+    num_heads = tl.num_programs(1) * G
+    rows = (b * num_heads + head) * num_queries + n
+    num_rows = tl.num_programs(2).to(tl.int64) * num_heads * num_queries
+    out_rows = split * num_rows + rows
+    store_split(out_ptr, lse_ptr, out_rows, is_row, sums, softmax, factor, V_CODEC, DV, V_WIDTH, V_PADDED)
+    if MERGED_SPLITS > 0:
+        program = ((b * tl.num_programs(1) + h) * (tl.num_programs(0) // num_splits) + row_tile).to(tl.int32)
+        merge_last(
+            *((merged_ptr, merged_lse_ptr, counters_ptr), out_ptr, lse_ptr, program, rows, is_row, num_rows),
+            *(num_splits, DV, M_PADDED, ROTATION, LOG_ROTATION, BLOCK_M, MERGED_SPLITS, FEW),
+        )
