@@ -19,6 +19,7 @@ IMPORTED = (
     "hfkv.kernels.experts.triton_combine",
     "hfkv.kernels.triton.latent",
     "hfkv.kernels.triton.prefill",
+    "tests.kernels.triton_dots",
     "tests.kernels.triton_ranges",
 )
 
