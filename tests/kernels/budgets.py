@@ -40,6 +40,7 @@ _APPEND = tuple(
     f"{capability} append {codec} {codec} bfloat16 128 64"
     for codec, capability in product(("none", "int8", "int4", "fp8"), (80, 90))
 )
+_APPEND += ("80 append int8 int8 bfloat16 128 64 transposed", "90 append int4 int4 bfloat16 128 64 transposed")
 STANDING = (*_DECODE, *_EXPERTS, *_LATENT, *_APPEND)
 # Capability, operation and codec of those that are over their budgets today: to be taken off as they come within.
 OVER_KINDS = (

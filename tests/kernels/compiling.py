@@ -2,8 +2,9 @@
 
 Each argument of ``python -m tests.kernels.compiling`` is one kernel: "<compute capability> <operation> <key codec>
 <value codec> <dtype> <head dim> <page size> <options ...>", or "<compute capability> <gemv or gemm> <form of the
-experts> <dtype> <tokens> <inputs> <options ...>". Options with a number are "groups:G", query heads a kv head, and of
-experts "outputs:N" and "experts:E", of which each token has "top:K".
+experts> <dtype> <tokens> <inputs> <options ...>". The option "transposed" is of values with tokens side by side. Those
+with a number are "groups:G", query heads a kv head, and of experts "outputs:N" and "experts:E", of which each token has
+"top:K".
 """
 
 import sys
@@ -127,6 +128,9 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     layout = Layout(length, table=torch.zeros(2, columns, dtype=torch.long) if page_size else None, spans=spans)
     shape = (2, 2, page_size or 2 * length, head_dim)
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
+    if "transposed" in options:
+        data, *rest = values.planes
+        values = values._replace(planes=(data.transpose(2, 3).contiguous().transpose(2, 3), *rest))
     num_queries = length if operation == "prefill" else 1
     query = torch.zeros(2, 2 * _number(options, "groups", 4), num_queries, head_dim, dtype=getattr(torch, dtype))
     if operation.startswith("latent"):

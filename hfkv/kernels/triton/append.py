@@ -43,6 +43,7 @@ def _encode(
     is_new,
     data_ptr,
     data_rows,
+    data_d,
     scale_ptr,
     scale_rows,
     CODEC: tl.constexpr,
@@ -52,12 +53,12 @@ def _encode(
     LOG_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Encodes tokens `n` of one row and head, and stores them at `data_rows` and `scale_rows`."""
+    """Encodes tokens `n` of one row and head, and stores them at `data_rows`, `data_d` apart, and `scale_rows`."""
     d = tl.arange(0, WIDTH)
     valid = is_new[:, None] & (d < D)[None, :]
     new_at = new_ptr + n.to(tl.int64)[:, None] * new_t + d.to(tl.int64)[None, :] * new_d
     x = tl.load(new_at, mask=valid, other=0.0)
-    data_at = data_ptr + data_rows[:, None] + d[None, :]
+    data_at = data_ptr + data_rows[:, None] + d.to(tl.int64)[None, :] * data_d
     if CODEC == "none":
         if x.dtype == data_ptr.dtype.element_ty:
             tl.store(data_at, x, mask=valid)
@@ -112,6 +113,7 @@ def _append_kernel(
     k_b,
     k_h,
     k_t,
+    k_d,
     k_scale_ptr,
     k_scale_b,
     k_scale_h,
@@ -120,6 +122,7 @@ def _append_kernel(
     v_b,
     v_h,
     v_t,
+    v_d,
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
@@ -165,6 +168,7 @@ def _append_kernel(
         is_new,
         k_ptr,
         block * k_b + h * k_h + slot * k_t,
+        k_d,
         k_scale_ptr,
         block * k_scale_b + h * k_scale_h + slot * k_scale_t,
         K_CODEC,
@@ -182,6 +186,7 @@ def _append_kernel(
         is_new,
         v_ptr,
         block * v_b + h * v_h + slot * v_t,
+        v_d,
         v_scale_ptr,
         block * v_scale_b + h * v_scale_h + slot * v_scale_t,
         V_CODEC,
@@ -191,6 +196,13 @@ def _append_kernel(
         V_LOG_BLOCK,
         BLOCK_T,
     )
+
+
+def _planes(planes: list[torch.Tensor]) -> tuple[torch.Tensor | int, ...]:
+    """Gives what the kernel takes of the planes of keys or of values: data, their strides, scales and theirs."""
+    data, *strides, scale, scale_b, scale_h, scale_t = plane_arguments(planes)
+    # Values may be stored with tokens side by side instead of a token's numbers.
+    return data, *strides, planes[0].stride(3), scale, scale_b, scale_h, scale_t
 
 
 @torch.library.custom_op("hfkv::append", mutates_args=("key_planes", "value_planes"))
@@ -212,7 +224,7 @@ def _append(
     dims = (new_keys.shape[3], new_values.shape[3])
     _append_kernel[(triton.cdiv(num_new, BLOCK_T), num_heads, batch)](
         *(new_keys, *new_keys.stride(), new_values, *new_values.stride()),
-        *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
+        *(*_planes(key_planes), *_planes(value_planes)),
         *(meta, columns, num_new, room, key_codec, value_codec, *dims),
         *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
         *(room if is_paged else 0, NUM_SCALARS, BLOCK_T),
@@ -238,12 +250,13 @@ def append(
 ) -> None:
     """Encodes `[B, H, n, D]` and writes it behind the `layout.length` tokens held, in place: `append_naive`'s bytes.
 
+    Keys and values are one launch, whatever their codecs, and no other is needed.
     Reads D numbers of a key and of a value, and writes what their codecs make of them: D + 2 bytes in int8 and fp8,
     D / 2 + 4 in int4 (rotation: QuaRot, arXiv 2404.00456).
 
     Args:
         new_keys, new_values: `[B, H, n, Dk]` and `[B, H, n, Dv]`, bf16, fp16 or fp32, of any strides.
-        keys, values: the planes to write to; those of a row contiguous.
+        keys, values: the planes to write to; data of any strides, scales and offsets of a token side by side.
         layout: where the tokens held so far are; a paged one's table has the columns that the new tokens need.
         inputs: the layout on the device, for captured graphs; None to upload it.
 
