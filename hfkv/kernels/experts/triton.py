@@ -21,6 +21,7 @@ from hfkv.kernels.experts.triton_tiling import (
     is_few,
 )
 from hfkv.kernels.triton.arguments import TL_DTYPES, product_dtypes
+from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.tiling import device_of
 
 # Bytes of a group of int4, and of a word of four.
@@ -128,7 +129,6 @@ def _gemm(
     return out
 
 
-@torch.library.custom_op("hfkv::expert_linear", mutates_args=())
 def _expert_linear(
     x: torch.Tensor,
     experts: torch.Tensor,
@@ -155,9 +155,11 @@ def _expert_linear(
     return _gemm(x, order, tiles, block_m, parts, bias, bias_strides, out, num_inputs, top_k)
 
 
-@_expert_linear.register_fake
-def _(x, experts, order, tiles, block_m, weights, scales, groups, columns, bias, num_inputs, num_outputs, top_k):
+def _fake(x, experts, order, tiles, block_m, weights, scales, groups, columns, bias, num_inputs, num_outputs, top_k):
     return x.new_empty(experts.shape[0], num_outputs)
+
+
+_operator = Operator("expert_linear", _expert_linear, _fake)
 
 
 def expert_linear(
@@ -210,7 +212,7 @@ def expert_linear(
         is_fixed = kernel == "invariant" or (x.dtype == torch.float32 and x.device.type == "cuda")
         block_m = MIN_BLOCK_M if is_fixed else choose_block_m(slots.num_slots, slots.num_experts)
         order, tiles = slots.tiles(block_m, tile_slots)
-    return torch.ops.hfkv.expert_linear(
+    return _operator(
         *(x, slots.experts, order, tiles, block_m, [part.weight for part in parts]),
         [part.rows if part.scale is None else part.scale for part in parts],
         *([part.groups for part in parts], [part.columns for part in parts], bias),

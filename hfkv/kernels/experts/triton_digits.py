@@ -1,7 +1,7 @@
 """Products of int4 codes as they are stored: a row of x in digits of eight bits, times bytes four at a time.
 
-Sums of products are exact integers. A number of x errs by at most 2^-16 of the largest in its group of 32, for which
-its factor is rounded to fewer bits in bfloat16 and not many more in float16.
+Sums of products are exact integers. A number of x errs by at most 2^-16 of the largest in its group of 32, where
+weights that are decoded to half precision first err by 2^-9 or 2^-12 of themselves.
 """
 
 # ruff: noqa: N803 - Triton writes compile-time constants in capitals

@@ -13,6 +13,7 @@ import triton.language as tl
 from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.triton.arguments import plane_arguments
+from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
 from hfkv.kernels.triton.tiles import load_layout
 from hfkv.stores.layout import Layout
@@ -205,7 +206,6 @@ def _planes(planes: list[torch.Tensor]) -> tuple[torch.Tensor | int, ...]:
     return data, *strides, planes[0].stride(3), scale, scale_b, scale_h, scale_t
 
 
-@torch.library.custom_op("hfkv::append", mutates_args=("key_planes", "value_planes"))
 def _append(
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
@@ -234,9 +234,7 @@ def _append(
     )
 
 
-@_append.register_fake
-def _(*arguments: object) -> None:
-    return None
+_operator = Operator("append", _append, lambda *_: None, mutates_args=("key_planes", "value_planes"))
 
 
 def append(
@@ -273,7 +271,7 @@ def append(
     if count > room:
         raise ValueError(f"{count} new tokens, with room for {room}")
     inputs = device_inputs(layout, None, new_keys.device) if inputs is None else inputs
-    torch.ops.hfkv.append(
+    _operator(
         *(new_keys, new_values, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name),
         *(inputs.meta, inputs.columns, layout.is_paged),
     )

@@ -10,12 +10,12 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
+from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.tiling import device_of, padded, tiling
 from hfkv.stores.layout import Layout
 
 
-@torch.library.custom_op("hfkv::attention", mutates_args=())
 def _attention(
     query: torch.Tensor,
     key_planes: list[torch.Tensor],
@@ -69,9 +69,11 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(query, key_planes, value_planes, key_codec, value_codec, value_dim, *_):
+def _fake(query, key_planes, value_planes, key_codec, value_codec, value_dim, *_):
     return outputs(query, value_dim)
+
+
+_operator = Operator("attention", _attention, _fake)
 
 
 def attend(
@@ -93,7 +95,7 @@ def attend(
         ValueError: what `Call.checked` refuses.
     """
     call = Call.checked(query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits)
-    out, lse = torch.ops.hfkv.attention(
+    out, lse = _operator(
         *(query, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name, values.head_dim),
         *(*call, is_prefill),
     )
