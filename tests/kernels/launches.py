@@ -16,9 +16,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from hfkv.kernels import operators
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.inputs import Scoring, Visibility
-from hfkv.kernels.triton import append, call, dispatcher, operator
+from hfkv.kernels.triton import append, call, operator
 from hfkv.kernels.triton.arguments import product_dtypes
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.tiling import SHARED_MEMORY, Device
@@ -97,13 +98,13 @@ def main() -> None:
     for module in (operator, call):
         module.device_of = lambda _: device  # type: ignore[attr-defined]
     operator.product_dtypes = lambda dtype, codec, _: product_dtypes(dtype, codec, torch.device("cuda"))
-    is_looked_at = dispatcher.is_looked_at
+    is_looked_at = operators.is_looked_at
 
     def by_operator(function: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:
-            dispatcher.is_looked_at = lambda _: True
+            operators.is_looked_at = lambda _: True
             function()
-            dispatcher.is_looked_at = is_looked_at
+            operators.is_looked_at = is_looked_at
 
         return run
 

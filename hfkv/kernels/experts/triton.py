@@ -20,8 +20,8 @@ from hfkv.kernels.experts.triton_tiling import (
     gemv_tiling,
     is_few,
 )
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import TL_DTYPES, product_dtypes
-from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.tiling import device_of
 
 # Bytes of a group of int4, and of a word of four.

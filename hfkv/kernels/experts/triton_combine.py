@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton.dispatcher import Operator
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.numbers import cast
 
 # Numbers of a token that a program adds up. Not measured on a GPU yet.

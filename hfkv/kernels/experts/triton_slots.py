@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.experts.slots import num_tiles
-from hfkv.kernels.triton.dispatcher import Operator
+from hfkv.kernels.operators import Operator
 
 # Ids that a program looks at together, and places that it fills. Not measured on a GPU yet.
 BLOCK_S = 4096

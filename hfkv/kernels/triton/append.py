@@ -12,8 +12,8 @@ import triton.language as tl
 
 from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments
-from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
 from hfkv.kernels.triton.tiles import load_layout
 from hfkv.stores.layout import Layout

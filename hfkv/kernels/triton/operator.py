@@ -7,10 +7,10 @@ import torch
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
-from hfkv.kernels.triton.dispatcher import Operator
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.tiling import device_of, padded, tiling
 from hfkv.stores.layout import Layout

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hfkv.kernels.triton.dispatcher import Operator
+from hfkv.kernels.operators import Operator
 
 CALLS: list[int] = []
 
