@@ -14,7 +14,7 @@ from itertools import product
 DECODE = {"none": (12.0, 9.0), "int8": (10.0, 7.0), "int4": (6.2, 4.0)}
 EXPERTS = {"none": 12.0, "int8": 8.4, "int4": 6.5}
 # Codec -> bytes of latents and rotary keys, of 512 and 64 dimensions; what has been reached.
-LATENT = {"none": 5.3, "int8": 1.3}
+LATENT = {"none": 5.0, "int8": 1.3}
 
 _DECODE = tuple(
     f"{capability} decode {codec} {codec} bfloat16 {dim} {page} groups:{groups}"
