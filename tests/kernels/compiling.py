@@ -2,11 +2,14 @@
 
 Each argument of ``python -m tests.kernels.compiling`` is one kernel: "<compute capability> <operation> <key codec>
 <value codec> <dtype> <head dim> <page size> <options ...>", or "<compute capability> <gemv or gemm> <form of the
-experts> <dtype> <tokens> <inputs> <options ...>".
+experts> <dtype> <tokens> <inputs> <options ...>". The option "transposed" is of values with tokens side by side. Those
+with a number are "groups:G", query heads a kv head, and of experts "outputs:N" and "experts:E", of which each token has
+"top:K".
 """
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -35,12 +38,35 @@ POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.i
 SHARED_LIMITS = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 # Beside latents, whose dimensions are the head dim.
 ROTARY_DIM = 64
+# Rows of a product, at least.
+MIN_ROWS = 16
 APPEND, MERGE = triton_append._append_kernel, triton_merge._merge_kernel
 LATENT = triton_latent._latent_kernel
 ATTENTION, PRODUCT_DTYPES = triton_operator._attention_kernel, triton_operator.product_dtypes
 DIGITS, DIGITS_CONSTANTS = triton_operator._digits_kernel, triton_operator.digits_constants
 GEMV, GEMM = triton_experts._gemv_kernel, triton_experts._gemm_kernel
 TILE, COMBINE = triton_experts_slots._tile_kernel, triton_experts_combine._combine_kernel
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What the compiler made of a kernel.
+
+    Attributes:
+        name: the kernel's.
+        constants: its compile-time constants by name, arguments that are 1 or None among them.
+        options: what it was compiled with, `num_warps` among them.
+        compiled: Triton's own object.
+    """
+
+    name: str
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    compiled: Any
+
+
+# All that was compiled in this process.
+BINARIES: list[Binary] = []
 
 
 class Compiled:
@@ -69,6 +95,8 @@ class Compiled:
         source = ASTSource(self.kernel, signature, constants, attributes)
         compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
         assert compiled.metadata.shared <= SHARED_LIMITS[self.capability], compiled.metadata.shared
+        named = {self.kernel.params[index].name: value for (index,), value in constants.items()}
+        BINARIES.append(Binary(self.kernel.__name__, named, options, compiled))
         print(self.kernel.__name__, compiled.metadata.shared, "bytes of shared memory")
 
 
@@ -87,7 +115,13 @@ def target(capability: int) -> None:
     triton_experts_combine._combine_kernel = Compiled(COMBINE, capability)
     for module in (triton_operator, triton_latent, triton_experts):
         module.device_of = lambda device: Device(132, shared_memory)
+        module.has_assembly = lambda device: True
         module.product_dtypes = lambda dtype, codec, device: PRODUCT_DTYPES(dtype, codec, torch.device("cuda"))
+
+
+def _number(options: list[str], name: str, default: int) -> int:
+    """Gives the number of option `name`, written "name:number"."""
+    return next((int(option.split(":")[1]) for option in options if option.startswith(f"{name}:")), default)
 
 
 def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page_size: int, options: list[str]) -> None:
@@ -97,11 +131,11 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     layout = Layout(length, table=torch.zeros(2, columns, dtype=torch.long) if page_size else None, spans=spans)
     shape = (2, 2, page_size or 2 * length, head_dim)
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
-    num_queries = length if operation == "prefill" else 1
     if "transposed" in options:
         values = transposed(values)
+    num_queries = length if operation == "prefill" else 1
     num_queries = 4 if "few" in options else num_queries
-    num_heads = 16 if "wide" in options else 8
+    num_heads = 16 if "wide" in options else 2 * _number(options, "groups", 4)
     query = torch.zeros(2, num_heads, num_queries, head_dim, dtype=getattr(torch, dtype))
     if operation.startswith("latent"):
         # A set of latents and one of rotary keys, for the 128 heads of DeepSeek-V3.
@@ -129,23 +163,33 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
 def run_experts(
     kernel: Literal["gemv", "gemm"], form: str, dtype: str, num_tokens: int, num_inputs: int, options: list[str]
 ) -> None:
-    cpu, num_experts, num_outputs = torch.device("cpu"), 8, 256
-    slots = choose(num_tokens, 2, num_experts, cpu)
+    cpu, num_experts, num_outputs = (
+        torch.device("cpu"),
+        _number(options, "experts", 8),
+        _number(options, "outputs", 256),
+    )
+    top_k = _number(options, "top", 2)
+    slots = choose(num_tokens, top_k, num_experts, cpu)
     x = torch.zeros(num_tokens, num_inputs, dtype=getattr(torch, dtype))
     parts = stack(form, (num_experts, num_outputs, num_inputs), x.dtype, cpu)
     bias = x.new_zeros(num_experts, num_outputs) if "bias" in options else None
     y = triton_experts.expert_linear(x, parts, slots, num_outputs, bias, rows_are_slots=False, kernel=kernel)
     if "combine" in options:
-        triton_experts_combine.combine(y, torch.zeros(num_tokens, 2), x.dtype)
+        triton_experts_combine.combine(y, torch.zeros(num_tokens, top_k), x.dtype)
+
+
+def compile_kernel(kernel: str) -> None:
+    """Compiles one kernel, described as an argument of this module is."""
+    capability, operation, *rest = kernel.split()
+    target(int(capability))
+    if operation in ("gemv", "gemm"):
+        form, dtype, num_tokens, num_inputs, *options = rest
+        run_experts(operation, form, dtype, int(num_tokens), int(num_inputs), options)  # type: ignore[arg-type]
+    else:
+        key_codec, value_codec, dtype, head_dim, page_size, *options = rest
+        run(operation, (key_codec, value_codec), dtype, int(head_dim), int(page_size), options)
 
 
 if __name__ == "__main__":
     for kernel in sys.argv[1:]:
-        capability, operation, *rest = kernel.split()
-        target(int(capability))
-        if operation in ("gemv", "gemm"):
-            form, dtype, num_tokens, num_inputs, *options = rest
-            run_experts(operation, form, dtype, int(num_tokens), int(num_inputs), options)  # type: ignore[arg-type]
-        else:
-            key_codec, value_codec, dtype, head_dim, page_size, *options = rest
-            run(operation, (key_codec, value_codec), dtype, int(head_dim), int(page_size), options)
+        compile_kernel(kernel)

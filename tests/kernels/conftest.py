@@ -19,6 +19,7 @@ IMPORTED = (
     "hfkv.kernels.experts.triton_combine",
     "hfkv.kernels.triton.latent",
     "hfkv.kernels.triton.prefill",
+    "tests.kernels.triton_dots",
     "tests.kernels.triton_ranges",
 )
 
@@ -56,7 +57,7 @@ def runs_kernels(path: Path) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         for item in items:
-            if runs_kernels(item.path):
+            if runs_kernels(item.path) or item.path.name == "test_append.py":
                 item.add_marker(pytest.mark.gpu)
 
 

@@ -33,7 +33,14 @@ def append(request: pytest.FixtureRequest, device: torch.device) -> Any:
 
 def assert_same_bytes(one: Encoded, other: Encoded) -> None:
     for plane, expected in zip(one.planes, other.planes, strict=True):
-        assert torch.equal(plane.view(torch.uint8), expected.view(torch.uint8))
+        assert plane.stride() == expected.stride()
+        assert torch.equal(plane.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+def transposed(encoded: Encoded) -> Encoded:
+    """The same planes, the numbers of a token as far apart as its tokens are many."""
+    data, *rest = encoded.planes
+    return Encoded(encoded.codec, (data.transpose(2, 3).contiguous().transpose(2, 3), *rest), encoded.head_dim)
 
 
 def check(
@@ -42,12 +49,15 @@ def check(
     new: tuple[torch.Tensor, torch.Tensor],
     layout: Layout,
     shape: tuple[int, int, int],
+    is_transposed: tuple[bool, bool] = (False, False),
 ) -> None:
     """Asserts that `append` writes what `append_naive` does, and nothing else."""
     sides = [
         [garbage(codec, (*shape, x.shape[3]), x.dtype, x.device) for codec, x in zip(codecs, new, strict=True)]
         for _ in range(2)
     ]
+    for side in sides:
+        side[:] = [transposed(part) if turned else part for part, turned in zip(side, is_transposed, strict=True)]
     append(*new, *sides[0], layout)
     append_naive(*new, *sides[1], layout)
     for one, other in zip(*sides, strict=True):
@@ -125,6 +135,40 @@ def test_what_is_not_finite_stays_in_its_row(append: Any, codec: str, bad: float
 def test_keys_and_values_may_have_codecs_of_their_own(append: Any, device: torch.device) -> None:
     new = torch.randn(2, 1, 3, 64, device=device), torch.randn(2, 1, 3, 32, device=device)
     check(append, ("int8", "int4"), new, Layout(0), (2, 1, 3))
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(("num_new", "head_dim"), [(1, 64), (17, 80)])
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_tokens_may_lie_side_by_side_instead_of_their_numbers(
+    codec: str, num_new: int, head_dim: int, page_size: int, device: torch.device
+) -> None:
+    new = tuple(torch.randn(2, 2, num_new, dim, device=device) for dim in (64, head_dim))
+    layout, shape = Layout(5, start=2), (2, 2, 30)
+    if page_size:
+        table = shuffled(2, 5)
+        layout, shape = Layout(9, table=table, spans=((2, 8), (0, 3))), (table.numel(), 2, page_size)
+    for is_transposed in ((False, True), (True, True)):
+        check(triton.append, ("int8", codec), new, layout, shape, is_transposed)
+
+
+@pytest.mark.parametrize("codecs", [("none", "none"), ("int8", "int4"), ("int4", "fp8")])
+def test_keys_and_values_are_one_launch(
+    codecs: tuple[str, str], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launches = []
+    kernel = triton._append_kernel
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(triton, "_append_kernel", Counted())
+    new = torch.randn(2, 3, 1, 64, device=device)
+    check(triton.append, codecs, (new, new.flip(3)), Layout(2), (2, 3, 4))
+    assert launches == [(1, 3, 2)]
 
 
 def test_an_empty_store_is_filled_from_its_first_page(append: Any, device: torch.device) -> None:

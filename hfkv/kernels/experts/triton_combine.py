@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.numbers import cast
 
 # Numbers of a token that a program adds up. Not measured on a GPU yet.
@@ -40,7 +41,6 @@ def _combine_kernel(
     tl.store(out_ptr + t * num_outputs + h, cast(acc, out_ptr.dtype.element_ty), mask=is_h)
 
 
-@torch.library.custom_op("hfkv::combine_slots", mutates_args=())
 def _combine(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     num_tokens, top_k = weights.shape
     out = y.new_empty(num_tokens, y.shape[1], dtype=dtype)
@@ -55,9 +55,11 @@ def _combine(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torc
     return out
 
 
-@_combine.register_fake
-def _(y, weights, dtype):
+def _fake(y, weights, dtype):
     return y.new_empty(weights.shape[0], y.shape[1], dtype=dtype)
+
+
+_operator = Operator("combine_slots", _combine, _fake)
 
 
 def combine(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -79,4 +81,4 @@ def combine(y: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch
     """
     if y.ndim != 2 or weights.ndim != 2 or y.shape[0] != weights.numel():
         raise ValueError(f"{list(y.shape)} slots for weights {list(weights.shape)}")
-    return torch.ops.hfkv.combine_slots(y, weights, dtype)
+    return _operator(y, weights, dtype)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.experts.slots import num_tiles
+from hfkv.kernels.operators import Operator
 
 # Ids that a program looks at together, and places that it fills. Not measured on a GPU yet.
 BLOCK_S = 4096
@@ -67,7 +68,6 @@ def _tile_kernel(
         tl.store(at + 2, tl.where(is_tile, tl.minimum(low + BLOCK_M, end), -1), mask=tile < last_tile)
 
 
-@torch.library.custom_op("hfkv::tile_slots", mutates_args=())
 def _tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
     num_slots = len(experts)
     places = num_tiles(num_slots, num_experts, block_m)
@@ -81,10 +81,12 @@ def _tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[
     return order, tiles
 
 
-@_tile_slots.register_fake
-def _(experts, num_experts, block_m):
+def _fake(experts, num_experts, block_m):
     order = experts.new_empty(experts.shape, dtype=torch.int32)
     return order, order.new_empty(num_tiles(experts.shape[0], num_experts, block_m), 3)
+
+
+_operator = Operator("tile_slots", _tile_slots, _fake)
 
 
 def tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,4 +100,4 @@ def tile_slots(experts: torch.Tensor, num_experts: int, block_m: int) -> tuple[t
     Returns:
         The order int32 `[S]`, and expert, begin and end of each tile, int32 `[num_tiles, 3]`.
     """
-    return torch.ops.hfkv.tile_slots(experts, num_experts, block_m)
+    return _operator(experts, num_experts, block_m)

@@ -12,10 +12,11 @@ import torch
 import triton
 
 from hfkv.kernels.experts.codes import GROUP
-from hfkv.kernels.triton.tiling import MIN_BLOCK, Device, padded, warps_for
+from hfkv.kernels.triton.tiling import MIN_BLOCK, Device, padded
 
 # Bytes of weights that a program of the GEMV has in flight: four loads of 16 bytes by each of 128 threads.
 GEMV_TILE_BYTES = 8192
+GEMV_WARP_BYTES = 4 * 16 * 32
 # What of a row it reads at a time, widest first: the first that the row does not waste an eighth of.
 GEMV_ROW_BYTES = (512, 256, 128, 64)
 # Programs that a multiprocessor is to hold at a time, for loads enough to be under way.
@@ -29,10 +30,11 @@ FEW_ROWS_BYTES = 32 << 10
 
 @dataclass(frozen=True)
 class GemvTiling:
-    """Rows of weights and numbers of each (bytes, in int4) that a program reads at a time."""
+    """Rows of weights and numbers of each (bytes or words, in int4) that a program reads at a time, and its warps."""
 
     block_n: int
     block_k: int
+    num_warps: int
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def gemv_tiling(
         device: where it runs.
         num_slots: S.
         num_rows: N of the part.
-        width: numbers of a row, bytes in int4.
+        width: numbers of a row, bytes or words in int4.
         item_size: bytes of one of them.
         is_transposed: whether numbers of a column lie side by side, not those of a row.
     """
@@ -85,7 +87,9 @@ def gemv_tiling(
         block_n //= 2
     if is_transposed:
         block_k = min(GEMV_TILE_BYTES // item_size // block_n, max(16, triton.next_power_of_2(width)))
-    return GemvTiling(block_n, block_k)
+    # Four loads by each thread: what a row of x costs a thread is shared by as many rows of weights.
+    num_warps = max(1, min(4, block_n * block_k * item_size // GEMV_WARP_BYTES))
+    return GemvTiling(block_n, block_k, num_warps)
 
 
 def gemv_splits(device: Device, num_programs: int, num_tiles: int) -> int:
@@ -115,6 +119,11 @@ def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) ->
     # Few rows: weights are read once, and much of them has to be under way. Many: as many outputs, and two programs a
     # multiprocessor; fewer inputs would make the codes of int4's groups loads too small to run ahead.
     block_n, block_k = (64, 128) if block_m < 64 else (128, 128 if codec == "int4" else 64)
+    # From Hopper on, products of 64 rows and more run on while the next tile is waited for, and hold their own.
+    is_async = block_m >= 64 and device.shared_memory > 200 << 10
+    if block_m >= 64 and codec == "int4" and not is_async:
+        # Decoded in registers, which larger tiles do not find room in.
+        block_n, block_k = 64, 64
     item_size = dtype.itemsize
     room = device.shared_memory
     if codec != "none":
@@ -122,8 +131,7 @@ def gemm_tiling(device: Device, block_m: int, codec: str, dtype: torch.dtype) ->
         room -= block_n * block_k * item_size
     weight_bytes = {"none": item_size * block_k, "int8": block_k, "int4": block_k // 2}[codec] * block_n
     buffers = room // (weight_bytes + block_m * block_k * item_size)
-    # From Hopper on, products of 64 rows and more run on while the next tile is waited for, and hold their own.
-    is_async = block_m >= 64 and device.shared_memory > 200 << 10
     most = 3 if block_m >= 64 else min(5, max(3, FEW_ROWS_BYTES // weight_bytes))
     num_stages = max(1, min(most, buffers if is_async else buffers + 1))
-    return GemmTiling(block_n, block_k, warps_for(block_m, block_n), num_stages)
+    # Half as many warps have no room for the places of 64 rows that end within a tile.
+    return GemmTiling(block_n, block_k, 8 if block_m >= 64 else 4, num_stages)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs, is_ragged
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
 from hfkv.kernels.triton.tiles import load_layout
@@ -53,12 +54,12 @@ def _encode(
     LOG_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Encodes tokens `n` of one row and head, and stores them at `data_rows` and `scale_rows`."""
+    """Encodes tokens `n` of one row and head, and stores them at `data_rows`, `data_d` apart, and `scale_rows`."""
     d = tl.arange(0, WIDTH)
     valid = is_new[:, None] & (d < D)[None, :]
     new_at = new_ptr + n.to(tl.int64)[:, None] * new_t + d.to(tl.int64)[None, :] * new_d
     x = tl.load(new_at, mask=valid, other=0.0)
-    data_at = data_ptr + data_rows[:, None] + (d * data_d)[None, :]
+    data_at = data_ptr + data_rows[:, None] + d.to(tl.int64)[None, :] * data_d
     if CODEC == "none":
         if x.dtype == data_ptr.dtype.element_ty:
             tl.store(data_at, x, mask=valid)
@@ -199,7 +200,6 @@ def _append_kernel(
     )
 
 
-@torch.library.custom_op("hfkv::append", mutates_args=("key_planes", "value_planes"))
 def _append(
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
@@ -228,9 +228,7 @@ def _append(
     )
 
 
-@_append.register_fake
-def _(*arguments: object) -> None:
-    return None
+_operator = Operator("append", _append, lambda *_: None, mutates_args=("key_planes", "value_planes"))
 
 
 def append(
@@ -244,12 +242,13 @@ def append(
 ) -> None:
     """Encodes `[B, H, n, D]` and writes it behind the `layout.length` tokens held, in place: `append_naive`'s bytes.
 
+    Keys and values are one launch, whatever their codecs, and no other is needed.
     Reads D numbers of a key and of a value, and writes what their codecs make of them: D + 2 bytes in int8 and fp8,
     D / 2 + 4 in int4 (rotation: QuaRot, arXiv 2404.00456).
 
     Args:
         new_keys, new_values: `[B, H, n, Dk]` and `[B, H, n, Dv]`, bf16, fp16 or fp32, of any strides.
-        keys, values: the planes to write to; those of a row contiguous.
+        keys, values: the planes to write to; data of any strides, scales and offsets of a token side by side.
         layout: where the tokens held so far are; a paged one's table has the columns that the new tokens need.
         inputs: the layout on the device, for captured graphs; None to upload it.
 
@@ -266,7 +265,7 @@ def append(
     if count > room:
         raise ValueError(f"{count} new tokens, with room for {room}")
     inputs = device_inputs(layout, None, new_keys.device) if inputs is None else inputs
-    torch.ops.hfkv.append(
+    _operator(
         *(new_keys, new_values, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name),
         *(inputs.meta, inputs.columns, layout.is_paged),
     )

@@ -7,6 +7,7 @@ import torch
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.latent_attention import _latent_kernel
@@ -15,7 +16,6 @@ from hfkv.kernels.triton.tiling import device_of, latent_tiling, padded
 from hfkv.stores.layout import Layout
 
 
-@torch.library.custom_op("hfkv::latent_attention", mutates_args=())
 def _latent_attention(
     query: torch.Tensor,
     latent_planes: list[torch.Tensor],
@@ -67,9 +67,11 @@ def _latent_attention(
     return out, lse
 
 
-@_latent_attention.register_fake
-def _(query, latent_planes, rotary_planes, codec, latent_dim, *_):
+def _fake(query, latent_planes, rotary_planes, codec, latent_dim, *_):
     return outputs(query, latent_dim)
+
+
+_operator = Operator("latent_attention", _latent_attention, _fake)
 
 
 def latent_attention(
@@ -121,7 +123,7 @@ def latent_attention(
     call = Call.checked(
         *(query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits), merges=False
     )
-    out, lse = torch.ops.hfkv.latent_attention(
+    out, lse = _operator(
         *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim, *call)
     )
     return Attended(out, lse)

@@ -7,6 +7,7 @@ import torch
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
+from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
@@ -19,7 +20,6 @@ from hfkv.kernels.triton.tiling import device_of, digits_tiling, padded, tiling
 from hfkv.stores.layout import Layout
 
 
-@torch.library.custom_op("hfkv::attention", mutates_args=())
 def _attention(
     query: torch.Tensor,
     key_planes: list[torch.Tensor],
@@ -85,9 +85,11 @@ def _attention(
     return out, lse
 
 
-@_attention.register_fake
-def _(query, key_planes, value_planes, key_codec, value_codec, value_dim, *_):
+def _fake(query, key_planes, value_planes, key_codec, value_codec, value_dim, *_):
     return outputs(query, value_dim)
+
+
+_operator = Operator("attention", _attention, _fake)
 
 
 def attend(
@@ -109,7 +111,7 @@ def attend(
         ValueError: what `Call.checked` refuses.
     """
     call = Call.checked(query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits)
-    out, lse = torch.ops.hfkv.attention(
+    out, lse = _operator(
         *(query, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name, values.head_dim),
         *(*call, is_prefill),
     )
