@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent.parent
 FEW = (
     "90 decode none none bfloat16 128 64 groups:4",
     "80 decode none none bfloat16 64 0 groups:8",
+    "90 decode int8 int8 bfloat16 128 64 groups:4 transposed",
+    "80 decode int4 int4 bfloat16 64 0 groups:8 transposed",
     "90 gemv none bfloat16 1 2048 outputs:1536 top:8",
     "80 gemv int8 bfloat16 1 768 outputs:2048 top:8",
     "90 gemv int4 bfloat16 1 2048 outputs:1536 top:8",

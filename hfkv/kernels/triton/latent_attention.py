@@ -18,7 +18,15 @@ from hfkv.kernels.triton.products import (
     soft_weights,
     store_split,
 )
-from hfkv.kernels.triton.tiles import load_layout, tiles_of_split, visit_tile
+from hfkv.kernels.triton.tiles import (
+    edge_at,
+    load_layout,
+    load_run,
+    locate_inside,
+    steps_inside,
+    tiles_of_split,
+    visit_tile,
+)
 from hfkv.kernels.triton.tokens import load_tokens
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
@@ -135,21 +143,39 @@ def _latent_kernel(
     acc, acc_high, offset = empty_sums(BLOCK_M, C_PADDED)
 
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
-    for step in range(first_step, last_step):
+    run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    # Tiles at an edge are few: no more than one is on its way, in registers that the others would have to share.
+    for edge in tl.range(first_step, last_step - behind + inside, num_stages=2):
         block, place, visible, wanted = visit_tile(
-            step, ranges, b, layout, num_columns, rule, limits, PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK
+            *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
+            *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
 
         # Loaded once, and a factor of both products.
-        c_scale_at = c_scale_ptr + block * c_scale_b + place * c_scale_t
         c_at = c_ptr + (block * c_b + place * c_t)
+        c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t)
         c = load_tokens(c_at, c_d, c_scale_at, wanted, CODEC, C_WIDTH, C_PADDED, True)
-        r_scale_at = r_scale_ptr + block * r_scale_b + place * r_scale_t
         r_at = r_ptr + (block * r_b + place * r_t)
+        r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t)
         r = load_tokens(r_at, r_d, r_scale_at, wanted, CODEC, R_WIDTH, R_PADDED, True)
         scores = products(q, c, CODEC, K_DTYPE)
         scores += products(turned, r, CODEC, K_DTYPE)
-        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP)
+        p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, CODEC, V_DTYPE, V_PRECISION)
+
+    for step in tl.range(inside, behind):
+        block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
+
+        c_at = c_ptr + (block * c_b + place * c_t) + more * c_t
+        c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t) + more * c_scale_t
+        c = load_tokens(c_at, c_d, c_scale_at, 0, CODEC, C_WIDTH, C_PADDED, False)
+        r_at = r_ptr + (block * r_b + place * r_t) + more * r_t
+        r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t) + more * r_scale_t
+        r = load_tokens(r_at, r_d, r_scale_at, 0, CODEC, R_WIDTH, R_PADDED, False)
+        scores = products(q, c, CODEC, K_DTYPE)
+        scores += products(turned, r, CODEC, K_DTYPE)
+        p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, CODEC, V_DTYPE, V_PRECISION)
 
     out_rows = ((split * tl.num_programs(2) + b) * NUM_HEADS + head) * num_queries + n
