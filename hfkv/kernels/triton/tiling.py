@@ -154,10 +154,10 @@ def latent_tiling(
 ) -> Tiling:
     """Chooses the tiling for the rows of latents, of which a tile is a factor of both products.
 
-    Of 512 dimensions, 32 rows and 8 warps (int4: 16) are the most whose sums stay in registers (as compiled for 8.0, 8.9
-    and 9.0). 64 rows, which Hopper's own instructions need, would read tokens half as often from L2; but they spill, and
-    take half as many instructions more for each row and token. Where nothing has to be decoded and shared memory has
-    room, 64 tokens share what a tile costs besides.
+    Of 512 dimensions, 32 rows and 8 warps (int4: 16) are the most whose sums stay in registers (as compiled for 8.0,
+    8.9 and 9.0). 64 rows, which Hopper's own instructions need, would read tokens half as often from L2; but they
+    spill, and take half as many instructions more for each row and token. Where nothing has to be decoded and shared
+    memory has room, 64 tokens share what a tile costs besides.
 
     Args:
         device: where it runs.
