@@ -109,13 +109,20 @@ def summed(x, TILES: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def digits_of(x, CODEC: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes float32 `[8 TILES, WIDTH]` of magnitudes up to 127 as digits `[16 TILES, WIDTH]`."""
+    """Writes float32 `[8 TILES, WIDTH]` of magnitudes up to 127 as digits `[16 TILES, WIDTH]`.
+
+    Returns:
+        The digits, and what integers stand for, 128 times the numbers.
+    """
     if CODEC == "fp8":
         high = x.to(tl.float16)
         low = ((x - high.to(tl.float32)) * 128.0).to(tl.float16)
+        rounded = x
     else:
         high = x + MAGIC
-        low = (x - (high - MAGIC)) * 128.0 + MAGIC
+        ones = high - MAGIC
+        low = (x - ones) * 128.0 + MAGIC
+        rounded = ones * 128.0 + (low - MAGIC)
     # Not joined: tokens stay side by side in the registers of a thread.
     if TILES == 1:
         is_low = (tl.arange(0, 2) > 0)[:, None, None]
@@ -127,7 +134,7 @@ def digits_of(x, CODEC: tl.constexpr, TILES: tl.constexpr, WIDTH: tl.constexpr):
     if CODEC != "fp8":
         # The last byte of their bits is the integer.
         both = both.to(tl.int32, bitcast=True).to(tl.int8)
-    return tl.reshape(both, (TILES * ROWS, WIDTH))
+    return tl.reshape(both, (TILES * ROWS, WIDTH)), rounded
 
 
 @triton.jit

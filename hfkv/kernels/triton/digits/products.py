@@ -196,7 +196,7 @@ def add_values(
     # Bits of numbers that are not below zero are in the numbers' order, and those of NaN, which a maximum of floats
     # passes over, above them.
     largest = tl.max(weights.to(tl.uint32, bitcast=True), 1).to(tl.float32, bitcast=True)
-    digits = digits_of(weights * (127.0 / tl.maximum(largest, 1e-30))[:, None], CODEC, TILES, BLOCK_N)
+    digits, rounded = digits_of(weights * (127.0 / tl.maximum(largest, 1e-30))[:, None], CODEC, TILES, BLOCK_N)
     step = largest * (1.0 / (128.0 * 127.0))
     if CODEC == "int4":
         lower, upper = nibbles(codes, IS_ASSEMBLY)
@@ -204,7 +204,8 @@ def add_values(
         acc = acc * decay[:, None] + added * step[:, None]
         added = summed(tl.dot(digits, upper, out_dtype=tl.int32), TILES, PADDED)
         acc_high = acc_high * decay[:, None] + added * step[:, None]
-        offset = offset * decay[:, None] + p * low[None, :]
+        # Of the rounded weights: their rounding then errs by their share of a value, not of its offset.
+        offset = offset * decay[:, None] + rounded * ((low / scale)[None, :] * step[:, None])
     else:
         added = summed(product(digits, codes, CODEC), TILES, PADDED)
         acc = acc * decay[:, None] + added * step[:, None]
