@@ -6,7 +6,7 @@ import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
 from hfkv.stores.layout import Layout, bits_of, is_float8
-from hfkv.stores.planes import by_token
+from hfkv.stores.planes import ALIGNED_TOKENS, by_token
 
 # Spare tokens behind a window, which set how often its tokens move back to the buffer's start. 256 tokens are
 # 1/16 of the bytes that attention over 4,096 tokens reads anyway.
@@ -194,7 +194,10 @@ class ContiguousStore(Store):
     def _limit(self) -> int:
         """The capacity that a window needs: its tokens and some slack."""
         assert self.bound is not None
-        return self.bound + max(LEAST_SLACK, min(self.bound // 4, WINDOW_SLACK))
+        return self._aligned(self.bound + max(LEAST_SLACK, min(self.bound // 4, WINDOW_SLACK)))
+
+    def _aligned(self, tokens: int) -> int:
+        return tokens + -tokens % ALIGNED_TOKENS if self.tokens_innermost else tokens
 
     def _cap(self, tokens: int) -> int:
         return tokens if self.bound is None else min(tokens, self._limit())
@@ -215,6 +218,7 @@ class ContiguousStore(Store):
             plane[:, :, : self.length].copy_(source[:, :, first : first + self.length])
 
     def _allocate(self, like: Planes | list[torch.Tensor], capacity: int) -> None:
+        capacity = self._aligned(capacity)
         self.planes = self.take_lent(like, [(2, capacity)]) or self.blanks(like, len(like[0]), capacity)
         self.start = 0
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import torch
 
+# Where tokens are innermost, there is room for a multiple of so many: kernels read 16 bytes of a number's run at once.
+ALIGNED_TOKENS = 16
+
 
 def allocate(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, tokens_innermost: bool = False

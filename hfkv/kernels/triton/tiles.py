@@ -198,7 +198,7 @@ def steps_inside(
     """Finds the steps of a split whose tiles all of its queries see in full: the first, and the one behind the last.
 
     Args:
-        first_step, last_step, ranges: as `tiles_of_split` gives them.
+        first_step, last_step, ranges: what `tiles_of_split` gives.
         run: what `load_run` gives.
     """
     if HAS_MASK:

@@ -124,7 +124,7 @@ def digits_tiling(
         device: where it runs.
         num_rows: queries times heads of a group.
         widths: the padded bytes of a key and of a value.
-        codecs: of keys and of values.
+        codecs: codecs of keys and of values.
         page_size: P, or 0 for contiguous planes.
     """
     # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers, nor those of 16 in

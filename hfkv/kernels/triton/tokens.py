@@ -16,7 +16,7 @@ def load_rows(at, stride, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_
 
     Args:
         at: pointers to where the rows of a data plane begin `[BLOCK_N]`.
-        stride: from one number of a row to the next.
+        stride: distance of one number of a row from the next.
         wanted: `[BLOCK_N]`; not looked at unless IS_MASKED.
     """
     d = tl.arange(0, PADDED)

@@ -1,4 +1,4 @@
-"""Which calls of `decode_attention` take the kernel of digits, and its arguments."""
+"""Calls of `decode_attention` that take the kernel of digits, and its arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def takes_digits(
     Args:
         query: `[B, Hq, q, D]`.
         key_planes, value_planes: data and scales.
-        codecs: of keys and of values.
+        codecs: codecs of keys and of values.
         page_size: P, or 0 for contiguous planes.
     """
     if query.dtype not in DTYPES or codecs[0] not in CODECS or codecs[1] not in CODECS:
