@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from hfkv.codecs import Codec, Planes
@@ -37,5 +39,12 @@ def _is_looked_at() -> bool:
 
 
 def _room_for(codec: Codec, states: torch.Tensor) -> Planes:
-    shapes = codec.encode(states[:, :, :0])
-    return tuple(plane.new_empty(*states.shape[:3], *plane.shape[3:]) for plane in shapes)
+    kinds = _planes_of(codec, states.shape[3], states.dtype)
+    return tuple([states.new_empty(*states.shape[:3], width, dtype=dtype) for width, dtype in kinds])
+
+
+@functools.cache
+def _planes_of(codec: Codec, head_dim: int, dtype: torch.dtype) -> tuple[tuple[int, torch.dtype], ...]:
+    """The width and the dtype of each plane of tokens `[.., head_dim]`."""
+    planes = codec.encode(torch.empty(1, 1, 0, head_dim, dtype=dtype, device="cpu"))
+    return tuple((plane.shape[3], plane.dtype) for plane in planes)
