@@ -58,6 +58,6 @@ class LazyBus(Bus):
 
 def in_one_piece(plane: torch.Tensor) -> torch.Tensor:
     """A plane as contiguous memory; with tokens innermost, their numbers are apart."""
-    memory = plane.transpose(-1, -2) if has_tokens_innermost(plane) else plane
+    memory = plane.transpose(-1, -2) if plane.dim() > 1 and has_tokens_innermost(plane) else plane
     assert memory.is_contiguous()
     return memory
