@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from hfkv.cache.factory import build_layers, decoder_config
 from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.memory import CacheMemory, PlaneMemory
 from hfkv.cache.record import TokenRecord, what_failed
-from hfkv.cache.selection import reordered, repeated, selected
+from hfkv.cache.selection import choose_rows, reordered, repeated, selected
 from hfkv.cache.step import Group
 from hfkv.measure.allocated import count_as_live, own_tensors, storage_bytes
 from hfkv.models.rotary import Rotary
@@ -133,12 +133,11 @@ class KVCache(DynamicCache):
             return False
         ahead = [leaf for leaf in self.leaves if leaf.get_seq_length() > left]
         try:
-            for leaf in ahead:
-                leaf.check_crop(left - leaf.get_seq_length())
-        except RuntimeError:
+            for name in ("check_crop", "crop"):  # all of them can, or none does
+                for leaf in ahead:
+                    getattr(leaf, name)(left - leaf.get_seq_length())
+        except (RuntimeError, MemoryError):
             return False
-        for leaf in ahead:
-            leaf.crop(left - leaf.get_seq_length())
         return True
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -177,8 +176,9 @@ class KVCache(DynamicCache):
         ours = self.kv_layers
         for layer in ours:
             layer.check_crop(tokens_to_remove)
-        for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
-            layer.crop(tokens_to_remove)
+        with self.record.changing():
+            for layer in (*(layer for layer in self.layers if layer not in ours), *ours):  # others may refuse too
+                layer.crop(tokens_to_remove)
         if self.get_seq_length():
             self.record.crop(self.get_seq_length())
         else:
@@ -195,20 +195,24 @@ class KVCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes row i a copy of row `beam_idx[i]`."""
-        super().reorder_cache(beam_idx)
+        with self.record.changing():
+            super().reorder_cache(beam_idx)
         self.record.choose(reordered, beam_idx)
 
     def batch_select_indices(self, indices: Any) -> None:
         """Keeps the rows `indices`; see `hfkv.cache.selection.selected`."""
-        for layer in self.layers:
-            _choose(layer, "batch_select_indices", selected, indices)
+        self._choose("batch_select_indices", selected, indices)
         self.record.choose(selected, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row `repeats` times; pages are shared until they are written to."""
-        for layer in self.layers:
-            _choose(layer, "batch_repeat_interleave", repeated, repeats)
+        self._choose("batch_repeat_interleave", repeated, repeats)
         self.record.choose(repeated, repeats)
+
+    def _choose(self, name: str, choose: Callable[[Any, int], torch.Tensor], given: Any) -> None:
+        with self.record.changing():
+            for layer in self.layers:
+                choose_rows(layer, name, choose, given)
 
     def fork(self, n: int = 1) -> KVCache:
         """Copies the cache: the copy goes on by itself and holds every row `n` times, row after row.
@@ -237,7 +241,7 @@ class KVCache(DynamicCache):
             forked.record.choose(repeated, n)
             for layer in forked.layers:
                 if not isinstance(layer, CacheLayer):
-                    _choose(layer, "batch_repeat_interleave", repeated, n)
+                    choose_rows(layer, "batch_repeat_interleave", repeated, n)
         return forked
 
     def save(self, path: str | os.PathLike[str], model: Any = None) -> None:
@@ -310,11 +314,3 @@ class KVCache(DynamicCache):
         if any(layer.is_assigned for layer in self.kv_layers):
             return None
         return self.record.tokens(self.get_seq_length())
-
-
-def _choose(layer: Any, name: str, choose: Callable[[Any, int], torch.Tensor], given: Any) -> None:
-    """Calls a layer's method that chooses rows; linear attention, alone or beside keys, knows only reordering."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        getattr(layer, name)(given)
-    elif (held := next((tensor for _, tensor in own_tensors(layer)), None)) is not None:
-        layer.reorder_cache(choose(given, len(held)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ class TokenRecord:
         self.length = 0
         self._ids: torch.Tensor | None = None  # int64 [B, C], of which `length` columns are written
         self._hidden: torch.Tensor | None = None  # bool [B, T]: pad tokens; later columns hold none
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[None]:
+        """Notes that a change of all layers has found no memory midway: some have changed and others have not."""
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.broken = what_failed(error)
+            raise
 
     def check_whole(self) -> None:
         """Raises RuntimeError where a forward that failed has left the layers with different tokens."""

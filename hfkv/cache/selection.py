@@ -1,10 +1,14 @@
-"""Rows that a selection, a reordering or a repetition leaves of a batch, as in transformers."""
+"""Rows that a selection, a reordering or a repetition leaves of a batch, as in transformers, and layers that do it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
+
+from hfkv.measure.allocated import own_tensors
 
 
 def selected(indices: Any, batch: int) -> torch.Tensor:
@@ -34,3 +38,18 @@ def reordered(beam_idx: torch.Tensor, batch: int) -> torch.Tensor:
 def repeated(repeats: Any, batch: int) -> torch.Tensor:
     """The rows that `batch_repeat_interleave(repeats)` makes of `batch`, int64 `[B']` on the CPU."""
     return torch.arange(batch).repeat_interleave(repeats.cpu() if isinstance(repeats, torch.Tensor) else repeats)
+
+
+def choose_rows(layer: Any, name: str, choose: Callable[[Any, int], torch.Tensor], given: Any) -> None:
+    """Calls a layer's method that chooses rows; linear attention, alone or beside keys, knows only reordering.
+
+    Args:
+        layer: a layer of a cache, hfkv's or transformers'.
+        name: name of the method.
+        choose: function of this module that says which rows the method leaves.
+        given: the method's argument.
+    """
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        getattr(layer, name)(given)
+    elif (held := next((tensor for _, tensor in own_tensors(layer)), None)) is not None:
+        layer.reorder_cache(choose(given, len(held)))

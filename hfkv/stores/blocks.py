@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 
 class BlockPool:
@@ -49,6 +49,12 @@ class BlockPool:
         for block in blocks:
             self.refcounts[block] = 1
         return blocks
+
+    def occupy(self, blocks: Sequence[int]) -> None:
+        """Adds a holder to each of `blocks`, some of which may be free."""
+        held = set(blocks)
+        self.free = [block for block in self.free if block not in held]
+        self.retain(blocks)
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Adds a holder to each of `blocks`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from hfkv.stores.base import GROWTH, Placing, Planes, Store
@@ -144,7 +146,8 @@ class ContiguousStore(Store):
         is_to_shrink = self._is_to_shrink(gap)
         self.length -= gap
         if is_to_shrink:
-            self._reallocate(self._limit())
+            with contextlib.suppress(MemoryError):  # there will be another time
+                self._reallocate(self._limit())
 
     def write(self, start: int, new: Planes) -> None:
         self.version += 1

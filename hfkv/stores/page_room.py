@@ -92,8 +92,8 @@ class PageRoom(Store):
             table, blocks = self.block_table, pages.blocks
             known = self.changes.find(asked, table, blocks)
             if known is not None:
-                with contextlib.suppress(MemoryError):  # there may be some for less
-                    for move, arguments in known.moves:
+                with contextlib.suppress(MemoryError, torch.OutOfMemoryError):  # there may be memory for less
+                    for move, arguments in known.moves:  # each of them does all that it is to do, or nothing
                         move(self, *arguments)
                     pages.blocks = known.blocks_after
                     return known.table_after
@@ -158,7 +158,10 @@ class PageRoom(Store):
         if self.pages.stores > 1 or self._counts.size <= GROWTH * size + len(table.rows):
             return table
         used = sorted(table.listed)
-        self._move(_move_together, used, size)
+        try:
+            self._move(_move_together, used, size)
+        except (MemoryError, torch.OutOfMemoryError):
+            return table  # there will be another time
         counts = BlockPool()
         counts.refcounts = [self._counts.refcounts[page] for page in used]
         counts.grow(size)
@@ -184,8 +187,10 @@ def _make_planes(store: PageRoom, size: int) -> None:
 
 
 def _move_together(store: PageRoom, used: list[int], size: int) -> None:
-    """Moves the pages `used` to the front of planes of `size` pages."""
-    for index, old in enumerate(store.planes):
+    """Moves the pages `used` to the front of planes of `size` pages: all planes, or none where there is no memory."""
+    smaller = []
+    for old in store.planes:
         plane = store.allocate((size, *old.shape[1:]), like=old)
         plane[: len(used)] = old[used]
-        store.planes[index] = plane
+        smaller.append(plane)
+    store.planes = smaller

@@ -35,6 +35,10 @@ class PagedStore(PageRoom):
         if "changes" in vars(self):  # else it was never made whole
             self.pages.leave(self.block_table)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.pages.join(self.block_table)
+
     def __deepcopy__(self, memo: Any) -> PagedStore:
         return self.fork(torch.arange(len(self.block_table.rows)))
 

@@ -53,6 +53,14 @@ class Pages:
             self._depth -= 1
             self.lock.release()
 
+    def join(self, table: BlockTable) -> None:
+        """Counts a store that comes out of a pickle, where the counts are those of stores that may not be in it."""
+        with self:
+            self.stores += 1
+            after = self.blocks.copy()
+            after.occupy(table.pages)
+            self.blocks = after
+
     def leave(self, table: BlockTable) -> None:
         """Counts one store less, which listed the pages of `table`, as soon as nobody is at work.
 
@@ -78,4 +86,7 @@ class Pages:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"planes": from_pickle(state["planes"])})
+        size, self.blocks = self.blocks.size, BlockPool()
+        self.blocks.grow(size)
+        self.stores, self._left = 0, []  # stores join one by one
         self._unlock()

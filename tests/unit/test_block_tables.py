@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hfkv import KVCache
-from hfkv.stores import PagedStore
+from hfkv.stores import ContiguousStore, PagedStore, Store
 from tests.tiny import llama_config
 
 LAYERS = 4
@@ -60,7 +60,6 @@ def test_layers_hold_one_table_whatever_happens(kv: str) -> None:
     cache.batch_select_indices([1]), check("select")
     forward(cache, 9), check("more")
     cache = pickle.loads(pickle.dumps(cache))
-    check("pickled")
     forward(cache, 5), check("pickled, and more")
     cache.reset()
     forward(cache, 5, 2), check("reset")
@@ -140,3 +139,86 @@ def test_planes_that_were_lent_to_one_layer_alone_are_as_large_in_all() -> None:
     assert [len(store.planes[0]) for store in stores(cache)] == [8] * LAYERS
     forward(cache, 20)
     assert is_one_table(cache)
+
+
+@pytest.mark.parametrize("kv", ["", "int8+", "window:8+"])
+@pytest.mark.parametrize("first_failure", range(4))
+def test_what_finds_no_memory_to_shrink_goes_on_as_it_is(
+    kv: str, first_failure: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [cache_of(kv + "paged+page_size:4") for _ in range(2)]
+    for cache in caches:
+        torch.manual_seed(0)
+        forward(cache, 90, 6)
+    allocate, calls = Store.allocate, iter(range(1000))
+
+    def scarce(self: Store, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        if next(calls) >= first_failure:
+            raise MemoryError("none left")
+        return allocate(self, shape, like)
+
+    monkeypatch.setattr(Store, "allocate", scarce)
+    caches[0].batch_select_indices([1])
+    monkeypatch.undo()
+    caches[1].batch_select_indices([1])
+    for _ in range(3):
+        for cache in caches:
+            torch.manual_seed(1)
+            forward(cache, 1)
+    for one, other in zip(*map(stores, caches), strict=True):
+        assert one.length == other.length
+        for plane, expected in zip(one.read(), other.read(), strict=True):
+            assert torch.equal(plane.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("store", ["contiguous", "paged+page_size:4"])
+def test_a_window_that_finds_no_memory_to_shrink_has_let_go_of_its_tokens(
+    store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(f"window:8+{store}")
+    forward(cache, 590)
+
+    def none_left(self: Store, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("none left")
+
+    for kind in (ContiguousStore, PagedStore):
+        monkeypatch.setattr(kind, "allocate", none_left)
+    forward(cache, 1)
+    monkeypatch.undo()
+    forward(cache, 1)
+    assert {store.length for store in stores(cache)} == {4 + 8}  # sinks, and the newest
+
+
+def test_a_reorder_that_failed_midway_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of("contiguous")
+    forward(cache, 5, 4)
+    allocate, failing = ContiguousStore.allocate, cache.leaves[1].store
+
+    def scarce(self: Store, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        if self is failing:
+            raise MemoryError("none left")
+        return allocate(self, shape, like)
+
+    monkeypatch.setattr(ContiguousStore, "allocate", scarce)
+    with pytest.raises(MemoryError, match="none left"):
+        cache.reorder_cache(torch.tensor([1, 1, 1, 1]))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="its layers hold different tokens"):
+        forward(cache, 1, 4)
+    cache.reset()
+    forward(cache, 1, 4)
+
+
+def test_a_pickle_counts_the_stores_that_are_in_it() -> None:
+    cache = cache_of()
+    forward(cache, 40)
+    fork = cache.fork()
+    alone = pickle.loads(pickle.dumps(cache))
+    both = pickle.loads(pickle.dumps((cache, fork)))
+    assert [store.pages.stores for store in stores(alone)] == [1] * LAYERS
+    assert [store.pages.stores for store in stores(both[0])] == [2] * LAYERS
+    alone.crop(-38)
+    assert stores(alone)[0].blocks.used == 1
+    assert alone.nbytes() < cache.nbytes() / 4
+    both[0].crop(-38)
+    assert stores(both[1])[0].blocks.used == 10
