@@ -56,6 +56,20 @@ def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: HeadShape)
     assert all("CPU" in (check.note or "") for check in appends if check.outcome == NOT_TESTED)
 
 
+def test_values_are_tested_in_the_order_that_stores_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def attend(query: torch.Tensor, keys: Encoded, values: Encoded, *rest: Any) -> Attended:
+        asked.append((keys.codec.name, values.planes[0].stride(2), keys.planes[0].stride(3)))
+        return attention_naive(query, keys, values, *rest, dtype=query.dtype)
+
+    attend_with(monkeypatch, attend)
+    monkeypatch.setattr(selftest, "wants_values_innermost", lambda *_: True)
+    assert {check.outcome for check in of(run(), "decode", "prefill")} == {RIGHT}
+    assert {codec for codec, of_token, _ in asked if of_token == 1} == set(CODECS) - {"none"}
+    assert {of_number for *_, of_number in asked} == {1}
+
+
 def attend_with(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
     monkeypatch.setattr(selftest, "attention_kernel", lambda *_: Kernel("broken", "for a test", kernel))
 

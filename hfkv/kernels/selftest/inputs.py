@@ -80,8 +80,14 @@ def random_arguments(
     setting: Scenario,
     device: torch.device,
     dtype: torch.dtype,
+    values_innermost: bool = False,
 ) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility, Scoring]:
-    """Makes random arguments of an attention kernel; memory without tokens is poison."""
+    """Makes random arguments of an attention kernel; memory without tokens is poison.
+
+    Args:
+        heads, codec, store, num_queries, setting, device, dtype: what to make arguments for.
+        values_innermost: whether the tokens of the values' data lie side by side; see `hfkv.kernels.backend.Asked`.
+    """
     generator = torch.Generator().manual_seed(0)
     batch, num_heads = len(setting.pads), heads.num_kv_heads * heads.groups
     layout = random_layout(batch, store, generator)
@@ -89,6 +95,8 @@ def random_arguments(
     for dim in heads[:2]:
         planes = CODECS[codec].encode(randn((batch, heads.num_kv_heads, NUM_TOKENS, dim), device, dtype, generator))
         parts.append(Encoded(CODECS[codec], tuple(_placed(plane, layout) for plane in planes), dim))
+    if values_innermost:
+        parts[1] = turned(parts[1])
     query = randn((batch, num_heads, num_queries, heads.query_dim), device, dtype, generator) * 2
     logits = randn((num_heads,), device, dtype, generator) if setting.has_sink_logits else None
     scoring = Scoring(heads.query_dim**-0.5, setting.softcap, logits)
@@ -151,6 +159,12 @@ def room(codec: str, new: torch.Tensor, layout: Layout) -> Encoded:
     blocks = blocks if layout.table is None else layout.table.numel()
     planes = CODECS[codec].encode(new)
     return Encoded(CODECS[codec], tuple(_poisoned((blocks, heads, slots, p.shape[3]), p) for p in planes), head_dim)
+
+
+def turned(tokens: Encoded) -> Encoded:
+    """The same tokens, those of the data side by side."""
+    data, *scales = tokens.planes
+    return tokens._replace(planes=(data.transpose(2, 3).contiguous().transpose(2, 3), *scales))
 
 
 def _poisoned(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from hfkv.codecs import CODECS
 from hfkv.kernels.cpu import int8_matmul
 from hfkv.kernels.cpu.int8_matmul import is_exact
-from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel
+from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel, wants_values_innermost
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive, attention_naive
 from hfkv.kernels.selftest import int8 as selftest_int8
@@ -30,6 +30,7 @@ from hfkv.kernels.selftest.inputs import (
     random_arguments,
     random_layout,
     room,
+    turned,
 )
 
 RIGHT, WRONG, RAISED, NOT_TESTED = "right", "wrong", "raised", "not tested"
@@ -134,11 +135,13 @@ def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtyp
     choose, twin = (
         (latent_kernel, latent_attention_naive) if blank.heads.is_latent else (attention_kernel, attention_naive)
     )
-    kernel = choose(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2])
+    is_innermost = _is_innermost(blank, device, dtype)
+    kernel = choose(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2], is_innermost)
     check = replace(blank, kernel=kernel.name)
     if kernel.run is None:
         return replace(check, note=kernel.reason)
-    given = random_arguments(blank.heads, blank.codec, blank.store, blank.num_tokens, setting, device, dtype)
+    shape = blank.heads, blank.codec, blank.store, blank.num_tokens
+    given = random_arguments(*shape, setting, device, dtype, is_innermost)
     exact = twin(*given, dtype=torch.float64)
     plain = twin(*given, dtype=dtype)
     try:
@@ -146,6 +149,14 @@ def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtyp
     except Exception as error:  # as in `_caught`, and the kernel is known by now
         return replace(check, outcome=RAISED, note=f"{type(error).__name__}: {error}")
     return _judged(check, got, plain, exact)
+
+
+def _is_innermost(check: Check, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether stores on this device keep the tokens of the values' data side by side."""
+    assert check.heads is not None
+    if check.heads.is_latent or CODECS[check.codec].is_lossless:
+        return False
+    return wants_values_innermost(check.codec, dtype, device, check.heads[:2])
 
 
 def _judged(check: Check, got: Any, plain: Any, exact: Any) -> Check:
@@ -172,7 +183,8 @@ def _judged(check: Check, got: Any, plain: Any, exact: Any) -> Check:
 
 def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Check:
     assert blank.heads is not None
-    kernel = append_kernel(blank.codec, dtype, device, blank.heads[:2])
+    is_innermost = _is_innermost(blank, device, dtype)
+    kernel = append_kernel(blank.codec, dtype, device, blank.heads[:2], is_innermost)
     check = replace(blank, kernel=kernel.name)
     if kernel.run is None:
         return replace(check, note=kernel.reason)
@@ -185,6 +197,8 @@ def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Che
     shape = (batch, blank.heads.num_kv_heads, check.num_tokens)
     new_keys, new_values = (randn((*shape, dim), device, dtype, generator) for dim in blank.heads[:2])
     ours, expected = ([room(check.codec, new, layout) for new in (new_keys, new_values)] for _ in range(2))
+    if is_innermost:
+        ours[1] = turned(ours[1])
     try:
         kernel.run(new_keys, new_values, *ours, layout)
     except Exception as error:  # as in `_check_attention`
