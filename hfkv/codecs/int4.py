@@ -57,7 +57,7 @@ class Int4(Codec):
         # Rows whose numbers are all the same have a scale of 1, beside which small numbers would be lost. Scales are
         # looked at first: to go through all codes takes longer than to unpack them.
         is_even = scale == 1
-        if scale.device.type == "cpu" and is_even.any():
+        if head_dim and scale.device.type == "cpu" and is_even.any():
             scale = scale.masked_fill(is_even & (packed.amax(dim=-1) == 0), 0)
         return Affine(_unpacked(packed, head_dim).to(dtype), scale, low + _CENTRE * scale)
 

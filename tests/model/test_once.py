@@ -10,8 +10,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import LinearAttentionAndFullAttentionLayer
 
 import hfkv
-from hfkv.cache.kv_cache import _choose
-from hfkv.cache.selection import repeated
+from hfkv.cache.selection import choose_rows, repeated
 from tests.tiny import greedy, llama, prompt
 from tests.zoo import NAMED, architectures, build, generate
 from tests.zoo import prompt as prompt_for
@@ -281,6 +280,6 @@ def test_a_layer_with_keys_and_a_state_repeats_both() -> None:
     layer.update_conv_state(torch.randn(2, 4, 3))
     layer.update_recurrent_state(torch.randn(2, 4))
     rows = [layer.keys, layer.conv_states[0], layer.recurrent_states[0]]
-    _choose(layer, "batch_repeat_interleave", repeated, 3)
+    choose_rows(layer, "batch_repeat_interleave", repeated, 3)
     for before, now in zip(rows, [layer.keys, layer.conv_states[0], layer.recurrent_states[0]], strict=True):
         assert torch.equal(now, before.repeat_interleave(3, dim=0))
