@@ -21,6 +21,7 @@ from hfkv.kernels.experts import triton as triton_experts
 from hfkv.kernels.experts import triton_combine as triton_experts_combine
 from hfkv.kernels.experts import triton_slots as triton_experts_slots
 from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import append as triton_append
 from hfkv.kernels.triton import latent as triton_latent
 from hfkv.kernels.triton import merge as triton_merge
@@ -30,7 +31,7 @@ from hfkv.kernels.triton.prefill import prefill_attention
 from hfkv.kernels.triton.tiling import LITTLE_SHARED_MEMORY, SHARED_MEMORY, Device
 from hfkv.stores.layout import Layout
 from tests.kernels.expert_cases import choose, stack
-from tests.kernels.held import garbage, transposed
+from tests.kernels.held import garbage
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64"}
 POINTERS |= {torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32"}
@@ -132,7 +133,7 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     shape = (2, 2, page_size or 2 * length, head_dim)
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
     if "transposed" in options:
-        values = transposed(values)
+        values = turned(values)
     num_queries = length if operation == "prefill" else 1
     num_queries = 4 if "few" in options else num_queries
     num_heads = 16 if "wide" in options else 2 * _number(options, "groups", 4)

@@ -48,13 +48,6 @@ def paged(codec: str, tokens: torch.Tensor, table: torch.Tensor, spans: Spans, p
     return encoded
 
 
-def transposed(encoded: Encoded) -> Encoded:
-    """The same planes, of whose data the tokens lie side by side: stride 1 along them."""
-    data = encoded.planes[0]
-    bits = data.view(torch.uint8) if data.dtype == torch.float8_e4m3fn else data
-    return encoded._replace(planes=(bits.mT.contiguous().mT.view(data.dtype), *encoded.planes[1:]))
-
-
 def shuffled(batch: int, columns: int) -> torch.Tensor:
     """A block table of pages in no order."""
     return torch.randperm(batch * columns).view(batch, columns)

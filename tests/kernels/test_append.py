@@ -13,6 +13,7 @@ from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.naive import append_naive
 from hfkv.kernels.native import kernels as native
 from hfkv.kernels.native.library import library, why_not
+from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import append as triton
 from hfkv.stores.layout import Layout
 from tests.kernels.held import garbage, shuffled, sparse
@@ -37,12 +38,6 @@ def assert_same_bytes(one: Encoded, other: Encoded) -> None:
         assert torch.equal(plane.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
-def transposed(encoded: Encoded) -> Encoded:
-    """The same planes, the numbers of a token as far apart as its tokens are many."""
-    data, *rest = encoded.planes
-    return Encoded(encoded.codec, (data.transpose(2, 3).contiguous().transpose(2, 3), *rest), encoded.head_dim)
-
-
 def check(
     append: Any,
     codecs: tuple[str, str],
@@ -57,7 +52,7 @@ def check(
         for _ in range(2)
     ]
     for side in sides:
-        side[:] = [transposed(part) if turned else part for part, turned in zip(side, is_transposed, strict=True)]
+        side[:] = [turned(part) if is_turned else part for part, is_turned in zip(side, is_transposed, strict=True)]
     append(*new, *sides[0], layout)
     append_naive(*new, *sides[1], layout)
     for one, other in zip(*sides, strict=True):

@@ -9,12 +9,13 @@ import torch
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
+from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import call, operator
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.digits.numbers import NIBBLES
 from hfkv.kernels.triton.tiling import Tiling
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled, transposed, worst
+from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled, worst
 from tests.kernels.test_triton_decode import VISIBILITIES, rows
 
 SMALL = Tiling(8, 32, 4, 3)
@@ -52,7 +53,7 @@ def test_shapes(
         decode_attention,
         rows(2, groups, min(num_queries, length), head_dim, dtype=dtype, device=device),
         aligned(codec, k, start=3),
-        transposed(aligned(codec, v, start=3)),
+        turned(aligned(codec, v, start=3)),
         Layout(length, start=3),
         Visibility(seen=length, pads=(0, 0)),
         Scoring(head_dim**-0.5),
@@ -76,7 +77,7 @@ def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, d
         decode_attention,
         rows(2, 4, 1, 64, device=device),
         paged(codec, k, table, spans, page_size),
-        transposed(paged(codec, v, table, spans, page_size)),
+        turned(paged(codec, v, table, spans, page_size)),
         Layout(length, table=table, spans=spans),
         Visibility(seen=length, pads=(0, 177)),
         Scoring(0.125),
@@ -90,7 +91,7 @@ def test_keys_and_values_of_their_own_codecs_and_widths(codecs: tuple[str, str],
         decode_attention,
         rows(1, 4, 2, 96, device=device),
         aligned(codecs[0], rows(1, 1, 300, 96, device=device)),
-        transposed(aligned(codecs[1], rows(1, 1, 300, 40, device=device))),
+        turned(aligned(codecs[1], rows(1, 1, 300, 40, device=device))),
         Layout(300),
         Visibility(seen=300, pads=(0,)),
         Scoring(0.1),
@@ -126,7 +127,7 @@ def test_visibility(
     layout = Layout(length, table=table, spans=spans)
     keys, values = (aligned(codec, x) if table is None else paged(codec, x, table, spans, page_size) for x in (k, v))
     query = rows(3, 4, 3, 64, device=device)
-    check(decode_attention, query, keys, transposed(values), layout, visibility, Scoring(0.125), num_splits=2)
+    check(decode_attention, query, keys, turned(values), layout, visibility, Scoring(0.125), num_splits=2)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_scoring(num_splits: int, softcap: float | None, with_sinks: bool, devic
         decode_attention,
         rows(2, 4, 1, 64, device=device),
         aligned("int4", k),
-        transposed(aligned("int4", v)),
+        turned(aligned("int4", v)),
         Layout(300),
         Visibility(seen=300, pads=(300, 100)),
         Scoring(0.5, softcap=softcap, sink_logits=sinks),
@@ -154,7 +155,7 @@ def test_queries_without_digits_and_tokens_without_numbers_are_nan(device: torch
     query = rows(1, 4, 1, 64, device=device)
     query[0, 1, 0, 5], query[0, 2, 0, 6] = float("nan"), float("inf")
     arguments = Layout(300), Visibility(300, (0,)), Scoring(0.125)
-    out, _ = decode_attention(query, aligned("int8", k), transposed(aligned("int8", v)), *arguments)
+    out, _ = decode_attention(query, aligned("int8", k), turned(aligned("int8", v)), *arguments)
     assert out.isnan().all(-1)[0, :, 0].tolist() == [False, True, True, False]
     assert not out[:, ::3].isnan().any()
     query[0, 1:3] = 0.0
@@ -163,7 +164,7 @@ def test_queries_without_digits_and_tokens_without_numbers_are_nan(device: torch
             spoiled = part.clone()
             spoiled[0, 0, 200, 7] = float("nan")
             keys, values = (aligned(codec, spoiled if part is x else x) for x in (k, v))
-            assert decode_attention(query, keys, transposed(values), *arguments)[0].isnan().all()
+            assert decode_attention(query, keys, turned(values), *arguments)[0].isnan().all()
 
 
 @pytest.mark.slow
@@ -177,7 +178,7 @@ def test_a_sink_rounds_no_tail_away(codec: str, device: torch.device) -> None:
     k[0, 0, 0, 0] = 13.8125  # e^13.8 is a million
     v = 1 + rows(1, 1, length, dim, dtype=HALF, device=device) / 8
     v[0, 0, 0] /= 16
-    planes = aligned(codec, k), transposed(aligned(codec, v))
+    planes = aligned(codec, k), turned(aligned(codec, v))
     arguments = query, *planes, Layout(length), Visibility(length, (0,)), Scoring(0.125)
     out, _ = decode_attention(*arguments, num_splits=2)
     expected, _ = attention_naive(*arguments, torch.float64)
@@ -192,14 +193,14 @@ def test_keys_and_values_of_very_different_scales_in_a_tile(codec: str, device: 
     query = rows(1, 4, 1, 64, device=device) * torch.tensor([1.0, 1e-2, 1e-5, 0.0], device=device)[:, None, None]
     arguments = Layout(300), Visibility(300, (0,)), Scoring(0.125)
     for keys, values in ((k, v), (k, v / sizes), (k / sizes, v)):
-        encoded = aligned(codec, keys.to(BF16)), transposed(aligned(codec, values.to(BF16)))
+        encoded = aligned(codec, keys.to(BF16)), turned(aligned(codec, values.to(BF16)))
         check(decode_attention, query.to(BF16), *encoded, *arguments)
 
 
 def test_equal_scores_average(device: torch.device) -> None:
     v = rows(1, 1, 640, 64, device=device)
     query = torch.zeros(1, 4, 1, 64, dtype=BF16, device=device)
-    values = transposed(aligned("int8", v))
+    values = turned(aligned("int8", v))
     out, lse = decode_attention(query, aligned("int8", v), values, Layout(640), Visibility(640, (0,)), Scoring(0.125))
     expected, _ = attention_naive(
         query, aligned("int8", v), values, Layout(640), Visibility(640, (0,)), Scoring(0.125), torch.float64
@@ -214,7 +215,7 @@ def test_int8_errs_as_its_codes_do(device: torch.device) -> None:
     arguments = Layout(400), Visibility(400, (0,)), Scoring(128**-0.5)
     exact, _ = attention_naive(query, contiguous("none", k), contiguous("none", v), *arguments, torch.float64)
     keys, values = aligned("int8", k), aligned("int8", v)
-    error = worst(decode_attention(query, keys, transposed(values), *arguments)[0], exact)
+    error = worst(decode_attention(query, keys, turned(values), *arguments)[0], exact)
     assert error <= 2e-2
     # Rounded as any output is.
     twin = attention_naive(query, keys, values, *arguments, torch.float64)[0].to(BF16)
@@ -236,7 +237,7 @@ def test_the_assembly_takes_the_nibbles_that_operations_on_bytes_do() -> None:
 @pytest.mark.parametrize("num_splits", [1, 8, 9])
 def test_the_last_of_a_few_splits_merges_them(num_splits: int, device: torch.device) -> None:
     k, v = rows(2, 1, 1, 300, 64, device=device)
-    keys, values, layout = aligned("int4", k), transposed(aligned("int4", v)), Layout(300)
+    keys, values, layout = aligned("int4", k), turned(aligned("int4", v)), Layout(300)
     visibility = Visibility(300, (50,))
     inputs = DeviceInputs.allocate(layout, visibility, device)
     merged = mock.Mock(wraps=call.merge)

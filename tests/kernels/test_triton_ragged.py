@@ -10,11 +10,12 @@ from hfkv.kernels.device_inputs import DeviceInputs, Rows
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive, ragged_naive, row_of
+from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.latent import latent_attention
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled, transposed, worst
+from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled, worst
 from tests.kernels.test_triton_decode import BF16, rows
 
 LENGTH = 144
@@ -43,7 +44,7 @@ def test_rows_attend_as_alone(codec: str, page_size: int, is_windowed: bool, dev
         decode_attention,
         rows(4, 2, 1, 64, device=device),
         keys,
-        values if codec == "none" else transposed(values),
+        values if codec == "none" else turned(values),
         layout,
         visibility,
         Scoring(0.125),

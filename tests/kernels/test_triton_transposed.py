@@ -7,12 +7,13 @@ from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive
+from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.latent import latent_attention
 from hfkv.kernels.triton.prefill import prefill_attention
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled, transposed
+from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled
 from tests.kernels.test_triton_decode import BF16, SINGLE, rows
 
 
@@ -35,7 +36,7 @@ def test_attention_reads_them(
         decode_attention if num_queries < 16 else prefill_attention,
         rows(2, 2, num_queries, 64, dtype=dtype, device=device),
         keys,
-        transposed(values),
+        turned(values),
         Layout(length, table=table, spans=spans),
         Visibility(length, (0, 30)),
         Scoring(0.125),
@@ -48,7 +49,7 @@ def test_latents_attend_with_rotary_keys_that_lie_so(codec: str, device: torch.d
         latent_attention,
         rows(1, 4, 1, 80, device=device),
         contiguous(codec, rows(1, 1, 70, 64, device=device)),
-        transposed(contiguous(codec, rows(1, 1, 70, 16, device=device))),
+        turned(contiguous(codec, rows(1, 1, 70, 16, device=device))),
         Layout(70),
         Visibility(70, (0,)),
         Scoring(0.125),
@@ -66,7 +67,7 @@ def test_new_tokens_are_written_to_them(codec: str, page_size: int, device: torc
     if page_size:
         layout = Layout(5, table=shuffled(2, 3), spans=((0, 5),))
         shape = (6, 2, page_size, 96)
-    sides = [[garbage(codec, shape, BF16, device), transposed(garbage(codec, shape, BF16, device))] for _ in range(2)]
+    sides = [[garbage(codec, shape, BF16, device), turned(garbage(codec, shape, BF16, device))] for _ in range(2)]
     append(*new, *sides[0], layout)
     append_naive(*new, *sides[1], layout)
     for one, other in zip(*sides, strict=True):

@@ -21,6 +21,18 @@ FEW_SPLITS = 8
 LOADED = 4096
 
 
+@triton.jit
+def store_joined(lse_ptr, rows, is_row, part_lse):
+    """Joins the log-sum-exps `[rows, splits]` of splits, and stores them at `rows`; gives it, 0 where there is none."""
+    highest = tl.max(part_lse, 1)
+    finite = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(part_lse - finite[:, None]), 1)
+    is_empty = total == 0.0
+    lse = finite + tl.log(tl.where(is_empty, 1.0, total))
+    tl.store(lse_ptr + rows, tl.where(is_empty, float("-inf"), lse), mask=is_row)
+    return lse
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge_kernel(
     parts_ptr,
@@ -45,12 +57,7 @@ def _merge_kernel(
     every = tl.arange(0, MAX_SPLITS)
     exists = is_row[:, None] & (every < num_splits)[None, :]
     part_lse = tl.load(part_lse_ptr + at[:, None] + every[None, :] * num_rows, mask=exists, other=float("-inf"))
-    highest = tl.max(part_lse, 1)
-    finite = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp(part_lse - finite[:, None]), 1)
-    is_empty = total == 0.0
-    lse = finite + tl.log(tl.where(is_empty, 1.0, total))
-    tl.store(lse_ptr + at, tl.where(is_empty, float("-inf"), lse), mask=is_row)
+    lse = store_joined(lse_ptr, at, is_row, part_lse)
 
     d = tl.arange(0, PADDED)
     out = tl.zeros([BLOCK_R, PADDED], tl.float32)
@@ -106,12 +113,7 @@ def merge_last(
         exists = is_row[:, None] & (every < num_splits)[None, :]
         part_lse_at = part_lse_ptr + rows[:, None] + every[None, :] * num_rows
         part_lse = tl.load(part_lse_at, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        highest = tl.max(part_lse, 1)
-        finite = tl.where(highest == float("-inf"), 0.0, highest)
-        total = tl.sum(tl.exp(part_lse - finite[:, None]), 1)
-        is_empty = total == 0.0
-        lse = finite + tl.log(tl.where(is_empty, 1.0, total))
-        tl.store(lse_ptr + rows, tl.where(is_empty, float("-inf"), lse), mask=is_row)
+        lse = store_joined(lse_ptr, rows, is_row, part_lse)
         d = tl.arange(0, PADDED)
         out = tl.zeros([BLOCK_M, PADDED], tl.float32)
         for split in range(0, num_splits, BLOCK_S):

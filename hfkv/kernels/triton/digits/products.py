@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.triton.digits.numbers import digits_of, nibbles, summed
-from hfkv.kernels.triton.numbers import cast, tanh
-from hfkv.kernels.triton.products import LN_2, LOG2_E
+from hfkv.kernels.triton.numbers import tanh
+from hfkv.kernels.triton.products import LOG2_E
+from hfkv.kernels.triton.products import store_split as store_floats
 
 
 @triton.jit
@@ -229,17 +230,7 @@ def store_split(
     """Stores one split's output `[.., D]`, int4 values still rotated, and its log-sum-exp at `rows`, int64."""
     highest, total = softmax
     acc, acc_high, offset = sums
-    total = tl.sum(total, 1)
-    offset = tl.sum(offset, 1)
-    is_empty = total == 0.0
-    share = 1.0 / tl.where(is_empty, 1.0, total)
-    d = tl.arange(0, PADDED)
-    out_at = out_ptr + rows[:, None] * D + d[None, :]
-    out = (acc + offset[:, None]) * share[:, None]
-    tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & (d < WIDTH)[None, :])
-    if CODEC == "int4":
-        out = (acc_high + offset[:, None]) * share[:, None]
-        valid = is_row[:, None] & (d < D - WIDTH)[None, :]
-        tl.store(out_at + WIDTH, cast(out, out_ptr.dtype.element_ty), mask=valid)
-    exponent = highest * factor + tl.log2(tl.where(is_empty, 1.0, total))
-    tl.store(lse_ptr + rows, tl.where(is_empty, float("-inf"), exponent * LN_2), mask=is_row)
+    store_floats(
+        *(out_ptr, lse_ptr, rows, is_row, acc, acc_high, tl.sum(offset, 1), highest * factor, tl.sum(total, 1)),
+        *(CODEC, D, WIDTH, PADDED),
+    )
