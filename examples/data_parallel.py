@@ -120,6 +120,9 @@ def main(
             out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         said = f"prompts: {len(given)}, processes: {state.num_processes}, {loaded.hfkv!r}: {seconds:.1f} s"
         Console(stderr=True, soft_wrap=True).print(said)
+    # A thread of gloo still lets go of the gathered tensors, for which it needs the interpreter: one that is ending by
+    # then aborts the process (torch 2.13).
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 
