@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.faults.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
-TIERS = {"default": "not slow", "slow": "slow"}
+TIERS = {"default": "not slow and not compile", "slow": "slow"}
 _COPIED = ("hfkv", "patches", "tests", "docs", "examples")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__")
 _WHERE = "import hfkv, hfkv.patches, tests; print(*(m.__file__ for m in (hfkv, hfkv.patches, tests)), sep='\\n')"
