@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.stores.huge_pages import advise
+
 # Where tokens are innermost, there is room for a multiple of so many: kernels read 16 bytes of a number's run at once.
 ALIGNED_TOKENS = 16
 
@@ -32,6 +34,7 @@ def allocate(
             return allocate(shape, dtype, device, tokens_innermost)
     try:
         memory = torch.empty(shape, dtype=dtype, device=device)
+        advise(memory)
         return shaped(memory, shape, True) if tokens_innermost else memory
     except RuntimeError as error:
         raise no_memory(torch.Size(shape).numel() * dtype.itemsize, str(device), error) from error

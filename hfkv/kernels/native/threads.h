@@ -18,8 +18,8 @@ inline Region region = nullptr;
 // Calls to come that the pool serves, and how many it is to serve when torch's threads come late again.
 inline std::atomic<int> apart{0}, patience{16};
 constexpr int MOST_PATIENCE = 1024;
-// How much longer than the calling thread others may take: a part of its own time, and a while to wake up in.
-constexpr double LATE = 0.5, WAKING = 100e-6;
+// How much longer than the calling thread others may take: as long as so many tasks take, and a while to wake up in.
+constexpr double LATE = 2, WAKING = 100e-6;
 
 // Calls `work(i)`, which may not throw, for i = 0 .. tasks - 1 on so many threads, this one among them.
 template <typename Work> void share(int64_t threads, int64_t tasks, const Work &work) {
@@ -31,14 +31,16 @@ template <typename Work> void share(int64_t threads, int64_t tasks, const Work &
     std::atomic<int64_t> next{0};
     auto caller = std::this_thread::get_id();
     auto began = Clock::now(), done = began;
+    int64_t own = 0;  // tasks of this thread
     auto take_part = [&] {
-        for (int64_t i = next++; i < tasks; i = next++) work(i);
-        if (std::this_thread::get_id() == caller) done = Clock::now();
+        int64_t taken = 0;
+        for (int64_t i = next++; i < tasks; i = next++, taken++) work(i);
+        if (std::this_thread::get_id() == caller) done = Clock::now(), own = taken;
     };
     region([](void *given) { (*static_cast<decltype(take_part) *>(given))(); }, &take_part,
            unsigned(std::min(threads, tasks)), 0);
     std::chrono::duration<double> worked = done - began, waited = Clock::now() - done;
-    bool is_late = waited.count() > worked.count() * LATE + WAKING;
+    bool is_late = waited.count() > worked.count() / std::max<int64_t>(own, 1) * LATE + WAKING;
     int calls = is_late ? patience.load(std::memory_order_relaxed) : 0;
     apart.store(calls, std::memory_order_relaxed);
     patience.store(is_late ? std::min(2 * calls, MOST_PATIENCE) : 16, std::memory_order_relaxed);
