@@ -15,6 +15,8 @@ Planes = tuple[torch.Tensor, ...]
 # Scales are kept in bfloat16: two bytes, and every magnitude a model can produce fits.
 SCALE_DTYPE = torch.bfloat16
 
+_MOST_HALF = torch.finfo(torch.float16).max
+
 # Numbers encoded together on a CPU.
 _TOGETHER = 1 << 18
 # So few tokens are copied to be encoded in one go: each operation takes longer than their numbers do.
@@ -97,8 +99,11 @@ class Codec(ABC):
 
     @in_own_precision
     def decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """Decodes planes `[B, H, T, d_i]` to `[B, H, T, head_dim]` of `dtype`."""
-        return self._decode(planes, head_dim, dtype)
+        """Decodes planes `[B, H, T, d_i]` to `[B, H, T, head_dim]` of `dtype`; what is finite stays so in float16."""
+        if dtype != torch.float16 or self.is_lossless:
+            return self._decode(planes, head_dim, dtype)
+        # What was rounded up from the largest of the numbers there are would be infinite.
+        return self._decode(planes, head_dim, torch.float32).clamp_(-_MOST_HALF, _MOST_HALF).to(dtype)
 
     @abstractmethod
     def _decode(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

@@ -99,6 +99,14 @@ def test_zeros_stay_zeros_and_nan_stays_nan(name: str) -> None:
     assert bool(y[0, 0, 1, 3].isnan())
 
 
+@pytest.mark.parametrize("name", CODECS)
+def test_the_largest_numbers_of_half_precision_stay_finite(name: str) -> None:
+    most = torch.finfo(torch.float16).max
+    x = torch.full((1, 1, 4, 64), most, dtype=torch.float16) * torch.tensor([1, -1, 0.999, 0.98])[:, None]
+    x[:, :, :, ::3] = 1
+    assert bool(CODECS[name].decode(CODECS[name].encode(x.half()), 64, torch.float16).isfinite().all())
+
+
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e5, 1e30])
 def test_any_magnitude_keeps_its_relative_error(name: str, magnitude: float) -> None:
