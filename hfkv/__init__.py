@@ -89,6 +89,10 @@ def __dir__() -> list[str]:
 connect(
     {
         "least_lossy": "hfkv.planning.plan:least_lossy",
+        "find_codecs": "hfkv.eval.fidelity:find_codecs",
+        "config_to_text": "hfkv.sharing.files.config_text:config_to_text",
+        "config_from_text": "hfkv.sharing.files.config_text:config_from_text",
+        "search_bar": "hfkv.cli.search_bar:search_bar",
         "save_cache": "hfkv.sharing.files.cache_file:save_cache",
         "load_cache": "hfkv.sharing.files.cache_file:load_cache",
         "plain_text": "hfkv.cli.tables:plain_text",

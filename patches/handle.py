@@ -144,7 +144,8 @@ class Patch:
             "" if self.graphs is None else ", graphs" if self.graphs.off is None else f", no graphs: {self.graphs.off}"
         )
         experts = "" if self.moe is None else f", {self.moe.summary()}"
-        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}, {attention}{experts}{graphs})"
+        layers = "".join(f", layers {indices} {kv}" for indices, kv in self.kv.layers.items())
+        return f"Patch({type(self.model).__name__}, kv={str(self.kv)!r}{layers}, {attention}{experts}{graphs})"
 
 
 def models_in(model: PreTrainedModel) -> list[PreTrainedModel]:

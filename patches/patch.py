@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
 from hfkv.patches.rotary import set_exact_rotary
 from hfkv.policy.config import KVConfig
+from hfkv.policy.ports import port
 from hfkv.sharing.refusals import sharing_refusal
 
 logger = logging.getLogger("hfkv")
@@ -34,6 +36,7 @@ def patch(
     moe: MoEConfig | str | None = None,
     exact_rotary: bool = False,
     graphs: bool = False,
+    calibration: Any = None,
 ) -> Patch:
     """Gives every `generate` call of `model` a fresh hfkv cache, and the model the attention that reads it.
 
@@ -50,6 +53,8 @@ def patch(
         exact_rotary: compute rotary angles in float64, exact at any position. This changes the last bits of results.
         graphs: capture the decode step in a CUDA graph and replay it. Where that cannot be, the reason is logged and
             the step runs as usual.
+        calibration: with ``kv="auto:0.5%"``, what the codecs are found on: token ids `[T]`, a str, or None for a text
+            that comes with hfkv; see `KVConfig.for_fidelity`. ``handle.kv`` is the config found.
 
     Returns:
         The handle: ``handle.undo()``, or use it in a ``with`` statement.
@@ -75,7 +80,7 @@ def patch(
             f"{type(base).__name__} is part of a patched model, or a part of it ({type(overlapping[0]).__name__}) is "
             "patched already; take that patch off first"
         )
-    handle = Patch(base, KVConfig.of(kv))
+    wanted = KVConfig.of(kv)
     experts = None if moe is None else MoEConfig.of(moe)
     if graphs and experts is not None and experts.offload:
         raise ValueError(
@@ -83,6 +88,7 @@ def patch(
             "CUDA graph cannot hold; leave one of them out"
         )
     check_generate(base)
+    handle = Patch(base, _found(model, wanted, calibration))
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
         reason = sharing_refusal(base.config, probe)
@@ -131,6 +137,20 @@ def unpatch(model: Any) -> None:
     if "hfkv" not in vars(base):
         raise RuntimeError(f"{type(base).__name__} is not patched")
     base.hfkv.undo()
+
+
+def _found(model: Any, kv: KVConfig, calibration: Any) -> KVConfig:
+    """The config itself, or the one that keeps its promise."""
+    if kv.loss_change is None:
+        if calibration is not None:
+            raise ValueError(
+                f'calibration is what codecs are found on for a promise such as kv="auto:0.5%"; kv={str(kv)!r} '
+                "promises nothing: leave calibration out"
+            )
+        return kv
+    found = port("find_codecs")(model, calibration, kv.loss_change, kv=replace(kv, loss_change=None))
+    logger.info("%s: %s", kv, found)
+    return found.kv
 
 
 def _accept_own_attention(handle: Patch) -> None:

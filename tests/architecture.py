@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparse_moe": ABOVE_CACHE,
     "planning": ABOVE_CACHE,
     "patches": (*ABOVE_CACHE, "sparse_moe", "planning"),
-    "eval": PATCHED,
+    "eval": (*PATCHED, "tiny_lm"),
     "bench": PATCHED,
     "cli": (*PATCHED, "eval", "bench", "tiny_lm"),
     "tiny_lm": (),

@@ -31,6 +31,7 @@ def build_layers(
     Raises:
         ValueError: there is no plain layer, or `kv` does not fit the layers.
     """
+    _check_found(kv)
     config = decoder_config(config_or_model)
     cross = cross_attention_layers(config)
     if rotary is None and kv.needs_rotary:
@@ -44,6 +45,15 @@ def build_layers(
     _check_heads(kv, config)
     _check_spread(kv, config_or_model)
     return layers
+
+
+def _check_found(kv: KVConfig) -> None:
+    if kv.loss_change is not None:
+        raise ValueError(
+            f"{str(kv)!r} is a promise that a loaded model has to be measured for: hfkv.patch(model, kv=...) and "
+            "KVConfig.for_fidelity(model) find the codecs that keep it; give the config that they find (on a patched "
+            "model, model.hfkv.new_cache() has it)"
+        )
 
 
 def _check_layers(layers: list[Any], kv: KVConfig, model_type: str) -> None:

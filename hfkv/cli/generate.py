@@ -81,6 +81,7 @@ def stream(
     from transformers import TextStreamer
 
     from hfkv.patches.patch import patch
+    from hfkv.policy.config import KVConfig
 
     if not prompt.strip():
         raise CommandError("the prompt is empty; give a text, or - to read it from stdin")
@@ -117,7 +118,7 @@ def stream(
                 "or a shorter text."
             ) from error
     return Generation(
-        kv=str(handle.kv),
+        kv=str(KVConfig.of(kv)),
         prompt_tokens=num_prompt,
         new_tokens=clock.num_tokens,
         prefill_seconds=clock.prefill_seconds,

@@ -2,6 +2,7 @@
 
 from hfkv.eval.compare import CacheReport, compare
 from hfkv.eval.divergence import kl_divergence
+from hfkv.eval.fidelity import FoundCodecs, find_codecs
 from hfkv.eval.harness import lm_eval_model
 from hfkv.eval.loss import LossReport, held_out_loss, perplexity, top1_agreement
 from hfkv.eval.passkey import pass_key_accuracy, pass_key_prompt
@@ -11,10 +12,12 @@ from hfkv.eval.similarity import attention_similarity
 
 __all__ = [
     "CacheReport",
+    "FoundCodecs",
     "LossReport",
     "attention_similarity",
     "compare",
     "even_depths",
+    "find_codecs",
     "held_out_loss",
     "kl_divergence",
     "lm_eval_model",

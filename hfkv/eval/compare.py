@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ class CacheReport:
 def compare(
     model: Any,
     ids: torch.Tensor,
-    configs: Sequence[KVConfig | str],
+    configs: Sequence[KVConfig | str] | Mapping[str, KVConfig],
     context: int | None = 1024,
     chunk: int = CHUNK,
     on_tokens: Callable[[str, int], None] = lambda kv, num_tokens: None,
@@ -81,8 +81,8 @@ def compare(
         model: A causal language model, or a `PeftModel` around one, not patched; it is left as it was. Where its
             config names no `bos_token_id`, the first token of each block is read and not scored.
         ids: Token ids of the text, [T], int64, without BOS.
-        configs: What to compare with the full cache, which always comes first. A config that says the same as an
-            earlier one is left out.
+        configs: What to compare with the full cache, which always comes first and is called ``"none"``. A config that
+            says the same as an earlier one is left out, but of a mapping all are taken, under the names it gives them.
         context: Tokens a block; the last may be shorter. None reads one stream.
         chunk: Tokens a forward; 1 reads as generation does. See `chunk_slices`.
         on_tokens: Called after each forward with the config and how many tokens it read.
@@ -121,8 +121,8 @@ def compare(
     return [tally.report(tallies[0], chunk) for tally in tallies]
 
 
-def distinct(configs: Sequence[KVConfig | str]) -> dict[str, KVConfig]:
-    """The configs by the name they were given under, the full cache first and each once.
+def distinct(configs: Sequence[KVConfig | str] | Mapping[str, KVConfig]) -> dict[str, KVConfig]:
+    """The configs by the name they were given under, the full cache first and each once; those of a mapping as it is.
 
     Raises:
         TypeError, ValueError: A config cannot be read.
@@ -130,6 +130,8 @@ def distinct(configs: Sequence[KVConfig | str]) -> dict[str, KVConfig]:
     if isinstance(configs, (str, KVConfig)):
         raise TypeError(f"configs must be a list of configs, got one: write [{configs!r}]")
     found = {FULL: KVConfig()}
+    if isinstance(configs, Mapping):
+        return {**found, **configs, FULL: KVConfig()}
     for given in configs:
         kv = KVConfig.of(given)
         if kv not in found.values():

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hfkv.policy.ports import port
+from hfkv.policy.promise import check_share
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.units import read_bytes, shortened
 from hfkv.policy.window import Window
@@ -35,6 +36,8 @@ class KVConfig:
             number, or ``"8GiB"``. None keeps only the newest page of each row there.
         reuse: None, or a `Reuse`: the calls of a patched model share prompt prefixes.
         layers: overrides for single layers, by index or range: ``{"0-1": KVConfig(codec="none")}``.
+        loss_change: None, or a promise: the share by which the model's loss may change against the full cache, 0.005
+            say. `hfkv.patch` then finds the codec of each layer by measuring, as `for_fidelity` does.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -48,6 +51,7 @@ class KVConfig:
     device_budget: int | str | None = None
     reuse: Reuse | None = None
     layers: Mapping[str, KVConfig] = field(default_factory=dict)
+    loss_change: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
@@ -68,6 +72,7 @@ class KVConfig:
             )
         self._check_page_size()
         self._check_layers()
+        self._check_loss_change()
 
     def _check_page_size(self) -> None:
         if self.page_size is None:
@@ -106,17 +111,29 @@ class KVConfig:
             for other in seen:
                 if indices.start < other.stop and other.start < indices.stop:
                     raise ValueError(f"KVConfig.layers names layer {max(indices.start, other.start)} twice")
+            if override.loss_change is not None:
+                raise ValueError(f"KVConfig.layers[{key!r}] must not have a loss_change: it is for all layers together")
             seen.append(indices)
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
 
+    def _check_loss_change(self) -> None:
+        if self.loss_change is None:
+            return
+        object.__setattr__(self, "loss_change", check_share("KVConfig.loss_change", self.loss_change))
+        if self.codec != "none" or self.layers:
+            raise ValueError(
+                "KVConfig.loss_change finds the codec of every layer by itself: leave codec and layers out, or "
+                f"loss_change; got codec={self.codec!r} and {len(self.layers)} layers"
+            )
+
     def __hash__(self) -> int:
         fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
+        return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0])), self.loss_change))
 
     def __reduce__(self) -> tuple:
         # A mapping proxy can be neither copied nor pickled.
         fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        return (KVConfig, (*fields, dict(self.layers)))
+        return (KVConfig, (*fields, dict(self.layers), self.loss_change))
 
     def for_layer(self, layer_idx: int) -> KVConfig:
         """The config of one layer: the override that names it, or this one without overrides."""
@@ -150,7 +167,7 @@ class KVConfig:
     @property
     def is_lossless(self) -> bool:
         """Whether attention sees exactly the keys and values the model computed."""
-        own = self.codec == "none" and self.window is None
+        own = self.codec == "none" and self.window is None and self.loss_change is None
         return own and all(override.is_lossless for override in self.layers.values())
 
     @classmethod
@@ -158,7 +175,7 @@ class KVConfig:
         """Reads ``"int8+window:4096+sinks:4+offload+paged+reuse"``; words in any order, each at most once.
 
         Args:
-            text: words joined by ``+``: a codec (none, int8, int4, fp8), ``contiguous`` or ``paged``,
+            text: words joined by ``+``: a codec (none, int8, int4, fp8) or ``auto:0.5%``, ``contiguous`` or ``paged``,
                 ``page_size:TOKENS``, ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and
                 ``window:SIZE`` or ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
@@ -206,6 +223,65 @@ class KVConfig:
                 argument is not what it should be.
         """
         return port("least_lossy")(model, budget, context, batch, offload=offload)
+
+    @classmethod
+    def for_fidelity(
+        cls,
+        model: Any,
+        calibration: Any = None,
+        loss_change: float = 0.005,
+        *,
+        kv: KVConfig | str | None = None,
+        memory: int | str | None = None,
+        context: int | str | None = None,
+        batch: int = 1,
+        tokens: int = 4096,
+    ) -> KVConfig:
+        """The config of fewest bytes whose codecs, layer by layer, change the loss no more than promised.
+
+        The model reads a text under the full cache and under others, for each layer and each codec, and then under
+        combinations; see `hfkv.eval.find_codecs`, which says what was measured too. One text gives one config.
+
+        Args:
+            model: a causal language model or a `PeftModel` around one, loaded and not patched.
+            calibration: what it reads: token ids `[T]` without BOS, or a str, for which the tokenizer is loaded from
+                where the model was. None takes Python source that comes with hfkv; a text like those that the model
+                will read keeps the promise better.
+            loss_change: the share of the loss by which the loss, and the KL divergence of the forecasts from the full
+                cache's, may be larger on this text.
+            kv: what else the config says, such as ``"window:4096+paged"``: no codec. A window's own cost counts.
+            memory: bytes for keys and values, a number or ``"8GiB"``: then the first config that fits is taken, which
+                loses less than the promise allows. Needs `context`.
+            context: tokens of each row, prompt and reply together, a number or ``"32k"``. The text is read in blocks of
+                so many, at most `tokens`; None reads blocks of 1,024.
+            batch: rows, for `memory`.
+            tokens: tokens of the text to read, or fewer where it has fewer.
+
+        Raises:
+            TypeError, ValueError: no config keeps the promise in `memory`, naming what is reachable; there is no text
+                to read; or an argument is not what it should be.
+        """
+        found = port("find_codecs")(
+            model, calibration, loss_change, kv=kv, memory=memory, context=context, batch=batch, tokens=tokens
+        )
+        return found.kv
+
+    def to_json(self) -> str:
+        """This config as JSON, `layers` and a salt included, which have no word: what `from_json` reads.
+
+        Raises:
+            ValueError: a window has a schedule of one's own, which no text can hold.
+        """
+        return port("config_to_text")(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> KVConfig:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            TypeError, ValueError: it is no config, or names a codec or a rule that is not registered here.
+        """
+        return port("config_from_text")(text)
 
     def __str__(self) -> str:
         return "+".join(words_of(self))

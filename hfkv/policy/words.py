@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hfkv.policy.promise import read_percent, say_percent
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.rules import RULES
 from hfkv.policy.units import read_bytes, say_bytes
@@ -46,7 +47,7 @@ def read_words(text: str) -> dict[str, Any]:
 
 def words_of(kv: Any) -> list[str]:
     """The words for `kv`, except `layers`, a salt and a schedule of one's own, which have no word."""
-    words = [kv.codec]
+    words = [kv.codec] if kv.loss_change is None else [f"{_PROMISE}:{say_percent(kv.loss_change)}"]
     if isinstance(kv.window, Window):
         words += _window_words(kv.window)
     words += [kv.store] if kv.store != "auto" else []
@@ -118,7 +119,10 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "summary_page_size": _NUMBER,
 }
 _A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
+# The word of `KVConfig.loss_change`; without a value it is that of a store.
+_PROMISE = "auto"
 _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
+    _PROMISE: (read_percent, "a percentage such as 0.5%"),
     "window": (_size, ""),  # see _looks
     "page_size": _NUMBER,
     "device_budget": (str, _A_SIZE),  # see _sized
@@ -126,6 +130,7 @@ _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
     **_WINDOW_WORDS,
 }
 _WORDS = (
+    "auto:PERCENT",
     "auto",
     "contiguous",
     "paged",
@@ -144,7 +149,7 @@ def _looks(name: str) -> str:
 
 def _read_word(word: str, text: str) -> tuple[str, Any]:
     name, colon, value = word.partition(":")
-    if name in _VALUED and word != "reuse":
+    if name in _VALUED and word not in ("reuse", _PROMISE):
         read, looks = _VALUED[name][0], _looks(name)
         if not colon:
             raise ValueError(
@@ -153,7 +158,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
         if name in ("device_budget", "reuse"):
             return name, _sized(name, value, text)
         try:
-            return name, read(value)
+            return "loss_change" if name == _PROMISE else name, read(value)
         except ValueError:
             raise ValueError(f"{text!r}: {name} takes {looks}, got {value!r}") from None
     if not colon:

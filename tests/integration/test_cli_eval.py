@@ -23,7 +23,7 @@ from hfkv.cli.commands import app
 from hfkv.cli.eval.runs import EvalReport, EvalRow, EvalSetting
 from hfkv.cli.eval.screen import show
 from hfkv.cli.tables import wrap
-from hfkv.eval import CacheReport, held_out_loss, pass_key_grid
+from hfkv.eval import CacheReport, compare, held_out_loss, pass_key_grid
 from tests.tiny import llama
 
 # Small enough for a test, and long enough for the window to let go of something.
@@ -155,6 +155,35 @@ def test_a_text_and_a_model_of_ones_own(tmp_path: Path) -> None:
     assert "made for 64 tokens and read up to 100" in " ".join(result.stdout.split())
 
 
+def test_a_promise_is_found_on_one_text_and_measured_on_another(tmp_path: Path) -> None:
+    model, tokenizer = llama(vocab_size=259, bos_token_id=257), tiny_lm.load()[1]
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    probe, path = tmp_path / "probe.txt", tmp_path / "eval.json"
+    probe.write_text("all work and no play " * 20, encoding="utf-8")
+    words = ["--model", str(tmp_path / "model"), "--calibration", str(probe), "--kv", "auto:0.4%", "--kv", "int4"]
+    result = invoke(*words, "--tokens", "300", "--context", "100", "--no-pass-keys", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    content = json.loads(path.read_text())
+    assert [row["kv"] for row in content["rows"]] == ["none", "auto:0.4%", "int4"]
+    found = content["found"]["auto:0.4%"]
+    ids = tokenizer(probe.read_text(), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    kv = hfkv.KVConfig.for_fidelity(model, ids, 0.004, context=100)
+    assert hfkv.KVConfig.from_json(json.dumps(found["kv"])) == kv
+    assert max(found["loss_change"], found["kl"]) <= found["promised"] == 0.004
+    assert found["num_tokens"] == len(ids)
+    report = compare(
+        model,
+        tokenizer(tiny_lm.held_out_text()[:300], add_special_tokens=False, return_tensors="pt").input_ids[0],
+        [kv],
+        100,
+    )[1]
+    assert content["rows"][1]["kl"] == pytest.approx(report.kl, rel=1e-3)
+    shown = " ".join(result.stdout.split())
+    assert f"of the full bytes; on {len(ids)} tokens of its text" in shown
+    assert "auto:0.4%" in result.stdout
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_an_adapter_is_measured_or_refused(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
@@ -241,6 +270,9 @@ def test_a_long_config_is_cut_before_a_plus() -> None:
         (["--pass-key-lengths", "40", "--tokens", "10"], ["at least", "not 40"]),
         (["--pass-key-lengths", "999999", "--tokens", "10"], ["a longer text"]),
         (["--tokens", "999999999"], ["--tokens may be at most 168758"]),
+        (["--kv", "auto:half"], ["auto takes a percentage such as 0.5%"]),
+        (["--kv", "auto:0.5%", "--calibration", "./no/such/file"], ["--calibration 'no/such/file'", "No such file"]),
+        (["--kv", "int8", "--calibration", "README.md"], ["--calibration", "such as --kv auto:0.5%"]),
         (["--stream", "--context", "64"], ["--stream", "--context", "one of them"]),
         (["--text", "./no/such/file"], ["'no/such/file'", "No such file"]),
         (["--text", "."], ["Is a directory"]),

@@ -10,7 +10,16 @@ from rich.progress import TaskProgressColumn
 
 from hfkv.cli.consoles import new_console
 from hfkv.cli.errors import CommandError, told_in_one_line
-from hfkv.cli.eval.runs import BUNDLED, BUNDLED_TEXT, DEFAULT_KV, DEFAULT_TOKENS, EvalReport, EvalSetting, measure
+from hfkv.cli.eval.runs import (
+    BUNDLED,
+    BUNDLED_TEXT,
+    DEFAULT_KV,
+    DEFAULT_TOKENS,
+    EvalReport,
+    EvalSetting,
+    find,
+    measure,
+)
 from hfkv.cli.eval.screen import show
 from hfkv.cli.loading import load, loading_bars, pick_device, pick_dtype, progress_on
 from hfkv.cli.outputs import check_apart, check_can_draw, check_outputs
@@ -24,6 +33,10 @@ def evaluate(
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text to score.", show_default="the bundled held-out text")
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="A UTF-8 text on which --kv auto:0.5% finds its codecs.", show_default="a bundled one"),
     ] = None,
     kv: Annotated[
         list[str] | None,
@@ -68,9 +81,9 @@ def evaluate(
             num_depths=pass_key_depths,
             trials=trials,
         )
-        _refuse_reuse(setting.kvs)
-        _check_outputs(json_path, plot, text)
-        words = _read_text(text)
+        _refuse_words(setting.kvs, calibration)
+        _check_outputs(json_path, plot, text, calibration)
+        words, probe = _read_text("--text", text), _read_text("--calibration", calibration)
         chosen_dtype, chosen_device = pick_dtype(dtype), pick_device(device)
         if model is None:
             # See `hfkv demo`: the bundled model is too small for more threads to pay.
@@ -78,6 +91,8 @@ def evaluate(
         bars = new_console(stderr=True)
         with loading_bars(bars):
             loaded, tokenizer = load(model, chosen_dtype, chosen_device, lora)
+        with each_warning_once():
+            found = find(loaded, tokenizer, setting, probe)
         with each_warning_once(), progress_on(bars, TaskProgressColumn()) as progress:
             task = progress.add_task("", total=None)
             report = measure(
@@ -86,6 +101,7 @@ def evaluate(
                 words,
                 setting,
                 (model or BUNDLED, str(text or BUNDLED_TEXT)),
+                found,
                 lambda total: progress.update(task, total=total),
                 lambda what, count: progress.update(task, advance=count, description=f"{what:<32}"),
             )
@@ -105,27 +121,30 @@ def _refuse_of_pass_keys(context: typer.Context) -> None:
             )
 
 
-def _read_text(path: Path | None) -> str:
+def _read_text(option: str, path: Path | None) -> str:
     from hfkv import tiny_lm
 
     if path is None:
-        return tiny_lm.held_out_text()
+        return tiny_lm.held_out_text() if option == "--text" else tiny_lm.calibration_text()
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise CommandError(
-            f"--text {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
+            f"{option} {str(path)!r} is not UTF-8 (byte {error.start}: {error.reason}); convert it first"
         ) from error
     except OSError as error:
-        raise CommandError(f"--text {str(path)!r} could not be read: {error.strerror}; name a text file") from error
+        raise CommandError(f"{option} {str(path)!r} could not be read: {error.strerror}; name a text file") from error
     if not text.strip():
-        raise CommandError(f"--text {str(path)!r} is empty; give a file with some text in it")
+        raise CommandError(f"{option} {str(path)!r} is empty; give a file with some text in it")
     return text
 
 
-def _check_outputs(json_path: Path | None, plot_folder: Path | None, text: Path | None) -> None:
+def _check_outputs(
+    json_path: Path | None, plot_folder: Path | None, text: Path | None, calibration: Path | None
+) -> None:
     """Refuses what could not be written, before anything is measured."""
     check_outputs(json_path, text=text)
+    check_apart(json=json_path, calibration=calibration)
     if plot_folder is None:
         return
     check_apart(json=json_path, plot=plot_folder)
@@ -147,13 +166,17 @@ def _write_plots(report: EvalReport, folder: Path) -> None:
     write_plots(folder, [row.text for row in report.rows], grids, report.setting.lengths, report.depths)
 
 
-def _refuse_reuse(kvs: tuple[str, ...]) -> None:
+def _refuse_words(kvs: tuple[str, ...], calibration: Path | None) -> None:
     from hfkv.policy.config import KVConfig
 
+    promises = 0
     for kv in kvs:
         try:
-            reuse = KVConfig.parse(kv).reuse
+            config = KVConfig.parse(kv)
         except (TypeError, ValueError):
             continue  # said where the cache is made
-        if reuse is not None:
+        promises += config.loss_change is not None
+        if config.reuse is not None:
             raise CommandError(f"--kv {kv!r}: reuse shares prompts between calls and changes no forecast; leave it out")
+    if calibration is not None and not promises:
+        raise CommandError("--calibration is what codecs are found on; give a promise too, such as --kv auto:0.5%")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from hfkv.cli.demo.runs import describe_run
 from hfkv.cli.errors import CommandError, first_line
 from hfkv.cli.generate import check_kv
+from hfkv.policy.config import KVConfig
 from hfkv.policy.units import MOST_COUNT
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from hfkv.eval import CacheReport
+    from hfkv.eval import CacheReport, FoundCodecs
 
 BUNDLED = "tiny-lm (bundled)"
 BUNDLED_TEXT = "held-out Python source (bundled)"
@@ -96,6 +97,7 @@ class EvalReport:
         seconds: The whole of it, without loading.
         machine: Where: processor, device, dtype, threads, versions.
         max_positions: The longest text the model was made for, in tokens; None where its config does not say.
+        found: For each config that is a promise, the codecs found and what was measured on the calibration text.
     """
 
     model: str
@@ -107,6 +109,7 @@ class EvalReport:
     seconds: float
     machine: dict[str, Any]
     max_positions: int | None
+    found: Mapping[str, FoundCodecs] = field(default_factory=dict)
 
     @property
     def longest(self) -> int:
@@ -119,7 +122,18 @@ class EvalReport:
         rows = [
             {**asdict(row.text), "pass_keys": row.pass_keys, "pass_keys_found": row.keys_found} for row in self.rows
         ]
-        content = {"command": command, **asdict(self), "rows": rows}
+        found = {
+            name: {
+                "kv": json.loads(each.kv.to_json()),
+                "promised": each.promised,
+                "loss_change": each.loss_change,
+                "kl": each.kl,
+                "num_tokens": each.num_tokens,
+                "alone": each.alone,
+            }
+            for name, each in self.found.items()
+        }
+        content = {"command": command, **asdict(replace(self, found={})), "rows": rows, "found": found}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -129,6 +143,7 @@ def measure(
     text: str,
     setting: EvalSetting,
     names: tuple[str, str] = (BUNDLED, BUNDLED_TEXT),
+    found: Mapping[str, FoundCodecs] | None = None,
     on_plan: Callable[[int], None] = lambda num_tokens: None,
     on_tokens: Callable[[str, int], None] = lambda what, num_tokens: None,
 ) -> EvalReport:
@@ -140,6 +155,7 @@ def measure(
         text: what is scored, and what the pass keys are hidden in.
         setting: what to measure.
         names: what to call the model and the text.
+        found: the codecs of configs that are promises; see `find`. None where there are no such configs.
         on_plan: called once with how many tokens will be read in all.
         on_tokens: called with what is running and how many tokens it has just read.
 
@@ -151,9 +167,10 @@ def measure(
     from hfkv.eval import compare, even_depths, pass_key_grid
     from hfkv.eval.compare import distinct
 
-    kvs = distinct(setting.kvs)
-    for name in kvs:
-        _check_fits(model, name)
+    found = found or {}
+    kvs = {name: found[name].kv if name in found else kv for name, kv in distinct(setting.kvs).items()}
+    for name, kv in kvs.items():
+        _check_fits(model, name, kv)
     ids = _token_ids(tokenizer, text, setting)
     depths = even_depths(setting.num_depths) if setting.lengths else []
     filler = text[: CHARACTERS_A_TOKEN * max(len(ids), *setting.lengths, 0)]
@@ -161,7 +178,7 @@ def measure(
     start = time.perf_counter()
     try:
         reports = compare(
-            model, ids, setting.kvs, setting.context, setting.chunk, lambda kv, count: on_tokens(f"text: {kv}", count)
+            model, ids, kvs, setting.context, setting.chunk, lambda kv, count: on_tokens(f"text: {kv}", count)
         )
         grids = {}
         for name, kv in kvs.items() if setting.lengths else ():
@@ -186,16 +203,40 @@ def measure(
         seconds=time.perf_counter() - start,
         machine=describe_run(model),
         max_positions=getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None),
+        found=found,
     )
 
 
-def _check_fits(model: Any, kv: str) -> None:
+def find(model: Any, tokenizer: PreTrainedTokenizerBase, setting: EvalSetting, text: str) -> dict[str, FoundCodecs]:
+    """Finds the codecs of those configs of a setting that are promises, on a text, read in blocks like the other one.
+
+    Raises:
+        CommandError: a promise cannot be kept, or the text is too short.
+    """
+    from hfkv.eval import find_codecs
+    from hfkv.eval.compare import distinct
+
+    promises = {name: kv for name, kv in distinct(setting.kvs).items() if kv.loss_change is not None}
+    if not promises:
+        return {}
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    found = {}
+    for name, kv in promises.items():
+        rest, share = replace(kv, loss_change=None), kv.loss_change
+        try:
+            found[name] = find_codecs(model, ids, share or 0, kv=rest, context=setting.context)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise CommandError(f"--kv {name!r} on {type(model).__name__}: {error}") from error
+    return found
+
+
+def _check_fits(model: Any, name: str, kv: KVConfig) -> None:
     from hfkv.patches.patch import patch
 
     try:
         patch(model, kv).undo()
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise CommandError(f"--kv {kv!r} on {type(model).__name__}: {error}") from error
+        raise CommandError(f"--kv {name!r} on {type(model).__name__}: {error}") from error
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str, setting: EvalSetting) -> torch.Tensor:

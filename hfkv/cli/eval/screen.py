@@ -90,6 +90,8 @@ def _caption(report: EvalReport, dropped: list[str]) -> Table:
         num_prompts = len(setting.lengths) * len(report.depths) * setting.trials
         depths = f"{len(report.depths)} depth{'s' if len(report.depths) != 1 else ''}"
         notes["keys"] = f"{num_prompts:,} pass keys in prompts of {lengths} tokens, {depths}, {setting.trials} each"
+    for name, found in report.found.items():
+        notes[name.partition("+")[0]] = str(found)
     if report.max_positions is not None and report.longest > report.max_positions:
         notes["beware"] = (
             f"the model was made for {report.max_positions:,} tokens and read up to {report.longest:,}: the full "
