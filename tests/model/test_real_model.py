@@ -52,11 +52,14 @@ def test_the_lossless_cache_gives_the_tokens_of_the_model_itself(model: tuple[An
 def test_codecs_cost_what_was_measured(model: tuple[Any, Any]) -> None:
     loaded, tokenizer = model
     text = tiny_lm.held_out_text()[:20_000]
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0][:2048]
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0][:1024]
     full, int8, int4 = compare(loaded, ids, ["int8", "int4"], context=512, chunk=256)
-    assert full.num_tokens == 2048
+    assert full.num_tokens == 1024
+    # Measured: 0.0001 and 0.043, which waver by the text, and divergences of 0.0005 and 0.033, which do not.
     assert abs(int8.nats / full.nats - 1) <= 0.001
-    assert 0 < int4.nats / full.nats - 1 <= 0.05
+    assert 0.02 <= int4.nats / full.nats - 1 <= 0.06
+    assert int8.kl / full.nats <= 0.0007
+    assert 0.025 <= int4.kl / full.nats <= 0.042
 
 
 def test_hfkv_eval_reads_it_from_a_folder(folder: Path, tmp_path: Path) -> None:
