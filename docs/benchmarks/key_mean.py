@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -25,7 +24,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hfkv import tiny_lm
 from hfkv.codecs import CODECS
-from hfkv.eval import kl_divergence
 from hfkv.eval.compare import text_blocks
 from hfkv.measure.machine import describe_machine
 from hfkv.models.probe import probe_rotary
@@ -141,11 +139,13 @@ def main(
             for ids, wanted in zip(inputs.split(CHUNK, 1), targets.split(CHUNK, 1), strict=True):
                 full = None
                 for name, cache in caches.items():
-                    logits = loaded(ids, past_key_values=cache, use_cache=True).logits
-                    full = logits if full is None else full
-                    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum")
-                    same = (logits.argmax(-1) == full.argmax(-1)).sum()
-                    each = [loss.item(), kl_divergence(full, logits).sum().item(), same.item(), ids.shape[1]]
+                    logs = loaded(ids, past_key_values=cache, use_cache=True).logits.log_softmax(-1)
+                    if full is None:
+                        full, likely = logs, logs.exp()
+                    loss = -logs.gather(-1, wanted[..., None]).sum()
+                    kl = likely.flatten().dot((full - logs).flatten())
+                    same = (logs.argmax(-1) == full.argmax(-1)).sum()
+                    each = [loss.item(), kl.item(), same.item(), ids.shape[1]]
                     totals[name] += torch.tensor(each, dtype=torch.float64)
                     progress.advance(task, ids.shape[1])
     base = totals["none"][0] / totals["none"][3]
