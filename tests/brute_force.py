@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from hfkv import KVConfig, Window
-from hfkv.codecs import CODECS
+from hfkv.codecs import Codecs
 
 
 def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = ()) -> torch.Tensor:
@@ -26,14 +27,13 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
     pads = pads or (0,) * len(ids)
     latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
     for module in latent:  # what is encoded are the latents
-        module.expand_kv = functools.partial(_expand_encoded, module, CODECS[kv.codec])
+        module.expand_kv = functools.partial(_expand_encoded, module, kv.codec)
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         sliding = getattr(module, "sliding_window", None)
         window = Window(sliding, sinks=0) if sliding else kv.window
-        codec = CODECS[kv.codec]
         if not latent:
-            key, value = (codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in (key, value))
+            key, value = _as_stored(kv.codec, key, value)
         return _attend(model, module, query, key, value, window, pads, scaling, kwargs), None
 
     AttentionInterface.register("brute_force", attention)
@@ -47,8 +47,15 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
             del module.expand_kv
 
 
-def _expand_encoded(module: Any, codec: Any, *states: torch.Tensor) -> Any:
-    return type(module).expand_kv(module, *(codec.decode(codec.encode(x), x.shape[-1], x.dtype) for x in states))
+def _expand_encoded(module: Any, codec: str, *states: torch.Tensor) -> Any:
+    return type(module).expand_kv(module, *_as_stored(codec, *states))
+
+
+def _as_stored(codec: str, *states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Keys and values, or latents and rotary keys, as they are read."""
+    codecs = Codecs.named(codec)
+    for its, x in zip((codecs.key, codecs.value), states, strict=True):
+        yield its.decode(its.encode(x), x.shape[-1], x.dtype)
 
 
 def positions(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hfkv import KVCache
-from hfkv.codecs import CODECS
+from hfkv.codecs import Codecs
 from hfkv.sharing.prefix_pool import PrefixPool, page_keys
 from tests.twins import HEAD_DIM, HEADS, LAYERS, config
 
@@ -77,11 +77,12 @@ class Prompts:
     def check(self, cache: KVCache, columns: int) -> None:
         """Whether the first `columns` columns are what was computed, padding apart."""
         assert cache.get_seq_length() == columns
-        codec = CODECS[cache.kv.codec]
+        codecs = Codecs.named(cache.kv.codec)
         for row, (text, pad) in enumerate(zip(self.texts, self.pads, strict=True)):
             expected = contents(self.root, text[: max(columns - pad, 0)])
             for layer, wanted in zip(cache.layers, expected, strict=True):
-                for held, plane in zip((layer.keys, layer.values), wanted, strict=True):
+                sides = (codecs.key, layer.keys), (codecs.value, layer.values)
+                for (codec, held), plane in zip(sides, wanted, strict=True):
                     decoded = codec.decode(codec.encode(plane[None]), HEAD_DIM, plane.dtype)
                     assert held.shape[:3] == (len(self.texts), HEADS, columns)
                     assert torch.equal(held[row, :, min(pad, columns) :], decoded[0])

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hfkv import KVCache, Window
 from hfkv.cache.layers.layer import KVLayer
-from hfkv.codecs import CODECS
+from hfkv.codecs import Codecs
 from hfkv.sharing.files.cache_file import load_cache, save_cache
 from tests.tiny import llama_config
 
@@ -53,7 +53,7 @@ class Twin:
 
     def __init__(self, cache: KVCache, batch: int) -> None:
         self.cache = cache
-        self.codec = CODECS[cache.kv.codec]
+        self.codecs = Codecs.named(cache.kv.codec)
         assert cache.kv.window is None or isinstance(cache.kv.window, Window)
         self.window = cache.kv.window
         self.forget(batch)
@@ -81,7 +81,8 @@ class Twin:
         for layer_idx, held in enumerate(self.states):
             new = [torch.randn(self.batch, HEADS, count, HEAD_DIM, generator=generator) for _ in held]
             self.cache.update(new[0], new[1], layer_idx)
-            decoded = [self.codec.decode(self.codec.encode(x), HEAD_DIM, x.dtype) for x in new]
+            sides = zip((self.codecs.key, self.codecs.value), new, strict=True)
+            decoded = [codec.decode(codec.encode(x), HEAD_DIM, x.dtype) for codec, x in sides]
             self.states[layer_idx] = [torch.cat(pair, dim=2) for pair in zip(held, decoded, strict=True)]
         ids = torch.randint(99, (self.batch, count), generator=generator)
         hidden = torch.zeros(self.batch, count, dtype=torch.bool)

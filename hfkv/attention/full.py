@@ -44,7 +44,7 @@ def fused_attention(
     if kernel is None:
         return None
     is_prompt = mask is None and query.shape[2] > 1
-    if is_prompt and held.codec.is_lossless and query.device.type != "cpu":
+    if is_prompt and held.codecs.is_lossless and query.device.type != "cpu":
         return None  # scaled_dot_product_attention is the faster flash attention there
     if held.inputs is not None:
         return kernel(query, *held.encoded(), _on_device(held), scoring, inputs=held.inputs).out

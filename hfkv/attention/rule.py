@@ -119,7 +119,7 @@ def _is_of_few(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | No
     if look is None and _is_whole_prompt(rule, held) and (num_tokens <= _MOST_QUERIES or _reads_slices(rule, held)):
         rule.is_causal = True
         return True
-    most = _MOST_SEEN_IN_WINDOW if look is not None and held.codec.is_lossless else _MOST_SEEN
+    most = _MOST_SEEN_IN_WINDOW if look is not None and held.codecs.is_lossless else _MOST_SEEN
     if num_queries > 1 and num_queries * num_tokens > most:
         return False
     if look is None:
@@ -163,7 +163,7 @@ def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | N
     """Works out what the kernel is given for few queries and many tokens; whether that is all."""
     key, value, num_queries = held.parts["key"], held.parts["value"], rule.queries[2]
     head_dims, is_innermost = (key.head_dim, value.head_dim), bool(held.store.tokens_innermost)
-    kernel = attention_kernel(held.codec.name, key.dtype, held.device, num_queries, head_dims, is_innermost)
+    kernel = attention_kernel(held.codecs.name, key.dtype, held.device, num_queries, head_dims, is_innermost)
     if kernel.run is None or not (look is None or kernel.reads_moved_windows):
         return False
     if look is None:

@@ -21,9 +21,11 @@ def short_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: fl
     """
     keys, values = held.both()
     dtype = query.dtype
-    if held.codec.is_rotated:
-        out = _attend(rotate_states(query.float()), keys, values, rule, scale)
-        return rotate_states(out).to(dtype)
+    codecs = held.codecs
+    if codecs.key.is_rotated or codecs.value.is_rotated:
+        query = query.float()
+        out = _attend(rotate_states(query) if codecs.key.is_rotated else query, keys, values, rule, scale)
+        return (rotate_states(out) if codecs.value.is_rotated else out).to(dtype)
     if keys.dtype in WIDENED and query.device.type == "cpu":
         keys, values = keys.float(), values.float()
     return _attend(query.to(keys.dtype), keys, values, rule, scale).to(dtype)

@@ -201,7 +201,7 @@ class WindowBlocks:
             sinks = sinks_in_pages(pages, window)
             keys, values, index = self._read_around(index, size)
             means = page_means(keys, values, index, sinks, size, self.held.rotary)
-            keys, values = (self._as_written(states) for states in means)
+            keys, values = self._as_written("key", means[0]), self._as_written("value", means[1])
             placed.append(Placed(self.segment(query, keys, values, visible), None))
         return placed
 
@@ -214,9 +214,9 @@ class WindowBlocks:
         has_text = (pages + 1) * size > self.sinks
         return (pages >= 0) & (pages < gone) & (pages >= gone - self.window.summary_pages) & has_text
 
-    def _as_written(self, states: torch.Tensor) -> torch.Tensor:
-        """`states` as they will be read from their slots."""
-        codec = self.held.codec
+    def _as_written(self, part: Part, states: torch.Tensor) -> torch.Tensor:
+        """Keys or values as they will be read from their slots."""
+        codec = self.held.codecs.of(part)
         return codec.decode(codec.encode(states), states.shape[3], states.dtype)
 
     def lower_bounds(self, begin: int, end: int) -> torch.Tensor:

@@ -151,11 +151,10 @@ def _rows(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:
 def _of_leaf(index: int, layer: KVLayer, heads: tuple[int, ...]) -> Iterator[PlaneMemory]:
     if not layer.is_initialized:
         return
-    names = layer.codec.plane_names
+    planes = [(part, name) for part in ("key", "value") for name in layer.codecs.of(part).plane_names]
     for plane, device, allocated, held in layer.store.memory():
-        part, number = divmod(plane, len(names))
         if allocated:  # an offloaded plane may have nothing on one of its two devices
-            yield PlaneMemory(index, ("key", "value")[part], names[number], device, allocated, held, heads)
+            yield PlaneMemory(index, *planes[plane], device, allocated, held, heads)
 
 
 def _of_own(index: int, layer: Any, seen: set[int]) -> Iterator[PlaneMemory]:

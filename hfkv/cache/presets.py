@@ -38,7 +38,7 @@ class SlidingWindowCache(KVCache):
 
 
 class QuantizedCache(KVCache):
-    """Keeps every token in fewer bits; other policies as keywords of `KVConfig`."""
+    """Keeps every token in fewer bits, such as ``"k:int8+v:int4"``; other policies as keywords of `KVConfig`."""
 
     def __init__(self, config_or_model: Any, codec: str = "int8", **policies: Any) -> None:
         super().__init__(config_or_model, KVConfig(codec=codec, **policies))

@@ -46,7 +46,7 @@ def _summaries(held: HeldTokens, before: Slots, after: Slots) -> tuple[torch.Ten
         window.summary_page_size,
         held.rotary,
     )
-    written = held.codec.encode(keys) + held.codec.encode(values)
+    written = held.codecs.encode(keys, values)
     slots = slice(window.sinks, window.num_slots)
     there = held.store.read()
     return tuple(where(is_new, new, old[:, :, slots]) for new, old in zip(written, there, strict=True))

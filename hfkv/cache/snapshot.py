@@ -10,7 +10,7 @@ import torch
 
 from hfkv.cache.slots import Slots
 from hfkv.cache.step import Step
-from hfkv.codecs import Codec, autocast
+from hfkv.codecs import Codecs, autocast
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.inputs import Encoded, Visibility
@@ -98,7 +98,7 @@ class HeldTokens:
     """The tokens of one layer that its views show, by reference: nothing is copied or decoded yet."""
 
     store: Store
-    codec: Codec
+    codecs: Codecs
     parts: Mapping[Part, PartShape]
     batch: int
     device: torch.device
@@ -126,8 +126,12 @@ class HeldTokens:
 
     @property
     def is_slice(self) -> bool:
-        """Whether `decode` returns a slice of the store's own planes: free, not contiguous, and changing with them."""
-        return self.codec.is_lossless and self.store.reads_slices
+        """Whether `decode` returns slices of the store's own planes: free, not contiguous, and changing with them."""
+        return self.codecs.is_lossless and self.store.reads_slices
+
+    def is_slice_of(self, part: Part) -> bool:
+        """Whether it does so of keys or of values."""
+        return self.codecs.of(part).is_lossless and self.store.reads_slices
 
     @property
     def is_latent(self) -> bool:
@@ -147,7 +151,7 @@ class HeldTokens:
         """The kernel that attends to these tokens."""
         head_dims = (self.parts["key"].head_dim, self.parts["value"].head_dim)
         is_innermost = bool(self.store.tokens_innermost)
-        return attention_kernel(self.codec.name, query.dtype, query.device, query.shape[2], head_dims, is_innermost)
+        return attention_kernel(self.codecs.name, query.dtype, query.device, query.shape[2], head_dims, is_innermost)
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
         """Shape `[B, H, T, D]` of the keys or values."""
@@ -155,7 +159,7 @@ class HeldTokens:
 
     def layout(self, part: Part) -> tuple[tuple[int, ...], int]:
         """Strides and storage offset of the tensor that `decode` returns, contiguous where it is made anew."""
-        if self.is_slice:
+        if self.is_slice_of(part):
             decoded = self.decode(part)
             return decoded.stride(), int(decoded.storage_offset())
         _, heads, count, head_dim = self.shape(part)
@@ -170,29 +174,29 @@ class HeldTokens:
         self._check_version()
         end = self.last if last is None else self.first + last
         planes = self.store.read(self.parts[part].planes, self.first + first, end)
-        return self.codec.decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
+        return self.codecs.of(part).decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
 
     def both(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes all keys and values shown, `[B, H, T, Dk]` and `[B, H, T, Dv]`.
 
-        Those of a codec that loses something come in float32, and rotated where it rotates them. It is for the reader
-        in whose forward they were shown: nothing is checked.
+        Where the codec of one loses something, both come in float32, each rotated where its codec rotates. It is for
+        the reader in whose forward they were shown: nothing is checked.
         """
-        codec, step, store = self.codec, self.step, self.store
+        codecs, step, store = self.codecs, self.step, self.store
         if self.fresh is not None:
             return self.fresh
         if step is None or step.placing is None:
             planes = store.read(slice(None), self.first, self.last)
-        elif codec.is_lossless and store.reads_slices:
+        elif codecs.is_lossless and store.reads_slices:
             (keys, values), (size, strides, offset, _) = store.planes, step.keys
             return keys.as_strided(size, strides, offset), values.as_strided(*step.values[:3])
         else:
             planes = store.read_placed(step.placing, self.first, self.last)
-        if codec.is_lossless:
+        if codecs.is_lossless:
             return planes[0], planes[1]
         key, value = self.parts["key"], self.parts["value"]
-        keys = codec.decode_rows(planes[key.planes], key.head_dim)
-        return keys, codec.decode_rows(planes[value.planes], value.head_dim)
+        keys = codecs.key.decode_rows(planes[key.planes], key.head_dim)
+        return keys, codecs.value.decode_rows(planes[value.planes], value.head_dim)
 
     def encoded(self) -> tuple[Encoded, Encoded, Layout]:
         """The planes of keys and values as they lie, and the layout of all tokens held, not only of those shown.
@@ -204,7 +208,7 @@ class HeldTokens:
         planes, layout = tuple(self.store.planes), self.store.layout()
         if layout.length != self.last:  # tokens were appended since
             layout = replace(layout, length=self.last)
-        return *encoded_parts(self.codec, self.parts, planes), layout
+        return *encoded_parts(self.codecs, self.parts, planes), layout
 
     def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
         """Yields a kernel's arguments for the tokens up to `last`, in as many runs as they lie in.
@@ -221,7 +225,7 @@ class HeldTokens:
         self._check_version()
         uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
         for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
-            yield *encoded_parts(self.codec, self.parts, planes), layout, visibility.of(begin, begin + layout.length)
+            yield *encoded_parts(self.codecs, self.parts, planes), layout, visibility.of(begin, begin + layout.length)
 
     def _check_version(self) -> None:
         if self.version != self.store.version:
@@ -247,8 +251,9 @@ class HeldTokens:
 
 
 def encoded_parts(
-    codec: Codec, parts: Mapping[Part, PartShape], planes: tuple[torch.Tensor, ...]
+    codecs: Codecs, parts: Mapping[Part, PartShape], planes: tuple[torch.Tensor, ...]
 ) -> tuple[Encoded, Encoded]:
     """The keys and the values among the planes of a layer, as kernels take them."""
     key, value = parts["key"], parts["value"]
-    return Encoded(codec, planes[key.planes], key.head_dim), Encoded(codec, planes[value.planes], value.head_dim)
+    keys = Encoded(codecs.key, planes[key.planes], key.head_dim)
+    return keys, Encoded(codecs.value, planes[value.planes], value.head_dim)

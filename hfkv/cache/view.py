@@ -45,7 +45,7 @@ class KVView(ReadOnly):
 
     @property
     def takes_writes(self) -> bool:
-        if not isinstance(self.held, HeldTokens) or not self.held.is_slice:
+        if not isinstance(self.held, HeldTokens) or not self.held.is_slice_of(self.part):
             return False
         return self.held.decode(self.part).stride() == self.stride()  # else `plain` is a copy
 

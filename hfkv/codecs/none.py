@@ -28,4 +28,4 @@ class Plain(Codec):
         return planes[0].to(dtype)
 
     def affine(self, planes: Planes, head_dim: int, dtype: torch.dtype) -> Affine:
-        return Affine(planes[0].to(dtype), None, None)
+        return Affine(planes[0].to(torch.float32 if dtype == torch.int8 else dtype), None, None)

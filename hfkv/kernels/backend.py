@@ -50,6 +50,8 @@ class Kernel(NamedTuple):
         wants_values_innermost: whether it is the faster for them: stores that are made for it then keep values so.
         of_step: called with the arguments of `run` and with `inputs`, gives a `StepCall` for the layers that do the
             same in a forward, or None where these arguments are for `run` alone; None where there is no such thing.
+        takes_pairs: whether keys and values may be of two codecs, as `Asked.value_codec` says; without it, it is not
+            called for such tokens.
     """
 
     name: str
@@ -62,19 +64,21 @@ class Kernel(NamedTuple):
     takes_values_innermost: bool = False
     wants_values_innermost: bool = False
     of_step: Callable[..., StepCall | None] | None = None
+    takes_pairs: bool = False
 
 
 class Asked(NamedTuple):
     """The tokens that a kernel is asked to read or write.
 
     Attributes:
-        codec: codec of the tokens.
+        codec: codec of the tokens, or of their keys (or latents) alone.
         dtype: dtype of queries or new tokens.
         device: device of all tensors.
         num_queries: number of queries of each row, q; from `MANY` on all are the same.
         head_dims: widths Dk and Dv, or r and dr of latents.
         values_innermost: whether the tokens of the values' data lie side by side, and not the numbers of a token: the
             strides of the plane say so. Keys and scales never lie so.
+        value_codec: codec of the values (or rotary keys) where it is another than that of the keys, else None.
     """
 
     codec: Codec
@@ -83,6 +87,17 @@ class Asked(NamedTuple):
     num_queries: int
     head_dims: tuple[int, int]
     values_innermost: bool = False
+    value_codec: Codec | None = None
+
+    @property
+    def codecs(self) -> tuple[Codec, Codec]:
+        """The codecs of keys and of values."""
+        return self.codec, self.value_codec or self.codec
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether neither codec loses anything."""
+        return all(codec.is_lossless for codec in self.codecs)
 
 
 class Backend(ABC):

@@ -14,6 +14,7 @@ from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
 from hfkv.kernels.cpu.backend import CPUBackend
 from hfkv.kernels.native.backend import NativeBackend
 from hfkv.kernels.triton.backend import TritonBackend
+from hfkv.policy.codec_pair import sides_of
 
 # The first backend that serves a device and has a kernel is taken.
 BACKENDS: list[Backend] = [NativeBackend(), CPUBackend(), TritonBackend()]
@@ -56,7 +57,7 @@ def attention_kernel(
     """The kernel by which queries attend to tokens.
 
     Args:
-        codec: name of the tokens' codec.
+        codec: name of the tokens' codec, or of those of keys and of values: ``"k:int8+v:int4"``.
         dtype: dtype of the queries.
         device: device of the queries.
         num_queries: number of queries of each row, q.
@@ -91,7 +92,7 @@ def latent_kernel(
     """The kernel by which absorbed queries attend to latents; called as `latent_attention_naive` is.
 
     Args:
-        codec: name of the codec that wrote latents and rotary keys.
+        codec: name of the codec that wrote latents and rotary keys, or of the two: ``"k:int4+v:none"``.
         dtype: dtype of the queries.
         device: device of the queries.
         num_queries: number of queries of each row, q; one kernel takes any number.
@@ -117,10 +118,12 @@ def append_kernel(
 
 
 @functools.cache
-def expanded_kernel(dtype: torch.dtype, device: torch.device, values_innermost: bool = False) -> Kernel:
+def expanded_kernel(
+    dtype: torch.dtype, device: torch.device, values_innermost: bool = False, is_pair: bool = False
+) -> Kernel:
     """The kernel by which queries attend to latents that it expands; called with `expand` besides."""
     none = Kernel("expand + sdpa", f"no backend is for {device.type}", None)
-    return _taken(_answers("expanded", dtype, device), none, values_innermost)
+    return _taken(_answers("expanded", dtype, device), none, values_innermost, is_pair)
 
 
 def _first(
@@ -134,11 +137,14 @@ def _first(
     values_innermost: bool,
 ) -> Kernel:
     """The first kernel that a backend has for a use; or none, named `without`, with the last backend's reason."""
-    if codec not in CODECS:
-        return Kernel(without, f"no codec {codec!r} is registered; there are {', '.join(CODECS)}", None)
-    asked = Asked(CODECS[codec], dtype, device, num, head_dims, values_innermost)
+    key, value = sides_of(codec)
+    for name in (key, value):
+        if name not in CODECS:
+            return Kernel(without, f"no codec {name!r} is registered; there are {', '.join(CODECS)}", None)
+    other = None if key == value else CODECS[value]
+    asked = Asked(CODECS[key], dtype, device, num, head_dims, values_innermost, other)
     none = Kernel(without, f"no backend is for {device.type}", None)
-    return _taken(_answers(use, asked, device), none, values_innermost)
+    return _taken(_answers(use, asked, device), none, values_innermost, other is not None)
 
 
 def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list[Kernel]:
@@ -159,13 +165,14 @@ def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list
     return found
 
 
-def _taken(found: list[Kernel], none: Kernel, values_innermost: bool) -> Kernel:
-    """The first that is a kernel, or one for a step, and takes values as they lie; else why there is none."""
+def _taken(found: list[Kernel], none: Kernel, values_innermost: bool, is_pair: bool) -> Kernel:
+    """The first that is a kernel, or one for a step, and takes tokens as they are; else why there is none."""
     kernels = [kernel for kernel in found if kernel.run is not None or kernel.of_step is not None]
-    able = [kernel for kernel in kernels if kernel.takes_values_innermost or not values_innermost]
+    of_pairs = [kernel for kernel in kernels if kernel.takes_pairs or not is_pair]
+    able = [kernel for kernel in of_pairs if kernel.takes_values_innermost or not values_innermost]
     if kernels and not able:
-        last = kernels[-1].name
-        return Kernel(
-            none.name, f"{last}: the numbers of a token must lie side by side, and those of values do not", None
-        )
+        why = "the numbers of a token must lie side by side, and those of values do not"
+        if not of_pairs:
+            why = "keys and values must be of one codec, and these are of two"
+        return Kernel(none.name, f"{kernels[-1].name}: {why}", None)
     return able[0] if able else found[-1] if found else none

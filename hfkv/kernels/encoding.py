@@ -6,29 +6,30 @@ import functools
 
 import torch
 
-from hfkv.codecs import Codec, Planes
+from hfkv.codecs import Codec, Codecs, Planes
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.kernels.inputs import Encoded
 from hfkv.stores.layout import Layout
 
 
-def encode(codec: Codec, keys: torch.Tensor, values: torch.Tensor) -> Planes:
-    """Encodes tokens of one layer, to the bits of ``codec.encode``.
+def encode(codecs: Codecs, keys: torch.Tensor, values: torch.Tensor) -> Planes:
+    """Encodes tokens of one layer, to the bits of ``codecs.encode``.
 
     A CPU's kernels write the codes of a prompt in one pass; elsewhere, and where something looks at torch's
     operations, these do it.
 
     Args:
-        codec: the codec of keys and values.
+        codecs: the codecs of keys and values.
         keys, values: tokens `[B, H, n, D]`, on one device.
 
     Returns:
         The planes of the keys and, behind them, of the values.
     """
-    kernel = append_kernel(codec.name, keys.dtype, keys.device, (keys.shape[3], values.shape[3])).run
+    kernel = append_kernel(codecs.name, keys.dtype, keys.device, (keys.shape[3], values.shape[3])).run
     if kernel is None or keys.device.type != "cpu" or _is_looked_at():
-        return codec.encode(keys) + codec.encode(values)
-    sides = [Encoded(codec, _room_for(codec, states), states.shape[3]) for states in (keys, values)]
+        return codecs.encode(keys, values)
+    parts = (codecs.key, keys), (codecs.value, values)
+    sides = [Encoded(codec, _room_for(codec, states), states.shape[3]) for codec, states in parts]
     kernel(keys, values, *sides, Layout(0))
     return sides[0].planes + sides[1].planes
 

@@ -262,7 +262,7 @@ def _chunks(tokens: int, reply: int) -> list[int]:
 
 def _planes(kind: _Kind, rows: int, tokens: int) -> tuple[torch.Tensor, ...]:
     """The planes the layer's codec writes, `[B, H, T, d]`, without contents."""
-    codec, states = KVLayer(kind.kv).codec, kind.states
+    codecs, states = KVLayer(kind.kv).codecs, kind.states
     keys = torch.empty(rows, states.key_heads, tokens, states.key_dim, dtype=states.dtype, device="meta")
     values = torch.empty(rows, states.value_heads, tokens, states.value_dim, dtype=states.dtype, device="meta")
-    return codec.encode(keys) + codec.encode(values)
+    return codecs.encode(keys, values)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
 from hfkv.planning.footprint import Footprint
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
@@ -18,7 +18,7 @@ def least_lossy_codecs() -> list[str]:
 
 
 def _loss(codec: str) -> float:
-    percent = CODECS[codec].loss_percent
+    percent = Codecs.named(codec).loss_percent
     return math.inf if percent is None else percent
 
 
@@ -85,7 +85,7 @@ def _costs(precision: str, footprint: Footprint) -> str:
         "int4": "linear layers in 4 bits",
     }
     found = [costs[precision]] if precision in costs else []
-    percent = CODECS[codec].loss_percent
+    percent = Codecs.named(codec).loss_percent
     if percent is None:
         found.append(f"what {codec} adds to the loss was not measured")
     elif percent:

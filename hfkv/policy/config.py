@@ -13,7 +13,7 @@ from hfkv.policy.promise import check_share
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.units import read_bytes, shortened
 from hfkv.policy.window import Window
-from hfkv.policy.words import CODEC_WORDS, STORES, read_words, words_of
+from hfkv.policy.words import STORES, checked_codec, read_words, words_of
 
 _LAYER_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _MOST_PAGE = 1 << 40
@@ -24,7 +24,8 @@ class KVConfig:
     """Three policies that compose: how numbers are written, which tokens stay, where the bytes live.
 
     Args:
-        codec: ``"none"`` (the model's own dtype, exact), ``"int8"``, ``"int4"`` or ``"fp8"``.
+        codec: ``"none"`` (the model's own dtype, exact), ``"int8"``, ``"int4"`` or ``"fp8"``; or one for keys and one
+            for values: ``"k:int8+v:int4"``.
         window: None keeps every token; an int is ``Window(size=...)``.
         store: ``"contiguous"`` (one growing buffer a layer), ``"paged"`` (pages with reference counts, shared
             by beams) or ``"auto"`` (contiguous).
@@ -56,7 +57,7 @@ class KVConfig:
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
             object.__setattr__(self, "window", Window(self.window))
-        _check_choice("codec", self.codec, tuple(CODEC_WORDS))
+        object.__setattr__(self, "codec", checked_codec(self.codec))
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
@@ -175,9 +176,10 @@ class KVConfig:
         """Reads ``"int8+window:4096+sinks:4+offload+paged+reuse"``; words in any order, each at most once.
 
         Args:
-            text: words joined by ``+``: a codec (none, int8, int4, fp8) or ``auto:0.5%``, ``contiguous`` or ``paged``,
-                ``page_size:TOKENS``, ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and
-                ``window:SIZE`` or ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
+            text: words joined by ``+``: a codec (none, int8, int4, fp8), one for keys and one for values
+                (``k:int8+v:int4``) or ``auto:0.5%``, ``contiguous`` or ``paged``, ``page_size:TOKENS``, ``offload``,
+                ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or ``window:dynamic``, which
+                the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
                 (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1 of layer 2, head 3 of layer 5),
                 ``summary:mean``, ``summary_pages:COUNT``, ``summary_page_size:TOKENS``.

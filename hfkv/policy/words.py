@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from hfkv.policy.codec_pair import sides_of, word_of
 from hfkv.policy.promise import read_percent, say_percent
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.rules import RULES
@@ -31,6 +32,7 @@ def read_words(text: str) -> dict[str, Any]:
         if name in given:
             raise ValueError(f"{text!r} gives {name} twice")
         given[name] = value
+    _join_sides(given, text)
     of_window = {name: given.pop(name) for name in _WINDOW_WORDS if name in given}
     if "window" in given:
         window = given["window"]
@@ -43,6 +45,40 @@ def read_words(text: str) -> dict[str, Any]:
         what = "sinks need a window" if name == "sinks" else f"{name} needs a window"
         raise ValueError(f"{text!r}: {what}; write window:SIZE+{name}:...")
     return given
+
+
+def checked_codec(codec: object) -> str:
+    """The word for a codec, or for the codecs of keys and of values, as configs keep it.
+
+    Raises:
+        ValueError: naming what was given and what is allowed.
+    """
+    try:
+        sides = sides_of(codec) if isinstance(codec, str) else ()
+    except ValueError as error:
+        raise ValueError(f"KVConfig.codec: {error}") from None
+    if not sides or not all(side in CODEC_WORDS for side in sides):
+        allowed = ", ".join(CODEC_WORDS)
+        also = "" if len(set(sides)) < 2 else " for keys and for values"
+        raise ValueError(f"KVConfig.codec must be one of {allowed}{also}, got {codec!r}")
+    return word_of(*sides)
+
+
+def _join_sides(given: dict[str, Any], text: str) -> None:
+    """Makes one codec of those of keys and of values, where these are named apart."""
+    key, value = given.pop("k", None), given.pop("v", None)
+    if key is None and value is None:
+        return
+    both = given.get("codec")
+    if both is not None:
+        raise ValueError(
+            f"{text!r} names a codec for keys and values, {both}, and another for one of them; write "
+            f"k:{key or both}+v:{value or both}"
+        )
+    if key is None or value is None:
+        named, missing = ("keys", f"k:{key}+v:CODEC") if value is None else ("values", f"k:CODEC+v:{value}")
+        raise ValueError(f"{text!r} names a codec for {named} alone; write {missing}, or {key or value} for both")
+    given["codec"] = word_of(key, value)
 
 
 def words_of(kv: Any) -> list[str]:
@@ -106,6 +142,12 @@ def _size(text: str) -> int | str:
     return text if text in RULES else int(text)
 
 
+def _codec(text: str) -> str:
+    if text not in CODEC_WORDS:
+        raise ValueError
+    return text
+
+
 # word -> how its value is read, and what it looks like
 _NUMBER: tuple[Callable[[str], Any], str] = (int, "a whole number")
 _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -122,8 +164,10 @@ _A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
 # The word of `KVConfig.loss_change`; without a value it is that of a store.
 _PROMISE = "auto"
 _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
+    "k": (_codec, ""),  # see _looks
+    "v": (_codec, ""),
+    "window": (_size, ""),
     _PROMISE: (read_percent, "a percentage such as 0.5%"),
-    "window": (_size, ""),  # see _looks
     "page_size": _NUMBER,
     "device_budget": (str, _A_SIZE),  # see _sized
     "reuse": (str, _A_SIZE),
@@ -144,6 +188,8 @@ _WORDS = (
 
 def _looks(name: str) -> str:
     """What the value of a word looks like."""
+    if name in ("k", "v"):
+        return f"one of {', '.join(CODEC_WORDS)}"
     return ", or ".join(("a whole number", *(f'"{rule}"' for rule in RULES))) if name == "window" else _VALUED[name][1]
 
 
@@ -172,6 +218,8 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return "reuse", Reuse()
     allowed = (
         *CODEC_WORDS,
+        "k:CODEC",
+        "v:CODEC",
         "window:SIZE",
         *(f"window:{rule}" for rule in RULES),
         *_WORDS,

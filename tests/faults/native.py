@@ -21,7 +21,7 @@ NATIVE = (
     ),
     Fault(
         "a native value of zeros hides small weights",
-        "hfkv/kernels/native/task.h",
+        "hfkv/kernels/native/stored.h",
         "scale[i] = 0;",
         "break;",
         ("kernels/test_native_digits.py",),
@@ -29,9 +29,16 @@ NATIVE = (
     Fault(
         "native scores of latents leave the rotary keys out",
         "hfkv/kernels/native/task.h",
-        "scores[v] += more[v];",
-        "scores[v] += 0 * more[v];",
+        "parts = call.is_latent() ? 2 : 1;",
+        "parts = 1;",
         ("kernels/test_cpu_latent.py",),
+    ),
+    Fault(
+        "native rotary keys are read by the codec of the latents",
+        "hfkv/kernels/native/task.h",
+        "keys[1] = keys_of(call.value_codec,",
+        "keys[1] = keys_of(call.key_codec,",
+        ("kernels/test_pairs.py",),
     ),
     Fault(
         "a native value that nobody sees is multiplied by nothing",

@@ -108,9 +108,23 @@ FAULTS = (
     Fault(
         "a kernel is given values whose tokens lie side by side and does not know",
         "hfkv/kernels/dispatch.py",
-        "able = [kernel for kernel in kernels if kernel.takes_values_innermost or not values_innermost]",
+        "able = [kernel for kernel in of_pairs if kernel.takes_values_innermost or not values_innermost]",
         "able = kernels",
         ("unit/test_values_innermost.py",),
+    ),
+    Fault(
+        "a kernel is given keys and values of two codecs and does not know",
+        "hfkv/kernels/dispatch.py",
+        "if kernel.takes_pairs or not is_pair]",
+        "]",
+        ("unit/test_pairs.py",),
+    ),
+    Fault(
+        "the output of a pair is rotated back as the keys' codec says",
+        "hfkv/kernels/cpu/flash.py",
+        "rotated_back(part, values.codec,",
+        "rotated_back(part, keys.codec,",
+        ("kernels/test_pairs.py",),
     ),
     Fault(
         "pages on the host lie otherwise than on the device",

@@ -10,6 +10,7 @@ import torch
 from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
+from hfkv.policy.codec_pair import sides_of
 from hfkv.stores.layout import Layout
 
 
@@ -53,9 +54,9 @@ def case(
     torch.manual_seed(seed)
     value_dim = value_dim or head_dim
     parts, layout = [], Layout(length)
-    for dim in (head_dim, value_dim):
+    for name, dim in zip(sides_of(codec), (head_dim, value_dim), strict=True):
         states = torch.randn(batch, kv_heads, length, dim, dtype=dtype)
-        planes = CODECS[codec].encode(states)
+        planes = CODECS[name].encode(states)
         placed = []
         for plane in planes:
             if page_size is None:
@@ -65,7 +66,7 @@ def case(
                 torch.manual_seed(seed)  # the same pages for every plane
                 layout, pages = _in_pages(plane, page_size, odd_spans)
                 placed.append(pages)
-        parts.append(Encoded(CODECS[codec], tuple(placed), dim))
+        parts.append(Encoded(CODECS[name], tuple(placed), dim))
     query = torch.randn(batch, kv_heads * groups, num_queries, head_dim, dtype=dtype) * 2
     logits = torch.randn(kv_heads * groups) if sink_logits else None
     scoring = Scoring(head_dim**-0.5, softcap, logits)

@@ -132,14 +132,14 @@ class EmulatedLibrary:
         self.sizes |= {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t is not None}
 
     def hfkv_attend(self, shape: int, *given: Any) -> int:
-        numbers = (ctypes.c_int64 * 20).from_address(shape)
+        numbers = (ctypes.c_int64 * 21).from_address(shape)
         batch, _, heads, groups, queries, _, width, _, dtype = numbers[:9]
         rows = batch * heads * groups * queries
         *memory, scale, softcap, out, lse = given
         self.sizes |= {out: rows * width * (4 if dtype == 0 else 2), lse: rows * 4}
         factors = struct.pack("<qff", 8, scale, softcap)
         return self._call(
-            b"q", shape, 20, [*map(self._bytes, memory), factors, self._bytes(out), self._bytes(lse)], (out, lse)
+            b"q", shape, 21, [*map(self._bytes, memory), factors, self._bytes(out), self._bytes(lse)], (out, lse)
         )
 
     def hfkv_append(self, shape: int, *memory: Any) -> int:

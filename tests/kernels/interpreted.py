@@ -17,14 +17,14 @@ class Interpreted(Backend):
         from hfkv.kernels.triton.decode import decode_attention
 
         run = decode_attention if asked.num_queries == 1 else None
-        return Kernel("triton decode", "interpreted", run, reads_device_lengths=True)
+        return Kernel("triton decode", "interpreted", run, reads_device_lengths=True, takes_pairs=True)
 
     def latent(self, asked: Asked) -> Kernel:
         from hfkv.kernels.triton.latent import latent_attention
 
-        return Kernel("triton latent", "interpreted", latent_attention, reads_device_lengths=True)
+        return Kernel("triton latent", "interpreted", latent_attention, reads_device_lengths=True, takes_pairs=True)
 
     def append(self, asked: Asked) -> Kernel:
         from hfkv.kernels.triton.append import append
 
-        return Kernel("triton append", "interpreted", append, reads_device_lengths=True)
+        return Kernel("triton append", "interpreted", append, reads_device_lengths=True, takes_pairs=True)

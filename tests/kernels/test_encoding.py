@@ -8,21 +8,22 @@ import pytest
 import torch
 
 import hfkv
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
 from hfkv.codecs.base import Codec
 from hfkv.kernels.encoding import encode
 from hfkv.kernels.native.library import library, why_not
 from tests.tiny import llama_config
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "k:int4+v:none", "k:none+v:int8"])
 @pytest.mark.parametrize("count", [0, 1, 70])
 def test_planes_are_the_codecs_own(codec: str, count: int) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         keys = torch.randn(2, count, 3, 48).to(dtype).transpose(1, 2)  # as models give them
         values = torch.randn(2, 3, count, 7).to(dtype)
-        found = encode(CODECS[codec], keys, values)
-        expected = CODECS[codec].encode(keys) + CODECS[codec].encode(values)
+        codecs = Codecs.named(codec)
+        found = encode(codecs, keys, values)
+        expected = codecs.key.encode(keys) + codecs.value.encode(values)
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
             assert one.shape == other.shape

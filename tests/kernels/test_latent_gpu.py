@@ -26,7 +26,7 @@ PLAIN = Scoring((128 + 64) ** -0.5)
 @pytest.fixture(autouse=True)
 def _supported(request: pytest.FixtureRequest) -> None:
     codec = request.node.callspec.params["codec"] if hasattr(request.node, "callspec") else "int8"
-    reason = unsupported_latent(CUDA, torch.bfloat16, codec, LATENT, ROTARY)
+    reason = unsupported_latent(CUDA, torch.bfloat16, (codec,), LATENT, ROTARY)
     if reason is not None:
         pytest.skip(reason)
 

@@ -241,7 +241,7 @@ assert native.library() is not None, native.why_not()
 import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
                       "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py",
-                      "tests/kernels/test_cpu_latent.py",
+                      "tests/kernels/test_cpu_latent.py", "tests/kernels/test_pairs.py",
                       "tests/kernels/test_native_experts.py", "tests/kernels/test_native_digits.py"]))
 """
 

@@ -174,6 +174,18 @@ def test_planes_larger_than_32_bits_count(device: torch.device) -> None:
     assert worst(out, expected.double()) < 1e-5
 
 
+@pytest.mark.parametrize("codecs", [("int4", "none"), ("none", "int8"), ("int8", "int4")])
+def test_rotary_keys_of_their_own_codec(codecs: tuple[str, str], device: torch.device) -> None:
+    check_latent(
+        rows(1, 8, 2, 80, device=device),
+        contiguous(codecs[0], rows(1, 1, 100, 64, device=device)),
+        contiguous(codecs[1], rows(1, 1, 100, 16, device=device)),
+        Layout(100),
+        Visibility(seen=100, pads=(0,)),
+        Scoring(0.1),
+    )
+
+
 def test_no_queries_are_no_work(device: torch.device) -> None:
     latents, rotary = (contiguous("int8", rows(1, 1, 8, dim, device=device)) for dim in (64, 16))
     query = rows(1, 2, 0, 80, device=device)
@@ -184,11 +196,9 @@ def test_no_queries_are_no_work(device: torch.device) -> None:
 
 def test_what_cannot_be_is_refused(device: torch.device) -> None:
     latents, rotary = (contiguous("int8", rows(2, 1, 8, dim, device=device)) for dim in (64, 16))
-    plain = contiguous("none", rows(2, 1, 8, 16, device=device))
     two, short = (contiguous("int8", rows(2, *shape, 16, device=device)) for shape in ((2, 8), (1, 7)))
     query, layout, visibility = rows(2, 4, 1, 80, device=device), Layout(8), Visibility(8, (0, 0))
     for wrong, message in (
-        ((query, latents, plain, layout, visibility, Scoring(1.0)), "int8 do not go with rotary keys in none"),
         ((query, latents, two, layout, visibility, Scoring(1.0)), "one kv head in the same rows"),
         ((query, latents, short, layout, visibility, Scoring(1.0)), "one kv head in the same rows"),
         ((query[..., :64], latents, rotary, layout, visibility, Scoring(1.0)), "of 80 dimensions"),
@@ -217,19 +227,19 @@ def test_tiles_fit_the_shared_memory(shared_memory: int, page_size: int) -> None
 
 
 def test_reasons_not_to_use_triton() -> None:
-    assert "NVIDIA" in str(unsupported_latent(torch.device("cpu"), BF16, "int8", 512, 64))
+    assert "NVIDIA" in str(unsupported_latent(torch.device("cpu"), BF16, ("int8",), 512, 64))
     if torch.cuda.is_available():
         gpu = torch.device("cuda")
-        assert unsupported_latent(gpu, BF16, "int8", 512, 64) is None
-        assert "not 1024 and 64" in str(unsupported_latent(gpu, BF16, "int8", 1024, 64))
-        assert "not 512 and 512" in str(unsupported_latent(gpu, BF16, "int8", 512, 512))
-        assert "weights" in str(unsupported_latent(gpu, BF16, "int8", 512, 64, Scoring(1.0, weights=True)))
+        assert unsupported_latent(gpu, BF16, ("int8",), 512, 64) is None
+        assert "not 1024 and 64" in str(unsupported_latent(gpu, BF16, ("int8",), 1024, 64))
+        assert "not 512 and 512" in str(unsupported_latent(gpu, BF16, ("int8",), 512, 512))
+        assert "weights" in str(unsupported_latent(gpu, BF16, ("int8",), 512, 64, Scoring(1.0, weights=True)))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_operator_keeps_torchs_contract(device: torch.device) -> None:
     latents, rotary = (contiguous("int4", rows(1, 1, 20, dim, device=device)) for dim in (64, 16))
     inputs = DeviceInputs.allocate(Layout(20), Visibility(20, (0,)), device)
-    planes = (list(latents.planes), list(rotary.planes), "int4", 64)
+    planes = (list(latents.planes), list(rotary.planes), "int4", "int4", 64)
     arguments = (rows(1, 2, 1, 80, device=device), *planes, inputs.meta, 0, None, None, None, 0.125, None, 20, 2, None)
     opcheck(torch.ops.hfkv.latent_attention.default, arguments)

@@ -14,7 +14,7 @@ from hfkv.patches.mla import latent_modules
 from tests.latent_models import CLOSE, inputs_for, model_of
 from tests.zoo import generate, prompt
 
-CODECS = ("int8", "int4", "fp8")
+CODECS = ("int8", "int4", "fp8", "k:int4+v:none")
 
 
 @pytest.mark.parametrize("form", ["absorbed", "expanded"])

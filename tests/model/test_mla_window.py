@@ -40,7 +40,7 @@ def test_both_forms_equal_brute_force(rule: str, padding: str, form: str) -> Non
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("rule", ["", "+window:7+sinks:4"])
 @pytest.mark.parametrize("store", ["contiguous", "paged+page_size:16+offload"])
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "fp8", "k:int4+v:none"])
 def test_codecs_equal_brute_force_on_decoded_latents(codec: str, store: str, rule: str, split: str) -> None:
     # In float64 no latent is rounded the other way because a sum upstream differs in its last bit.
     assert error("deepseek_v3", KVConfig.parse(f"{codec}{rule}+{store}"), "ragged", split, torch.float64) <= 1e-5

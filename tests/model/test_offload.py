@@ -144,7 +144,7 @@ def test_offloaded_gives_the_tokens_of_resident_in_every_mode(kv: str, budget: i
 
 @settings(max_examples=60, deadline=None)
 @given(
-    codec=st.sampled_from(CODECS),
+    codec=st.sampled_from([*CODECS, "k:int8+v:int4"]),
     window=st.sampled_from(["", "+window:9+sinks:2"]),
     page_size=st.sampled_from([1, 2, 8]),
     batch=st.integers(1, 3),

@@ -113,7 +113,7 @@ ACTIONS = st.one_of(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     windows(),
-    st.sampled_from(["none", "int8", "int4+paged+page_size:2", "paged+page_size:8", "offload"]),
+    st.sampled_from(["none", "int8", "int4+paged+page_size:2", "k:int8+v:int4", "paged+page_size:8", "offload"]),
     st.lists(st.integers(0, 9), min_size=1, max_size=3),
     st.lists(ACTIONS, min_size=1, max_size=9),
     st.integers(0, 99),

@@ -27,6 +27,7 @@ PRODUCT = [
     f"{codec}{window}+{store}{offload}"
     for codec, store, window, offload in itertools.product(CODECS, STORES, WINDOWS, ("", "+offload"))
 ]
+PRODUCT += ["k:int8+v:int4", "k:none+v:int8", "k:int4+v:none+window:6+sinks:2+paged+page_size:4+offload"]
 
 
 def filled(kv: str, batch: int = 2, tokens: int = 9, **changes: object) -> KVCache:
@@ -93,7 +94,7 @@ def test_updating_token_by_token_copies_a_constant_number_of_bytes_a_token(kv: s
     assert copied[1] <= 1.25 * copied[0]
 
 
-@pytest.mark.parametrize("kv", ["none", "int8", "none+paged+page_size:4"])
+@pytest.mark.parametrize("kv", ["none", "int8", "k:none+v:int8", "none+paged+page_size:4"])
 def test_keys_and_values_can_be_assigned(kv: str) -> None:
     cache = filled(kv)
     layer = cache.layers[0]
@@ -212,7 +213,7 @@ def test_layers_may_differ() -> None:
     kv = KVConfig("int8", layers={"0": KVConfig(), "2-3": KVConfig("int4", store="paged", page_size=4)})
     cache = KVCache(model, kv)
     greedy(model, prompt(), past_key_values=cache)
-    assert [layer.codec.name for layer in cache.layers] == ["none", "int8", "int4", "int4"]
+    assert [layer.codecs.name for layer in cache.layers] == ["none", "int8", "int4", "int4"]
     with pytest.raises(ValueError, match="names layer 9"):
         KVCache(model, KVConfig(layers={"9": KVConfig()}))
 

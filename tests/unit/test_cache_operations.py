@@ -66,13 +66,14 @@ def run(caches: Caches, operations: list[tuple[bool, tuple[Any, ...]]], values_i
 def check_order(caches: Caches, values_innermost: bool) -> None:
     for leaf in (leaf for twin in caches.twins for leaf in twin.cache.leaves if leaf._store is not None):
         planes, values = leaf.store.planes, leaf.parts["value"].planes.start
-        wanted = [values_innermost and not leaf.codec.is_lossless and index == values for index in range(len(planes))]
+        is_turned = values_innermost and not leaf.codecs.value.is_lossless
+        wanted = [is_turned and index == values for index in range(len(planes))]
         assert list(map(has_tokens_innermost, planes)) == wanted
 
 
 @settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(["none", "int8", "fp8"]),
+    st.sampled_from(["none", "int8", "fp8", "k:int8+v:none", "k:fp8+v:int8"]),
     st.sampled_from(STORES),
     st.integers(1, MOST_ROWS),
     st.sampled_from([None, (2, 5), (4, 1), (2, 30)]),
@@ -92,7 +93,7 @@ def test_any_sequence_of_operations_on_several_caches_equals_plain_tensors(
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    st.sampled_from(["none", "int8", "fp8"]),
+    st.sampled_from(["none", "int8", "fp8", "k:int8+v:none", "k:fp8+v:int8"]),
     st.sampled_from(STORES),
     st.builds(
         Window,

@@ -8,7 +8,9 @@ from transformers import (
     MistralConfig,
 )
 
+import hfkv
 from hfkv import KVCache, KVConfig, Window
+from tests.tiny import llama_config
 from tests.zoo import NAMED
 
 
@@ -22,12 +24,24 @@ def test_the_string_form_says_the_same_as_the_fields() -> None:
     assert KVConfig.parse("window:dynamic").window == Window(schedule="dynamic")
 
 
+def test_keys_and_values_may_have_codecs_of_their_own() -> None:
+    kv = KVConfig.parse("v:int4+window:8+k:int8")
+    assert kv == KVConfig("v:int4+k:int8", window=8) == KVConfig("k:int8+v:int4", window=8)
+    assert kv.codec == "k:int8+v:int4"
+    assert KVConfig.parse("k:int8+v:int8") == KVConfig("k:int8+v:int8") == KVConfig("int8")
+    assert KVConfig("k:none+v:none").is_lossless
+    assert not KVConfig("k:none+v:int8").is_lossless
+    assert not KVConfig(layers={"0": KVConfig("k:int8+v:none")}).is_lossless
+    assert hfkv.QuantizedCache(llama_config(), "k:int8+v:int4").kv == KVConfig("k:int8+v:int4")
+
+
 @pytest.mark.parametrize(
     "kv",
     [
         KVConfig(),
         KVConfig("int4", window=Window(9, 0)),
         KVConfig("fp8", store="paged", page_size=4, offload=True),
+        KVConfig("k:int8+v:int4", window=Window(9, 2), store="paged"),
         KVConfig(store="contiguous"),
         KVConfig(window=Window(64, sink_positions="cache", global_layers=(3, 0), global_heads={2: [1, 0], 5: (3,)})),
         KVConfig(window=Window(size=100, schedule="dynamic", summary="mean", summary_pages=2, summary_page_size=8)),
@@ -40,9 +54,15 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int9", "unknown word 'int9'; allowed: none, int8, int4, fp8, window:SIZE"),
+        ("int9", r"unknown word 'int9'; allowed: none, int8, int4, fp8, k:CODEC, v:CODEC, window:SIZE"),
         ("", "unknown word ''"),
         ("int8+int4", "gives codec twice"),
+        ("int8+v:int4", r"names a codec for keys and values, int8, and another for one .*; write k:int8\+v:int4"),
+        ("k:int8", r"names a codec for keys alone; write k:int8\+v:CODEC, or int8 for both"),
+        ("v:int4+paged", r"names a codec for values alone; write k:CODEC\+v:int4, or int4 for both"),
+        ("k:int8+k:int4", "gives k twice"),
+        ("k:int8+v:int5", "v takes one of none, int8, int4, fp8, got 'int5'"),
+        ("k+v:int8", "k takes one of none, int8, int4, fp8"),
         ("sinks:4", "sinks need a window"),
         ("window:x", "window takes a whole number, or \"dynamic\", got 'x'"),
         ("window", "window takes a whole number"),
@@ -69,6 +89,10 @@ def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) 
     ("fields", "error", "words"),
     [
         ({"codec": "int2"}, ValueError, "KVConfig.codec must be one of none, int8, int4, fp8, got 'int2'"),
+        ({"codec": "k:int8"}, ValueError, r"KVConfig.codec: .* are written k:CODEC\+v:CODEC.*, got 'k:int8'"),
+        ({"codec": "int8+v:int4"}, ValueError, r"are written k:CODEC\+v:CODEC, such as k:int8\+v:int4"),
+        ({"codec": "k:int8+v:int2"}, ValueError, "must be one of none, int8, int4, fp8 for keys and for values, got"),
+        ({"codec": ["int8"]}, ValueError, "KVConfig.codec must be one of"),
         ({"store": "disk"}, ValueError, "KVConfig.store must be one of auto, contiguous, paged, got 'disk'"),
         ({"window": -1}, ValueError, "at least 1 token, got -1"),
         ({"window": True}, TypeError, "KVConfig.window must be None, an int or an hfkv.Window, got True"),
@@ -117,7 +141,7 @@ def test_only_the_lossless_configs_say_so() -> None:
 
 
 def test_configs_are_values() -> None:
-    kv = KVConfig("int8", window=8, layers={"0": KVConfig()})
+    kv = KVConfig("k:int8+v:int4", window=8, layers={"0": KVConfig()})
     assert copy.deepcopy(kv) == kv
     assert pickle.loads(pickle.dumps(kv)) == kv
     assert len({kv, copy.deepcopy(kv), KVConfig()}) == 2

@@ -28,6 +28,7 @@ DYNAMIC = KVConfig(window=Window(8, 1, schedule="dynamic"))
 LAYERS = KVConfig("int8", window=6, layers={"0": KVConfig("int4", store="paged", page_size=4)})
 POLICIES: list[KVConfig | str] = [
     *("none", "int8+paged", "int4+offload", "fp8+window:6", CACHE_SINKS, SUMMARIES, f"int4+paged+offload+{SUMMARIES}"),
+    *("k:none+v:fp8+window:6", f"k:int8+v:int4+paged+offload+{SUMMARIES}"),
     *("window:6+global_layers:1", "int8+window:6+global_heads:0=1,1=0", "window:4+sinks:0", DYNAMIC, LAYERS),
 ]
 

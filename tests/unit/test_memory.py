@@ -12,7 +12,7 @@ from transformers import (
 import hfkv
 from hfkv import CacheMemory, KVCache, KVConfig, Window
 from hfkv.cache.memory import Bytes, PlaneMemory
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
 from hfkv.policy.units import about_bytes
 from tests.tiny import feed, greedy, llama, llama_config, prompt
 from tests.unit.test_cache import PRODUCT, filled
@@ -33,8 +33,8 @@ def check_sums(cache):
 def test_the_rows_add_up_after_every_operation(kv):
     cache = filled(kv, tokens=23)
     memory = check_sums(cache)
-    names = CODECS[KVConfig.of(kv).codec].plane_names
-    expected = [(layer, part, name) for layer in (0, 1) for part in ("key", "value") for name in names]
+    codecs, parts = Codecs.named(KVConfig.of(kv).codec), ("key", "value")
+    expected = [(layer, part, name) for layer in (0, 1) for part in parts for name in codecs.of(part).plane_names]
     rows = dict.fromkeys((row.layer, row.part, row.plane) for row in memory.rows if row.layer is not None)
     assert list(rows) == expected
     assert {row.plane for row in memory.rows if row.layer is None} <= {"staging buffers"}

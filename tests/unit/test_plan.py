@@ -30,6 +30,7 @@ CONFIGS = (
     "int8",
     "fp8",
     "int4",
+    "k:int8+v:int4",
     "none+paged",
     "int4+paged+page_size:16",
     "window:32",

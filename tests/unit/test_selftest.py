@@ -56,6 +56,16 @@ def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: HeadShape)
     assert all("CPU" in (check.note or "") for check in appends if check.outcome == NOT_TESTED)
 
 
+def test_a_pair_of_codecs_is_tested_besides(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = "k:int8+v:int4"
+    own = [check for check in selftest.plan(CPU, torch.float32, (SMALL,), (pair,)) if f", {pair}, " in check.name]
+    assert len(own) == (NUM_READS + NUM_APPENDS) // len(CODECS)
+    checks = [check.run() for check in own]
+    assert {check.outcome for check in checks} == ({RIGHT} if library() is not None else {RIGHT, NOT_TESTED})
+    attend_with(monkeypatch, nudged(out=1e-3))
+    assert {check.run().outcome for check in own if "append" not in check.name} == {WRONG}
+
+
 def test_values_are_tested_in_the_order_that_stores_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

@@ -23,7 +23,7 @@ from hfkv.cache.view import KVView
 from tests.tiny import feed, greedy, llama, llama_config, prompt
 
 WINDOWS = ["window:5", "window:6+sinks:2", "int8+window:6+sinks:2", "fp8+window:6+sinks:2"]
-KINDS = ["none", "int8", "fp8", "int4", "paged", "int8+paged", *WINDOWS]
+KINDS = ["none", "int8", "fp8", "int4", "paged", "int8+paged", "k:none+v:int4", *WINDOWS]
 LAYERS = 3
 
 

@@ -30,7 +30,7 @@ from tests.twins import Twin
 from tests.zoo import NAMED
 
 CPU = torch.device("cpu")
-CODECS = ("int8", "int4", "fp8")
+CODECS = ("int8", "int4", "fp8", "k:int8+v:int4")
 
 
 def turned(given: Case) -> Case:

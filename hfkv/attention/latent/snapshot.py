@@ -45,7 +45,7 @@ class HeldLatents(HeldTokens):
         """The kernel for absorbed queries, or the one that expands."""
         is_innermost = bool(self.store.tokens_innermost)
         if self.projection is not None:
-            expanded = expanded_kernel(query.dtype, query.device, is_innermost)
+            expanded = expanded_kernel(query.dtype, query.device, is_innermost, self.codecs.is_pair)
             return expanded._replace(run=expanded.run and partial(expanded.run, expand=self.projection.expand))
         widths = (self.parts["key"].head_dim, self.parts["value"].head_dim)
-        return latent_kernel(self.codec.name, query.dtype, query.device, query.shape[2], widths, is_innermost)
+        return latent_kernel(self.codecs.name, query.dtype, query.device, query.shape[2], widths, is_innermost)

@@ -83,7 +83,9 @@ class Assignable(Member, ABC):
         held = self.held()
         # What the caller keeps must not change with the cache, nor be edited in the belief that the cache changes too.
         states = held.decode(part)
-        return Snapshot(states.clone(memory_format=torch.contiguous_format) if held.is_slice else states.contiguous())
+        return Snapshot(
+            states.clone(memory_format=torch.contiguous_format) if held.is_slice_of(part) else states.contiguous()
+        )
 
     def _assign(self, part: Part, states: torch.Tensor | None) -> None:
         """Replaces the tokens held once both parts have been assigned (or one, of the same length and batch)."""

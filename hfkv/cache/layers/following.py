@@ -14,7 +14,6 @@ from hfkv.cache.slots import Slots
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape, encoded_parts
 from hfkv.cache.step import Member, Step
 from hfkv.cache.view import ViewShape, make_views, same_views, step_views
-from hfkv.codecs import Codec
 from hfkv.kernels.backend import Kernel
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel
@@ -25,7 +24,6 @@ from hfkv.stores.base import Placing
 class Following(Member, Storage):
     """Appends as the layers of its group do, where nothing but writing is left to do."""
 
-    codec: Codec
     sliding: int | None
     span: Span
     device: torch.device
@@ -78,14 +76,14 @@ class Following(Member, Storage):
         if step is None or step.placing is None:
             return self._by_itself(step, key_states, value_states)
         placing = step.placing
-        store, codec, span = self._store, self.codec, self.span
+        store, codecs, span = self._store, self.codecs, self.span
         assert store is not None
         if step.writing is not None:
             self._write(step, key_states, value_states)
-        elif codec.is_lossless:
+        elif codecs.is_lossless:
             store.put(placing, (key_states, value_states))
         else:
-            store.put(placing, codec.encode_both(key_states, value_states))
+            store.put(placing, codecs.encode_both(key_states, value_states))
         span.seen, span.gone_below, span.recorded_to = step.seen, step.gone_below, step.recorded_to
         self.followed, self._version = step, store.version
         return self._views(step)
@@ -149,7 +147,7 @@ class Following(Member, Storage):
             held = self.append(keys, values)
         if step is None or self._tracked:
             return make_views(held, self._tracked)
-        if is_empty and self.codec.is_lossless and not held.is_slice:
+        if is_empty and self.codecs.is_lossless and not held.is_slice:
             held.fresh = keys, values
         if step.keys is None:
             step.parts = self._parts if is_blank and not self._num_slots else None
@@ -184,14 +182,14 @@ class Following(Member, Storage):
             planes = store.planes  # another store may make shared ones larger
             is_alike = of_step is not None and of_step.takes(keys, values, planes)
             if kernel is None and not is_alike:
-                return store.put(placing, self.codec.encode_both(keys, values))
+                return store.put(placing, self.codecs.encode_both(keys, values))
             store.put(placing, None)
             try:
                 if is_alike:
                     of_step.run(keys, values, planes)
                 else:
                     store.shift(placing)
-                    encoded = encoded_parts(self.codec, self._parts, tuple(planes))
+                    encoded = encoded_parts(self.codecs, self._parts, tuple(planes))
                     kernel(keys, values, *encoded, placing.before, inputs=inputs)
             except BaseException:
                 store.truncate(placing.before.length)
@@ -226,7 +224,7 @@ class Following(Member, Storage):
         step.recorded_to = step.seen if span.record_past and span.recorded_to is None else span.recorded_to
         key, value = self._parts["key"], self._parts["value"]
         head_dims, is_innermost = (key.head_dim, value.head_dim), bool(store.tokens_innermost)
-        kernel = append_kernel(self.codec.name, keys.dtype, keys.device, head_dims, is_innermost)
+        kernel = append_kernel(self.codecs.name, keys.dtype, keys.device, head_dims, is_innermost)
         # Plain tokens are only copied; but where others move before, one call does both.
         if kernel.run is not None or (kernel.of_step is not None and placing.front):
             step.writing = self._writing(kernel, placing, keys, values)
@@ -238,7 +236,7 @@ class Following(Member, Storage):
         inputs = device_inputs(placing.before.end, None, self.device) if kernel.reads_device_lengths else None
         of_step = None
         if kernel.of_step is not None and not torch.compiler.is_compiling():
-            encoded = encoded_parts(self.codec, self._parts, tuple(self._store.planes))
+            encoded = encoded_parts(self.codecs, self._parts, tuple(self._store.planes))
             moved = placing.front, placing.gap
             of_step = kernel.of_step(keys, values, *encoded, placing.before, inputs=inputs, moved=moved)
         return kernel.run, inputs, of_step
@@ -249,7 +247,7 @@ class Following(Member, Storage):
         if key.dtype != value.dtype:
             return False
         head_dims, is_innermost = (key.head_dim, value.head_dim), bool(self._store and self._store.tokens_innermost)
-        kernel = attention_kernel(self.codec.name, key.dtype, self.device, queries, head_dims, is_innermost)
+        kernel = attention_kernel(self.codecs.name, key.dtype, self.device, queries, head_dims, is_innermost)
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
         worth_from = kernel.worth_from
         if self._store is not None and self._store.is_paged and kernel.worth_from_in_pages is not None:
@@ -269,7 +267,7 @@ class Following(Member, Storage):
         assert self._store is not None
         batch, heads, _, head_dim = new.shape
         size = batch, heads, last - first, head_dim
-        if self.codec.is_lossless and self._store.reads_slices:
+        if self.codecs.of(part).is_lossless and self._store.reads_slices:
             strides = self._store.planes[self._parts[part].planes][0].stride()
             return ViewShape(size, strides, (placing.start + first) * strides[2], new.dtype)
         return ViewShape(size, (heads * size[2] * head_dim, size[2] * head_dim, head_dim, 1), 0, new.dtype)

@@ -13,7 +13,7 @@ from hfkv.cache.layers.span import Span
 from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group, Step
-from hfkv.codecs import CODECS
+from hfkv.codecs import Codecs
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.kernels.encoding import encode
 from hfkv.models.rotary import Rotary
@@ -36,7 +36,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
     def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:
         super().__init__()
         self.kv = kv
-        self.codec = CODECS[kv.codec]
+        self.codecs = Codecs.named(kv.codec)
         self.rotary = rotary
         self.sliding = sliding
         self.is_sliding = sliding is not None
@@ -76,7 +76,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         """Takes what is to be known of the first keys and values; without slots, the first tokens make the planes."""
         self.device = keys.device
         self._batch = keys.shape[0]
-        count = len(self.codec.plane_names)
+        count = len(self.codecs.key.plane_names)
         self._parts = {
             "key": PartShape(slice(0, count), keys.shape[1], keys.shape[3], keys.dtype),
             "value": PartShape(slice(count, None), values.shape[1], values.shape[3], values.dtype),
@@ -111,9 +111,9 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
             self._tracked = True
             new = key_states.detach(), value_states.detach()
         is_innermost = bool(self.store.tokens_innermost)
-        kernel = append_kernel(self.kv.codec, key_states.dtype, self.device, self.head_dims, is_innermost).run
+        kernel = append_kernel(self.codecs.name, key_states.dtype, self.device, self.head_dims, is_innermost).run
         if kernel is None or self.store.is_offloaded or not self.store.planes:
-            self.store.append(encode(self.codec, *new))
+            self.store.append(encode(self.codecs, *new))
             return
         with self.store.lock:
             before = self.store.extend(key_states.shape[2])
@@ -182,7 +182,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         store, span = self.store, self.span
         return HeldTokens(
             store=store,
-            codec=self.codec,
+            codecs=self.codecs,
             parts=self._parts,
             batch=self._batch,
             device=self.device,

@@ -7,7 +7,7 @@ import torch
 from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
 from hfkv.cache.snapshot import Part, PartShape
 from hfkv.cache.step import Group
-from hfkv.codecs import CODECS
+from hfkv.codecs import Codecs
 from hfkv.kernels.dispatch import wants_values_innermost
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
@@ -24,6 +24,7 @@ class Storage:
     """
 
     kv: KVConfig
+    codecs: Codecs
     window: Window | None
     span: Span
     offloaded: Place | None = None
@@ -108,11 +109,11 @@ class Storage:
 
     def keeps_values_innermost(self, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> bool:
         """Whether a store that is made for keys of `dtype` and these widths keeps the tokens of values side by side."""
-        if CODECS[self.kv.codec].is_lossless:
+        if self.codecs.value.is_lossless:
             return False
         if self.values_innermost is not None:
             return self.values_innermost
-        return wants_values_innermost(self.kv.codec, dtype, device, head_dims)
+        return wants_values_innermost(self.codecs.name, dtype, device, head_dims)
 
     def _planes_innermost(self, device: torch.device) -> tuple[int, ...]:
         """The planes of the next store whose tokens are to lie side by side: the values' data, or none."""

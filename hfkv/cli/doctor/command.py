@@ -72,12 +72,15 @@ def examine(
     import torch
 
     from hfkv import tiny_lm
+    from hfkv.codecs import Codecs
     from hfkv.kernels.selftest.suite import plan
+    from hfkv.policy.config import KVConfig
 
     config = read_config(tiny_lm.PATH if model is None else model)
     dtype = dtype or _stored_dtype(config)
     layers = describe_layers(BUNDLED if model is None else model, config, kv, dtype, device)
-    planned = plan(device, dtype, layers.heads)
+    codecs = Codecs.named(KVConfig.parse(kv).codec)
+    planned = plan(device, dtype, layers.heads, (codecs.name,) if codecs.is_pair else ())
     checks = []
     began = time.perf_counter()
     with progress_on(bars or Console(quiet=True), TaskProgressColumn()) as progress:

@@ -273,7 +273,7 @@ class _AskedLayer:
         widths = widths_of(self.config, self.index)
         form = widths and form_for(num_queries, num_queries, widths, self.dtype, self.device)
         if form == "expanded" and num_queries > 1:
-            expanded = expanded_kernel(self.dtype, self.device)
+            expanded = expanded_kernel(self.dtype, self.device, is_pair=self.layer.leaves[0].codecs.is_pair)
             # Under a window what no kernel expands is absorbed, and so is what turns with its place.
             if not is_moved or (expanded.run is not None and not self.layer.window.needs_rotary):
                 return expanded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.codecs import Codec
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel, dtype_name
 from hfkv.kernels.cpu.decode import decode_attention
 from hfkv.kernels.cpu.expanded import expanded_attention
@@ -25,44 +26,57 @@ class CPUBackend(Backend):
         return device.type == "cpu"
 
     def attention(self, asked: Asked) -> Kernel:
-        codec = asked.codec
-        worth_from = WORTH_FROM_OF_FLOATS if codec.numbers == torch.bfloat16 else WORTH_FROM
+        coded = [codec for codec in asked.codecs if not codec.is_lossless]
+        numbers = {codec.numbers for codec in coded}
+        worth_from = WORTH_FROM_OF_FLOATS if torch.bfloat16 in numbers else WORTH_FROM
         if asked.dtype not in DTYPES:
             return Kernel("decode + sdpa", f"no CPU kernel computes in {dtype_name(asked.dtype)}", None)
-        if codec.is_lossless:
+        if asked.is_plain:
             why = "plain tokens are read where they lie, once for all of a kv head"
         elif asked.num_queries >= MANY:
             why = f"{MANY} queries or more: tokens are decoded a stretch at a time"
-        elif codec.numbers is None:
-            why = f"{codec.name} has no affine form: tokens are decoded a stretch at a time"
-        elif codec.numbers == torch.int8 and not is_exact():
+        elif None in numbers:
+            why = f"{_without_form(coded)} has no affine form: tokens are decoded a stretch at a time"
+        elif torch.int8 in numbers and not is_exact():
             why = "this processor has no exact int8 product: tokens are decoded"
         else:
-            is_int8 = codec.numbers == torch.int8
-            numbers = "int8 products read the tokens' own bytes" if is_int8 else "float32 products of stretches"
-            few = f"fewer than {MANY} queries: {numbers}"
-            return Kernel("cpu decode", few, decode_attention, worth_from=worth_from, takes_values_innermost=True)
+            how = "int8 products read the tokens' own bytes"
+            how = how if numbers == {torch.int8} else "float32 products of stretches"
+            few = f"fewer than {MANY} queries: {how}"
+            return Kernel(
+                *("cpu decode", few, decode_attention),
+                worth_from=worth_from,
+                takes_values_innermost=True,
+                takes_pairs=True,
+            )
         # Plain tokens of a window lie close together: they are attended to where they lie, without a kernel's help.
         return Kernel(
             *("cpu flash", why, flash_attention),
-            reads_moved_windows=not codec.is_lossless,
+            reads_moved_windows=not asked.is_plain,
             worth_from=worth_from,
             takes_values_innermost=True,
+            takes_pairs=True,
         )
 
     def latent(self, asked: Asked) -> Kernel:
         if asked.dtype not in DTYPES:
             return Kernel("decode + absorbed", f"no CPU kernel computes in {dtype_name(asked.dtype)}", None)
-        if not asked.codec.is_lossless and asked.codec.numbers is None:
-            return Kernel("decode + absorbed", f"{asked.codec.name} has no affine form: latents are decoded", None)
+        name = _without_form([codec for codec in asked.codecs if not codec.is_lossless])
+        if name is not None:
+            return Kernel("decode + absorbed", f"{name} has no affine form: latents are decoded", None)
         why = "absorbed queries read the latents' own bytes once for all heads"
-        return Kernel("cpu latent", why, latent_attention, takes_values_innermost=True)
+        return Kernel("cpu latent", why, latent_attention, takes_values_innermost=True, takes_pairs=True)
 
     def expanded(self, dtype: torch.dtype) -> Kernel:
         if dtype not in DTYPES:
             return Kernel("expand + sdpa", f"no CPU kernel computes in {dtype_name(dtype)}", None)
         why = "many queries: latents are expanded, a stretch at a time"
-        return Kernel("cpu expanded", why, expanded_attention, takes_values_innermost=True)
+        return Kernel("cpu expanded", why, expanded_attention, takes_values_innermost=True, takes_pairs=True)
 
     def append(self, asked: Asked) -> Kernel:
         return Kernel("torch", "a CPU encodes and writes with torch's own operations", None)
+
+
+def _without_form(codecs: list[Codec]) -> str | None:
+    """The first of these codecs that has no affine form; None where all have one."""
+    return next((codec.name for codec in codecs if codec.numbers is None), None)

@@ -45,7 +45,7 @@ def decode_attention(
 
     Args:
         query: queries `[B, Hq, q, D]` on the CPU, bf16, fp16 or fp32.
-        keys, values: keys and values, encoded by a codec with an affine form.
+        keys, values: keys and values, each encoded by a codec with an affine form.
         layout: places of the held tokens in the planes.
         visibility: tokens that each query sees.
         scoring: treatment of the scores.
@@ -92,8 +92,11 @@ class Decode:
         # Fewer rows rather than shorter stretches: a product of a few tokens costs as much as one of a hundred.
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
-        digits = self.dtype == torch.int8 and self.keys[0].codec.numbers == torch.int8
-        queries = [[_Query.of(part[rows].flatten(0, 1), digits) for part in query] for rows in groups]
+        has_digits = [self.dtype == part.codec.numbers == torch.int8 for part in self.keys]
+        queries = [
+            [_Query.of(part[rows].flatten(0, 1), has) for part, has in zip(query, has_digits, strict=True)]
+            for rows in groups
+        ]
         spans = [self._spans(its_query, min(firsts[rows])) for its_query, rows in zip(queries, groups, strict=True)]
         parts = [(group, span) for group, of_group in enumerate(spans) for span in of_group]
         attended = iter(do_parts(lambda part: self._part(queries[part[0]], groups[part[0]], *part[1]), parts))
@@ -112,11 +115,13 @@ class Decode:
         length = _SCORES // (count * num_rows)
         if self.dtype != torch.bfloat16:
             length = min(length, _LONG)
-        is_read_where_it_lies = keys.planes[0].dtype == self.dtype == torch.int8 and not self.layout.is_paged
-        if not is_read_where_it_lies:
-            width = 4 if keys.codec.numbers == torch.bfloat16 else self.dtype.itemsize
-            at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
-            length = min(length, at_most // (count * keys.head_dim * width))
+        at_most = _COPIED if self.dtype != torch.bfloat16 or self.layout.is_paged else 4 * _COPIED
+        for part in (keys, self.values or keys):
+            if part.planes[0].dtype == self.dtype == torch.int8 and not self.layout.is_paged:
+                continue  # read where it lies
+            # Numbers that int8 does not hold come in float32.
+            is_wide = part.codec.numbers == torch.bfloat16 or self.dtype == torch.int8 != part.codec.numbers
+            length = min(length, at_most // (count * part.head_dim * (4 if is_wide else self.dtype.itemsize)))
         length = max(length, _MIN_STRETCH)
         # A little longer rather than a few tokens on their own, but two where that is worth a second thread.
         least = 2 if (self.layout.length - first) * count * keys.head_dim >= _FOR_TWO else 1

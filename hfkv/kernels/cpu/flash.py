@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from hfkv.codecs import Codec
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.codecs.hadamard import rotate_states
 from hfkv.kernels.cpu.planes import decode_stretch, rotated_back
@@ -33,15 +32,16 @@ def flash_attention(
     mask is made only for a tile of queries and a stretch, and no more than `STRETCH` tokens are decoded at any time.
     Plain tokens in contiguous planes are read where they lie.
 
-    Arguments and results are the same as in `decode_attention`; the codec may also lose nothing or have no affine form.
+    Arguments and results are the same as in `decode_attention`; a codec may also have no affine form.
     """
     num_queries = query.shape[2]
     attended = nothing(query, values.head_dim)
     firsts = first_seen(visibility, layout)
-    is_read = keys.codec.is_lossless and not layout.is_paged
+    is_plain = keys.codec.is_lossless and values.codec.is_lossless
+    is_read = is_plain and not layout.is_paged
     at_most = len(firsts) if is_read else STRETCH // MIN_STRETCH
     near = SHORT if num_queries == 1 or layout.length <= SHORT else 0
-    dtype = _compute_dtype(query.dtype, keys.codec, num_queries)
+    dtype = query.dtype if is_plain else _compute_dtype(query.dtype, num_queries)
     for rows in alike(firsts, at_most, near):
         length = max(layout.length, 1) if is_read else max(STRETCH // (rows.stop - rows.start), MIN_STRETCH)
         for tile in tiles(visibility, layout, scoring, rows, min(firsts[rows]), num_queries):
@@ -65,10 +65,8 @@ def flash_attention(
     return Attended(out.to(query.dtype), lse)
 
 
-def _compute_dtype(dtype: torch.dtype, codec: Codec, num_queries: int) -> torch.dtype:
+def _compute_dtype(dtype: torch.dtype, num_queries: int) -> torch.dtype:
     """The dtype in which queries of `dtype` attend to decoded tokens."""
-    if codec.is_lossless:
-        return dtype
     # A rotated row, or one whose scale was rounded up, may be beyond float16; and in bfloat16 what was decoded would
     # be rounded once more, which for few queries saves nothing.
     return torch.float32 if dtype == torch.float16 or num_queries < MIN_TILE else dtype

@@ -34,7 +34,7 @@ def latent_attention(
         query: absorbed queries `[B, Hq, q, r + dr]` on the CPU, bf16, fp16 or fp32: the part that goes with latents,
             then the one that goes with rotary keys.
         latents: encoded latents `[B, 1, T, r]`, contiguous or in pages; they are the values too.
-        rotary: rotary keys `[B, 1, T, dr]`, encoded by the same codec, in the same rows of the same store.
+        rotary: rotary keys `[B, 1, T, dr]`, by the same codec or another, in the same rows of the same store.
         layout: places of the held tokens in the planes.
         visibility: tokens that each query sees.
         scoring: treatment of the scores.
@@ -43,21 +43,23 @@ def latent_attention(
         The output `[B, Hq, q, r]` in the query's dtype, and the float32 log-sum-exp `[B, Hq, q]`, as in
         `latent_attention_naive`.
     """
-    dtype = _dtype(query.dtype, latents.codec, query.shape[1] * query.shape[2])
+    dtype = _dtype(query.dtype, (latents.codec, rotary.codec), query.shape[1] * query.shape[2])
     parts = query.flatten(1, 2)[:, None].split([latents.head_dim, rotary.head_dim], dim=-1)  # [B, 1, Hq · q, ...]
     if dtype != torch.bfloat16:
         parts = tuple(part.float() * scoring.scale for part in parts)
-    if latents.codec.is_rotated:
-        parts = tuple(rotate_states(part) for part in parts)
-    decode = Decode((latents, rotary), None, layout, visibility, scoring, query.shape[2], query.shape[1], dtype)
+    sides = latents, rotary
+    parts = tuple(
+        rotate_states(part) if side.codec.is_rotated else part for part, side in zip(parts, sides, strict=True)
+    )
+    decode = Decode(sides, None, layout, visibility, scoring, query.shape[2], query.shape[1], dtype)
     return rotated_back(decode.all_rows(parts), latents.codec, query.dtype)
 
 
-def _dtype(of_query: torch.dtype, codec: Codec, num_rows: int) -> torch.dtype:
+def _dtype(of_query: torch.dtype, codecs: tuple[Codec, Codec], num_rows: int) -> torch.dtype:
     """The dtype that products take."""
-    has_integers = codec.numbers == torch.int8
+    has_integers = any(codec.numbers == torch.int8 for codec in codecs)
     # A query that is rotated is no bfloat16 any more.
-    holds = not codec.is_rotated and (not has_integers or num_rows >= _MANY)
+    holds = not any(codec.is_rotated for codec in codecs) and (not has_integers or num_rows >= _MANY)
     if holds and of_query == torch.bfloat16 and bf16_matmul.is_exact():
         return torch.bfloat16
     return torch.int8 if has_integers and int8_matmul.is_exact() else torch.float32

@@ -51,7 +51,7 @@ void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t c
         if (sum != 0) {
             for (int64_t i = 0; i < vd; i++) out[i] /= sum;
         }
-        if (call.codec == INT4) rotate(out.data(), call.value_width);
+        if (call.summed_codec() == INT4) rotate(out.data(), call.value_width);
         int64_t at = ((b * call.queries + n) * call.query_heads() + head) * call.value_width;
         for (int64_t i = 0; i < call.value_width; i++) store_number(call.out, call.dtype, at + i, out[i]);
         call.lse[(b * call.query_heads() + head) * call.queries + n] = sum == 0 ? -INFINITY : largest + std::log(sum);
@@ -72,7 +72,7 @@ bool lies_in_planes(const Call &call) {
     return true;
 }
 
-template <int64_t CODEC> void attend(const Call &call) {
+void attend(const Call &call) {
     int64_t first = call.layout.first(), last = call.layout.length(), stretch = stretch_of(call);
     int64_t stretches = std::max<int64_t>((last - first + stretch - 1) / stretch, 1), heads = call.heads * call.tiles;
     int64_t tasks = call.batch * heads * stretches;
@@ -86,7 +86,7 @@ template <int64_t CODEC> void attend(const Call &call) {
         int64_t of = index / stretches, h = of % heads, b = of / heads;
         int64_t begin = first + index % stretches * stretch;
         try {
-            Task<CODEC>(call, b, h).attend(begin, std::min(begin + stretch, last), parts[index]);
+            Task(call, b, h).attend(begin, std::min(begin + stretch, last), parts[index]);
             // Whoever does the last stretch.
             if (done[of].fetch_add(1, std::memory_order_acq_rel) + 1 == stretches) {
                 finish(call, b, h, &parts[of * stretches], stretches);
@@ -103,10 +103,10 @@ template <int64_t CODEC> void attend(const Call &call) {
 
 // Writes the output `[B, q, Hq, Dv]` and its log-sum-exp `[B, Hq, q]`; 1 where the layout is not one of these planes, 2
 // where there is no memory for what is summed.
-// shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec, dtype of queries,
+// shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec of keys, dtype of queries,
 // capacity of a row or page, threads, strides of the queries (rows, heads, queries), of the mask (the same) and of the
-// bounds (rows), pages, width of the rotary keys beside latents; where there are any, keys are latents and values too, and
-// what is given as values are rotary keys.
+// bounds (rows), pages, width of the rotary keys beside latents, codec of values; where there are any rotary keys, keys are
+// latents and values too, and what is given as values are rotary keys.
 extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void *query, const void *key_data,
                             const void *key_scales, const void *value_data, const void *value_scales,
                             const int64_t *bounds, const uint8_t *mask, const float *sink_logits, float scale,
@@ -117,6 +117,7 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     std::memcpy(call.query_strides, shape + 11, 3 * sizeof(int64_t));
     std::memcpy(call.mask_strides, shape + 14, 3 * sizeof(int64_t));
     call.bounds_stride = shape[17], call.pages = shape[18], call.rotary_width = shape[19];
+    call.value_codec = shape[20];
     call.scale = scale, call.softcap = softcap;
     call.layout = Meta{meta, call.batch, call.columns};
     call.query = static_cast<const char *>(query);
@@ -130,13 +131,7 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     call.out = static_cast<char *>(out), call.lse = lse;
     if (!lies_in_planes(call)) return 1;
     try {
-        switch (call.codec) {
-        case NONE_F32: attend<NONE_F32>(call); break;
-        case NONE_BF16: attend<NONE_BF16>(call); break;
-        case INT8: attend<INT8>(call); break;
-        case FP8: attend<FP8>(call); break;
-        default: attend<INT4>(call);
-        }
+        attend(call);
     } catch (const std::bad_alloc &) {
         return 2;
     }

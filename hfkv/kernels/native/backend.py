@@ -26,7 +26,7 @@ class NativeBackend(Backend):
             reason = f"{MANY} queries or more: larger products are torch's"
         if reason is not None:
             return Kernel("decode + sdpa", reason, None)
-        is_plain = asked.codec.is_lossless and asked.dtype == torch.float32
+        is_plain = asked.is_plain and asked.dtype == torch.float32
         few = f"fewer than {MANY} queries: the tokens' own bytes are read once, in C++"
         worth_from = WORTH_FROM_OF_PLAIN if is_plain else 0
         return Kernel(
@@ -34,6 +34,7 @@ class NativeBackend(Backend):
             reads_device_lengths=True,
             worth_from=worth_from,
             worth_from_in_pages=0,
+            takes_pairs=True,
             of_step=step_attention,
         )
 
@@ -42,25 +43,25 @@ class NativeBackend(Backend):
         if reason is not None:
             return Kernel("decode + absorbed", reason, None)
         why = "absorbed queries read the latents' own bytes once for all heads, in C++"
-        return Kernel("native latent", why, attend_latents, reads_device_lengths=True)
+        return Kernel("native latent", why, attend_latents, reads_device_lengths=True, takes_pairs=True)
 
     def append(self, asked: Asked) -> Kernel:
         reason = _unsupported(asked)
         if reason is not None:
             return Kernel("torch", reason, None)
-        if asked.codec.is_lossless:
+        if asked.is_plain:
             return Kernel("torch", "on this CPU plain tokens are only copied, by torch", None, of_step=step_append)
         why = "encoded and written in one pass, in C++"
-        return Kernel("native append", why, append, reads_device_lengths=True, of_step=step_append)
+        return Kernel("native append", why, append, reads_device_lengths=True, takes_pairs=True, of_step=step_append)
 
 
 def _unsupported(asked: Asked) -> str | None:
     """Why the native kernels do not take such tokens; None where they do."""
-    name = asked.codec.name
     if asked.dtype not in DTYPES:
         return f"no native kernel computes in {dtype_name(asked.dtype)}"
-    if code_of(name, asked.dtype) is None:
-        return f"no native kernel reads {name} in {dtype_name(asked.dtype)}"
+    for codec in asked.codecs:
+        if code_of(codec.name, asked.dtype) is None:
+            return f"no native kernel reads {codec.name} in {dtype_name(asked.dtype)}"
     if min(asked.head_dims) < 1:
         return "there is nothing in heads of no width"
     return why_not() or None

@@ -14,8 +14,8 @@ constexpr int64_t TILE = 16, MOST_TILE = 64;
 
 // Latents are keys and values of one kv head both, and have rotary keys beside them: a score is the sum of two products.
 struct Call {
-    int64_t batch, columns, heads, groups, queries, key_width, value_width, codec, dtype, capacity, threads;
-    int64_t query_strides[3], mask_strides[3], bounds_stride, pages, rotary_width;
+    int64_t batch, columns, heads, groups, queries, key_width, value_width, key_codec, dtype, capacity, threads;
+    int64_t query_strides[3], mask_strides[3], bounds_stride, pages, rotary_width, value_codec;
     int64_t tiles = 1;  // that the queries of a kv head are cut into, by query heads: `groups` are those of one tile
     float scale, softcap;
     Meta layout;
@@ -30,6 +30,8 @@ struct Call {
     int64_t rows() const { return groups * queries; }
     int64_t query_heads() const { return heads * tiles * groups; }
     bool is_latent() const { return rotary_width > 0; }
+    // The codec of what is summed; beside latents, what is given as values are rotary keys.
+    int64_t summed_codec() const { return is_latent() ? key_codec : value_codec; }
     int64_t padded(int64_t width) const { return (width + LANES - 1) / LANES * LANES; }
 };
 

@@ -38,7 +38,7 @@ def attend(
 
     Args:
         query: fp32, bf16 or fp16.
-        keys, values: both written by the same codec; those of none are fp32 or bf16, as the queries.
+        keys, values: encoded keys and values; plain ones are fp32 or bf16.
         layout: places of the held tokens in the planes.
         visibility: tokens that each query sees.
         scoring: treatment of the scores.
@@ -48,8 +48,7 @@ def attend(
         ValueError: the layout names tokens that are not in the planes.
         MemoryError: there is no memory for what is summed.
     """
-    # Keys and values differ under some autocasts; a trace has to see torch's operations.
-    if keys.planes[0].dtype != values.planes[0].dtype or keys.codec is not values.codec or torch.jit.is_tracing():
+    if is_for_torch(keys, values):
         return flash_attention(query, keys, values, layout, visibility, scoring)
     if query.shape[3] and query.stride(3) != 1:
         query = query.contiguous()
@@ -60,8 +59,13 @@ def attend(
 
 def step_attention(query: torch.Tensor, keys: Encoded, values: Encoded, *given: Any, **inputs: Any) -> Any:
     """`StepAttention`, or None where `attend` has more to do than to call the native code."""
-    is_odd = keys.planes[0].dtype != values.planes[0].dtype or keys.codec is not values.codec or query.stride(3) != 1
-    return None if is_odd or torch.jit.is_tracing() else StepAttention(query, keys, values, *given, **inputs)
+    is_odd = is_for_torch(keys, values) or query.stride(3) != 1
+    return None if is_odd else StepAttention(query, keys, values, *given, **inputs)
+
+
+def is_for_torch(keys: Encoded, values: Encoded) -> bool:
+    """Whether torch's operations attend: under a trace, and some autocasts, where plain values are of another dtype."""
+    return code_of(values.codec.name, values.planes[0].dtype) is None or torch.jit.is_tracing()
 
 
 class StepAttention:
@@ -100,11 +104,11 @@ class StepAttention:
         heads, key_width, value_width, rotary_width = key_data.shape[1], keys.head_dim, values.head_dim, 0
         if is_latent:
             value_width, rotary_width = key_width, value_width
-        code = code_of(keys.codec.name, key_data.dtype)
+        code, value_code = (code_of(part.codec.name, part.planes[0].dtype) for part in (keys, values))
         is_alike = query_width == key_width + rotary_width and key_data.shape[:3] == value_data.shape[:3]
         is_alike = is_alike and not num_heads % heads
         rows = batch if inputs.columns else len(key_data)
-        if code is None or not is_alike or not batch == rows == inputs.batch:
+        if code is None or value_code is None or not is_alike or not batch == rows == inputs.batch:
             raise ValueError(
                 f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
                 f"{key_width + rotary_width} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
@@ -130,7 +134,7 @@ class StepAttention:
                 *(code, DTYPES[query.dtype], key_data.shape[2], num_threads()),
                 *query.stride()[:3],
                 *mask_strides,
-                *(bounds_stride, key_data.shape[0], rotary_width),
+                *(bounds_stride, key_data.shape[0], rotary_width, value_code),
             ),
         )
         self._start = self._shape.buffer_info()[0], inputs.meta.data_ptr()
@@ -141,7 +145,7 @@ class StepAttention:
         self.lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
 
     def takes(self, query: torch.Tensor, planes: Sequence[torch.Tensor]) -> bool:
-        """Whether queries of the first ones' shape, and planes of the same codec, lie in memory as the first ones."""
+        """Whether queries of the first ones' shape, and planes of the same codecs, lie in memory as the first ones."""
         return (query.stride(), planes[0].shape) == self._alike
 
     def run(self, query: torch.Tensor, planes: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
@@ -184,6 +188,12 @@ def append(
         raise NotImplementedError(
             "a trace does not see what native kernels write; set HFKV_NATIVE=0 before hfkv is used"
         )
+    if new_keys.dtype != new_values.dtype and keys.codec.is_lossless != values.codec.is_lossless:
+        # Plain tokens stay in their dtype, which is another under some autocasts: one side at a time.
+        for new, encoded in ((new_keys, keys), (new_values, values)):
+            none = encoded._replace(planes=tuple(plane[:, :0] for plane in encoded.planes))
+            append(new, new[:, :0], encoded, none, layout, inputs)
+        return
     # Exact: codecs compute in float32.
     dtype = torch.promote_types(new_keys.dtype, new_values.dtype)
     if new_keys.stride(3) != 1 or new_values.stride(3) != 1 or not dtype == new_keys.dtype == new_values.dtype:
@@ -248,7 +258,7 @@ class StepAppend:
         self._inputs = inputs  # what is pointed to stays
 
     def takes(self, new_keys: torch.Tensor, new_values: torch.Tensor, planes: Sequence[torch.Tensor]) -> bool:
-        """Whether tokens of the first ones' shape, and planes of the same codec, lie in memory as the first ones."""
+        """Whether tokens of the first ones' shape, and planes of the same codecs, lie in memory as the first ones."""
         return (new_keys.stride(), new_values.stride(), planes[0].shape) == self._alike
 
     def run(self, new_keys: torch.Tensor, new_values: torch.Tensor, planes: Sequence[torch.Tensor]) -> None:

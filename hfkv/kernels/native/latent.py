@@ -8,7 +8,7 @@ from hfkv.kernels.cpu.latent import latent_attention
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
-from hfkv.kernels.native.kernels import StepAttention
+from hfkv.kernels.native.kernels import StepAttention, is_for_torch
 from hfkv.kernels.native.library import loaded
 from hfkv.stores.layout import Layout
 
@@ -31,8 +31,8 @@ def attend_latents(
     Args:
         query: absorbed queries `[B, Hq, q, r + dr]`, fp32, bf16 or fp16.
         latents: encoded latents `[B, 1, T, r]`, contiguous or in pages; they are the values too.
-        rotary: rotary keys `[B, 1, T, dr]`, dr >= 1, by the same codec, in the same rows of the same store. Those of
-            codec none are fp32 or bf16, as the queries.
+        rotary: rotary keys `[B, 1, T, dr]`, dr >= 1, by the same codec or another, in the same rows of the same store.
+            Plain ones are fp32 or bf16.
         layout: places of the held tokens in the planes.
         visibility: tokens that each query sees.
         scoring: treatment of the scores.
@@ -45,10 +45,8 @@ def attend_latents(
         ValueError: the layout names tokens that are not in the planes.
         MemoryError: there is no memory for what is summed.
     """
-    # As in `hfkv.kernels.native.kernels.attend`.
-    is_odd = latents.planes[0].dtype != rotary.planes[0].dtype or latents.codec is not rotary.codec
     is_torchs = inputs is None and query.shape[1] * query.shape[2] >= _MANY and loaded().hfkv_lanes() < _LANES
-    if is_odd or is_torchs or torch.jit.is_tracing():
+    if is_torchs or is_for_torch(latents, rotary):
         return latent_attention(query, latents, rotary, layout, visibility, scoring)
     query = query.contiguous()
     of_step = StepAttention(query, latents, rotary, layout, visibility, scoring, inputs, is_latent=True)

@@ -9,6 +9,7 @@ import torch
 
 from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.policy.codec_pair import sides_of
 from hfkv.stores.layout import Layout
 
 STORES = ("contiguous", "paged")
@@ -92,9 +93,9 @@ def random_arguments(
     batch, num_heads = len(setting.pads), heads.num_kv_heads * heads.groups
     layout = random_layout(batch, store, generator)
     parts = []
-    for dim in heads[:2]:
-        planes = CODECS[codec].encode(randn((batch, heads.num_kv_heads, NUM_TOKENS, dim), device, dtype, generator))
-        parts.append(Encoded(CODECS[codec], tuple(_placed(plane, layout) for plane in planes), dim))
+    for name, dim in zip(sides_of(codec), heads[:2], strict=True):
+        planes = CODECS[name].encode(randn((batch, heads.num_kv_heads, NUM_TOKENS, dim), device, dtype, generator))
+        parts.append(Encoded(CODECS[name], tuple(_placed(plane, layout) for plane in planes), dim))
     if values_innermost:
         parts[1] = turned(parts[1])
     query = randn((batch, num_heads, num_queries, heads.query_dim), device, dtype, generator) * 2

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
 from hfkv.kernels.cpu import int8_matmul
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.dispatch import append_kernel, attention_kernel, latent_kernel, wants_values_innermost
@@ -32,6 +32,7 @@ from hfkv.kernels.selftest.inputs import (
     room,
     turned,
 )
+from hfkv.policy.codec_pair import sides_of
 
 RIGHT, WRONG, RAISED, NOT_TESTED = "right", "wrong", "raised", "not tested"
 # A CPU has kernels for one and for a few queries, and another for many.
@@ -85,19 +86,25 @@ class Planned(NamedTuple):
     run: Callable[[], Check]
 
 
-def plan(device: torch.device, dtype: torch.dtype, heads: tuple[HeadShape, ...] = (HeadShape(),)) -> list[Planned]:
+def plan(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[HeadShape, ...] = (HeadShape(),),
+    pairs: tuple[str, ...] = (),
+) -> list[Planned]:
     """All checks of a device's kernels; none of them raises.
 
     Args:
         device: device of queries and tokens.
         dtype: dtype of queries and new tokens: bf16, fp16 or fp32.
         heads: heads of the layers to test for.
+        pairs: codecs of keys and of values to test besides every codec alone, such as ``"k:int8+v:int4"``.
     """
     planned = []
     for each in heads:
         if each.is_latent and device.type == "cpu":
             each = each._replace(groups=min(each.groups, MOST_CPU_HEADS))
-        for codec in CODECS:
+        for codec in (*CODECS, *pairs):
             for store in STORES:
                 for num_queries in CPU_QUERIES if device.type == "cpu" else QUERIES:
                     for setting in SETTINGS:
@@ -154,7 +161,7 @@ def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtyp
 def _is_innermost(check: Check, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether stores on this device keep the tokens of the values' data side by side."""
     assert check.heads is not None
-    if check.heads.is_latent or CODECS[check.codec].is_lossless:
+    if check.heads.is_latent or Codecs.named(check.codec).value.is_lossless:
         return False
     return wants_values_innermost(check.codec, dtype, device, check.heads[:2])
 
@@ -196,7 +203,8 @@ def _check_append(blank: Check, device: torch.device, dtype: torch.dtype) -> Che
         layout = replace(layout, table=torch.randperm(batch * num_columns, generator=generator).view(batch, -1))
     shape = (batch, blank.heads.num_kv_heads, check.num_tokens)
     new_keys, new_values = (randn((*shape, dim), device, dtype, generator) for dim in blank.heads[:2])
-    ours, expected = ([room(check.codec, new, layout) for new in (new_keys, new_values)] for _ in range(2))
+    sides = list(zip(sides_of(check.codec), (new_keys, new_values), strict=True))
+    ours, expected = ([room(name, new, layout) for name, new in sides] for _ in range(2))
     if is_innermost:
         ours[1] = turned(ours[1])
     try:

@@ -15,7 +15,8 @@ class TritonBackend(Backend):
         return device.type != "cpu"
 
     def attention(self, asked: Asked) -> Kernel:
-        reason = unsupported(asked.device, asked.dtype, (asked.codec.name,), asked.head_dims)
+        names = tuple(codec.name for codec in asked.codecs)
+        reason = unsupported(asked.device, asked.dtype, names, asked.head_dims)
         if reason is not None:
             return Kernel("decode + sdpa", reason, None)
         if asked.num_queries < MANY:
@@ -28,31 +29,44 @@ class TritonBackend(Backend):
                 decode_attention,
                 reads_device_lengths=True,
                 takes_values_innermost=True,
-                wants_values_innermost=asked.codec.name in CODECS and asked.dtype in DTYPES,
+                takes_pairs=True,
+                wants_values_innermost=all(name in CODECS for name in names) and asked.dtype in DTYPES,
             )
         from hfkv.kernels.triton.prefill import prefill_attention
 
         many = f"{MANY} queries or more: tiles of the tokens' own bytes"
-        return Kernel("triton prefill", many, prefill_attention, reads_device_lengths=True, takes_values_innermost=True)
+        return Kernel(
+            *("triton prefill", many, prefill_attention),
+            reads_device_lengths=True,
+            takes_values_innermost=True,
+            takes_pairs=True,
+        )
 
     def latent(self, asked: Asked) -> Kernel:
-        reason = unsupported_latent(asked.device, asked.dtype, asked.codec.name, *asked.head_dims)
+        names = tuple(codec.name for codec in asked.codecs)
+        reason = unsupported_latent(asked.device, asked.dtype, names, *asked.head_dims)
         if reason is not None:
             return Kernel("decode + absorbed", reason, None)
         from hfkv.kernels.triton.latent import latent_attention
 
         split = "absorbed queries, split over the latents' own bytes"
-        return Kernel("triton latent", split, latent_attention, reads_device_lengths=True)
+        return Kernel("triton latent", split, latent_attention, reads_device_lengths=True, takes_pairs=True)
 
     def expanded(self, dtype: torch.dtype) -> Kernel:
         return Kernel("expand + sdpa", "scaled_dot_product_attention is the faster flash attention there", None)
 
     def append(self, asked: Asked) -> Kernel:
-        reason = unsupported(asked.device, asked.dtype, (asked.codec.name,), asked.head_dims)
+        names = tuple(codec.name for codec in asked.codecs)
+        reason = unsupported(asked.device, asked.dtype, names, asked.head_dims)
         # What is encoded is no tile of a product: rows may be as wide as latents.
-        if reason is not None and unsupported_latent(asked.device, asked.dtype, asked.codec.name, *asked.head_dims):
+        if reason is not None and unsupported_latent(asked.device, asked.dtype, names, *asked.head_dims):
             return Kernel("torch", reason, None)
         from hfkv.kernels.triton.append import append
 
         how = "encoded and written in one pass"
-        return Kernel("triton append", how, append, reads_device_lengths=True, takes_values_innermost=True)
+        return Kernel(
+            *("triton append", how, append),
+            reads_device_lengths=True,
+            takes_values_innermost=True,
+            takes_pairs=True,
+        )

@@ -21,6 +21,7 @@ def _latent_attention(
     latent_planes: list[torch.Tensor],
     rotary_planes: list[torch.Tensor],
     codec: str,
+    rotary_codec: str,
     latent_dim: int,
     meta: torch.Tensor,
     columns: int,
@@ -48,14 +49,14 @@ def _latent_attention(
         (q_padded[0], q_padded[1]),
         query.dtype,
         dtypes[1].itemsize,
-        sum(data_padded) * c.element_size(),
+        data_padded[0] * c.element_size() + data_padded[1] * r.element_size(),
         page_size,
     )
     Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         _latent_kernel,
         query,
         (*plane_arguments(latent_planes, has_heads=False), *plane_arguments(rotary_planes, has_heads=False)),
-        (codec, *dims, *widths, *q_padded, *data_padded, *rotation(dims[0]), *rotation(dims[1])),
+        (codec, rotary_codec, *dims, *widths, *q_padded, *data_padded, *rotation(dims[0]), *rotation(dims[1])),
         tiles=tiles,
         dtypes=dtypes,
         num_kv_heads=1,
@@ -67,7 +68,7 @@ def _latent_attention(
     return out, lse
 
 
-def _fake(query, latent_planes, rotary_planes, codec, latent_dim, *_):
+def _fake(query, latent_planes, rotary_planes, codec, rotary_codec, latent_dim, *_):
     return outputs(query, latent_dim)
 
 
@@ -96,7 +97,7 @@ def latent_attention(
     Args:
         query: `[B, Hq, q, r + dr]`, bf16, fp16 or fp32: the part that goes with latents first.
         latents: encoded `[B, 1, T, r]`.
-        rotary: encoded `[B, 1, T, dr]`, by the same codec and in the same rows.
+        rotary: encoded `[B, 1, T, dr]`, by the same codec or another, in the same rows.
         layout: where the held tokens lie.
         visibility: which of them each query sees.
         scoring: scale, softcap and sink logits.
@@ -111,10 +112,8 @@ def latent_attention(
         scores `[B, Hq, q]` float32, -inf there.
 
     Raises:
-        ValueError: shapes or codecs that do not belong together, or a scoring that kernels do not do.
+        ValueError: shapes that do not belong together, or a scoring that kernels do not do.
     """
-    if latents.codec is not rotary.codec:
-        raise ValueError(f"latents in {latents.codec.name} do not go with rotary keys in {rotary.codec.name}")
     shapes = [tuple(part.planes[0].shape[:3]) for part in (latents, rotary)]
     if shapes[0] != shapes[1] or shapes[0][1] != 1:
         raise ValueError(f"latents {shapes[0]} and rotary keys {shapes[1]} are not one kv head in the same rows")
@@ -124,6 +123,7 @@ def latent_attention(
         *(query, (latents, rotary), key_dim, layout, visibility, scoring, inputs, capacity, num_splits), merges=False
     )
     out, lse = _operator(
-        *(query, list(latents.planes), list(rotary.planes), latents.codec.name, latents.head_dim, *call)
+        *(query, list(latents.planes), list(rotary.planes), latents.codec.name, rotary.codec.name),
+        *(latents.head_dim, *call),
     )
     return Attended(out, lse)

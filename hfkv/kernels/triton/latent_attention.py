@@ -86,7 +86,8 @@ def _latent_kernel(
     HAS_MASK: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
-    CODEC: tl.constexpr,
+    C_CODEC: tl.constexpr,
+    R_CODEC: tl.constexpr,
     DC: tl.constexpr,
     DR: tl.constexpr,
     C_WIDTH: tl.constexpr,
@@ -133,10 +134,10 @@ def _latent_kernel(
 
     q_rows = b * q_b + head * q_h + n.to(tl.int64) * q_n
     q = load_query(
-        q_ptr, q_rows, is_row, CODEC, DC, C_WIDTH, C_Q_PADDED, C_PADDED, C_BLOCK, C_LOG_BLOCK, BLOCK_M, K_DTYPE
+        q_ptr, q_rows, is_row, C_CODEC, DC, C_WIDTH, C_Q_PADDED, C_PADDED, C_BLOCK, C_LOG_BLOCK, BLOCK_M, K_DTYPE
     )
     turned = load_query(
-        q_ptr + DC, q_rows, is_row, CODEC, DR, R_WIDTH, R_Q_PADDED, R_PADDED, R_BLOCK, R_LOG_BLOCK, BLOCK_M, K_DTYPE
+        q_ptr + DC, q_rows, is_row, R_CODEC, DR, R_WIDTH, R_Q_PADDED, R_PADDED, R_BLOCK, R_LOG_BLOCK, BLOCK_M, K_DTYPE
     )
 
     highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
@@ -155,28 +156,30 @@ def _latent_kernel(
         # Loaded once, and a factor of both products.
         c_at = c_ptr + (block * c_b + place * c_t)
         c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t)
-        c = load_tokens(c_at, c_d, c_scale_at, wanted, CODEC, C_WIDTH, C_PADDED, True)
+        c = load_tokens(c_at, c_d, c_scale_at, wanted, C_CODEC, C_WIDTH, C_PADDED, True)
         r_at = r_ptr + (block * r_b + place * r_t)
         r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t)
-        r = load_tokens(r_at, r_d, r_scale_at, wanted, CODEC, R_WIDTH, R_PADDED, True)
-        scores = products(q, c, CODEC, K_DTYPE)
-        scores += products(turned, r, CODEC, K_DTYPE)
+        r = load_tokens(r_at, r_d, r_scale_at, wanted, R_CODEC, R_WIDTH, R_PADDED, True)
+        scores = products(q, c, C_CODEC, K_DTYPE)
+        scores += products(turned, r, R_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
-        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, CODEC, V_DTYPE, V_PRECISION)
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, C_CODEC, V_DTYPE, V_PRECISION)
 
     for step in tl.range(inside, behind):
         block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
 
         c_at = c_ptr + (block * c_b + place * c_t) + more * c_t
         c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t) + more * c_scale_t
-        c = load_tokens(c_at, c_d, c_scale_at, 0, CODEC, C_WIDTH, C_PADDED, False)
+        c = load_tokens(c_at, c_d, c_scale_at, 0, C_CODEC, C_WIDTH, C_PADDED, False)
         r_at = r_ptr + (block * r_b + place * r_t) + more * r_t
         r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t) + more * r_scale_t
-        r = load_tokens(r_at, r_d, r_scale_at, 0, CODEC, R_WIDTH, R_PADDED, False)
-        scores = products(q, c, CODEC, K_DTYPE)
-        scores += products(turned, r, CODEC, K_DTYPE)
+        r = load_tokens(r_at, r_d, r_scale_at, 0, R_CODEC, R_WIDTH, R_PADDED, False)
+        scores = products(q, c, C_CODEC, K_DTYPE)
+        scores += products(turned, r, R_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
-        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, CODEC, V_DTYPE, V_PRECISION)
+        acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, c, C_CODEC, V_DTYPE, V_PRECISION)
 
     out_rows = ((split * tl.num_programs(2) + b) * NUM_HEADS + head) * num_queries + n
-    store_split(out_ptr, lse_ptr, out_rows, is_row, acc, acc_high, offset, highest, total, CODEC, DC, C_WIDTH, C_PADDED)
+    store_split(
+        out_ptr, lse_ptr, out_rows, is_row, acc, acc_high, offset, highest, total, C_CODEC, DC, C_WIDTH, C_PADDED
+    )

@@ -62,7 +62,7 @@ def unsupported(
 def unsupported_latent(
     device: torch.device,
     dtype: torch.dtype,
-    codec: str,
+    codecs: tuple[str, ...],
     latent_dim: int,
     rotary_dim: int,
     scoring: Scoring | None = None,
@@ -72,7 +72,7 @@ def unsupported_latent(
     Args:
         device: where queries and planes are.
         dtype: dtype of queries and new tokens.
-        codec: codec of latents and rotary keys.
+        codecs: codecs of latents and rotary keys.
         latent_dim, rotary_dim: r and dr.
         scoring: what becomes of scores; None for `append`.
     """
@@ -80,8 +80,8 @@ def unsupported_latent(
         most = f"{MAX_LATENT_DIM} and {MAX_ROTARY_DIM}"
         widths = f"{latent_dim} and {rotary_dim}"
         reason = f"Triton kernels take latents and rotary keys of up to {most} dimensions, not {widths}"
-        return unsupported(device, dtype, (codec,)) or reason
-    return unsupported(device, dtype, (codec,), (rotary_dim,), scoring=scoring)
+        return unsupported(device, dtype, codecs) or reason
+    return unsupported(device, dtype, codecs, (rotary_dim,), scoring=scoring)
 
 
 def unsupported_scoring(scoring: Scoring) -> str | None:

@@ -243,9 +243,9 @@ def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:
         raise ValueError("tokens are gone from a layer that has no window")
     num_slots, held_from = (window.num_slots, window.held_from(header.gone_below)) if window else (0, 0)
     planes: list[tuple[torch.dtype, int, int]] = []
-    for part in (header.key, header.value):
+    for part, codec in ((header.key, leaf.codecs.key), (header.value, leaf.codecs.value)):
         # No token, but in the dtypes and widths that the codec writes.
-        encoded = leaf.codec.encode(torch.empty(1, 1, 0, part.head_dim, dtype=part.dtype))
+        encoded = codec.encode(torch.empty(1, 1, 0, part.head_dim, dtype=part.dtype))
         span = slice(0, len(encoded)) if part is header.key else slice(len(planes), None)
         if part.planes != span:
             raise ValueError(f"its planes {part.planes} should be {span}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hfkv.cache.snapshot import PartShape
+from hfkv.policy.codec_pair import sides_of
 from hfkv.policy.config import KVConfig
 from hfkv.policy.rules import RULES
 from hfkv.policy.window import Window
@@ -157,7 +158,8 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
         names.add("device_budget")
     given = dict(_object(value, "the config", names))
     layers = _object(given["layers"], "the config's layers", set() if is_override else None)
-    _check_registered("codec", given["codec"], CODEC_WORDS, "hfkv.codecs.register_codec")
+    for codec in _codecs_in(given["codec"]):
+        _check_registered("codec", codec, CODEC_WORDS, "hfkv.codecs.register_codec")
     if isinstance(given["window"], dict):
         _check_registered("rule", given["window"].get("schedule"), RULES, "hfkv.policy.rules.register_rule")
     try:
@@ -167,6 +169,13 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
     except NotRegisteredError:
         raise
     except (TypeError, ValueError) as error:
+        raise ValueError(f"its config is none: {error}") from error
+
+
+def _codecs_in(codec: Any) -> tuple[Any, ...]:
+    try:
+        return sides_of(codec) if isinstance(codec, str) else (codec,)
+    except ValueError as error:
         raise ValueError(f"its config is none: {error}") from error
 
 
