@@ -16,6 +16,7 @@ from hfkv.eval.layer_choices import (
     LOSSLESS,
     Picks,
     Price,
+    between,
     config_of,
     greedy_path,
     layer_choices,
@@ -110,7 +111,8 @@ def find_codecs(
 
     First every layer's choices are measured alone, on 1,024 tokens. From the lossless cache on, layers then take, one
     after the other, the choice that saves most bytes for the KL divergence it adds; of the caches on this way the last
-    is looked for, by halving, that keeps the promise when it is measured as a whole, on all tokens. A promise is kept
+    is looked for, by halving, that keeps the promise when it is measured as a whole, on all tokens. There are two ways,
+    with keys and values of two codecs and without, of which the one wins that comes to fewer bytes. A promise is kept
     where neither the loss nor the KL divergence from the full cache's forecasts is larger by more than that share of
     the loss. (The KL is the change that a model whose forecasts are right would see, and known far more exactly.)
 
@@ -148,14 +150,16 @@ def find_codecs(
         if limit is None or row is None:
             return search.found(search.last_kept())
         planner = Planner.of(base_model(model), None, base_model(model).device)
-        needed = [
-            planner.footprint(config_of(base, picks, search.sliding)).on_device(row, batch) for picks in search.path
-        ]
+
+        def needed_by(picks: Picks) -> int:
+            return planner.footprint(config_of(base, picks, search.sliding)).on_device(row, batch)
+
+        needed = [needed_by(picks) for picks in search.path]
         fitting = next((index for index, size in enumerate(needed) if size <= limit), len(needed) - 1)
         if needed[fitting] <= limit and search.keeps(fitting):
             return search.found(fitting)
         reached = search.last_kept()
-        least, there = needed[fitting], needed[reached]
+        least, there = needed[fitting], needed_by(search.path[reached])
         raise ValueError(
             f"no codecs hold {batch} × {row:,} tokens in {about_bytes(limit)} and change the loss by "
             f"{say_percent(promise)} at most: {say_picks(search.path[fitting])} needs {about_bytes(least)} ({least:,} "
@@ -186,17 +190,20 @@ class _Search:
         self._on_tokens, self._total = on_tokens, 0
         self._measured: dict[int, _Measured] = {}
         self._alone, names = self._prices(list(layers))
-        self.path = greedy_path(self._alone, names)
+        # Keys and values apart make for finer steps, which may lead a layer less far than larger ones would.
+        ways = [greedy_path(self._alone, some) for some in (names, [name for name in names if ":" not in name])]
+        self.path = [picks for way in ways for picks in way]
+        self._ways = (0, len(ways[0]) - 1), (len(ways[0]), len(self.path) - 1)
 
     def _prices(self, layers: list[int]) -> tuple[dict[int, dict[str, Price]], list[str]]:
         """The price of each worthwhile choice of each layer, and these choices."""
-        some, names = self._ids[:BLOCK], list(layer_choices())
-        # Then come at most two choices a layer, and of the way between them every other half.
-        steps = 2 * len(layers)
-        self._total = (len(names) + 1 + steps * (TOGETHER + 1) // TOGETHER) * len(some)
-        self._total += 2 * (math.ceil(math.log2(steps + 1)) + 1) * len(self._ids)
-        everywhere = self._measure({f"all layers {name}": dict.fromkeys(layers, name) for name in names}, some)
-        found = {name: Price(each.held_bytes, each.kl) for name, each in zip(names, everywhere, strict=True)}
+        some, names = self._ids[:BLOCK], layer_choices()
+        # Then come some four choices a layer, and of the way between them every other half.
+        steps = 4 * len(layers)
+        self._total = (2 * len(names) + 1 + steps * (TOGETHER + 1) // TOGETHER) * len(some)
+        self._total += 4 * (math.ceil(math.log2(steps + 1)) + 1) * len(self._ids)
+        found = self._prices_everywhere(names, layers, some)
+        found |= self._prices_everywhere(between(worthwhile(found)), layers, some)
         names, nothing = worthwhile(found), found[LOSSLESS]
         lossy = [name for name in names if name != LOSSLESS]
         alone = [(layer, name) for layer in layers for name in lossy]
@@ -206,6 +213,11 @@ class _Search:
             # A window's own loss is no choice's.
             prices[layer][name] = Price(each.held_bytes, max(each.kl - nothing.nats, 0.0))
         return prices, [LOSSLESS, *lossy]
+
+    def _prices_everywhere(self, names: list[str], layers: list[int], ids: torch.Tensor) -> dict[str, Price]:
+        """The price of each choice where all layers have it."""
+        measured = self._measure({f"all layers {name}": dict.fromkeys(layers, name) for name in names}, ids)
+        return {name: Price(each.held_bytes, each.kl) for name, each in zip(names, measured, strict=True)}
 
     def _measure(self, picks: Mapping[str, Picks], ids: torch.Tensor) -> list[_Measured]:
         """Reads some tokens under caches of these choices."""
@@ -235,12 +247,16 @@ class _Search:
         return self.measured(index).cost <= self._promise
 
     def last_kept(self) -> int:
-        """The number of steps after which the promise is kept and after one more is not, by halving.
+        """The index of the cache of fewest bytes that keeps the promise, of the last ones on the two ways.
 
         Raises:
             ValueError: it is not kept where no codec loses anything.
         """
-        first, last = 0, len(self.path) - 1
+        kept = [self._last_kept(*way) for way in self._ways]
+        return min(kept, key=lambda index: self.measured(index).held_bytes)
+
+    def _last_kept(self, first: int, last: int) -> int:
+        """The index of the cache on a way that keeps the promise where the next one does not, by halving."""
         if self.keeps(last):
             return last
         if not self.keeps(first):

@@ -6,10 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from hfkv.codecs import CODECS
+from hfkv.policy.codec_pair import word_of
 from hfkv.policy.config import KVConfig
 
 LOSSLESS = "none"
@@ -24,10 +25,14 @@ class Price(NamedTuple):
     nats: float
 
 
-def layer_choices() -> dict[str, dict[str, Any]]:
-    """The choices of a layer by name, as fields of `KVConfig`: what loses nothing, and every lossy codec."""
-    lossy = [name for name, codec in CODECS.items() if not codec.is_lossless]
-    return {name: {"codec": name} for name in (LOSSLESS, *lossy)}
+def layer_choices() -> list[str]:
+    """The codecs of a layer: what loses nothing, and every lossy one."""
+    return [LOSSLESS, *(name for name, codec in CODECS.items() if not codec.is_lossless)]
+
+
+def between(names: Sequence[str]) -> list[str]:
+    """Keys of one codec and values of the next, and the other way round, for codecs in the order of their bytes."""
+    return [word_of(*sides) for pair in pairwise(names) for sides in (pair, pair[::-1])]
 
 
 def config_of(base: KVConfig, picks: Picks, sliding: Collection[int] = ()) -> KVConfig:
@@ -38,7 +43,6 @@ def config_of(base: KVConfig, picks: Picks, sliding: Collection[int] = ()) -> KV
         picks: the choices.
         sliding: layers that slide over tokens of their own, which take no window.
     """
-    choices = layer_choices()
     common = Counter(picks.values()).most_common(1)[0][0]
     overrides = {}
     kinds = [(layer, (name, base.window is not None and layer in sliding)) for layer, name in sorted(picks.items())]
@@ -46,10 +50,10 @@ def config_of(base: KVConfig, picks: Picks, sliding: Collection[int] = ()) -> KV
     for (_, (name, slides)), run in groupby(enumerate(kinds), lambda item: (item[1][0] - item[0], item[1][1])):
         if name != common:
             layers = [layer for _, (layer, _) in run]
-            own = replace(base, **choices[name], device_budget=None, reuse=None)
+            own = replace(base, codec=name, device_budget=None, reuse=None)
             key = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
             overrides[key] = replace(own, window=None) if slides else own
-    return replace(base, **choices[common], layers=overrides)
+    return replace(base, codec=common, layers=overrides)
 
 
 def say_picks(picks: Picks) -> str:

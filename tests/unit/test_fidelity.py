@@ -13,7 +13,16 @@ import torch
 import hfkv
 from hfkv import KVConfig, Window, tiny_lm
 from hfkv.eval import FoundCodecs, compare, find_codecs
-from hfkv.eval.layer_choices import LOSSLESS, Price, config_of, greedy_path, layer_choices, say_picks, worthwhile
+from hfkv.eval.layer_choices import (
+    LOSSLESS,
+    Price,
+    between,
+    config_of,
+    greedy_path,
+    layer_choices,
+    say_picks,
+    worthwhile,
+)
 from hfkv.planning.footprint import Footprint
 from hfkv.planning.geometry import Geometry
 from tests.tiny import greedy, llama, prompt
@@ -101,7 +110,11 @@ def test_overrides_keep_a_window_where_a_layer_takes_one() -> None:
 
 def test_every_codec_is_a_choice() -> None:
     assert set(hfkv.codecs.CODECS) <= set(layer_choices())
-    assert layer_choices()[LOSSLESS] == {"codec": "none"}
+    assert layer_choices()[0] == LOSSLESS
+    assert between(["none", "int8", "int4"]) == [
+        *("k:none+v:int8", "k:int8+v:none"),
+        *("k:int8+v:int4", "k:int4+v:int8"),
+    ]
 
 
 # What is found.
