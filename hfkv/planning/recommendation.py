@@ -11,10 +11,13 @@ from hfkv.planning.footprint import Footprint
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 
+# Percent of loss beyond which a codec is taken by its name only.
+_MOST_LOSS = 1.0
+
 
 def least_lossy_codecs() -> list[str]:
-    """The codecs by what they add to a model's loss; last those not measured."""
-    return sorted(CODECS, key=_loss)
+    """The codecs by what they add to a model's loss, up to `_MOST_LOSS`; last those not measured."""
+    return [codec for codec in sorted(CODECS, key=_loss) if not _MOST_LOSS < _loss(codec) < math.inf]
 
 
 def _loss(codec: str) -> float:
