@@ -22,6 +22,7 @@ class Int2(Codec):
     plane_names = ("codes", "scale")
     numbers = torch.int8
     is_rotated = True
+    is_coarse = True
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

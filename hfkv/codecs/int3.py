@@ -28,6 +28,7 @@ class Int3(Codec):
     plane_names = ("codes", "scale")
     numbers = torch.int8
     is_rotated = True
+    is_coarse = True
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

@@ -11,13 +11,10 @@ from hfkv.planning.footprint import Footprint
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
 
-# Percent of loss beyond which a codec is taken by its name only.
-_MOST_LOSS = 1.0
-
 
 def least_lossy_codecs() -> list[str]:
-    """The codecs by what they add to a model's loss, up to `_MOST_LOSS`; last those not measured."""
-    return [codec for codec in sorted(CODECS, key=_loss) if not _MOST_LOSS < _loss(codec) < math.inf]
+    """The codecs by what they add to a model's loss, without the coarse ones; last those not measured."""
+    return sorted((name for name, codec in CODECS.items() if not codec.is_coarse), key=_loss)
 
 
 def _loss(codec: str) -> float:

@@ -98,7 +98,7 @@ def test_bytes_of_few_bits(head_dim: int, int3: int, int2: int) -> None:
         assert sum(plane.nbytes for plane in CODECS[name].encode(row)) == expected
 
 
-@pytest.mark.parametrize(("name", "most"), [("int3", 0.0345), ("int2", 0.0765)])
+@pytest.mark.parametrize(("name", "most"), [("int3", 0.0345), ("int2", 0.0815)])
 def test_normal_numbers_lose_little(name: str, most: float) -> None:
     """The least that a normal number loses on its own is 0.0345 with three bits (Lloyd-Max) and 0.1175 with two."""
     x = torch.randn(1, 1, 2000, 128)
