@@ -23,6 +23,7 @@ class Int2(Codec):
     numbers = torch.int8
     is_rotated = True
     is_coarse = True
+    loss_percent = 10.018
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

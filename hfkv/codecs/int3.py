@@ -29,6 +29,7 @@ class Int3(Codec):
     numbers = torch.int8
     is_rotated = True
     is_coarse = True
+    loss_percent = 2.75
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
