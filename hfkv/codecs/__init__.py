@@ -10,7 +10,20 @@ from hfkv.codecs.none import Plain
 from hfkv.codecs.pair import Codecs
 from hfkv.codecs.registry import CODECS, register_codec
 
-__all__ = ["CODECS", "Affine", "Codec", "Codecs", "Fp8", "Int2", "Int3", "Int4", "Int8", "Plain", "Planes", "register_codec"]
+__all__ = [
+    "CODECS",
+    "Affine",
+    "Codec",
+    "Codecs",
+    "Fp8",
+    "Int2",
+    "Int3",
+    "Int4",
+    "Int8",
+    "Plain",
+    "Planes",
+    "register_codec",
+]
 
 for _codec in (Plain(), Int8(), Int4(), Fp8(), Int3(), Int2()):
     register_codec(_codec)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
 from hfkv.codecs.log_scale import NO_NUMBERS
 from hfkv.kernels.encoding import encode
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
@@ -58,7 +58,9 @@ def case(
     parts, layout = [], Layout(length)
     for name, dim in zip(sides_of(codec), (head_dim, value_dim), strict=True):
         states = torch.randn(batch, kv_heads, length, dim, dtype=dtype)
-        planes = encode(CODECS[name], states, states)  # by the kernel, where there is one: int2 takes torch its time
+        planes = encode(
+            Codecs(CODECS[name], CODECS[name]), states, states
+        )  # by the kernel, where there is one: int2 takes torch its time
         planes = planes[: len(planes) // 2]
         placed = []
         for plane in planes:

@@ -91,7 +91,11 @@ def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) 
         ({"codec": "int9"}, ValueError, "codec must be one of none, int8, int4, fp8, int3, int2, got 'int9'"),
         ({"codec": "k:int8"}, ValueError, r"KVConfig.codec: .* are written k:CODEC\+v:CODEC.*, got 'k:int8'"),
         ({"codec": "int8+v:int4"}, ValueError, r"are written k:CODEC\+v:CODEC, such as k:int8\+v:int4"),
-        ({"codec": "k:int8+v:int9"}, ValueError, "must be one of none, int8, int4, fp8, int3, int2 for keys and for values, got"),
+        (
+            {"codec": "k:int8+v:int9"},
+            ValueError,
+            "fp8, int3, int2 for keys and for values, got",
+        ),
         ({"codec": ["int8"]}, ValueError, "KVConfig.codec must be one of"),
         ({"store": "disk"}, ValueError, "KVConfig.store must be one of auto, contiguous, paged, got 'disk'"),
         ({"window": -1}, ValueError, "at least 1 token, got -1"),
