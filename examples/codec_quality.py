@@ -19,7 +19,10 @@ import hfkv
 from hfkv import tiny_lm
 from hfkv.eval import held_out_loss, pass_key_accuracy, top1_agreement
 
-CONFIGS = ("none", "int8", "fp8", "int4", "int8+paged+offload", "window:256", "int8+window:256", "int4+window:256")
+CONFIGS = (
+    *("none", "int8", "fp8", "int4", "int3", "int2", "int8+paged+offload"),
+    *("window:256", "int8+window:256", "int4+window:256"),
+)
 CONTEXT = 512
 
 

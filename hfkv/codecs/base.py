@@ -52,6 +52,7 @@ class Codec(ABC):
             None where the codec has no such form: kernels then attend to decoded tokens.
         is_rotated: whether `affine` gives rows that `hfkv.codecs.hadamard.rotate` has rotated. Queries are then rotated
             likewise, and the output of attention is rotated back.
+        is_coarse: whether it loses so much that it is taken only where somebody names it, and never to meet a budget.
         loss_percent: percent by which the codec raises the bundled model's loss over its whole held-out text
             (docs/understand/concepts.md), or None where that was not measured.
     """
@@ -61,6 +62,7 @@ class Codec(ABC):
     is_lossless: bool = False
     numbers: torch.dtype | None = None
     is_rotated: bool = False
+    is_coarse: bool = False
     loss_percent: float | None = None
 
     @in_own_precision

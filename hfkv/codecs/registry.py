@@ -15,7 +15,7 @@ LISTENERS: list[Callable[[], None]] = []
 
 
 def register_codec(codec: Codec) -> None:
-    """Registers a codec under its name, for configs (``KVConfig(codec="int3")``) and words (``"int3+paged"``).
+    """Registers a codec under its name, for configs (``KVConfig(codec="int6")``) and words (``"int6+paged"``).
 
     A codec of the same class, or of its class defined anew (a notebook's cell run twice), takes its place.
 
@@ -40,7 +40,7 @@ def _check(codec: Codec) -> None:
         raise TypeError(f"a codec must be an instance of a subclass of hfkv.codecs.Codec, got {codec!r}")
     where, name, planes = type(codec).__name__, getattr(codec, "name", None), getattr(codec, "plane_names", None)
     if not isinstance(name, str):
-        raise TypeError(f'{where}.name must be a str, the word for the codec, got {name!r}; say name = "int3"')
+        raise TypeError(f'{where}.name must be a str, the word for the codec, got {name!r}; say name = "int6"')
     if not isinstance(planes, tuple) or not planes or not all(isinstance(plane, str) for plane in planes):
         raise TypeError(
             f"{where}.plane_names must be a tuple of a str for each plane that encode returns, got {planes!r}; say "

@@ -13,8 +13,8 @@ from hfkv.policy.window import Window
 
 
 def least_lossy_codecs() -> list[str]:
-    """The codecs by what they add to a model's loss; last those not measured."""
-    return sorted(CODECS, key=_loss)
+    """The codecs by what they add to a model's loss, without the coarse ones; last those not measured."""
+    return sorted((name for name, codec in CODECS.items() if not codec.is_coarse), key=_loss)
 
 
 def _loss(codec: str) -> float:

@@ -24,8 +24,8 @@ class KVConfig:
     """Three policies that compose: how numbers are written, which tokens stay, where the bytes live.
 
     Args:
-        codec: ``"none"`` (the model's own dtype, exact), ``"int8"``, ``"int4"`` or ``"fp8"``; or one for keys and one
-            for values: ``"k:int8+v:int4"``.
+        codec: ``"none"`` (the model's own dtype, exact), ``"int8"``, ``"int4"``, ``"fp8"``, ``"int3"`` or
+            ``"int2"``; or one for keys and one for values: ``"k:int8+v:int4"``.
         window: None keeps every token; an int is ``Window(size=...)``.
         store: ``"contiguous"`` (one growing buffer a layer), ``"paged"`` (pages with reference counts, shared
             by beams) or ``"auto"`` (contiguous).
@@ -176,10 +176,10 @@ class KVConfig:
         """Reads ``"int8+window:4096+sinks:4+offload+paged+reuse"``; words in any order, each at most once.
 
         Args:
-            text: words joined by ``+``: a codec (none, int8, int4, fp8), one for keys and one for values
-                (``k:int8+v:int4``) or ``auto:0.5%``, ``contiguous`` or ``paged``, ``page_size:TOKENS``, ``offload``,
-                ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or ``window:dynamic``, which
-                the fields of `Window` may follow: ``sinks:COUNT``,
+            text: words joined by ``+``: a codec (none, int8, int4, fp8, int3, int2), one for keys and one for
+                values (``k:int8+v:int4``) or ``auto:0.5%``, ``contiguous`` or ``paged``, ``page_size:TOKENS``,
+                ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or
+                ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
                 (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1 of layer 2, head 3 of layer 5),
                 ``summary:mean``, ``summary_pages:COUNT``, ``summary_page_size:TOKENS``.

@@ -13,7 +13,7 @@ from hfkv.policy.units import read_bytes, say_bytes
 from hfkv.policy.window import Window
 
 # The names of codecs: those of `hfkv.codecs`, which is not imported for them, and what `register_codec` has added.
-CODEC_WORDS = ["none", "int8", "int4", "fp8"]
+CODEC_WORDS = ["none", "int8", "int4", "fp8", "int3", "int2"]
 STORES = ("auto", "contiguous", "paged")
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, Codecs
+from hfkv.codecs.log_scale import NO_NUMBERS
+from hfkv.kernels.encoding import encode
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
 from hfkv.policy.codec_pair import sides_of
@@ -56,7 +58,10 @@ def case(
     parts, layout = [], Layout(length)
     for name, dim in zip(sides_of(codec), (head_dim, value_dim), strict=True):
         states = torch.randn(batch, kv_heads, length, dim, dtype=dtype)
-        planes = CODECS[name].encode(states)
+        planes = encode(
+            Codecs(CODECS[name], CODECS[name]), states, states
+        )  # by the kernel, where there is one: int2 takes torch its time
+        planes = planes[: len(planes) // 2]
         placed = []
         for plane in planes:
             if page_size is None:
@@ -71,6 +76,11 @@ def case(
     logits = torch.randn(kv_heads * groups) if sink_logits else None
     scoring = Scoring(head_dim**-0.5, softcap, logits)
     return Case(query, parts[0], parts[1], layout, Visibility(length, pads or (0,) * batch), scoring)
+
+
+def spoil(scales: torch.Tensor) -> None:
+    """Makes scales say that their rows are no numbers."""
+    scales.fill_(torch.nan if scales.is_floating_point() else NO_NUMBERS)
 
 
 def _in_buffer(plane: torch.Tensor) -> torch.Tensor:

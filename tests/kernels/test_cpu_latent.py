@@ -23,7 +23,7 @@ from hfkv.kernels.native.kernels import code_of
 from hfkv.kernels.native.latent import attend_latents
 from hfkv.kernels.native.library import library, why_not
 from hfkv.stores.layout import Layout
-from tests.kernels.cases import Case, case, windowed
+from tests.kernels.cases import Case, case, spoil, windowed
 
 # Absorbed by torch's operations, absorbed in C++, expanded.
 FORMS = ("absorbed", "native", "expanded")
@@ -191,7 +191,7 @@ def test_what_padding_holds_is_not_looked_at(form: str, codec: str) -> None:
 @ALL
 def test_nan_is_not_lost(form: str, codec: str) -> None:
     given = latent_case(codec, form, batch=2)
-    given.keys.planes[-1][0, :, 20] = torch.nan
+    spoil(given.keys.planes[-1][0, :, 20])
     if form == "expanded":
         out, _ = expanded_attention(*given.arguments, expand=expansion(48, torch.float32))
     else:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfkv.codecs import CODECS
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.latent import latent_attention
-from hfkv.kernels.triton.support import unsupported_latent
+from hfkv.kernels.triton.support import TRITON_CODECS, unsupported_latent
 from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, garbage, paged, shuffled, worst
 
@@ -48,7 +47,7 @@ def held(codec: str, is_paged: bool, dtype: torch.dtype = torch.bfloat16) -> tup
 @pytest.mark.parametrize("num_queries", [1, 5])
 @pytest.mark.parametrize("is_paged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 def test_latents_of_a_real_size(codec: str, dtype: torch.dtype, is_paged: bool, num_queries: int) -> None:
     query = randn(BATCH, NUM_HEADS, num_queries, LATENT + ROTARY, dtype=dtype)
     arguments = (query, *held(codec, is_paged, dtype), Visibility(LENGTH, (0, 1000)), PLAIN)
@@ -57,7 +56,7 @@ def test_latents_of_a_real_size(codec: str, dtype: torch.dtype, is_paged: bool, 
 
 
 @pytest.mark.parametrize("num_heads", [1, 16, 20, 40])
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 def test_every_tile_of_rows_with_all_that_scores_may_be(codec: str, num_heads: int) -> None:
     bounds = torch.full((1, 1), 500, device=CUDA)
     visibility = Visibility(LENGTH, (0, 1000), sinks=4, bounds=bounds)
@@ -66,7 +65,7 @@ def test_every_tile_of_rows_with_all_that_scores_may_be(codec: str, num_heads: i
     check(latent_attention, query, *held(codec, True), visibility, scoring, twin=latent_attention_naive)
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 def test_a_captured_graph_writes_and_reads_latents(codec: str) -> None:
     latents, rotary = (garbage(codec, (BATCH, 1, 300, dim), torch.bfloat16, CUDA) for dim in (LATENT, ROTARY))
     new = randn(BATCH, 1, 1, LATENT), randn(BATCH, 1, 1, ROTARY)
@@ -97,7 +96,7 @@ def test_a_captured_graph_writes_and_reads_latents(codec: str) -> None:
             assert worst(out, expected) < 0.05
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 def test_nothing_of_the_size_of_what_is_held_is_written(codec: str) -> None:
     query = randn(BATCH, NUM_HEADS, 1, LATENT + ROTARY)
     arguments = (query, *held(codec, False), Visibility(LENGTH, (0, 0)), PLAIN)

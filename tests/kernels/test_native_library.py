@@ -31,7 +31,7 @@ from tests.kernels.test_cpu_latent import latent_case
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
 
-ALL = ("none", "int8", "fp8", "int4")
+ALL = ("none", "int8", "fp8", "int4", "int3", "int2")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -87,7 +87,7 @@ def test_processes_that_compile_at_once_leave_one_library(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("codec", ALL[1:])
 def test_many_random_rows_of_all_magnitudes(codec: str, dtype: torch.dtype) -> None:
     rows = torch.randn(1, 1, 20_000, 64) * torch.exp2(torch.randint(-12, 12, (1, 1, 20_000, 1)))
     rows = rows.to(dtype)
@@ -141,7 +141,7 @@ def test_tensors_that_do_not_go_together_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16)])
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("codec", ALL[1:])
 def test_keys_and_values_of_other_dtypes_lose_nothing(codec: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     new = [torch.randn(1, 2, 50, 64).to(dtype) for dtype in dtypes]
     sides = [[garbage(codec, (1, 2, 50, 64), x.dtype, x.device) for x in new] for _ in range(2)]

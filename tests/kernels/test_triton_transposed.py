@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from hfkv.codecs import CODECS
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.naive import append_naive
@@ -12,6 +11,7 @@ from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.latent import latent_attention
 from hfkv.kernels.triton.prefill import prefill_attention
+from hfkv.kernels.triton.support import TRITON_CODECS
 from hfkv.stores.layout import Layout
 from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled
 from tests.kernels.test_triton_decode import BF16, SINGLE, rows
@@ -58,7 +58,7 @@ def test_latents_attend_with_rotary_keys_that_lie_so(codec: str, device: torch.d
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_new_tokens_are_written_to_them(codec: str, page_size: int, device: torch.device) -> None:
     new = tuple(rows(2, 2, 2, 19, 96, device=device))

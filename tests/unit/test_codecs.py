@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hfkv.codecs import CODECS
+from hfkv.codecs import CODECS, trellis
 from hfkv.codecs.hadamard import hadamard_block, rotate
 
 HEAD_DIMS = (16, 17, 64, 80, 96, 128, 256)
@@ -89,6 +89,43 @@ def test_bytes_against_bf16(name: str, limit: float, head_dim: int) -> None:
     assert encoded <= limit * x.numel() * x.element_size()
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "int3", "int2"), [(64, 25, 18), (128, 49, 34), (96, 37, 26), (17, 10, 7), (1, 4, 3)]
+)
+def test_bytes_of_few_bits(head_dim: int, int3: int, int2: int) -> None:
+    row = torch.randn(1, 1, 1, head_dim)
+    for name, expected in (("int3", int3), ("int2", int2)):
+        assert sum(plane.nbytes for plane in CODECS[name].encode(row)) == expected
+
+
+@pytest.mark.parametrize(("name", "most"), [("int3", 0.0345), ("int2", 0.0815)])
+def test_normal_numbers_lose_little(name: str, most: float) -> None:
+    """The least that a normal number loses on its own is 0.0345 with three bits (Lloyd-Max) and 0.1175 with two."""
+    x = torch.randn(1, 1, 2000, 128)
+    y = CODECS[name].decode(CODECS[name].encode(x), 128, x.dtype)
+    assert ((x - y).square().mean() / x.square().mean()).item() <= most
+
+
+@pytest.mark.parametrize("name", ["int3", "int2"])
+def test_what_no_scale_of_eight_bits_brings_about(name: str) -> None:
+    """Rows too small for one are zeros, and those too large are no numbers: never others."""
+    x = torch.randn(1, 1, 3, 64) * torch.tensor([1e-6, 1.0, 1e6])[:, None]
+    small, usual, large = CODECS[name].decode(CODECS[name].encode(x), 64, x.dtype)[0, 0]
+    assert torch.equal(small, torch.zeros(64))
+    assert usual.isfinite().all()
+    assert large.isnan().all()
+
+
+def test_no_string_of_the_trellis_is_nearer_than_the_one_that_is_found() -> None:
+    doubled = (torch.randn(20, 3) * 2 * trellis.DEVIATION).round().int()
+    strings, numbers = trellis.encode(doubled)
+    assert torch.equal(trellis.decode(strings, 3).int(), numbers)
+    bits = torch.arange(1 << 12)  # six before the first number, and two of each
+    all_strings = torch.stack((bits << 2 & 255, bits >> 6), dim=-1).to(torch.uint8)
+    errors = (doubled[:, None] - 2 * trellis.decode(all_strings, 3).int()).square().sum(-1)
+    assert torch.equal((doubled - 2 * numbers).square().sum(-1), errors.amin(1))
+
+
 @pytest.mark.parametrize("name", CODECS)
 def test_zeros_stay_zeros_and_nan_stays_nan(name: str) -> None:
     codec = CODECS[name]
@@ -107,13 +144,19 @@ def test_the_largest_numbers_of_half_precision_stay_finite(name: str) -> None:
     assert bool(CODECS[name].decode(CODECS[name].encode(x.half()), 64, torch.float16).isfinite().all())
 
 
-@pytest.mark.parametrize("name", ["int8", "int4", "fp8"])
-@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1e5, 1e30])
+MAGNITUDES = {
+    **dict.fromkeys(("int8", "int4", "fp8"), (1e-30, 1e-6, 1e5, 1e30)),
+    **dict.fromkeys(("int3", "int2"), (1e-4, 1e-2, 1e2, 6e4)),
+}
+
+
+@pytest.mark.parametrize(("name", "magnitude"), [(name, size) for name, sizes in MAGNITUDES.items() for size in sizes])
 def test_any_magnitude_keeps_its_relative_error(name: str, magnitude: float) -> None:
     x = torch.randn(1, 1, 8, 64) * magnitude
     y = CODECS[name].decode(CODECS[name].encode(x), 64, x.dtype)
     x, y = x.double(), y.double()
-    assert ((x - y).norm() / x.norm()).item() < {"int8": 0.012, "fp8": 0.035, "int4": 0.12}[name]
+    most = {"int8": 0.012, "fp8": 0.035, "int4": 0.12, "int3": 0.2, "int2": 0.32}[name]
+    assert ((x - y).norm() / x.norm()).item() < most
 
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8"])

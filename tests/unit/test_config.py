@@ -54,14 +54,14 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("int9", r"unknown word 'int9'; allowed: none, int8, int4, fp8, k:CODEC, v:CODEC, window:SIZE"),
+        ("int9", r"unknown word 'int9'; allowed: none, int8, int4, fp8, int3, int2, k:CODEC, v:CODEC, window:SIZE"),
         ("", "unknown word ''"),
         ("int8+int4", "gives codec twice"),
         ("int8+v:int4", r"names a codec for keys and values, int8, and another for one .*; write k:int8\+v:int4"),
         ("k:int8", r"names a codec for keys alone; write k:int8\+v:CODEC, or int8 for both"),
         ("v:int4+paged", r"names a codec for values alone; write k:CODEC\+v:int4, or int4 for both"),
         ("k:int8+k:int4", "gives k twice"),
-        ("k:int8+v:int5", "v takes one of none, int8, int4, fp8, got 'int5'"),
+        ("k:int8+v:int5", "v takes one of none, int8, int4, fp8, int3, int2, got 'int5'"),
         ("k+v:int8", "k takes one of none, int8, int4, fp8"),
         ("sinks:4", "sinks need a window"),
         ("window:x", "window takes a whole number, or \"dynamic\", got 'x'"),
@@ -88,10 +88,14 @@ def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) 
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"codec": "int2"}, ValueError, "KVConfig.codec must be one of none, int8, int4, fp8, got 'int2'"),
+        ({"codec": "int9"}, ValueError, "codec must be one of none, int8, int4, fp8, int3, int2, got 'int9'"),
         ({"codec": "k:int8"}, ValueError, r"KVConfig.codec: .* are written k:CODEC\+v:CODEC.*, got 'k:int8'"),
         ({"codec": "int8+v:int4"}, ValueError, r"are written k:CODEC\+v:CODEC, such as k:int8\+v:int4"),
-        ({"codec": "k:int8+v:int2"}, ValueError, "must be one of none, int8, int4, fp8 for keys and for values, got"),
+        (
+            {"codec": "k:int8+v:int9"},
+            ValueError,
+            "fp8, int3, int2 for keys and for values, got",
+        ),
         ({"codec": ["int8"]}, ValueError, "KVConfig.codec must be one of"),
         ({"store": "disk"}, ValueError, "KVConfig.store must be one of auto, contiguous, paged, got 'disk'"),
         ({"window": -1}, ValueError, "at least 1 token, got -1"),

@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "common.h"
+#include "levels.h"
+#include "log_scale.h"
 #include "threads.h"
+#include "trellis.h"
 #include "vectors.h"
 
 namespace hfkv {
@@ -157,6 +160,39 @@ void encode_int4(float *x, int64_t width, uint8_t *codes, uint16_t *scale_and_lo
     for (int64_t i = 0; i < half; i += LANES) store_codes(codes + i, code(i) | code(half + i) << 4, half - i);
 }
 
+// What is worked out of a row, whose numbers go on up to a multiple of LANES.
+struct Scratch {
+    explicit Scratch(int64_t widest) : row(widest + 2 * LANES), levels(widest), doubled(widest + LANES) {}
+
+    std::vector<float> row;
+    LevelScratch levels;
+    std::vector<int32_t> doubled;
+    std::vector<uint8_t> paths;
+};
+
+uint8_t encode_int3(int64_t width, uint8_t *codes, Scratch &of) {
+    rotate_row(of.row.data(), width);
+    return write_levels(of.row.data(), width, codes, of.levels);
+}
+
+// See `hfkv.codecs.int2`.
+uint8_t encode_int2(int64_t width, uint8_t *codes, Scratch &of) {
+    rotate_row(of.row.data(), width);
+    float squares = squares_of(of.row.data(), width, of.levels.squares.data());
+    uint8_t middle = scale_of_row(squares, width, TRELLIS_DEVIATION);
+    if (!has_numbers(middle)) {
+        std::fill_n(codes, bytes_of_string(width), uint8_t(0));
+        return middle;
+    }
+    float half = from_log_scale(middle) * 0.5f;
+    for (int64_t i = 0; i < width; i += LANES) {
+        Integers doubled = whole(load<Vector>(&of.row[i]) / half);
+        std::memcpy(&of.doubled[i], &doubled, sizeof(doubled));
+    }
+    StringSums sums = write_string(of.doubled.data(), width, codes, of.paths);
+    return best_scale(squares, float(sums.products) * half, float(sums.squares)).byte;
+}
+
 // New tokens of keys or values, and the planes they go to.
 struct Part {
     const char *tokens;                 // [B, H, n, D]
@@ -167,10 +203,13 @@ struct Part {
 
 int64_t row_bytes(int64_t codec, int64_t width, int64_t size) {
     if (codec == NONE_F32 || codec == NONE_BF16) return width * size;
+    if (codec == INT3) return bytes_of_levels(width);
+    if (codec == INT2) return bytes_of_string(width);
     return codec == INT4 ? (width + 1) / 2 : width;
 }
 
-void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n, int64_t slot, float *row) {
+void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n, int64_t slot, Scratch &of) {
+    float *row = of.row.data();
     int64_t codec = part.codec, width = part.width, size = dtype == F32 ? 4 : 2;
     const char *tokens = part.tokens + size * (b * part.strides[0] + h * part.strides[1] + n * part.strides[2]);
     if (codec == NONE_F32 || codec == NONE_BF16) {
@@ -186,14 +225,16 @@ void append_row(const Part &part, int64_t dtype, int64_t b, int64_t h, int64_t n
         for (int64_t i = 0; i < width; i++) row[i] = load_number(tokens, dtype, i);
     }
     for (int64_t i = width; i % LANES; i++) row[i] = row[0];
+    uint8_t *codes = reinterpret_cast<uint8_t *>(part.data) + slot * row_bytes(codec, width, size);
     uint16_t *scales = reinterpret_cast<uint16_t *>(part.scales);
     if (codec == INT8) {
-        encode_int8(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * width, scales + slot);
+        encode_int8(row, width, codes, scales + slot);
     } else if (codec == FP8) {
-        encode_fp8(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * width, scales + slot);
+        encode_fp8(row, width, codes, scales + slot);
+    } else if (codec == INT4) {
+        encode_int4(row, width, codes, scales + 2 * slot);
     } else {
-        int64_t half = (width + 1) / 2;
-        encode_int4(row, width, reinterpret_cast<uint8_t *>(part.data) + slot * half, scales + 2 * slot);
+        part.scales[slot] = char(codec == INT3 ? encode_int3(width, codes, of) : encode_int2(width, codes, of));
     }
 }
 
@@ -202,7 +243,7 @@ void move_front(const Part &part, int64_t dtype, int64_t slot, int64_t front, in
     int64_t bytes = row_bytes(part.codec, part.width, dtype == F32 ? 4 : 2);
     std::memmove(part.data + slot * bytes, part.data + (slot - gap) * bytes, front * bytes);
     if (!part.scales) return;
-    int64_t of_scales = part.codec == INT4 ? 4 : 2;
+    int64_t of_scales = part.codec == INT4 ? 4 : part.codec == INT3 || part.codec == INT2 ? 1 : 2;
     std::memmove(part.scales + slot * of_scales, part.scales + (slot - gap) * of_scales, front * of_scales);
 }
 
@@ -252,7 +293,7 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
     // Some tasks a thread: one that comes late has the others do more.
     int64_t tasks = threads > 1 ? std::min(rows, 8 * threads) : 1;
     share(threads, tasks, [&](int64_t task) {
-        std::vector<float> row(widest + 2 * LANES);  // a few hundred numbers, and what is read behind them
+        Scratch scratch(widest);  // a few hundred numbers
         for (int64_t index = task * rows / tasks; index < (task + 1) * rows / tasks; index++) {
             const Part &part = parts[index >= rows_of_keys];
             int64_t of_part = index >= rows_of_keys ? index - rows_of_keys : index;
@@ -262,7 +303,7 @@ extern "C" int hfkv_append(const int64_t *shape, const int32_t *meta, const void
                 int64_t at = behind + n;
                 slot = (layout.page(b, at / capacity) * part.heads + h) * capacity + at % capacity;
             }
-            append_row(part, dtype, b, h, n, slot, row.data());
+            append_row(part, dtype, b, h, n, slot, scratch);
         }
     });
     return 0;

@@ -51,7 +51,7 @@ void finish(const Call &call, int64_t b, int64_t h, const Part *parts, int64_t c
         if (sum != 0) {
             for (int64_t i = 0; i < vd; i++) out[i] /= sum;
         }
-        if (call.summed_codec() == INT4) rotate(out.data(), call.value_width);
+        if (is_rotated(call.summed_codec())) rotate(out.data(), call.value_width);
         int64_t at = ((b * call.queries + n) * call.query_heads() + head) * call.value_width;
         for (int64_t i = 0; i < call.value_width; i++) store_number(call.out, call.dtype, at + i, out[i]);
         call.lse[(b * call.query_heads() + head) * call.queries + n] = sum == 0 ? -INFINITY : largest + std::log(sum);

@@ -8,7 +8,8 @@
 
 namespace hfkv {
 
-enum Codec : int64_t { NONE_F32 = 0, NONE_BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4 };
+enum Codec : int64_t { NONE_F32 = 0, NONE_BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6 };
+inline constexpr bool is_rotated(int64_t codec) { return codec == INT4 || codec == INT3 || codec == INT2; }
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 
 // The numbers of `hfkv.kernels.device_inputs`: 16 of them, the rows' pads, three a column, and the block table.

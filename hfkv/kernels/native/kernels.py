@@ -15,7 +15,7 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.native.library import loaded, num_threads
 from hfkv.stores.layout import Layout
 
-CODECS = {"int8": 2, "fp8": 3, "int4": 4}
+CODECS = {"int8": 2, "fp8": 3, "int4": 4, "int3": 5, "int2": 6}
 PLAIN = {torch.float32: 0, torch.bfloat16: 1}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

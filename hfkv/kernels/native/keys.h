@@ -9,14 +9,15 @@
 #include "floats.h"
 #include "products.h"
 #include "stored.h"
+#include "unpacked.h"
 
 namespace hfkv {
 
 #if HFKV_HAS_HALVES
 template <int64_t CODEC>
-using KeyFactors = std::conditional_t<is_halves(CODEC), HalfKeys<CODEC>, KeyProducts<CODEC>>;
+using KeyFactors = std::conditional_t<is_halves(CODEC), HalfKeys<CODEC>, KeyProducts<as_multiplied(CODEC), is_rotated(CODEC)>>;
 #elif HFKV_HAS_INTEGERS
-template <int64_t CODEC> using KeyFactors = KeyProducts<CODEC>;
+template <int64_t CODEC> using KeyFactors = KeyProducts<as_multiplied(CODEC), is_rotated(CODEC)>;
 #endif
 
 // Keys of some codec. To tell codecs apart here costs a call for each tile, and saves a task for every two of them.
@@ -50,7 +51,7 @@ template <int64_t CODEC> class KeysOf final : public Keys {
             int64_t at = b * call.query_strides[0] + (h * call.groups + r / call.queries) * call.query_strides[1];
             at += r % call.queries * call.query_strides[2] + first;
             load_numbers(call.query, call.dtype, at, stored.width, q);
-            if (CODEC == INT4) rotate(q, stored.width);
+            if (is_rotated(CODEC)) rotate(q, stored.width);
 #if HFKV_HAS_INTEGERS
             if constexpr (has_products(CODEC)) keeps = keeps && factors.take(r, q);
 #endif
@@ -97,7 +98,9 @@ template <int64_t CODEC> class KeysOf final : public Keys {
         Vector scales[VECTORS], lows[VECTORS], own[VECTORS];
         stored.fetch_scales(tokens.next);
         for (int64_t v = 0; v < VECTORS; v++) scales[v] = stored.scales(tokens, v), lows[v] = stored.lows(tokens, v);
-        factors.score(stored.at(tokens.slot), tokens.count, stored.at(tokens.next));
+        const char *keys = stored.at(tokens.slot), *ahead = stored.at(tokens.next);
+        if constexpr (is_packed(CODEC)) keys = unpacked.read(keys, tokens.count, ahead), ahead = nullptr;
+        factors.score(keys, tokens.count, ahead);
         for (int64_t r = 0; r < call.rows(); r++, scores += VECTORS) {
             factors.scores(r, call.scale, own);
             for (int64_t v = 0; v < VECTORS; v++) {
@@ -122,6 +125,7 @@ template <int64_t CODEC> class KeysOf final : public Keys {
 #if HFKV_HAS_INTEGERS
     using Factors = std::conditional_t<has_products(CODEC), KeyFactors<CODEC>, Nothing>;
     Factors factors{call, multiplied, stored.width};
+    std::conditional_t<is_packed(CODEC), Unpacked<CODEC>, Nothing> unpacked{stored.width};
 #endif
 };
 
@@ -132,7 +136,9 @@ inline std::unique_ptr<Keys> keys_of(int64_t codec, const Call &call, const Sigh
     case NONE_BF16: return std::make_unique<KeysOf<NONE_BF16>>(call, sight, plane, width, first, multiplied);
     case INT8: return std::make_unique<KeysOf<INT8>>(call, sight, plane, width, first, multiplied);
     case FP8: return std::make_unique<KeysOf<FP8>>(call, sight, plane, width, first, multiplied);
-    default: return std::make_unique<KeysOf<INT4>>(call, sight, plane, width, first, multiplied);
+    case INT4: return std::make_unique<KeysOf<INT4>>(call, sight, plane, width, first, multiplied);
+    case INT3: return std::make_unique<KeysOf<INT3>>(call, sight, plane, width, first, multiplied);
+    default: return std::make_unique<KeysOf<INT2>>(call, sight, plane, width, first, multiplied);
     }
 }
 

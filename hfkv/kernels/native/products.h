@@ -40,7 +40,7 @@ inline const char *multiply_all(int64_t count, const std::vector<Digits> &rows, 
 }
 
 // Scores of all queries of a task against keys `[.., width]`.
-template <int64_t CODEC> class KeyProducts {
+template <int64_t CODEC, bool IS_ROTATED> class KeyProducts {
   public:
     // Of no queries where they have no digits.
     KeyProducts(const Call &call, int64_t rows, int64_t width)
@@ -52,13 +52,13 @@ template <int64_t CODEC> class KeyProducts {
     }
 
     // Takes a query `[width]`; whether its digits are as good as its numbers. Those of half precision are of few bits until
-    // int4 rotates them, which leaves none far beyond the others: two digits are more exact than they are.
+    // they are rotated, which leaves none far beyond the others: two digits are more exact than they are.
     bool take(int64_t r, const float *query) {
         for (int64_t i = 0; i < width; i++) placed[keys.place(i)] = query[i];
         float largest = magnitude_of(placed.data(), keys.padded());
         if (weight_digits == 3) {
             split<3, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
-        } else if (CODEC == INT8) {
+        } else if (!IS_ROTATED) {
             split<3, true>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
         } else {
             split<2, false>(placed.data(), keys.padded(), largest, keys.CENTRE, digits[r]);
@@ -67,7 +67,7 @@ template <int64_t CODEC> class KeyProducts {
             if (digits[r].quads[i * QUAD + 2]) few[r].push_back(int32_t(i));
         }
         has_few = has_few && int64_t(few[r].size()) * FEW <= keys.padded() / QUAD;
-        return CODEC == INT8 || weight_digits == 3 ? keeps<3>(placed.data(), keys.padded(), largest, digits[r])
+        return !IS_ROTATED || weight_digits == 3 ? keeps<3>(placed.data(), keys.padded(), largest, digits[r])
                                                    : keeps<2>(placed.data(), keys.padded(), largest, digits[r]);
     }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include "common.h"
+#include "levels.h"
+#include "trellis.h"
 #include "vectors.h"
 
 namespace hfkv {
@@ -21,6 +23,10 @@ template <int64_t CODEC> inline void read_row(const char *__restrict row, int64_
     int64_t i = 0;
     if (CODEC == NONE_F32) {
         std::memcpy(out, row, 4 * width);
+    } else if (CODEC == INT3) {
+        read_levels(codes, width, out);
+    } else if (CODEC == INT2) {
+        read_string(codes, width, out);
     } else if (CODEC == INT4) {
         int64_t half = (width + 1) / 2;
         for (; NATIVE == LANES && i + LANES <= width - half; i += LANES) {
@@ -48,13 +54,17 @@ template <int64_t CODEC> inline void read_row(const char *__restrict row, int64_
     }
 }
 
-inline int64_t scale_bytes(int64_t codec) { return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : 0; }
+constexpr int64_t scale_bytes(int64_t codec) {
+    return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : codec == INT3 || codec == INT2 ? 1 : 0;
+}
 
 inline int64_t number_bytes(int64_t codec) { return codec == NONE_F32 ? 4 : codec == NONE_BF16 ? 2 : 1; }
 
 inline int64_t row_bytes(int64_t codec, int64_t width) {
     if (codec == NONE_F32) return 4 * width;
     if (codec == NONE_BF16) return 2 * width;
+    if (codec == INT3) return bytes_of_levels(width);
+    if (codec == INT2) return bytes_of_string(width);
     return codec == INT4 ? (width + 1) / 2 : width;
 }
 

@@ -12,7 +12,12 @@
 
 namespace hfkv {
 
-constexpr bool is_coded(int64_t codec) { return codec == INT8 || codec == INT4; }
+// Whether rows are first unpacked to bytes, which are then multiplied as those of int8.
+constexpr bool is_packed(int64_t codec) { return codec == INT3 || codec == INT2; }
+
+constexpr int64_t as_multiplied(int64_t codec) { return is_packed(codec) ? int64_t(INT8) : codec; }
+
+constexpr bool is_coded(int64_t codec) { return codec == INT8 || codec == INT4 || is_packed(codec); }
 
 constexpr bool is_halves(int64_t codec) { return codec == NONE_BF16 || codec == FP8; }
 
@@ -74,6 +79,7 @@ template <int64_t CODEC> class Stored {
     inline Vector scales(const Tokens &tokens, int64_t v) const {
         if (CODEC == INT4) return (Vector)(pairs(tokens, v) << 16);
         Vector found = all(1.0f);
+        if (is_packed(CODEC)) return log_scales_of(tokens, v);
         if (CODEC != INT8 && CODEC != FP8) return found;
         if (sight.sees_all) return (Vector)(widen_halves(of_scales + tokens.slot + v * LANES) << 16);
         for (int64_t i = 0, t = v * LANES; i < LANES; i++, t++) {
@@ -93,6 +99,7 @@ template <int64_t CODEC> class Stored {
     // A row whose numbers are all the same has a scale of 1 and no codes but 0: beside the scale others, of small weights,
     // would be lost, and its own low. It adds that, or nothing.
     inline void drop_zeros(int64_t slot, Vector &scale, Vector &low) const {
+        if (is_packed(CODEC)) return;  // of zeros the scale is zero
         for (uint32_t ones = lanes_that_are(1, scale), i = 0; ones; i++, ones >>= 1) {
             const char *row = at(slot + i);
             if (!(ones & 1) || !std::all_of(row, row + bytes, [](char code) { return !code; })) continue;
@@ -104,6 +111,17 @@ template <int64_t CODEC> class Stored {
     const int64_t width, padded, bytes;
 
   private:
+    // Scales of eight bits; 0 of tokens that nobody sees.
+    inline Vector log_scales_of(const Tokens &tokens, int64_t v) const {
+        const uint8_t *from = reinterpret_cast<const uint8_t *>(of_scales) + tokens.slot;
+        if (sight.sees_all) return from_log_scales(widen_codes(from + v * LANES));
+        Naturals found = {};
+        for (int64_t i = 0, t = v * LANES; i < LANES && t < tokens.count; i++, t++) {
+            if (sight.is_token_seen[t]) found[i] = from[t];
+        }
+        return from_log_scales(found);
+    }
+
     // The scales, below, and the lows, above, of a tile's tokens; 0 of those that nobody sees.
     inline Naturals pairs(const Tokens &tokens, int64_t v) const {
         if (sight.sees_all) return load<Naturals>(of_scales + 2 * (tokens.slot + v * LANES));

@@ -9,14 +9,15 @@
 #include "floats.h"
 #include "products.h"
 #include "stored.h"
+#include "unpacked.h"
 
 namespace hfkv {
 
 #if HFKV_HAS_HALVES
 template <int64_t CODEC>
-using ValueFactors = std::conditional_t<is_halves(CODEC), HalfValues<CODEC>, ValueProducts<CODEC>>;
+using ValueFactors = std::conditional_t<is_halves(CODEC), HalfValues<CODEC>, ValueProducts<as_multiplied(CODEC)>>;
 #elif HFKV_HAS_INTEGERS
-template <int64_t CODEC> using ValueFactors = ValueProducts<CODEC>;
+template <int64_t CODEC> using ValueFactors = ValueProducts<as_multiplied(CODEC)>;
 #endif
 
 // Values of some codec.
@@ -109,7 +110,9 @@ template <int64_t CODEC> class ValuesOf final : public Values {
         factors.weigh(reinterpret_cast<const float *>(weights), largest.data());
         // What comes after latents is fetched already.
         const char *ahead = call.is_latent() ? nullptr : stored.at(tokens.next);
-        factors.add(stored.at(tokens.slot), tokens.count, ahead, offsets.data(), sight.is_token_seen);
+        const char *values = stored.at(tokens.slot);
+        if constexpr (is_packed(CODEC)) values = unpacked.read(values, tokens.count, stored.at(tokens.next)), ahead = nullptr;
+        factors.add(values, tokens.count, ahead, offsets.data(), sight.is_token_seen);
     }
 #endif
 
@@ -121,6 +124,7 @@ template <int64_t CODEC> class ValuesOf final : public Values {
 #if HFKV_HAS_INTEGERS
     using Factors = std::conditional_t<has_products(CODEC), ValueFactors<CODEC>, Nothing>;
     Factors factors{call, multiplied};
+    std::conditional_t<is_packed(CODEC), Unpacked<CODEC>, Nothing> unpacked{stored.width};
 #endif
 };
 
@@ -130,7 +134,9 @@ inline std::unique_ptr<Values> values_of(int64_t codec, const Call &call, const 
     case NONE_BF16: return std::make_unique<ValuesOf<NONE_BF16>>(call, sight, multiplied);
     case INT8: return std::make_unique<ValuesOf<INT8>>(call, sight, multiplied);
     case FP8: return std::make_unique<ValuesOf<FP8>>(call, sight, multiplied);
-    default: return std::make_unique<ValuesOf<INT4>>(call, sight, multiplied);
+    case INT4: return std::make_unique<ValuesOf<INT4>>(call, sight, multiplied);
+    case INT3: return std::make_unique<ValuesOf<INT3>>(call, sight, multiplied);
+    default: return std::make_unique<ValuesOf<INT2>>(call, sight, multiplied);
     }
 }
 
