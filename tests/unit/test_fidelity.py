@@ -12,7 +12,7 @@ import torch
 
 import hfkv
 from hfkv import KVConfig, Window, tiny_lm
-from hfkv.eval import FoundCodecs, compare, find_codecs
+from hfkv.eval import FoundCodecs, compare, fidelity, find_codecs
 from hfkv.eval.layer_choices import (
     LOSSLESS,
     Price,
@@ -48,6 +48,13 @@ def found(bundled: tuple[Any, torch.Tensor]) -> FoundCodecs:
 @pytest.fixture(scope="module")
 def random_text() -> torch.Tensor:
     return torch.randint(3, 99, (200,), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def few_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves none, int8 and int4, for keys and values alike."""
+    monkeypatch.setattr(fidelity, "layer_choices", lambda: ["none", "int8", "int4"])
+    monkeypatch.setattr(fidelity, "between", lambda names: [])
 
 
 # The way from nothing lost to the fewest bytes.
@@ -166,23 +173,25 @@ def test_one_text_gives_one_config_and_the_model_is_as_it_was(random_text: torch
 
 def test_a_promise_large_enough_is_the_cheapest_codec_and_a_small_one_the_full_cache(random_text: torch.Tensor) -> None:
     model = llama()
-    assert KVConfig.for_fidelity(model, random_text, 0.99) == KVConfig("int4")
+    assert KVConfig.for_fidelity(model, random_text, 0.99) == KVConfig("int2")
     assert KVConfig.for_fidelity(model, random_text, 1e-6) == KVConfig()
 
 
 def test_what_else_the_config_says_stays(random_text: torch.Tensor) -> None:
     kv = KVConfig.for_fidelity(llama(), random_text, 0.99, kv="window:150+paged+page_size:16")
-    assert kv == KVConfig("int4", window=150, store="paged", page_size=16)
+    assert kv == KVConfig("int2", window=150, store="paged", page_size=16)
 
 
 def test_codecs_that_are_not_there_are_no_choices(random_text: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(hfkv.codecs.CODECS, "int4")
+    for name in ("int4", "int3", "int2"):
+        monkeypatch.delitem(hfkv.codecs.CODECS, name)
     assert KVConfig.for_fidelity(llama(), random_text, 0.99).codec == "int8"
 
 
 # Memory.
 
 
+@pytest.mark.usefixtures("few_choices")
 def test_memory_is_spent_before_fidelity_is(random_text: torch.Tensor) -> None:
     model = llama()
     bytes_of = {
@@ -197,6 +206,15 @@ def test_memory_is_spent_before_fidelity_is(random_text: torch.Tensor) -> None:
     assert {kv.for_layer(layer).codec for layer in range(2)} == {"int8", "int4"}
 
 
+def test_keys_and_values_apart_fill_the_memory_too(random_text: torch.Tensor) -> None:
+    model = llama()
+    geometry = Geometry.of(model, torch.float32)
+    memory = Footprint(geometry, KVConfig("k:int8+v:int4"), model.device).on_device(128, 2)
+    kv = KVConfig.for_fidelity(model, random_text, 0.9, memory=memory, context=128, batch=2)
+    assert 0.8 * memory < Footprint(geometry, kv, model.device).on_device(128, 2) <= memory
+
+
+@pytest.mark.usefixtures("few_choices")
 def test_a_promise_that_does_not_fit_says_what_is_reachable(random_text: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"no codecs hold 1 × 128 tokens in 9.77 KiB .* by 0.0001% at most") as refused:
         KVConfig.for_fidelity(llama(), random_text, 1e-6, memory=10_000, context=128)

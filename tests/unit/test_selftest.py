@@ -110,7 +110,7 @@ def test_an_error_beyond_the_twins_is_found(monkeypatch: pytest.MonkeyPatch, off
     ("settings", "share"),
     [
         ({"is_paged": True}, NUM_READS // 2),
-        ({"codec": "int4"}, NUM_READS // 4),
+        ({"codec": "int4"}, NUM_READS // len(CODECS)),
         ({"softcap": 5.0}, NUM_READS // 4),
         ({"pads": (0, 38), "num_slots": 4, "sinks": 4}, NUM_READS // 4),
         ({"pads": (0, 17, 203)}, NUM_READS // 4),
