@@ -36,4 +36,5 @@ def test_a_prompt_is_encoded_by_the_kernel() -> None:
     states = torch.randn(1, 2, 40, 32)
     with mock.patch.object(Codec, "encode", autospec=True, side_effect=Codec.encode) as by_torch:
         cache.update(states, states, 0)
-    assert {call.args[1].shape[2] for call in by_torch.call_args_list} == {0}
+    # Of no tokens, to find out how wide planes are, if that is not known yet.
+    assert {call.args[1].shape[2] for call in by_torch.call_args_list} <= {0}
