@@ -188,7 +188,7 @@ class _Search:
             layers = {i: each for i, each in enumerate(handle.new_cache().layers) if isinstance(each, CacheLayer)}
         self.sliding = {index for index, layer in layers.items() if layer.is_sliding}
         self._on_tokens, self._total = on_tokens, 0
-        self._measured: dict[int, _Measured] = {}
+        self._measured: dict[tuple[str, ...], _Measured] = {}  # by the choices of all layers
         self._alone, names = self._prices(list(layers))
         # Keys and values apart make for finer steps, which may lead a layer less far than larger ones would.
         ways = [greedy_path(self._alone, some) for some in (names, [name for name in names if ":" not in name])]
@@ -238,9 +238,11 @@ class _Search:
 
     def measured(self, index: int) -> _Measured:
         """The cache after so many steps, on the whole text; measured once."""
-        if index not in self._measured:
-            (self._measured[index],) = self._measure({f"step {index}": self.path[index]}, self._ids)
-        return self._measured[index]
+        picks = self.path[index]
+        key = tuple(picks.values())
+        if key not in self._measured:
+            (self._measured[key],) = self._measure({f"step {index}": picks}, self._ids)
+        return self._measured[key]
 
     def keeps(self, index: int) -> bool:
         """Whether the cache after so many steps keeps the promise."""

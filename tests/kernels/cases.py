@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 
 from hfkv.codecs import CODECS, Codecs
@@ -141,3 +142,13 @@ def windowed(given: Case, size: int, sinks: int, num_slots: int, held_from: int)
         given.visibility, seen=seen, held_from=held_from, num_slots=num_slots, sinks=sinks, bounds=bounds
     )
     return replace(given, visibility=visibility)
+
+
+def cut_short(monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    """Has torch's kernels for a CPU cut short texts in several stretches and tiles, as they cut long ones."""
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
+    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
+    monkeypatch.setattr("hfkv.kernels.cpu.flash.TILE", 24)
+    monkeypatch.setattr("hfkv.kernels.cpu.flash.MIN_TILE", 5)
+    monkeypatch.setattr("hfkv.kernels.cpu.flash.STRETCH", stretch)
+    monkeypatch.setattr("hfkv.kernels.cpu.flash.MIN_STRETCH", 16)

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from hfkv.kernels.cpu import flash as cpu_flash
 from hfkv.kernels.cpu.decode import decode_attention
 from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.cpu.int8_matmul import is_exact
 from hfkv.kernels.naive import read_naive
 from hfkv.kernels.native.kernels import attend
 from hfkv.kernels.native.library import library, why_not
-from tests.kernels.cases import case, check, spoil, windowed
+from tests.kernels.cases import case, check, cut_short, spoil, windowed
 
 KERNELS = {"decode": decode_attention, "flash": flash_attention, "native": attend}
 ALL = ("none", "int8", "int4", "fp8", "int3", "int2")
@@ -35,12 +34,7 @@ def chosen(kernel: str, codec: str) -> None:
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts are cut in several."""
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
-    monkeypatch.setattr(cpu_flash, "TILE", 24)
-    monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
-    monkeypatch.setattr(cpu_flash, "STRETCH", 32)
-    monkeypatch.setattr(cpu_flash, "MIN_STRETCH", 16)
+    cut_short(monkeypatch, stretch=32)
 
 
 @pytest.mark.pairwise

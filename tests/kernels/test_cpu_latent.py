@@ -12,7 +12,6 @@ import torch.nn.functional as F
 
 from hfkv.codecs import CODECS
 from hfkv.kernels.cpu import bf16_matmul
-from hfkv.kernels.cpu import flash as cpu_flash
 from hfkv.kernels.cpu.expanded import expanded_attention
 from hfkv.kernels.cpu.latent import latent_attention
 from hfkv.kernels.inputs import Encoded
@@ -23,7 +22,7 @@ from hfkv.kernels.native.kernels import code_of
 from hfkv.kernels.native.latent import attend_latents
 from hfkv.kernels.native.library import library, why_not
 from hfkv.stores.layout import Layout
-from tests.kernels.cases import Case, case, spoil, windowed
+from tests.kernels.cases import Case, case, cut_short, spoil, windowed
 
 # Absorbed by torch's operations, absorbed in C++, expanded.
 FORMS = ("absorbed", "native", "expanded")
@@ -33,12 +32,7 @@ HEADS, NOPE, ROTARY = 4, 24, 16
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts are cut in several."""
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
-    monkeypatch.setattr(cpu_flash, "TILE", 24)
-    monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
-    monkeypatch.setattr(cpu_flash, "STRETCH", 64)
-    monkeypatch.setattr(cpu_flash, "MIN_STRETCH", 16)
+    cut_short(monkeypatch, stretch=64)
 
 
 def latent_case(codec: str, form: str, *, rank: int = 48, **options: Any) -> Case:

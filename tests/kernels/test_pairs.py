@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from hfkv.codecs import CODECS, Codecs
-from hfkv.kernels.cpu import flash as cpu_flash
 from hfkv.kernels.cpu.decode import decode_attention
 from hfkv.kernels.cpu.flash import flash_attention
 from hfkv.kernels.cpu.int8_matmul import is_exact
@@ -19,7 +18,7 @@ from hfkv.kernels.naive import append_naive
 from hfkv.kernels.native.kernels import append, attend
 from hfkv.kernels.native.library import library, why_not
 from hfkv.stores.layout import Layout
-from tests.kernels.cases import case, check, windowed
+from tests.kernels.cases import case, check, cut_short, windowed
 from tests.kernels.held import garbage
 from tests.kernels.test_cpu_latent import check as check_latent
 from tests.kernels.test_cpu_latent import latent_case
@@ -39,12 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def small_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short texts are cut in several."""
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._SCORES", 1 << 10)
-    monkeypatch.setattr("hfkv.kernels.cpu.decode._MIN_STRETCH", 16)
-    monkeypatch.setattr(cpu_flash, "TILE", 24)
-    monkeypatch.setattr(cpu_flash, "MIN_TILE", 5)
-    monkeypatch.setattr(cpu_flash, "STRETCH", 64)
-    monkeypatch.setattr(cpu_flash, "MIN_STRETCH", 16)
+    cut_short(monkeypatch, stretch=64)
 
 
 def skip_what_is_not_here(kernel: str, pair: str, dtype: torch.dtype) -> None:

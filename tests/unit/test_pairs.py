@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ from hfkv.codecs import CODECS, Codecs
 from hfkv.kernels.backend import Asked, Backend, Kernel
 from hfkv.kernels.cpu.expanded import expanded_attention
 from hfkv.kernels.dispatch import (
-    BACKENDS,
     append_kernel,
     attention_kernel,
     expanded_kernel,
     forget_choices,
     latent_kernel,
-    register_backend,
 )
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.latent_naive import latent_attention_naive
@@ -33,6 +29,7 @@ from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import append_naive, attention_naive
 from hfkv.planning.recommendation import least_lossy_codecs
 from tests.latent_models import model_of
+from tests.registered import registered
 from tests.tiny import feed, greedy, llama, llama_config, prompt, states
 
 CPU = torch.device("cpu")
@@ -139,16 +136,6 @@ class Naive(Backend):
             return found and Attended(found[0].to(given[0].dtype), found[1])
 
         return Kernel("naive", "for a test", run, **({"takes_pairs": True} if self.takes_pairs else {}))
-
-
-@contextlib.contextmanager
-def registered(backend: Naive) -> Iterator[Naive]:
-    register_backend(backend)
-    try:
-        yield backend
-    finally:
-        BACKENDS.remove(backend)
-        forget_choices()
 
 
 @pytest.mark.parametrize("takes_pairs", [False, True])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +14,7 @@ from hfkv import KVCache
 from hfkv.cache.layers.storage import Storage
 from hfkv.cli.doctor.layers import describe_layers
 from hfkv.kernels.backend import MANY, Asked, Backend, Kernel
-from hfkv.kernels.dispatch import BACKENDS, append_kernel, attention_kernel, forget_choices, register_backend
+from hfkv.kernels.dispatch import append_kernel, attention_kernel
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.naive import attention_naive
@@ -25,6 +23,7 @@ from hfkv.sharing.files.cache_file import load_cache, save_cache
 from hfkv.stores.planes import has_tokens_innermost
 from tests import twins
 from tests.kernels.cases import Case, case, check
+from tests.registered import registered
 from tests.tiny import feed, greedy, llama, prompt
 from tests.twins import Twin
 from tests.zoo import NAMED
@@ -99,16 +98,6 @@ class Wanting(Backend):
         self.seen.add(has_tokens_innermost(values.planes[0]))
         out, lse = attention_naive(query, keys, values, *given)
         return Attended(out.to(query.dtype), lse)
-
-
-@contextlib.contextmanager
-def registered(backend: Wanting) -> Iterator[Wanting]:
-    register_backend(backend)
-    try:
-        yield backend
-    finally:
-        BACKENDS.remove(backend)
-        forget_choices()
 
 
 @pytest.mark.parametrize("store", ["contiguous", "paged+page_size:4"])

@@ -243,7 +243,7 @@ void move_front(const Part &part, int64_t dtype, int64_t slot, int64_t front, in
     int64_t bytes = row_bytes(part.codec, part.width, dtype == F32 ? 4 : 2);
     std::memmove(part.data + slot * bytes, part.data + (slot - gap) * bytes, front * bytes);
     if (!part.scales) return;
-    int64_t of_scales = part.codec == INT4 ? 4 : part.codec == INT3 || part.codec == INT2 ? 1 : 2;
+    int64_t of_scales = scale_bytes(part.codec);
     std::memmove(part.scales + slot * of_scales, part.scales + (slot - gap) * of_scales, front * of_scales);
 }
 

@@ -9,6 +9,11 @@
 namespace hfkv {
 
 enum Codec : int64_t { NONE_F32 = 0, NONE_BF16 = 1, INT8 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6 };
+
+// The bytes of a row's scales: plain tokens have none.
+constexpr int64_t scale_bytes(int64_t codec) {
+    return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : codec == INT3 || codec == INT2 ? 1 : 0;
+}
 inline constexpr bool is_rotated(int64_t codec) { return codec == INT4 || codec == INT3 || codec == INT2; }
 enum Dtype : int64_t { F32 = 0, BF16 = 1, F16 = 2 };
 

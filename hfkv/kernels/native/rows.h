@@ -54,10 +54,6 @@ template <int64_t CODEC> inline void read_row(const char *__restrict row, int64_
     }
 }
 
-constexpr int64_t scale_bytes(int64_t codec) {
-    return codec == INT4 ? 4 : codec == INT8 || codec == FP8 ? 2 : codec == INT3 || codec == INT2 ? 1 : 0;
-}
-
 inline int64_t number_bytes(int64_t codec) { return codec == NONE_F32 ? 4 : codec == NONE_BF16 ? 2 : 1; }
 
 inline int64_t row_bytes(int64_t codec, int64_t width) {
