@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from hfkv.codecs.autocast import in_own_precision
+from hfkv.codecs.waves import rotary_angles
 from hfkv.models.probe import decoder_of, moving_angles
-from hfkv.models.rotary import rotary_angles
 from hfkv.patches.undo import Undo
 
 # Where the new forward is compared with the stock one: the stock one is still good to about 1e-5 there.

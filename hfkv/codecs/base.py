@@ -53,6 +53,8 @@ class Codec(ABC):
         is_rotated: whether `affine` gives rows that `hfkv.codecs.hadamard.rotate` has rotated. Queries are then rotated
             likewise, and the output of attention is rotated back.
         is_coarse: whether it loses so much that it is taken only where somebody names it, and never to meet a budget.
+        takes_mean: whether a patched model's keys are written less their mean (`hfkv.codecs.key_mean`): worth it where
+            numbers have few bits.
         loss_percent: percent by which the codec raises the bundled model's loss over its whole held-out text
             (docs/understand/concepts.md), or None where that was not measured.
     """
@@ -63,6 +65,7 @@ class Codec(ABC):
     numbers: torch.dtype | None = None
     is_rotated: bool = False
     is_coarse: bool = False
+    takes_mean: bool = False
     loss_percent: float | None = None
 
     @in_own_precision

@@ -22,6 +22,7 @@ class Int2(Codec):
     plane_names = ("codes", "scale")
     numbers = torch.int8
     is_rotated = True
+    takes_mean = True
     is_coarse = True
     loss_percent = 10.018
 

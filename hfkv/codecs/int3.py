@@ -28,6 +28,7 @@ class Int3(Codec):
     plane_names = ("codes", "scale")
     numbers = torch.int8
     is_rotated = True
+    takes_mean = True
     is_coarse = True
     loss_percent = 2.75
 

@@ -25,6 +25,7 @@ class Int4(Codec):
     plane_names = ("codes", "scale_and_low")
     numbers = torch.int8
     is_rotated = True
+    takes_mean = True
     loss_percent = 0.624
 
     def _encode(self, x: torch.Tensor) -> Planes:

@@ -25,7 +25,8 @@ class StepCall(Protocol):
         """Does it for tensors that it takes: new keys, new values and planes, or query, planes and scale.
 
         Args:
-            *tensors: new keys, new values and the planes that they go to; or a query, planes and the factor on scores.
+            *tensors: new keys, new values and the planes that they go to; or a query, planes and the factor on scores,
+                and the layer's `KeyMean.vector` where the first one had a mean.
 
         Returns:
             None, or the output `[B, q, Hq, D]`.
@@ -52,6 +53,8 @@ class Kernel(NamedTuple):
             same in a forward, or None where these arguments are for `run` alone; None where there is no such thing.
         takes_pairs: whether keys and values may be of two codecs, as `Asked.value_codec` says; without it, it is not
             called for such tokens.
+        takes_means: whether keys may have been written less their mean, as `hfkv.kernels.inputs.Encoded.mean` says;
+            without it, it is not called for such tokens.
     """
 
     name: str
@@ -65,6 +68,7 @@ class Kernel(NamedTuple):
     wants_values_innermost: bool = False
     of_step: Callable[..., StepCall | None] | None = None
     takes_pairs: bool = False
+    takes_means: bool = False
 
 
 class Asked(NamedTuple):

@@ -53,6 +53,7 @@ def attention_kernel(
     num_queries: int,
     head_dims: tuple[int, int],
     values_innermost: bool = False,
+    has_mean: bool = False,
 ) -> Kernel:
     """The kernel by which queries attend to tokens.
 
@@ -63,8 +64,9 @@ def attention_kernel(
         num_queries: number of queries of each row, q.
         head_dims: widths Dk and Dv.
         values_innermost: see `Asked`.
+        has_mean: whether a mean was taken off the keys.
     """
-    return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims, values_innermost)
+    return _attention_kernel(codec, dtype, device, min(num_queries, MANY), head_dims, values_innermost, has_mean)
 
 
 @functools.cache
@@ -135,6 +137,7 @@ def _first(
     num: int,
     head_dims: tuple[int, int],
     values_innermost: bool,
+    has_mean: bool = False,
 ) -> Kernel:
     """The first kernel that a backend has for a use; or none, named `without`, with the last backend's reason."""
     key, value = sides_of(codec)
@@ -144,7 +147,7 @@ def _first(
     other = None if key == value else CODECS[value]
     asked = Asked(CODECS[key], dtype, device, num, head_dims, values_innermost, other)
     none = Kernel(without, f"no backend is for {device.type}", None)
-    return _taken(_answers(use, asked, device), none, values_innermost, other is not None)
+    return _taken(_answers(use, asked, device), none, values_innermost, other is not None, has_mean)
 
 
 def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list[Kernel]:
@@ -165,14 +168,17 @@ def _answers(use: str, asked: Asked | torch.dtype, device: torch.device) -> list
     return found
 
 
-def _taken(found: list[Kernel], none: Kernel, values_innermost: bool, is_pair: bool) -> Kernel:
+def _taken(found: list[Kernel], none: Kernel, values_innermost: bool, is_pair: bool, has_mean: bool = False) -> Kernel:
     """The first that is a kernel, or one for a step, and takes tokens as they are; else why there is none."""
     kernels = [kernel for kernel in found if kernel.run is not None or kernel.of_step is not None]
     of_pairs = [kernel for kernel in kernels if kernel.takes_pairs or not is_pair]
-    able = [kernel for kernel in of_pairs if kernel.takes_values_innermost or not values_innermost]
+    of_means = [kernel for kernel in of_pairs if kernel.takes_means or not has_mean]
+    able = [kernel for kernel in of_means if kernel.takes_values_innermost or not values_innermost]
     if kernels and not able:
         why = "the numbers of a token must lie side by side, and those of values do not"
         if not of_pairs:
             why = "keys and values must be of one codec, and these are of two"
+        elif not of_means:
+            why = "it knows nothing of a mean that was taken off the keys"
         return Kernel(none.name, f"{kernels[-1].name}: {why}", None)
     return able[0] if able else found[-1] if found else none

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from hfkv.codecs import Codec
+from hfkv.kernels.placed_mean import PlacedMean
 
 
 class Encoded(NamedTuple):
@@ -17,11 +18,13 @@ class Encoded(NamedTuple):
         codec: codec that wrote them.
         planes: planes `[B, H, C, d_i]` or, in pages, `[N, H, P, d_i]`; the data first.
         head_dim: width D of a decoded row.
+        mean: what was taken off keys before they were encoded; None where nothing was.
     """
 
     codec: Codec
     planes: tuple[torch.Tensor, ...]
     head_dim: int
+    mean: PlacedMean | None = None
 
 
 @dataclass(frozen=True, eq=False)

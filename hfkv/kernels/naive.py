@@ -12,7 +12,7 @@ from hfkv.stores.layout import Layout
 
 
 def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Decodes the held tokens to `[B, H, length, D]` of `dtype`."""
+    """Decodes the held tokens to `[B, H, length, D]` of `dtype`; of keys, with their mean."""
     planes = []
     for plane in encoded.planes:
         if layout.table is None:
@@ -25,7 +25,8 @@ def read_naive(encoded: Encoded, layout: Layout, dtype: torch.dtype = torch.floa
             for column, (low, high) in enumerate(layout.spans)
         ]
         planes.append(torch.cat(columns, dim=2).view(plane.dtype))
-    return encoded.codec.decode(tuple(planes), encoded.head_dim, dtype)
+    decoded = encoded.codec.decode(tuple(planes), encoded.head_dim, dtype)
+    return decoded if encoded.mean is None else decoded + encoded.mean.turned(0, layout.length).to(dtype)
 
 
 def visible_naive(visibility: Visibility, layout: Layout, num_queries: int, device: torch.device) -> torch.Tensor:
@@ -97,6 +98,8 @@ def row_of(
 ) -> tuple[torch.Tensor, Encoded, Encoded, Layout, Visibility]:
     """One row of a call whose rows are of different lengths, as a call of its own."""
     length = rows.lengths[row]
+    if keys.mean is not None:
+        keys = keys._replace(mean=keys.mean.of_rows(slice(row, row + 1)))
     if layout.table is None:
         keys, values = (part._replace(planes=tuple(p[row : row + 1] for p in part.planes)) for part in (keys, values))
         layout = Layout(length, layout.start)

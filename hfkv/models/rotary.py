@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
+
+from hfkv.codecs.waves import rotary_angles
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,20 +44,3 @@ class Rotary:
         first, second = rotated.to(dtype).unflatten(-1, shape).unbind(pair)
         rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), pair).flatten(-2)
         return torch.cat((rotated.to(states.dtype), rest), dim=-1)
-
-
-def rotary_angles(inv_freq: torch.Tensor, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The angles at some positions, exact however large those are.
-
-    Args:
-        inv_freq: `[r / 2]`.
-        positions: `[...]`.
-        device: where the angles are wanted.
-
-    Returns:
-        float64 `[..., r / 2]` between 0 and 2 pi, on `device`, or on the CPU where that has no float64.
-    """
-    if device.type == "mps":
-        device = torch.device("cpu")
-    angles = positions.to(device, torch.float64)[..., None] * inv_freq.to(device, torch.float64)
-    return angles.remainder(2 * math.pi)
