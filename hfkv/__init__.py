@@ -89,6 +89,7 @@ def __dir__() -> list[str]:
 connect(
     {
         "least_lossy": "hfkv.planning.plan:least_lossy",
+        "calibration_ids": "hfkv.eval.calibration:calibration_ids",
         "find_codecs": "hfkv.eval.fidelity:find_codecs",
         "config_to_text": "hfkv.sharing.files.config_text:config_to_text",
         "config_from_text": "hfkv.sharing.files.config_text:config_from_text",

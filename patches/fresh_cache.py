@@ -66,7 +66,7 @@ def _empty_cache(model: Any, stock: Cache) -> KVCache:
     if blueprint is None or blueprint.kind != kind or blueprint.rotary is not rotary:
         # While an assistant exits early, the config names fewer layers than the patch was made for.
         kv = patch.own_kv.first_layers(model.config.get_text_config(decoder=True).num_hidden_layers)
-        cache = KVCache(model, kv, rotary)
+        cache = KVCache(model, kv, rotary, patch.key_means)
         if cache.offload is not None:
             return cache  # what is forked from it would share its budget
         blueprint = patch.blueprint = Blueprint(kind, rotary, cache, _settings(model))

@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 
 from hfkv.attention.function import NAME
 from hfkv.cache.kv_cache import KVCache
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.experts.report import MoEReport
+from hfkv.models.fingerprint import Fingerprint
 from hfkv.models.probe import frequencies, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.patches.cacheless import cacheless_reason
 from hfkv.patches.graphs import Graphs
+from hfkv.patches.key_means import key_means, wants_means
 from hfkv.patches.pools import drop_pool, pool_of
 from hfkv.patches.undo import Undo
 from hfkv.policy.config import KVConfig
@@ -38,7 +41,9 @@ class Patch:
         own_attention: why the model keeps its own attention, or None where it has the ``"hfkv"`` one.
         attention: the implementation that the decoder has, unless `own_attention`: ``"hfkv"``, or what
             `set_attn_implementation` has set since.
-        rotary: how the model rotates its keys, for caches of one's own: ``KVCache(model, kv, patch.rotary)``.
+        no_means: why no mean is taken off its keys where a codec would gain by one, or None.
+        rotary: how the model rotates its keys, for caches of one's own:
+            ``KVCache(model, kv, patch.rotary, patch.key_means)``.
         num_layers: the number of layers of every cache.
         own_layers: cache layers that stay transformers' own, as ``{index: class name}``.
         exact_rotary: whether rotary angles are computed in float64.
@@ -50,9 +55,11 @@ class Patch:
         blueprint: an empty cache that those of `generate` are copies of; see `hfkv.patches.fresh_cache`.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
+    def __init__(self, model: PreTrainedModel, kv: KVConfig, calibration: Any = None) -> None:
         self.model = model
         self.kv = kv
+        self._calibration = calibration
+        self.no_means: str | None = None
         self.own_attention: str | None = None
         self.attention = NAME
         self.own_layers: dict[int, str] = {}
@@ -88,7 +95,7 @@ class Patch:
 
     def new_cache(self) -> KVCache:
         """An empty cache like those that `generate` gets."""
-        return KVCache(self.model, self.own_kv, self.rotary)
+        return KVCache(self.model, self.own_kv, self.rotary, self.key_means)
 
     @property
     def pool(self) -> PrefixPool:
@@ -131,6 +138,24 @@ class Patch:
         if self._rotary is None or self._frequencies != now:
             self._rotary, self._frequencies = probe_rotary(self.model), now
         return self._rotary
+
+    @functools.cached_property
+    def key_means(self) -> dict[int, KeyMean]:
+        """The means that are taken off the model's keys, by layer, where a codec gains by one; none otherwise."""
+        if not wants_means(self.kv):
+            return {}
+        means, self.no_means = key_means(self.model, self._calibration, self.exact_rotary)
+        if self.no_means is not None:
+            self.log_once(
+                f"{type(self.model).__name__}: no mean is taken off its keys, and codes lose more: {self.no_means}"
+            )
+        return means
+
+    def root(self, state: Fingerprint) -> bytes:
+        """The key under which pages may be shared that a model in this state fills."""
+        assert self.kv.reuse is not None
+        digests = ",".join(f"{index} {mean.digest()}" for index, mean in self.key_means.items())
+        return state.key("\0".join((self.kv.reuse.salt, digests)) if digests else self.kv.reuse.salt)
 
     def __enter__(self) -> Patch:
         return self

@@ -16,6 +16,7 @@ from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import set_graphs
 from hfkv.patches.handle import Patch, inside, models_in
 from hfkv.patches.hints import hint
+from hfkv.patches.key_means import wants_means
 from hfkv.patches.mla import set_latent_attention
 from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
@@ -53,8 +54,10 @@ def patch(
         exact_rotary: compute rotary angles in float64, exact at any position. This changes the last bits of results.
         graphs: capture the decode step in a CUDA graph and replay it. Where that cannot be, the reason is logged and
             the step runs as usual.
-        calibration: with ``kv="auto:0.5%"``, what the codecs are found on: token ids `[T]`, a str, or None for a text
-            that comes with hfkv; see `KVConfig.for_fidelity`. ``handle.kv`` is the config found.
+        calibration: with codecs below 8 bits, what the model reads once to find the mean of its keys, which is taken
+            off them: token ids `[T]`, of which some hundred are enough, a str, or None for a text that comes with hfkv
+            (random tokens, where there is no tokenizer beside the model). With ``kv="auto:0.5%"`` also what the codecs
+            are found on; see `KVConfig.for_fidelity`. ``handle.kv`` is the config found.
 
     Returns:
         The handle: ``handle.undo()``, or use it in a ``with`` statement.
@@ -88,7 +91,8 @@ def patch(
             "CUDA graph cannot hold; leave one of them out"
         )
     check_generate(base)
-    handle = Patch(base, _found(model, wanted, calibration))
+    handle = Patch(base, _found(model, wanted, calibration), calibration)
+    handle.exact_rotary = exact_rotary
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
         reason = sharing_refusal(base.config, probe)
@@ -106,7 +110,6 @@ def patch(
         set_generate_hooks(base, handle._undo)
         if exact_rotary:
             set_exact_rotary(base, handle._undo)
-            handle.exact_rotary = True
         if graphs:
             handle.graphs = set_graphs(base, handle._undo)
         set_recording(base, handle._undo)
@@ -142,10 +145,10 @@ def unpatch(model: Any) -> None:
 def _found(model: Any, kv: KVConfig, calibration: Any) -> KVConfig:
     """The config itself, or the one that keeps its promise."""
     if kv.loss_change is None:
-        if calibration is not None:
+        if calibration is not None and not wants_means(kv):
             raise ValueError(
-                f'calibration is what codecs are found on for a promise such as kv="auto:0.5%"; kv={str(kv)!r} '
-                "promises nothing: leave calibration out"
+                'calibration is what codecs are found on for a promise such as kv="auto:0.5%", and what the mean of '
+                f"keys is taken over for codecs below 8 bits; kv={str(kv)!r} is neither: leave calibration out"
             )
         return kv
     found = port("find_codecs")(model, calibration, kv.loss_change, kv=replace(kv, loss_change=None))

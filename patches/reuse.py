@@ -37,7 +37,7 @@ def root_of(
     if reason is not None:
         patch.log_once(f"{type(model).__name__}: a prompt is not shared: {reason}")
         return None
-    return state.key(patch.kv.reuse.salt)
+    return patch.root(state)
 
 
 def _reason(model: Any, state: Fingerprint, generation_config: Any, model_kwargs: dict[str, Any]) -> str | None:
@@ -92,7 +92,7 @@ def keep_pages(model: Any, cache: KVCache) -> None:
         return
     # Another thread may have changed the model since the prompt was looked up.
     state = fingerprint_of(model, patch.exact_rotary)
-    if state.has_hooks or patch.kv.reuse is None or state.key(patch.kv.reuse.salt) != record.root:
+    if state.has_hooks or patch.kv.reuse is None or patch.root(state) != record.root:
         record.root = None
         return
     pool.take(cache.leaves, keys, pads)

@@ -25,6 +25,8 @@ def kernel_for(query: torch.Tensor, held: HeldTokens, scoring: Scoring) -> Calla
     is_followed = torch.is_grad_enabled() and query.requires_grad  # a backward pass must find its way, and then raise
     if scoring.weights or scoring.dropout or is_followed or query.dtype != held.parts["key"].dtype:
         return None
+    if held.has_odd_slots:
+        return None
     return held.kernel(query).run
 
 

@@ -63,7 +63,9 @@ def kernel_attention(query: torch.Tensor, held: HeldTokens, rule: Rule, scale: f
     assert rule.kernel.run is not None
     of_step, planes = rule.of_step, held.store.planes
     if of_step is not None and of_step.takes(query, planes):
-        out: torch.Tensor = of_step.run(query, planes, query.shape[-1] ** -0.5 if scale is None else scale)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        of_mean = () if held.mean is None else (held.mean.vector,)
+        out: torch.Tensor = of_step.run(query, planes, scale, *of_mean)
         return out
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else scale)
     given = {} if rule.inputs is None else {"inputs": rule.inputs}

@@ -163,8 +163,9 @@ def _is_of_many(rule: Rule, held: HeldTokens, step: Step, look: WindowBlocks | N
     """Works out what the kernel is given for few queries and many tokens; whether that is all."""
     key, value, num_queries = held.parts["key"], held.parts["value"], rule.queries[2]
     head_dims, is_innermost = (key.head_dim, value.head_dim), bool(held.store.tokens_innermost)
-    kernel = attention_kernel(held.codecs.name, key.dtype, held.device, num_queries, head_dims, is_innermost)
-    if kernel.run is None or not (look is None or kernel.reads_moved_windows):
+    asked = held.codecs.name, key.dtype, held.device, num_queries, head_dims, is_innermost
+    kernel = attention_kernel(*asked, held.mean is not None)
+    if kernel.run is None or not (look is None or kernel.reads_moved_windows) or held.has_odd_slots:
         return False
     if look is None:
         rule.visibility = visibility_of_mask(rule.queries, held, rule.mask, is_causal=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hfkv.attention.softmax_parts import SoftmaxPart
+from hfkv.cache.key_positions import SummaryKeys
 from hfkv.cache.slots import NOWHERE, starts
 from hfkv.cache.snapshot import HeldTokens, Part
 from hfkv.cache.summary import page_means, sinks_in_pages, take
@@ -201,7 +202,7 @@ class WindowBlocks:
             sinks = sinks_in_pages(pages, window)
             keys, values, index = self._read_around(index, size)
             means = page_means(keys, values, index, sinks, size, self.held.rotary)
-            keys, values = self._as_written("key", means[0]), self._as_written("value", means[1])
+            keys, values = self._as_written(pages, *means)
             placed.append(Placed(self.segment(query, keys, values, visible), None))
         return placed
 
@@ -214,10 +215,13 @@ class WindowBlocks:
         has_text = (pages + 1) * size > self.sinks
         return (pages >= 0) & (pages < gone) & (pages >= gone - self.window.summary_pages) & has_text
 
-    def _as_written(self, part: Part, states: torch.Tensor) -> torch.Tensor:
-        """Keys or values as they will be read from their slots."""
-        codec = self.held.codecs.of(part)
-        return codec.decode(codec.encode(states), states.shape[3], states.dtype)
+    def _as_written(
+        self, pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of the summaries of `pages` as they will be read from their slots."""
+        held = self.held
+        assert self.slots is not None
+        return SummaryKeys(held.codecs, held.mean, held.origins, self.slots).as_read(pages, keys, values)
 
     def lower_bounds(self, begin: int, end: int) -> torch.Tensor:
         """L(t) for the queries at `begin .. end - 1` of each row, int64 `[B or 1, q]`, in positions with padding."""

@@ -15,6 +15,7 @@ from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.head_groups import SplitLayer
 from hfkv.cache.layers.indexed import IndexedLayer
 from hfkv.cache.layers.layer import KVLayer
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.models.latents import expands_latents, widths_of
 from hfkv.models.parallel import parallel_plan_of
 from hfkv.models.probe import cross_attention_layers, probe_rotary
@@ -24,7 +25,11 @@ from hfkv.policy.window import Window
 
 
 def build_layers(
-    stock: list[Any], config_or_model: Any, kv: KVConfig, rotary: Mapping[int, Rotary | None] | None
+    stock: list[Any],
+    config_or_model: Any,
+    kv: KVConfig,
+    rotary: Mapping[int, Rotary | None] | None,
+    key_means: Mapping[int, KeyMean],
 ) -> list[Any]:
     """Puts hfkv's layers in place of the plain layers of a `DynamicCache`; see `KVCache`.
 
@@ -36,10 +41,11 @@ def build_layers(
     cross = cross_attention_layers(config)
     if rotary is None and kv.needs_rotary:
         rotary = _probe(config_or_model)
-    layers = [
-        layer if index in cross else _replace(LayerPlace(layer, index, kv.for_layer(index), config, rotary or {}))
+    places = [
+        LayerPlace(layer, index, kv.for_layer(index), config, rotary or {}, key_means.get(index))
         for index, layer in enumerate(stock)
     ]
+    layers = [place.stock if place.index in cross else _replace(place) for place in places]
     _check_layers(layers, kv, config.model_type)
     _check_windows(layers, kv, config.model_type)
     _check_heads(kv, config)
@@ -169,6 +175,7 @@ class LayerPlace:
         kv: policies of the layer.
         config: config of the text decoder.
         rotary: rotation of the model's keys, by layer, as far as that was found out.
+        mean: mean of the layer's keys, where it was found out.
     """
 
     stock: Any
@@ -176,6 +183,7 @@ class LayerPlace:
     kv: KVConfig
     config: PreTrainedConfig
     rotary: Mapping[int, Rotary | None]
+    mean: KeyMean | None = None
 
 
 def _indexed(place: LayerPlace) -> CacheLayer | None:
@@ -192,7 +200,7 @@ def _indexed(place: LayerPlace) -> CacheLayer | None:
 def _sliding(place: LayerPlace) -> CacheLayer | None:
     if type(place.stock) is not DynamicSlidingWindowLayer:
         return None
-    return KVLayer(place.kv, sliding=place.stock.sliding_window)
+    return KVLayer(place.kv, sliding=place.stock.sliding_window, mean=place.mean)
 
 
 def _windowed(place: LayerPlace) -> CacheLayer | None:
@@ -200,17 +208,17 @@ def _windowed(place: LayerPlace) -> CacheLayer | None:
     if not isinstance(window, Window):
         return None
     if index in window.global_layers:
-        return KVLayer(replace(place.kv, window=None))
+        return KVLayer(replace(place.kv, window=None), mean=place.mean)
     if window.needs_rotary and index not in place.rotary:
         raise ValueError(f"`rotary` says nothing of layer {index}; leave it out, or give all that probe_rotary returns")
     rotary = place.rotary.get(index)
     if index in window.global_heads:
-        return SplitLayer(place.kv, window.global_heads[index], rotary)
-    return KVLayer(place.kv, rotary=rotary)
+        return SplitLayer(place.kv, window.global_heads[index], rotary, place.mean)
+    return KVLayer(place.kv, rotary=rotary, mean=place.mean)
 
 
 def _whole(place: LayerPlace) -> CacheLayer | None:
-    return KVLayer(place.kv, rotary=place.rotary.get(place.index))
+    return KVLayer(place.kv, rotary=place.rotary.get(place.index), mean=place.mean)
 
 
 # The first builder that gives a layer is taken.

@@ -17,6 +17,7 @@ from hfkv.cache.memory import CacheMemory, PlaneMemory
 from hfkv.cache.record import TokenRecord, what_failed
 from hfkv.cache.selection import choose_rows, reordered, repeated, selected
 from hfkv.cache.step import Group
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.measure.allocated import count_as_live, own_tensors, storage_bytes
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
@@ -36,6 +37,7 @@ class KVCache(DynamicCache):
             rotates its keys is found out by a forward pass over a few tokens.
         kv: `KVConfig`, its string form, or None: lossless.
         rotary: result of `probe_rotary` for the model, by layer, if it is known already.
+        key_means: means of keys, by layer, taken off before few bits write them; ``model.hfkv.key_means`` when patched.
 
     Raises:
         TypeError: the first argument is neither a model nor a config (DataParallel rebuilds caches from data: use DDP).
@@ -53,6 +55,7 @@ class KVCache(DynamicCache):
         config_or_model: Any,
         kv: KVConfig | str | None = None,
         rotary: Mapping[int, Rotary | None] | None = None,
+        key_means: Mapping[int, KeyMean] | None = None,
     ) -> None:
         config = decoder_config(config_or_model)
         self.kv = KVConfig.of(kv)
@@ -64,7 +67,8 @@ class KVCache(DynamicCache):
         self.model_type: str = config.model_type
         super().__init__(config=config)
         self.record = TokenRecord()
-        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary)
+        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary, key_means or {})
+        self.takes_mean = bool(key_means) and any(leaf.gains_by_mean for leaf in self.leaves)
         self.offload = self._share_offload()
         self._group_layers(lambda leaf: (leaf.kv, leaf.sliding))
 

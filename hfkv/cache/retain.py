@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from hfkv.cache.key_positions import SummaryKeys
 from hfkv.cache.slots import Slots, starts
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.cache.summary import page_means, sinks_in_pages, take, where
@@ -46,7 +47,7 @@ def _summaries(held: HeldTokens, before: Slots, after: Slots) -> tuple[torch.Ten
         window.summary_page_size,
         held.rotary,
     )
-    written = held.codecs.encode(keys, values)
+    written = SummaryKeys(held.codecs, held.mean, held.origins, after).encode(pages, keys, values)
     slots = slice(window.sinks, window.num_slots)
     there = held.store.read()
     return tuple(where(is_new, new, old[:, :, slots]) for new, old in zip(written, there, strict=True))

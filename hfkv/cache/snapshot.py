@@ -8,12 +8,15 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from hfkv.cache.key_positions import placed_mean
 from hfkv.cache.slots import Slots
 from hfkv.cache.step import Step
 from hfkv.codecs import Codecs, autocast
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.dispatch import Kernel, attention_kernel
 from hfkv.kernels.inputs import Encoded, Visibility
+from hfkv.kernels.placed_mean import PlacedMean
 from hfkv.models.padding import LeftPadding
 from hfkv.models.rotary import Rotary
 from hfkv.policy.window import Window
@@ -113,6 +116,7 @@ class HeldTokens:
     inputs: DeviceInputs | None = None  # what queries see, on the device, while a CUDA graph runs
     step: Step | None = None  # what it is that the layer shares with others of its kind in this forward
     fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # all keys and values shown, as the model has given them
+    mean: KeyMean | None = None  # what was taken off the keys before they were encoded
 
     @property
     def held_from(self) -> int:
@@ -151,7 +155,28 @@ class HeldTokens:
         """The kernel that attends to these tokens."""
         head_dims = (self.parts["key"].head_dim, self.parts["value"].head_dim)
         is_innermost = bool(self.store.tokens_innermost)
-        return attention_kernel(self.codecs.name, query.dtype, query.device, query.shape[2], head_dims, is_innermost)
+        asked = self.codecs.name, query.dtype, query.device, query.shape[2], head_dims, is_innermost
+        return attention_kernel(*asked, self.mean is not None)
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The token of each row that stands at position 0 of the rotation of keys."""
+        return self.padding.origins or (0,) * self.batch
+
+    @property
+    def placed_mean(self) -> PlacedMean | None:
+        """The mean of the keys, and where the tokens held stand; None where nothing was taken off them."""
+        if self.mean is None:
+            return None
+        slots = None if self.window is None else self.slots(self.padding.of(self.batch))
+        return placed_mean(self.mean, self.seen - self.last, self.origins, slots)
+
+    @property
+    def has_odd_slots(self) -> bool:
+        """Whether sinks lie in slots at other positions than kernels take their mean to be turned to."""
+        if self.mean is None or self.window is None or not self.window.sinks or not self.gone_below:
+            return False
+        return self.padding.of(self.batch) != self.origins
 
     def shape(self, part: Part) -> tuple[int, int, int, int]:
         """Shape `[B, H, T, D]` of the keys or values."""
@@ -174,13 +199,19 @@ class HeldTokens:
         self._check_version()
         end = self.last if last is None else self.first + last
         planes = self.store.read(self.parts[part].planes, self.first + first, end)
-        return self.codecs.of(part).decode(planes, self.parts[part].head_dim, self.parts[part].dtype)
+        _, _, head_dim, dtype = self.parts[part]
+        mean = self.placed_mean if part == "key" else None
+        if mean is None:
+            return self.codecs.of(part).decode(planes, head_dim, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        keys = self.codecs.key.decode(planes, head_dim, wide)
+        return keys.add_(mean.turned(self.first + first, end)).to(dtype)
 
     def both(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes all keys and values shown, `[B, H, T, Dk]` and `[B, H, T, Dv]`.
 
-        Where the codec of one loses something, both come in float32, each rotated where its codec rotates. It is for
-        the reader in whose forward they were shown: nothing is checked.
+        Where the codec of one loses something, both come in float32, each rotated where its codec rotates, and keys
+        without their mean. It is for the reader in whose forward they were shown: nothing is checked.
         """
         codecs, step, store = self.codecs, self.step, self.store
         if self.fresh is not None:
@@ -208,7 +239,7 @@ class HeldTokens:
         planes, layout = tuple(self.store.planes), self.store.layout()
         if layout.length != self.last:  # tokens were appended since
             layout = replace(layout, length=self.last)
-        return *encoded_parts(self.codecs, self.parts, planes), layout
+        return *encoded_parts(self.codecs, self.parts, planes, self.placed_mean), layout
 
     def runs(self, last: int, visibility: Visibility) -> Iterator[tuple[Encoded, Encoded, Layout, Visibility]]:
         """Yields a kernel's arguments for the tokens up to `last`, in as many runs as they lie in.
@@ -224,8 +255,10 @@ class HeldTokens:
         """
         self._check_version()
         uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
+        mean = self.placed_mean
         for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
-            yield *encoded_parts(self.codecs, self.parts, planes), layout, visibility.of(begin, begin + layout.length)
+            parts = encoded_parts(self.codecs, self.parts, planes, None if mean is None else mean.of(begin))
+            yield *parts, layout, visibility.of(begin, begin + layout.length)
 
     def _check_version(self) -> None:
         if self.version != self.store.version:
@@ -251,9 +284,12 @@ class HeldTokens:
 
 
 def encoded_parts(
-    codecs: Codecs, parts: Mapping[Part, PartShape], planes: tuple[torch.Tensor, ...]
+    codecs: Codecs,
+    parts: Mapping[Part, PartShape],
+    planes: tuple[torch.Tensor, ...],
+    mean: PlacedMean | None = None,
 ) -> tuple[Encoded, Encoded]:
     """The keys and the values among the planes of a layer, as kernels take them."""
     key, value = parts["key"], parts["value"]
-    keys = Encoded(codecs.key, planes[key.planes], key.head_dim)
+    keys = Encoded(codecs.key, planes[key.planes], key.head_dim, mean)
     return keys, Encoded(codecs.value, planes[value.planes], value.head_dim)

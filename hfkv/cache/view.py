@@ -11,6 +11,7 @@ import torch
 from hfkv.cache.read_only import ReadOnly
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
 from hfkv.cache.step import Group, Step
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.models.padding import LeftPadding
 from hfkv.models.rotary import Rotary
 from hfkv.stores import Store
@@ -103,7 +104,9 @@ def step_views(held: HeldTokens, step: Step) -> tuple[StepKeys, StepValues]:
     return key, value
 
 
-def same_views(group: Group, step: Step, store: Store, padding: LeftPadding, rotary: Rotary | None) -> Any:
+def same_views(
+    group: Group, step: Step, store: Store, padding: LeftPadding, rotary: Rotary | None, mean: KeyMean | None
+) -> Any:
     """The views that the layer before was given, for the next one; None where they are others, or somebody has them.
 
     A model drops a layer's keys and values before it comes to the next layer, so that one pair serves them all.
@@ -117,6 +120,7 @@ def same_views(group: Group, step: Step, store: Store, padding: LeftPadding, rot
     if not is_free or held.step is not step or getweakrefcount(key) or getweakrefcount(value):
         return None
     held.store, held.padding, held.rotary, held.version = store, padding, rotary, store.version
+    held.mean = mean
     return key, value
 
 

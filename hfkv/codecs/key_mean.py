@@ -42,6 +42,10 @@ class KeyMean:
         # One operation at a time: a fused one may round a number differently at the end of a row of them.
         return self.vector[:, None] * cos[:, None] + self.across[:, None] * sin[:, None]
 
+    def taken_off(self, keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Keys `[B, H, n, D]` less their mean at the positions of cosines and sines `[B or 1, n, D]`."""
+        return (keys - self.turned(cos, sin)).to(keys.dtype)
+
     def digest(self) -> str:
         """A short text that is another for other means."""
         numbers = self.vector.cpu().numpy().tobytes() + self.waves.inv_freq.numpy().tobytes()

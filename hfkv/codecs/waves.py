@@ -53,15 +53,16 @@ class Waves:
         # A step asks for one position more than the step before.
         high = (last + (last - first) // 4 + _BLOCK) // _BLOCK * _BLOCK
         with torch.inference_mode(False), torch.no_grad():
-            found = self._of(torch.arange(low, high), device)
+            found = self.of(torch.arange(low, high), device)
         self._known = [(low, high, device, *found), *self._known[:1]]
         return self.at(first, last, device)
 
-    def _of(self, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = rotary_angles(self.inv_freq, positions, torch.device("cpu"))
-        cos, sin = torch.ones(len(positions), self.head_dim), torch.zeros(len(positions), self.head_dim)
+    def of(self, positions: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosines and the sines at any positions `[...]`, float32 `[..., D]` each; not kept."""
+        angles = rotary_angles(self.inv_freq, positions.cpu(), torch.device("cpu"))
+        cos, sin = torch.ones(*positions.shape, self.head_dim), torch.zeros(*positions.shape, self.head_dim)
         for index in self.pairs():
-            cos[:, index], sin[:, index] = angles.cos().float(), angles.sin().float()
+            cos[..., index], sin[..., index] = angles.cos().float(), angles.sin().float()
         return cos.to(device), sin.to(device)
 
 

@@ -47,11 +47,11 @@ class CacheReader:
         self._model = model
         # What this config needs of the model is found out here, and not again for every text.
         with patch(model, kv) as handle:
-            self.kv, self._rotary = handle.kv, handle.rotary
+            self.kv, self._rotary, self._key_means = handle.kv, handle.rotary, handle.key_means
 
     def start(self, num_tokens: int | None = None) -> None:
         """Begins a text with a fresh cache: memory for `num_tokens` at once, as in `generate`, or as it fills."""
-        self.cache = KVCache(base_model(self._model), self.kv, self._rotary)
+        self.cache = KVCache(base_model(self._model), self.kv, self._rotary, self._key_means)
         if num_tokens is not None:
             self.cache.reserve(num_tokens)
 

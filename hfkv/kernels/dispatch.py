@@ -74,13 +74,15 @@ def _attention_kernel(codec: str, *asked: Any) -> Kernel:
     return _first("attention", "decode + sdpa", codec, *asked)
 
 
-def wants_values_innermost(codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int]) -> bool:
+def wants_values_innermost(
+    codec: str, dtype: torch.dtype, device: torch.device, head_dims: tuple[int, int], has_mean: bool = False
+) -> bool:
     """Whether a store should keep the tokens of values side by side, for the kernel that one query attends by.
 
     Args:
-        codec, dtype, device, head_dims: see `attention_kernel`.
+        codec, dtype, device, head_dims, has_mean: see `attention_kernel`.
     """
-    return attention_kernel(codec, dtype, device, 1, head_dims, True).wants_values_innermost
+    return attention_kernel(codec, dtype, device, 1, head_dims, True, has_mean).wants_values_innermost
 
 
 def latent_kernel(

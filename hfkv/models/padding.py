@@ -14,14 +14,21 @@ class LeftPadding:
 
     Attributes:
         known: pad tokens of each row; None until a mask has said something.
+        origins: token of each row that stands at position 0 of the rotation of keys, as `begin` was told; None for the
+            first one.
     """
 
     def __init__(self) -> None:
         self.known: tuple[int, ...] | None = None
+        self.origins: tuple[int, ...] | None = None
 
     def forget(self) -> None:
         """Forgets all padding."""
-        self.known = None
+        self.known = self.origins = None
+
+    def begin(self, origins: tuple[int, ...]) -> None:
+        """Takes where the positions of each row begin to count, before a token is held that anybody sees."""
+        self.origins = origins if any(origins) else None
 
     def of(self, batch: int) -> tuple[int, ...]:
         """The pad tokens of each of `batch` rows; none until a mask has said otherwise."""
@@ -57,6 +64,8 @@ class LeftPadding:
         """Makes row i what row `rows[i]` is now."""
         if self.known is not None:
             self.known = tuple(self.known[row] for row in rows)
+        if self.origins is not None:
+            self.origins = tuple(self.origins[row] for row in rows)
 
 
 def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:

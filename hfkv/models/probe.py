@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from hfkv.codecs.autocast import in_own_precision
 from hfkv.models.parallel import parallel_plan_of
@@ -20,7 +20,7 @@ _REMEDY = 'use sink_positions="absolute" and no summary'
 
 
 @in_own_precision
-def probe_rotary(model: Any) -> dict[int, Rotary | None]:
+def probe_rotary(model: Any, sliding: bool = False) -> dict[int, Rotary | None]:
     """Finds out how the keys of each plain full-attention layer are rotated, by running the model's own code.
 
     One token runs at a few positions, each in a row of its own. It attends to itself alone, so between the rows a
@@ -28,6 +28,7 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
 
     Args:
         model: a transformers model, or a `PeftModel` around one.
+        sliding: whether layers with a sliding window of their own are asked for too.
 
     Returns:
         The `Rotary` of each such layer, by layer index; None where keys do not depend on their position.
@@ -45,7 +46,7 @@ def probe_rotary(model: Any) -> dict[int, Rotary | None]:
     positions = torch.tensor([position for position in _POSITIONS if position < limit])
     # What is found must be ordinary tensors, in every mode of the caller's.
     with torch.inference_mode(False), torch.no_grad():
-        layers = _layers_at(positions, decoder, config)
+        layers = _layers_at(positions, decoder, config, (DynamicLayer, DynamicSlidingWindowLayer)[: 1 + sliding])
         frequencies = list(_frequencies(decoder))
         return {index: _rotary_of(index, layer, positions, frequencies, config) for index, layer in layers.items()}
 
@@ -108,11 +109,27 @@ def _refusal(model: PreTrainedModel, config: PreTrainedConfig, decoder: PreTrain
     return moving_angles(config, decoder)
 
 
-def _layers_at(positions: torch.Tensor, decoder: Any, config: PreTrainedConfig) -> dict[int, DynamicLayer]:
-    """The plain full-attention layers, with the keys and values `[B, H, 1, D]` of a token at one position a row."""
-    device = _input_device(decoder)
-    ids = torch.full((len(positions), 1), _plain_token(config), device=device)
+def _layers_at(
+    positions: torch.Tensor, decoder: Any, config: PreTrainedConfig, kinds: tuple[type, ...]
+) -> dict[int, DynamicLayer]:
+    """The layers of some kinds, with the keys and values `[B, H, 1, D]` of a token at one position a row."""
+    ids = torch.full((len(positions), 1), _plain_token(config))
     cache = _Recorder(config=config)
+    run_decoder(decoder, config, ids, positions[:, None], cache)
+    cross = cross_attention_layers(config)
+    return {i: layer for i, layer in enumerate(cache.layers) if type(layer) in kinds and i not in cross}
+
+
+def run_decoder(
+    decoder: Any, config: PreTrainedConfig, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+) -> None:
+    """Runs a text decoder, without dropout, over ids `[B, T]` at positions `[B, T]`, which fills `cache`.
+
+    Raises:
+        ValueError: it does not run on these alone.
+    """
+    device = _input_device(decoder)
+    ids = ids.to(device)
     training = [module for module in decoder.modules() if module.training]
     try:
         for module in training:
@@ -120,7 +137,7 @@ def _layers_at(positions: torch.Tensor, decoder: Any, config: PreTrainedConfig) 
         decoder(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            position_ids=positions[:, None].to(device),
+            position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -132,8 +149,6 @@ def _layers_at(positions: torch.Tensor, decoder: Any, config: PreTrainedConfig) 
     finally:
         for module in training:
             module.training = True
-    cross = cross_attention_layers(config)
-    return {i: layer for i, layer in enumerate(cache.layers) if type(layer) is DynamicLayer and i not in cross}
 
 
 class _Recorder(DynamicCache):

@@ -39,6 +39,7 @@ class KVConfig:
         layers: overrides for single layers, by index or range: ``{"0-1": KVConfig(codec="none")}``.
         loss_change: None, or a promise: the share by which the model's loss may change against the full cache, 0.005
             say. `hfkv.patch` then finds the codec of each layer by measuring, as `for_fidelity` does.
+        key_mean: whether a patched model's keys are written less their mean where a codec has less than 8 bits.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -53,6 +54,7 @@ class KVConfig:
     reuse: Reuse | None = None
     layers: Mapping[str, KVConfig] = field(default_factory=dict)
     loss_change: float | None = None
+    key_mean: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
@@ -61,8 +63,9 @@ class KVConfig:
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
-        if not isinstance(self.offload, bool):
-            raise TypeError(f"KVConfig.offload must be True or False, got {self.offload!r}")
+        for name in ("offload", "key_mean"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"KVConfig.{name} must be True or False, got {getattr(self, name)!r}")
         if self.device_budget is not None:
             object.__setattr__(self, "device_budget", read_bytes("KVConfig.device_budget", self.device_budget))
             if not self.offload:
@@ -129,12 +132,13 @@ class KVConfig:
 
     def __hash__(self) -> int:
         fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        return hash((*fields, tuple(sorted(self.layers.items(), key=lambda item: item[0])), self.loss_change))
+        layers = tuple(sorted(self.layers.items(), key=lambda item: item[0]))
+        return hash((*fields, layers, self.loss_change, self.key_mean))
 
     def __reduce__(self) -> tuple:
         # A mapping proxy can be neither copied nor pickled.
         fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        return (KVConfig, (*fields, dict(self.layers), self.loss_change))
+        return (KVConfig, (*fields, dict(self.layers), self.loss_change, self.key_mean))
 
     def for_layer(self, layer_idx: int) -> KVConfig:
         """The config of one layer: the override that names it, or this one without overrides."""
@@ -177,9 +181,9 @@ class KVConfig:
 
         Args:
             text: words joined by ``+``: a codec (none, int8, int4, fp8, int3, int2), one for keys and one for
-                values (``k:int8+v:int4``) or ``auto:0.5%``, ``contiguous`` or ``paged``, ``page_size:TOKENS``,
-                ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and ``window:SIZE`` or
-                ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
+                values (``k:int8+v:int4``) or ``auto:0.5%``, ``key_mean:off``, ``contiguous`` or ``paged``,
+                ``page_size:TOKENS``, ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and
+                ``window:SIZE`` or ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
                 (layers 0 and 5), ``global_heads:2=0.1,5=3`` (heads 0 and 1 of layer 2, head 3 of layer 5),
                 ``summary:mean``, ``summary_pages:COUNT``, ``summary_page_size:TOKENS``.

@@ -84,6 +84,7 @@ def _join_sides(given: dict[str, Any], text: str) -> None:
 def words_of(kv: Any) -> list[str]:
     """The words for `kv`, except `layers`, a salt and a schedule of one's own, which have no word."""
     words = [kv.codec] if kv.loss_change is None else [f"{_PROMISE}:{say_percent(kv.loss_change)}"]
+    words += [] if kv.key_mean else ["key_mean:off"]
     if isinstance(kv.window, Window):
         words += _window_words(kv.window)
     words += [kv.store] if kv.store != "auto" else []
@@ -142,6 +143,10 @@ def _size(text: str) -> int | str:
     return text if text in RULES else int(text)
 
 
+def _switch(text: str) -> bool:
+    return {"on": True, "off": False}[text]
+
+
 def _codec(text: str) -> str:
     if text not in CODEC_WORDS:
         raise ValueError
@@ -168,6 +173,7 @@ _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
     "v": (_codec, ""),
     "window": (_size, ""),
     _PROMISE: (read_percent, "a percentage such as 0.5%"),
+    "key_mean": (_switch, '"on" or "off"'),
     "page_size": _NUMBER,
     "device_budget": (str, _A_SIZE),  # see _sized
     "reuse": (str, _A_SIZE),
@@ -175,6 +181,7 @@ _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
 }
 _WORDS = (
     "auto:PERCENT",
+    "key_mean:off",
     "auto",
     "contiguous",
     "paged",
@@ -205,7 +212,7 @@ def _read_word(word: str, text: str) -> tuple[str, Any]:
             return name, _sized(name, value, text)
         try:
             return "loss_change" if name == _PROMISE else name, read(value)
-        except ValueError:
+        except (ValueError, KeyError):
             raise ValueError(f"{text!r}: {name} takes {looks}, got {value!r}") from None
     if not colon:
         if word in CODEC_WORDS:

@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from hfkv.cache.layers.centring import Centred
+from hfkv.cache.layers.storage import Storage
 from hfkv.cache.read_only import Snapshot
 from hfkv.cache.snapshot import HeldTokens, Part
-from hfkv.cache.step import Member
 
 
 class Assignment:
@@ -56,7 +57,7 @@ class Assignment:
             raise RuntimeError(f"{next(iter(self.waiting))}s were assigned to this layer without the other half")
 
 
-class Assignable(Member, ABC):
+class Assignable(Centred, Storage, ABC):
     """The ``keys`` and ``values`` of a layer, decoded when they are read.
 
     Attributes:
@@ -64,16 +65,42 @@ class Assignable(Member, ABC):
     """
 
     _assignment: Assignment
+    _num_slots: int
     is_initialized: bool
     is_assigned = False
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets everything."""
+
+    @abstractmethod
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Takes what is to be known of the first keys and values."""
+
+    @abstractmethod
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Encodes new tokens and writes them behind those held, whose like they are."""
 
     @abstractmethod
     def held(self) -> HeldTokens:
         """The tokens held."""
 
-    @abstractmethod
     def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
-        """Replaces the tokens `shown` by `keys` and `values`."""
+        """Replaces the tokens `shown` by `keys` and `values`, with the same positions."""
+        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
+        pads, origins = self.span.padding.of(keys.shape[0]), self.span.padding.origins
+        if self.mean is not None:
+            keys = self._assigned_less_mean(keys, shown)
+        self.reset()
+        self.lazy_initialization(keys, values)
+        if shown is not None and shown.first < self._num_slots:
+            self.store.truncate(0)  # the slots are among them
+        self._append(keys, values)
+        self.span.advance(seen)
+        self.span.gone_below = gone_below
+        if len(pads) == keys.shape[0]:
+            self.span.padding.learn(pads, 0)
+            self.span.padding.origins = origins
 
     def _whole(self, part: Part) -> torch.Tensor | None:
         if part in self._assignment.waiting:

@@ -23,6 +23,8 @@ class Contents:
         seen: number of tokens since the start, padding included: T, or more where a window has dropped some.
         gone_below: position below which no query to come sees a token, slots apart.
         pads: number of pad tokens of each row.
+        origins: token of each row that stands at position 0; None for the first one.
+        mean: float32 `[H, D]`, the mean that was taken off the keys; None where nothing was.
     """
 
     parts: Mapping[Part, PartShape]
@@ -32,6 +34,8 @@ class Contents:
     seen: int
     gone_below: int
     pads: tuple[int, ...]
+    origins: tuple[int, ...] | None = None
+    mean: torch.Tensor | None = None
 
     def states(self, part: Part) -> torch.Tensor:
         """An empty tensor `[B, H, 0, D]` in the heads, width and dtype of the keys or values."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hfkv.cache.layers.assignment import Assignment
+from hfkv.cache.layers.centring import Centred
 from hfkv.cache.layers.span import Span
 from hfkv.cache.layers.storage import Storage
 from hfkv.cache.slots import Slots
@@ -21,7 +22,7 @@ from hfkv.models.rotary import Rotary
 from hfkv.stores.base import Placing
 
 
-class Following(Member, Storage):
+class Following(Centred, Member, Storage):
     """Appends as the layers of its group do, where nothing but writing is left to do."""
 
     sliding: int | None
@@ -47,6 +48,8 @@ class Following(Member, Storage):
         Raises:
             ValueError: their shape, dtype or device does not continue the tokens held.
         """
+        if self.mean is not None:
+            key_states = self._less_mean(key_states)
         store, step = self._store, self.group.step
         if store is not None and store.is_paged and store.has_shared_end:
             with store.lock:  # others take free pages, and release those that are listed here, too
@@ -158,7 +161,7 @@ class Following(Member, Storage):
 
     def _views(self, step: Step) -> tuple[torch.Tensor, torch.Tensor]:
         """What is shown after a step."""
-        views = same_views(self.group, step, self.store, self.span.padding, self.rotary)
+        views = same_views(self.group, step, self.store, self.span.padding, self.rotary, self.mean)
         if views is None:
             views = step_views(self._held(step.first, step), step)
             self.group.shown = *views, views[0].held
@@ -247,7 +250,8 @@ class Following(Member, Storage):
         if key.dtype != value.dtype:
             return False
         head_dims, is_innermost = (key.head_dim, value.head_dim), bool(self._store and self._store.tokens_innermost)
-        kernel = attention_kernel(self.codecs.name, key.dtype, self.device, queries, head_dims, is_innermost)
+        asked = self.codecs.name, key.dtype, self.device, queries, head_dims, is_innermost
+        kernel = attention_kernel(*asked, self.mean is not None)
         numbers = key.heads * key.head_dim + value.heads * value.head_dim
         worth_from = kernel.worth_from
         if self._store is not None and self._store.is_paged and kernel.worth_from_in_pages is not None:

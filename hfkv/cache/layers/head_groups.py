@@ -13,6 +13,7 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.snapshot import Part, PartShape
 from hfkv.cache.twin import twin_of
 from hfkv.cache.view import KVView, make_views
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.models.padding import LeftPadding
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
@@ -88,17 +89,20 @@ class SplitLayer(CacheLayer):
     Args:
         kv: policies of the layer; its window is for the heads that slide.
         global_heads: kv heads that keep everything.
-        rotary: see `KVLayer`.
+        rotary, mean: see `KVLayer`.
     """
 
     shows_tensors = False
 
-    def __init__(self, kv: KVConfig, global_heads: Sequence[int], rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, kv: KVConfig, global_heads: Sequence[int], rotary: Rotary | None = None, mean: KeyMean | None = None
+    ) -> None:
         super().__init__()
         self.kv = kv
         self.global_heads = tuple(global_heads)
         self.window: Window | None = kv.window  # type: ignore[assignment]
         self.parts = (KVLayer(replace(kv, window=None)), KVLayer(kv, rotary=rotary))
+        self._mean = mean
         self.heads: tuple[tuple[int, ...], tuple[int, ...]] = (self.global_heads, ())
 
     @property
@@ -147,6 +151,9 @@ class SplitLayer(CacheLayer):
                 "at least one must slide (global_layers keeps whole layers)"
             )
         self.heads = (self.global_heads, tuple(h for h in range(count) if h not in self.global_heads))
+        if self._mean is not None:
+            for heads, part in zip(self.heads, self.parts, strict=True):
+                part.take_mean(self._mean.of_heads(list(heads)))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any

@@ -14,6 +14,7 @@ from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group, Step
 from hfkv.codecs import Codecs
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.dispatch import append_kernel
 from hfkv.kernels.encoding import encode
 from hfkv.models.rotary import Rotary
@@ -31,13 +32,17 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         sliding: size of the model's own sliding window for this layer, in tokens. The model's masks apply it; the
             layer only lets go of the tokens that they hide. It takes the place of `kv.window`.
         rotary: rotation of this layer's keys by their position, for windows that need to know it.
+        mean: mean of this layer's keys, which is taken off where their codec gains by it and `kv` does not say no.
     """
 
-    def __init__(self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None) -> None:
+    def __init__(
+        self, kv: KVConfig, sliding: int | None = None, rotary: Rotary | None = None, mean: KeyMean | None = None
+    ) -> None:
         super().__init__()
         self.kv = kv
         self.codecs = Codecs.named(kv.codec)
         self.rotary = rotary
+        self.take_mean(mean)
         self.sliding = sliding
         self.is_sliding = sliding is not None
         self.window: Window | None = Window(sliding, sinks=0) if sliding is not None else kv.window  # type: ignore[assignment]
@@ -150,6 +155,8 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
     def graph_refusal(self) -> str | None:
         if not self.is_initialized:
             return "has seen nothing yet"
+        if self.mean is not None:
+            return "takes a mean off its keys by their positions, which a graph does not know (key_mean:off)"
         if self.kv.offload:
             return "is offloaded"
         return "records its past for an assistant" if self.record_past else None
@@ -188,6 +195,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
             device=self.device,
             window=None if self.is_sliding else self.window,
             rotary=self.rotary,
+            mean=self.mean,
             padding=span.padding,
             first=first,
             last=store.length,
@@ -204,20 +212,6 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         if held.window is not None and held.slots(held.padding.of(held.batch)).are_empty:
             return self._held(self._num_slots)
         return held
-
-    def _refill(self, keys: torch.Tensor, values: torch.Tensor, shown: HeldTokens | None) -> None:
-        """Replaces the tokens `shown` by `keys` and `values`, with the same positions."""
-        seen, gone_below = (self.span.seen, self.span.gone_below) if self.span.gone_below else (keys.shape[2], 0)
-        pads = self.span.padding.of(keys.shape[0])
-        self.reset()
-        self.lazy_initialization(keys, values)
-        if shown is not None and shown.first < self._num_slots:
-            self.store.truncate(0)  # the slots are among them
-        self._append(keys, values)
-        self.span.advance(seen)
-        self.span.gone_below = gone_below
-        if len(pads) == keys.shape[0]:
-            self.span.padding.learn(pads, 0)
 
     def get_seq_length(self) -> int:
         return self.span.seen
@@ -278,7 +272,9 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
             return None
         pads = self.span.padding.of(self._batch)
         slots, tokens = self.store.read(slice(None), 0, self._num_slots), self.store.read(slice(None), self._num_slots)
-        return Contents(self._parts, self.device, slots, tokens, self.span.seen, self.span.gone_below, pads)
+        span, mean = self.span, None if self.mean is None else self.mean.vector
+        place = span.seen, span.gone_below, pads
+        return Contents(self._parts, self.device, slots, tokens, *place, span.padding.origins, mean)
 
     def adopt(self, contents: Contents) -> None:
         """Replaces everything by `contents`, as if its tokens had been seen here.
@@ -295,6 +291,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         if self._num_slots and contents.slots is not None:
             self.store.write(0, contents.slots)
         self.span.adopt(contents.seen, contents.gone_below, contents.pads)
+        self.span.padding.origins = contents.origins
 
     def nbytes(self) -> int:
         """Bytes allocated."""

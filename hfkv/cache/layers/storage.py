@@ -8,6 +8,7 @@ from hfkv.cache.layers.span import ROLLBACK_MARGIN, Span
 from hfkv.cache.snapshot import Part, PartShape
 from hfkv.cache.step import Group
 from hfkv.codecs import Codecs
+from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.dispatch import wants_values_innermost
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
@@ -25,6 +26,7 @@ class Storage:
 
     kv: KVConfig
     codecs: Codecs
+    mean: KeyMean | None
     window: Window | None
     span: Span
     offloaded: Place | None = None
@@ -113,7 +115,7 @@ class Storage:
             return False
         if self.values_innermost is not None:
             return self.values_innermost
-        return wants_values_innermost(self.codecs.name, dtype, device, head_dims)
+        return wants_values_innermost(self.codecs.name, dtype, device, head_dims, self.mean is not None)
 
     def _planes_innermost(self, device: torch.device) -> tuple[int, ...]:
         """The planes of the next store whose tokens are to lie side by side: the values' data, or none."""

@@ -14,8 +14,10 @@ from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.models.fingerprint import Fingerprint, fingerprint_difference, fingerprint_of
+from hfkv.models.key_means import means_of
 from hfkv.models.parallel import own_layers
-from hfkv.models.probe import base_model, decoder_of
+from hfkv.models.probe import base_model, probe_rotary
+from hfkv.sharing.files.devices import device_of, devices_of
 from hfkv.sharing.files.header import VERSION, FileHeader, LeafHeader, NotRegisteredError, canonical, read_json
 from hfkv.sharing.files.tensor_file import digest_of, read_file, write_file
 from hfkv.sharing.refusals import check_files_hold
@@ -100,10 +102,22 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
         contents = _contents(cache, header, tensors, base)
     except ValueError as error:
         raise ValueError(f"{name} cannot be loaded for {type(base).__name__}: {error}. {_AGAIN}") from error
+    _take_means(cache, contents, base)
     for number, of_leaf in contents.items():
         cache.leaves[number].adopt(of_leaf)
     _write_down(cache, tensors, state, base)
     return cache
+
+
+def _take_means(cache: KVCache, contents: Mapping[int, Contents], model: PreTrainedModel) -> None:
+    """Gives the leaves of an empty cache the means that were taken off the keys in a file, or none."""
+    layers = [index for index, _ in _leaves(cache)]
+    vectors = {number: each.mean for number, each in contents.items() if each.mean is not None}
+    rotary = probe_rotary(model, sliding=True) if vectors else {}
+    means = means_of(vectors, {number: rotary[layers[number]] for number in vectors})
+    cache.takes_mean = bool(means)
+    for number, leaf in enumerate(cache.leaves):
+        leaf.mean = means.get(number)
 
 
 def _check_complete(cache: KVCache, model: Any) -> None:
@@ -161,7 +175,10 @@ def _leaves_and_tensors(cache: KVCache) -> tuple[tuple[LeafHeader | None, ...], 
             leaves.append(None)
             continue
         parts = contents.parts
-        leaves.append(LeafHeader(parts["key"], parts["value"], contents.seen, contents.gone_below, contents.pads))
+        place = contents.seen, contents.gone_below, contents.pads, contents.origins
+        leaves.append(LeafHeader(parts["key"], parts["value"], *place))
+        if contents.mean is not None:
+            tensors[f"{index}.mean"] = contents.mean.cpu()
         for kind, planes in (("slots", contents.slots or ()), ("tokens", contents.tokens)):
             for number, plane in enumerate(planes):
                 if kind == "tokens" or plane.shape[2]:
@@ -183,7 +200,7 @@ def _contents(
         ValueError: header and tensors are not those of such a cache.
     """
     leaves = _leaves(cache)
-    own, devices = own_layers(model, len(cache.layers)), _devices(model, len(cache.layers))
+    own, devices = own_layers(model, len(cache.layers)), devices_of(model, len(cache.layers))
     held_leaves = [leaf for leaf in header.leaves if leaf is not None]
     checks: tuple[tuple[str, Any, Any], ...] = (
         ("model type", header.model_type, cache.model_type),
@@ -204,6 +221,8 @@ def _contents(
             continue
         if index not in own:
             raise ValueError(f"it holds layer {index}, which another stage of the pipeline computes")
+        if f"{number}.mean" in tensors:
+            wanted[f"{number}.mean"] = (torch.float32, (of_leaf.key.heads, of_leaf.key.head_dim))
         for kind, planes in _planes(leaf, of_leaf).items():
             wanted |= {f"{number}.{kind}.{plane_idx}": plane for plane_idx, plane in enumerate(planes)}
     found: dict[str, _Kind] = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -224,6 +243,8 @@ def _contents(
             seen,
             of_leaf.gone_below,
             of_leaf.pads,
+            of_leaf.origins,
+            tensors.get(f"{number}.mean"),
         )
         for number, ((index, _), of_leaf) in enumerate(zip(leaves, header.leaves, strict=True))
         if of_leaf is not None
@@ -259,27 +280,6 @@ def _planes(leaf: KVLayer, header: LeafHeader) -> dict[str, list[_Kind]]:
     }
 
 
-def _devices(model: PreTrainedModel, num_layers: int) -> dict[int, torch.device]:
-    """The device on which each layer of the decoder computes: its weights', or where accelerate brings them."""
-    found: dict[int, torch.device] = {}
-    for module in decoder_of(model).modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and index not in found:
-            device = _device_of(module)
-            if device is not None:
-                found[index] = device
-    rest = _device_of(model) or torch.device("cpu")
-    return {index: found.get(index, rest) for index in range(num_layers)}
-
-
-def _device_of(module: torch.nn.Module) -> torch.device | None:
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next((weight.device for weight in module.parameters() if weight.device.type != "meta"), None)
-
-
 def _write_down(
     cache: KVCache, tensors: Mapping[str, torch.Tensor], state: Fingerprint, model: PreTrainedModel
 ) -> None:
@@ -289,7 +289,7 @@ def _write_down(
     if ids is None:
         record.is_known = False
         return
-    device = _device_of(model) or torch.device("cpu")
+    device = device_of(model) or torch.device("cpu")
     record.append(ids.to(device), ids.shape[1], None if hidden is None else (~hidden).long().to(device))
 
 

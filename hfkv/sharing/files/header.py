@@ -37,26 +37,36 @@ class LeafHeader:
     seen: int
     gone_below: int
     pads: tuple[int, ...]
+    origins: tuple[int, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
+        origins = {} if self.origins is None else {"origins": list(self.origins)}
         return {
             "key": _part_to_json(self.key),
             "value": _part_to_json(self.value),
             "seen": self.seen,
             "gone_below": self.gone_below,
             "pads": list(self.pads),
+            **origins,
         }
 
     @classmethod
     def from_json(cls, value: Any) -> LeafHeader:
         """Reads a header from JSON values. Raises ValueError where they are none."""
-        given = _object(value, "a layer", {"key", "value", "seen", "gone_below", "pads"})
+        names = {"key", "value", "seen", "gone_below", "pads"}
+        has_origins = isinstance(value, dict) and "origins" in value
+        given = _object(value, "a layer", names | {"origins"} if has_origins else names)
         seen = _count(given["seen"], "the tokens seen", 1)
         gone_below = _count(given["gone_below"], "gone_below", most=seen)
         pads = tuple(_count(pad, "the pad tokens of a row", most=seen) for pad in _list(given["pads"], "pads"))
         if not pads:
             raise ValueError("a layer holds no rows")
-        return cls(_part_from_json(given["key"]), _part_from_json(given["value"]), seen, gone_below, pads)
+        origins = None
+        if has_origins:
+            origins = tuple(_offset(origin) for origin in _list(given["origins"], "origins"))
+            if len(origins) != len(pads):
+                raise ValueError(f"it has {len(origins)} origins and {len(pads)} rows")
+        return cls(_part_from_json(given["key"]), _part_from_json(given["value"]), seen, gone_below, pads, origins)
 
 
 @dataclass(frozen=True)
@@ -135,14 +145,15 @@ def kv_to_json(kv: KVConfig) -> dict[str, Any]:
     Raises:
         ValueError: a window has a schedule of one's own.
     """
-    budget = {} if kv.device_budget is None else {"device_budget": kv.device_budget}
+    optional: dict[str, Any] = {} if kv.device_budget is None else {"device_budget": kv.device_budget}
+    optional |= {} if kv.key_mean else {"key_mean": False}
     return {
         "codec": kv.codec,
         "window": _window_to_json(kv.window) if isinstance(kv.window, Window) else None,
         "store": kv.store,
         "page_size": kv.page_size,
         "offload": kv.offload,
-        **budget,
+        **optional,
         "layers": {indices: kv_to_json(override) for indices, override in kv.layers.items()},
     }
 
@@ -154,8 +165,8 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
         ValueError: it is no config; a `NotRegisteredError` where its codec or its window's rule is not known here.
     """
     names = {"codec", "window", "store", "page_size", "offload", "layers"}
-    if isinstance(value, dict) and "device_budget" in value:
-        names.add("device_budget")
+    if isinstance(value, dict):
+        names |= {"device_budget", "key_mean"} & value.keys()
     given = dict(_object(value, "the config", names))
     layers = _object(given["layers"], "the config's layers", set() if is_override else None)
     for codec in _codecs_in(given["codec"]):
@@ -241,6 +252,12 @@ def _list(value: Any, what: str, length: int | None = None) -> list[Any]:
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{what} must be a string, got {_short(value)}")
+    return value
+
+
+def _offset(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > _MOST:
+        raise ValueError(f"the origin of a row is no whole number: {_short(value)}")
     return value
 
 
