@@ -20,7 +20,7 @@ from hfkv.models.probe import frequencies, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.patches.cacheless import cacheless_reason
 from hfkv.patches.graphs import Graphs
-from hfkv.patches.key_means import key_means, wants_means
+from hfkv.patches.keys.means import key_means, wants_means
 from hfkv.patches.pools import drop_pool, pool_of
 from hfkv.patches.undo import Undo
 from hfkv.policy.config import KVConfig
@@ -55,10 +55,10 @@ class Patch:
         blueprint: an empty cache that those of `generate` are copies of; see `hfkv.patches.fresh_cache`.
     """
 
-    def __init__(self, model: PreTrainedModel, kv: KVConfig, calibration: Any = None) -> None:
+    def __init__(self, model: PreTrainedModel, kv: KVConfig) -> None:
         self.model = model
         self.kv = kv
-        self._calibration = calibration
+        self._calibration: Any = None
         self.no_means: str | None = None
         self.own_attention: str | None = None
         self.attention = NAME

@@ -16,12 +16,12 @@ from hfkv.patches.generate import check_generate, set_generate_hooks
 from hfkv.patches.graphs import set_graphs
 from hfkv.patches.handle import Patch, inside, models_in
 from hfkv.patches.hints import hint
-from hfkv.patches.key_means import wants_means
+from hfkv.patches.keys.means import wants_means
+from hfkv.patches.keys.rotary import set_exact_rotary
 from hfkv.patches.mla import set_latent_attention
 from hfkv.patches.moe import set_experts
 from hfkv.patches.prompt import set_prompt_hook
 from hfkv.patches.recording import set_recording
-from hfkv.patches.rotary import set_exact_rotary
 from hfkv.policy.config import KVConfig
 from hfkv.policy.ports import port
 from hfkv.sharing.refusals import sharing_refusal
@@ -91,8 +91,8 @@ def patch(
             "CUDA graph cannot hold; leave one of them out"
         )
     check_generate(base)
-    handle = Patch(base, _found(model, wanted, calibration), calibration)
-    handle.exact_rotary = exact_rotary
+    handle = Patch(base, _found(model, wanted, calibration))
+    handle.exact_rotary, handle._calibration = exact_rotary, calibration
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
         reason = sharing_refusal(base.config, probe)

@@ -10,7 +10,7 @@ from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.record import what_failed
 from hfkv.models.fingerprint import fingerprint_of
 from hfkv.patches.fresh_cache import check_cache, log_stock_cache, with_cache
-from hfkv.patches.key_means import begin_rows
+from hfkv.patches.keys.means import begin_rows
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
 from hfkv.patches.undo import Undo

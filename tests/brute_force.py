@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +14,12 @@ from transformers import AttentionInterface
 
 from hfkv import KVConfig, Window
 from hfkv.codecs import Codecs
+from hfkv.codecs.key_mean import KeyMean
 
 
-def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = ()) -> torch.Tensor:
+def logits(
+    model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = (), means: Mapping[int, KeyMean] | None = None
+) -> torch.Tensor:
     """Logits `[B, T, vocab]` with `kv` done to every layer that does not slide by itself.
 
     Args:
@@ -23,6 +27,7 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
         ids: `[B, T]`, row b with `pads[b]` pad tokens on its left.
         kv: the policies.
         pads: none where it is empty.
+        means: means that are taken off the keys of layers before they are encoded.
     """
     pads = pads or (0,) * len(ids)
     latent = [module for module in model.modules() if hasattr(module, "expand_kv")]
@@ -32,9 +37,14 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         sliding = getattr(module, "sliding_window", None)
         window = Window(sliding, sinks=0) if sliding else kv.window
+        mean = (means or {}).get(module.layer_idx)
         if not latent:
-            key, value = _as_stored(kv.codec, key, value)
-        return _attend(model, module, query, key, value, window, pads, scaling, kwargs), None
+            where = torch.arange(key.shape[2]) - torch.tensor(pads)[:, None]
+            off = 0 if mean is None else mean.turned(*mean.waves.of(where, key.device))
+            key, value = _as_stored(kv.codec, key - off, value)
+            key = key + off
+        stored = _Stored(kv.codec, mean)
+        return _attend(model, module, query, key, value, window, pads, scaling, kwargs, stored), None
 
     AttentionInterface.register("brute_force", attention)
     before = model.config._attn_implementation
@@ -45,6 +55,23 @@ def logits(model: Any, ids: torch.Tensor, kv: KVConfig, pads: tuple[int, ...] = 
         model.set_attn_implementation(before)
         for module in latent:
             del module.expand_kv
+
+
+@dataclasses.dataclass
+class _Stored:
+    """How the summaries of a layer are written: by a codec, less the mean of its keys."""
+
+    codec: str
+    mean: KeyMean | None
+
+    def of_head(self, head: int) -> _Stored:
+        return _Stored(self.codec, None if self.mean is None else self.mean.of_heads([head]))
+
+    def read(self, key: torch.Tensor, value: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A key and a value `[1, D]` of the middle of a page, as they are read."""
+        off = 0 if self.mean is None else self.mean.turned(*self.mean.waves.of(torch.tensor([[at]]), key.device))[0, 0]
+        keys, values = _as_stored(self.codec, (key - off)[None, None], value[None, None])
+        return keys[0, 0] + off, values[0, 0]
 
 
 def _expand_encoded(module: Any, codec: str, *states: torch.Tensor) -> Any:
@@ -91,6 +118,7 @@ def _attend(
     pads: tuple[int, ...],
     scaling: float,
     extra: dict[str, Any],
+    stored: _Stored,
 ) -> torch.Tensor:
     """`[B, T, Hq, D]`, a row, a head and a query at a time."""
     batch, num_heads, count, _ = query.shape
@@ -106,7 +134,8 @@ def _attend(
             own = None if keeps_all else window
             sink_logit = extra["s_aux"][head] if extra.get("s_aux") is not None else None
             output[b, pad:, head] = _one_head(
-                model, q[head], k[kv_head], v[kv_head], own, scaling, extra.get("softcap"), sink_logit
+                *(model, q[head], k[kv_head], v[kv_head], own, scaling, extra.get("softcap"), sink_logit),
+                stored.of_head(kv_head),
             )
     return output
 
@@ -120,6 +149,7 @@ def _one_head(
     scaling: float,
     softcap: float | None,
     sink_logit: torch.Tensor | None,
+    stored: _Stored,
 ) -> torch.Tensor:
     """`[T, D]` of one head of one row without padding."""
     count = len(q)
@@ -136,7 +166,7 @@ def _one_head(
                 scores[t, first] = k[first] @ turned(model, q[t : t + 1], [-gap])[0]
     values = v
     if window and window.summary:
-        keys, means = _summaries(model, k, v, window)
+        keys, means = _summaries(model, k, v, window, stored)
         summary_scores = torch.full((count, len(keys)), float("-inf"), dtype=q.dtype)
         for t in range(count):
             gone = bounds[t] // window.summary_page_size
@@ -154,14 +184,17 @@ def _one_head(
     return scores.softmax(-1) @ values
 
 
-def _summaries(model: Any, k: torch.Tensor, v: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+def _summaries(
+    model: Any, k: torch.Tensor, v: torch.Tensor, window: Window, stored: _Stored
+) -> tuple[torch.Tensor, torch.Tensor]:
     size = window.summary_page_size
     keys, values = [torch.zeros_like(k[:0])], [torch.zeros_like(v[:0])]
     for page in range(len(k) // size):
         tokens = [j for j in range(page * size, (page + 1) * size) if j >= window.sinks] or [page * size]
         middle = page * size + size // 2
-        keys.append(turned(model, k[tokens], [middle - j for j in tokens]).mean(0, keepdim=True))
-        values.append(v[tokens].mean(0, keepdim=True))
+        key = turned(model, k[tokens], [middle - j for j in tokens]).mean(0, keepdim=True)
+        for of_all, its in zip((keys, values), stored.read(key, v[tokens].mean(0, keepdim=True), middle), strict=True):
+            of_all.append(its)
     return torch.cat(keys), torch.cat(values)
 
 

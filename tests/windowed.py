@@ -86,7 +86,10 @@ def model_of(name: str, dtype: torch.dtype = torch.float32) -> Any:
 @functools.cache
 def expected(name: str, kv: KVConfig, padding: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     with torch.no_grad():
-        return brute_force.logits(model_of(name, dtype), ids(), kv, PADS[padding])
+        model = model_of(name, dtype)
+        with hfkv.patch(model, kv) as handle:
+            means = handle.key_means
+        return brute_force.logits(model, ids(), kv, PADS[padding], means)
 
 
 @functools.cache
@@ -101,7 +104,7 @@ def through_cache(model: Any, kv: KVConfig, padding: str, split: int) -> torch.T
     positions = brute_force.positions(ids(), pads)
     parts = []
     with torch.no_grad(), hfkv.patch(model, kv):
-        cache = hfkv.KVCache(model, kv)
+        cache = model.hfkv.new_cache()
         for first in range(0, LENGTH, split):
             now = slice(first, first + split)
             inputs = {"position_ids": positions[:, now], "past_key_values": cache}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from hfkv.attention.softmax_parts import SoftmaxPart
-from hfkv.cache.key_positions import SummaryKeys
-from hfkv.cache.slots import NOWHERE, starts
 from hfkv.cache.snapshot import HeldTokens, Part
-from hfkv.cache.summary import page_means, sinks_in_pages, take
+from hfkv.cache.windows.key_positions import SummaryKeys
+from hfkv.cache.windows.slots import NOWHERE, starts
+from hfkv.cache.windows.summary import page_means, sinks_in_pages, take
 
 MIN_BLOCK, MAX_BLOCK = 64, 512  # queries
 FEW_MORE = 128  # keys no query sees, cheaper to mask than to leave out

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from hfkv.cache.key_positions import placed_mean
-from hfkv.cache.slots import Slots
 from hfkv.cache.step import Step
+from hfkv.cache.windows.key_positions import placed_mean
+from hfkv.cache.windows.slots import Slots
 from hfkv.codecs import Codecs, autocast
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.device_inputs import DeviceInputs

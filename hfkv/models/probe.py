@@ -123,7 +123,7 @@ def _layers_at(
 def run_decoder(
     decoder: Any, config: PreTrainedConfig, ids: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
 ) -> None:
-    """Runs a text decoder, without dropout, over ids `[B, T]` at positions `[B, T]`, which fills `cache`.
+    """Runs a text decoder, without dropout, over ids `[B, T]` at positions `[B, T]`, which go on what `cache` holds.
 
     Raises:
         ValueError: it does not run on these alone.
@@ -136,7 +136,7 @@ def run_decoder(
             module.training = False
         decoder(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=ids.new_ones(len(ids), cache.get_seq_length() + ids.shape[1]),
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,

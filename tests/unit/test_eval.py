@@ -138,12 +138,12 @@ def test_chunks_give_the_numbers_of_one_forward(ids: torch.Tensor, kv: str) -> N
     # by 1e-4.
     model, _ = tiny_lm.load(torch.float64)
     with hfkv.patch(model, kv):
-        lossy = held_out_loss(model, ids, CONTEXT, make_cache=lambda: hfkv.KVCache(model, kv), batch_size=1)
+        lossy = held_out_loss(model, ids, CONTEXT, make_cache=model.hfkv.new_cache, batch_size=1)
     plain = held_out_loss(model, ids, CONTEXT)
     divergences = []
     for inputs, _ in text_blocks(ids, model.config.bos_token_id, CONTEXT):
         with torch.inference_mode(), hfkv.patch(model, kv):
-            other = model(inputs, past_key_values=hfkv.KVCache(model, kv)).logits
+            other = model(inputs, past_key_values=model.hfkv.new_cache()).logits
         with torch.inference_mode():
             p, q = model(inputs).logits.softmax(-1), other.softmax(-1)
         divergences.append((p * (p / q).log()).sum(-1).flatten())

@@ -238,7 +238,7 @@ def test_a_patch_finds_the_codecs_of_a_promise(random_text: torch.Tensor, caplog
     assert kv == KVConfig.for_fidelity(model, random_text, 0.004, kv="paged")
     assert any("auto:0.4%+paged: layers 0" in message for message in caplog.messages)
     assert all(f"layers {indices} {override}" in said for indices, override in kv.layers.items())
-    with hfkv.patch(model, kv):
+    with hfkv.patch(model, kv, calibration=random_text):
         assert torch.equal(greedy(model, inputs), tokens)
 
 

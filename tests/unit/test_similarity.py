@@ -40,12 +40,13 @@ def test_attention_similarity_is_the_cosine_of_the_modules_outputs(ids: torch.Te
 
     def outputs(config: str) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
-        hooks = [
-            layer.self_attn.register_forward_hook(lambda module, args, output: found.append(output[0]))
-            for layer in model.model.layers
-        ]
-        with torch.inference_mode(), hfkv.patch(model, config):
-            model(ids[None, :100], past_key_values=hfkv.KVCache(model, config))
+        with torch.inference_mode(), hfkv.patch(model, config) as handle:
+            cache = handle.new_cache()
+            hooks = [
+                layer.self_attn.register_forward_hook(lambda module, args, output: found.append(output[0]))
+                for layer in model.model.layers
+            ]
+            model(ids[None, :100], past_key_values=cache)
         for hook in hooks:
             hook.remove()
         return found

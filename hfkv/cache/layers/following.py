@@ -11,10 +11,10 @@ from hfkv.cache.layers.assignment import Assignment
 from hfkv.cache.layers.centring import Centred
 from hfkv.cache.layers.span import Span
 from hfkv.cache.layers.storage import Storage
-from hfkv.cache.slots import Slots
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape, encoded_parts
 from hfkv.cache.step import Member, Step
 from hfkv.cache.view import ViewShape, make_views, same_views, step_views
+from hfkv.cache.windows.slots import Slots
 from hfkv.kernels.backend import Kernel
 from hfkv.kernels.device_inputs import device_inputs
 from hfkv.kernels.dispatch import append_kernel, attention_kernel

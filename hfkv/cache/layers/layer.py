@@ -10,9 +10,9 @@ from hfkv.cache.layers.contents import Contents
 from hfkv.cache.layers.following import Following
 from hfkv.cache.layers.rows import Rows
 from hfkv.cache.layers.span import Span
-from hfkv.cache.retain import retain
 from hfkv.cache.snapshot import Captured, HeldTokens, Part, PartShape
 from hfkv.cache.step import Group, Step
+from hfkv.cache.windows.retain import retain
 from hfkv.codecs import Codecs
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.dispatch import append_kernel

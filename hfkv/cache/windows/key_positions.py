@@ -1,10 +1,10 @@
-"""Where the keys of a layer stand, for the mean that was taken off them."""
+"""`placed_mean` and `SummaryKeys`: the positions of a layer's keys, for the mean that was taken off them."""
 
 from __future__ import annotations
 
 import torch
 
-from hfkv.cache.slots import Slots
+from hfkv.cache.windows.slots import Slots
 from hfkv.codecs import Codecs
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.placed_mean import PlacedMean
@@ -35,7 +35,8 @@ class SummaryKeys:
     """The keys that stand for pages, in the middle of which their mean is turned to.
 
     Args:
-        codecs, mean: those of the layer.
+        codecs: codecs of the layer.
+        mean: mean of its keys; None where nothing is taken off.
         origins: token of each row that stands at position 0.
         slots: the slots of the layer.
     """

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from hfkv.cache.key_positions import SummaryKeys
-from hfkv.cache.slots import Slots, starts
 from hfkv.cache.snapshot import HeldTokens
-from hfkv.cache.summary import page_means, sinks_in_pages, take, where
+from hfkv.cache.windows.key_positions import SummaryKeys
+from hfkv.cache.windows.slots import Slots, starts
+from hfkv.cache.windows.summary import page_means, sinks_in_pages, take, where
 
 
 def retain(held: HeldTokens, gone_below: int) -> None:
