@@ -68,15 +68,26 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
 
 
-def moving_angles(config: PreTrainedConfig, decoder: torch.nn.Module) -> str | None:
+def moving_angles(config: PreTrainedConfig, decoder: torch.nn.Module | None) -> str | None:
     """Why a token's rotary angles are not fixed multiples of its index in the text, or None where they are."""
     kind = growing_rope_type(config)
     if kind is not None:
         return f"its rotary frequencies change as the text grows (rope_type {kind!r})"
+    modules = () if decoder is None else decoder.modules()
     multiple = any(settings.get("mrope_section") for settings in _rope_settings(config))
-    if multiple or any(getattr(module, "mrope_section", None) for module in decoder.modules()):
+    if multiple or any(getattr(module, "mrope_section", None) for module in modules):
         return "its rotary positions have several axes (mrope_section), and those of images are not token indices"
     return None
+
+
+def refusal_by_config(config: PreTrainedConfig) -> str | None:
+    """Why it is not understood how the keys of a model depend on positions, or None where its config says no reason."""
+    decoder = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        return "the keys of encoder-decoder models are not known to be rotated by their positions"
+    if getattr(decoder, "alibi", False):
+        return "its attention adds a bias for positions (alibi) instead of rotating keys"
+    return moving_angles(decoder, None)
 
 
 def growing_rope_type(config: PreTrainedConfig) -> str | None:
@@ -100,10 +111,9 @@ def _rope_settings(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
 def _refusal(model: PreTrainedModel, config: PreTrainedConfig, decoder: PreTrainedModel) -> str | None:
     if parallel_plan_of(model).stages > 1:
         return "its layers are shared by the stages of a pipeline, none of which can run a token through all of them"
-    if model.config.is_encoder_decoder:
-        return "the keys of encoder-decoder models are not known to be rotated by their positions"
-    if getattr(config, "alibi", False):
-        return "its attention adds a bias for positions (alibi) instead of rotating keys"
+    reason = refusal_by_config(model.config)
+    if reason is not None:
+        return reason
     if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
         return f"{type(decoder).__name__} takes no position_ids, so its keys cannot be moved to other positions"
     return moving_angles(config, decoder)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hfkv.cli.doctor.key_means import note_of
+from hfkv.cli.doctor.own_attention import no_kernel_reason, own_attention_of
 from hfkv.cli.errors import CommandError, first_line
 
 if TYPE_CHECKING:
@@ -120,7 +122,7 @@ def describe_layers(
     except ValueError as error:
         raise CommandError(f"--kv {kv!r} and --model {name!r} do not go together: {error}") from error
     notes = []
-    own, bias = _own_attention(config, decoder), _no_kernel(decoder)
+    own, bias = own_attention_of(config, decoder), no_kernel_reason(decoder)
     if any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers) and (own or bias):
         raise CommandError(
             f"--kv {kv!r}: {decoder.model_type!r} takes no window: {own or bias}; leave the window out (its words, "
@@ -133,12 +135,14 @@ def describe_layers(
             "how the model rotates its keys is found out by a forward pass with its weights; hfkv.patch and "
             "hfkv generate do so, and refuse a model whose rotation they do not understand"
         )
+    has_mean, note = note_of(wanted, config)
+    notes += [note] if note is not None else []
     num_layers = getattr(decoder, "num_hidden_layers", None)
     if isinstance(num_layers, int) and num_layers > len(cache.layers):
         notes.append(f"layers {len(cache.layers)}-{num_layers - 1} have no cache: they share that of earlier layers")
     groups: list[LayerGroup] = []
     for index, layer in enumerate(cache.layers):
-        group = _AskedLayer(layer, index, decoder, own, bias, dtype, device).group()
+        group = _AskedLayer(layer, index, decoder, own, bias, dtype, device, has_mean).group()
         alike = next((g for g in groups if (g.cache, g.heads, g.uses) == (group.cache, group.heads, group.uses)), None)
         if alike is None:
             groups.append(group)
@@ -162,31 +166,6 @@ def _cache(config: PreTrainedConfig, kv: KVConfig) -> KVCache:
     return KVCache(config, kv, rotary=dict.fromkeys(range(len(KVCache(config).layers))))
 
 
-def _own_attention(config: PreTrainedConfig, decoder: PreTrainedConfig) -> str | None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-        MODEL_MAPPING,
-    )
-
-    from hfkv.models.attention_keywords import own_attention_reason
-
-    # The reason is read from the modelling code, which the mappings import.
-    for part in (config, decoder):
-        for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, MODEL_MAPPING):
-            mapping.get(type(part), None)
-    return own_attention_reason(config) or own_attention_reason(decoder)
-
-
-def _no_kernel(config: PreTrainedConfig) -> str | None:
-    """Why no kernel does this attention, or None where one does."""
-    if hasattr(config, "relative_attention_num_buckets"):
-        return "its attention adds a bias for positions to the scores, which kernels do not"
-    if getattr(config, "alibi", False):
-        return "its attention adds a bias for positions (alibi) to the scores, which kernels do not"
-    return None
-
-
 @dataclass(frozen=True)
 class _AskedLayer:
     layer: Any
@@ -196,6 +175,7 @@ class _AskedLayer:
     position_bias: str | None
     dtype: torch.dtype
     device: torch.device
+    has_mean: bool
 
     def group(self) -> LayerGroup:
         """What the layer keeps, and what reads and writes it."""
@@ -277,9 +257,12 @@ class _AskedLayer:
             # Under a window what no kernel expands is absorbed, and so is what turns with its place.
             if not is_moved or (expanded.run is not None and not self.layer.window.needs_rotary):
                 return expanded
-        choose = attention_kernel if widths is None else latent_kernel
-        innermost = self.layer.leaves[0].keeps_values_innermost(self.dtype, self.device, heads[:2])
-        return choose(self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2], innermost)
+        leaf = self.layer.leaves[0]
+        innermost = leaf.keeps_values_innermost(self.dtype, self.device, heads[:2])
+        asked = self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2], innermost
+        return (
+            attention_kernel(*asked, self.has_mean and leaf.gains_by_mean) if widths is None else latent_kernel(*asked)
+        )
 
     def _append(self, heads: HeadShape) -> Use:
         from hfkv.kernels.dispatch import append_kernel
