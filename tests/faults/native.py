@@ -41,6 +41,27 @@ NATIVE = (
         ("kernels/test_pairs.py",),
     ),
     Fault(
+        "the mean of native keys is turned the wrong way",
+        "hfkv/kernels/native/key_mean.h",
+        "c * cosine + s * sine, s * cosine - c * sine",
+        "c * cosine - s * sine, s * cosine + c * sine",
+        ("kernels/test_key_mean.py",),
+    ),
+    Fault(
+        "the mean of native keys in slots is turned as if they stood behind them",
+        "hfkv/kernels/native/call.h",
+        "return i < num_slots() ? i : i + shift(row);",
+        "return i + shift(row);",
+        ("kernels/test_key_mean.py",),
+    ),
+    Fault(
+        "what no rotation turns of the mean of native keys is left out",
+        "hfkv/kernels/native/key_mean.h",
+        "rest[r] = float(sum * scale);",
+        "",
+        ("kernels/test_key_mean.py",),
+    ),
+    Fault(
         "a native value that nobody sees is multiplied by nothing",
         "hfkv/kernels/native/halves.h",
         "bool has_first = is_seen[t],",

@@ -136,6 +136,11 @@ class EmulatedLibrary:
         batch, _, heads, groups, queries, _, width, _, dtype = numbers[:9]
         rows = batch * heads * groups * queries
         *memory, scale, softcap, out, lse = given
+        places, tables = memory[9:11]
+        if places:
+            pairs, _, slow, turns = (ctypes.c_int64 * 4).from_address(places)
+            numbers_of_tables = (pairs - slow + 8) * 64 + slow * 16 + (64 + turns) * 2 * pairs
+            self.sizes |= {places: 8 * (5 + 2 * pairs + batch), tables: 4 * numbers_of_tables}
         self.sizes |= {out: rows * width * (4 if dtype == 0 else 2), lse: rows * 4}
         factors = struct.pack("<qff", 8, scale, softcap)
         return self._call(

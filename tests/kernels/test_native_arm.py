@@ -22,6 +22,7 @@ from tests.kernels.cases import Case, case, check
 from tests.kernels.emulated import EmulatedLibrary
 from tests.kernels.held import garbage
 from tests.kernels.test_cpu_latent import latent_case
+from tests.kernels.test_key_mean import less_mean
 from tests.kernels.test_native_library import ALL, DTYPES, same_bytes
 
 pytestmark = pytest.mark.slow
@@ -86,6 +87,15 @@ def call(library: EmulatedLibrary, given: Case, kernel: Any = attend) -> Any:
 )
 def test_attention_is_that_of_the_twin(library: EmulatedLibrary, codec: str, dtype: torch.dtype, words: Any) -> None:
     given = case(codec, dtype=dtype, **words)
+    check(call(library, given), given)
+
+
+@pytest.mark.parametrize("codec", ["int4", "fp8"])
+@pytest.mark.parametrize("words", [{"length": 90}, {"page_size": 8, "batch": 2, "num_queries": 3}], ids=str)
+def test_a_mean_that_was_taken_off_is_that_of_the_twin(library: EmulatedLibrary, codec: str, words: Any) -> None:
+    given = less_mean(case(codec, **words), 500, size=2.0)
+    assert given.keys.mean is not None
+    library.knows(given.keys.mean.mean.vector)
     check(call(library, given), given)
 
 

@@ -28,6 +28,7 @@ from tests.kernels.guarded import guarded
 from tests.kernels.held import garbage
 from tests.kernels.stored_experts import EXPERT_CODECS, check_products
 from tests.kernels.test_cpu_latent import latent_case
+from tests.kernels.test_key_mean import less_mean
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason=native.why_not() or "none")
 
@@ -219,6 +220,7 @@ def compare_with_twins() -> None:
             {"dtype": torch.bfloat16},
         ):
             check(attend, case(codec, length=1000, **settings))  # type: ignore[arg-type]
+            check(attend, less_mean(case(codec, length=300, **settings), 77))  # type: ignore[arg-type]
             given = latent_case(codec, "native", length=1000, **settings)  # type: ignore[arg-type]
             check(attend_latents, given, latent_attention_naive)
         rows = torch.randn(1, 2, 500, 64)
@@ -242,7 +244,8 @@ import pytest
 sys.exit(pytest.main(["-q", "-n", "0", "-o", "addopts=", "-p", "no:cacheprovider", "-k", "native and not slow",
                       "tests/kernels/test_cpu_attention.py", "tests/kernels/test_append.py",
                       "tests/kernels/test_cpu_latent.py", "tests/kernels/test_pairs.py",
-                      "tests/kernels/test_native_experts.py", "tests/kernels/test_native_digits.py"]))
+                      "tests/kernels/test_native_experts.py", "tests/kernels/test_native_digits.py",
+                      "tests/kernels/test_key_mean.py"]))
 """
 
 

@@ -48,6 +48,7 @@ class CPUBackend(Backend):
                 worth_from=worth_from,
                 takes_values_innermost=True,
                 takes_pairs=True,
+                takes_means=True,
             )
         # Plain tokens of a window lie close together: they are attended to where they lie, without a kernel's help.
         return Kernel(
@@ -56,6 +57,7 @@ class CPUBackend(Backend):
             worth_from=worth_from,
             takes_values_innermost=True,
             takes_pairs=True,
+            takes_means=True,
         )
 
     def latent(self, asked: Asked) -> Kernel:

@@ -19,6 +19,7 @@ from hfkv.kernels.cpu.planes import read_stretch, rotated_back
 from hfkv.kernels.cpu.threads import do_parts
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended, merge, nothing, with_sink_logits
+from hfkv.kernels.placed_mean import PlacedMean
 from hfkv.kernels.visibility import alike, first_seen, seen
 from hfkv.stores.layout import Layout
 
@@ -57,10 +58,11 @@ def decode_attention(
     batch, num_heads, num_queries, _ = query.shape
     kv_heads = keys.planes[0].shape[1]
     folded = query.float().reshape(batch, kv_heads, -1, query.shape[3]) * scoring.scale
-    if keys.codec.is_rotated:
-        folded = rotate_states(folded)
-    decode = Decode((keys,), values, layout, visibility, scoring, num_queries, num_heads)
-    return rotated_back(decode.all_rows((folded,)), values.codec, query.dtype)
+    parts: tuple[torch.Tensor, ...] = (rotate_states(folded) if keys.codec.is_rotated else folded,)
+    if keys.mean is not None:
+        parts += folded * keys.mean.mean.vector[:, None], folded * keys.mean.mean.across[:, None]
+    decode = Decode((keys,), values, layout, visibility, scoring, num_queries, num_heads, mean=keys.mean)
+    return rotated_back(decode.all_rows(parts), values.codec, query.dtype)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Decode:
         keys: parts of the keys, one for each part of the queries; scores are the sum over parts.
         values: encoded values; None where the first part of the keys are the values too.
         dtype: dtype that products take: int8 (digits of integers; float32 of other numbers), bfloat16 or float32.
+        mean: what was taken off the keys, or None. Behind the other parts the queries have two more then: what meets
+            the cosines by which it is turned, and what meets the sines.
     """
 
     keys: tuple[Encoded, ...]
@@ -81,6 +85,7 @@ class Decode:
     num_queries: int
     num_heads: int
     dtype: torch.dtype = torch.int8
+    mean: PlacedMean | None = None
 
     def all_rows(self, query: tuple[torch.Tensor, ...]) -> Attended:
         """Computes output `[B, Hq, q, Dv]` and log-sum-exp `[B, Hq, q]`, float32, for parts of queries `[B, H, R, Di]`.
@@ -93,6 +98,7 @@ class Decode:
         at_most = _SCORES // (num_rows * min(max(self.layout.length, 1), _LONG))
         groups = alike(firsts, at_most, _NEAR)
         has_digits = [self.dtype == part.codec.numbers == torch.int8 for part in self.keys]
+        has_digits += [False] * (len(query) - len(self.keys))
         queries = [
             [_Query.of(part[rows].flatten(0, 1), has) for part, has in zip(query, has_digits, strict=True)]
             for rows in groups
@@ -136,8 +142,13 @@ class Decode:
         """Computes output `[N, R, Dv]` and log-sum-exp `[N, R]` of queries `[N, R, Di]` over one stretch."""
         first, *others = (read_stretch(part, self.layout, rows, begin, end, self.dtype) for part in self.keys)
         scores = _scores(query[0], first)
-        for part, stretch in zip(query[1:], others, strict=True):
+        for part, stretch in zip(query[1:], others, strict=False):
             scores += _scores(part, stretch)
+        if self.mean is not None:
+            for part, waves in zip(query[-2:], self.mean.of_rows(rows).waves(begin, end), strict=True):
+                # All heads at once; all rows too, where they stand alike.
+                side_by_side = part.states.view(len(waves), -1, waves.shape[-1])
+                scores += (side_by_side @ waves.transpose(1, 2)).view(scores.shape)
         if query[0].states.dtype == torch.bfloat16:
             scores *= self.scoring.scale
         if self.scoring.softcap is not None:

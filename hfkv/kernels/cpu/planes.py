@@ -22,8 +22,17 @@ def read_stretch(
 def decode_stretch(
     encoded: Encoded, layout: Layout, rows: slice, begin: int, end: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Decodes the tokens `begin .. end - 1` of `rows` to `[rows, H, n, D]` of `dtype`; rotated rows stay rotated."""
+    """Decodes the tokens `begin .. end - 1` of `rows` to `[rows, H, n, D]` of `dtype`; rotated rows stay rotated.
+
+    Keys get back the mean that was taken off them.
+    """
     codec = encoded.codec
+    if encoded.mean is not None:
+        taken_off = encoded.mean.of_rows(rows).turned(begin, end)
+        if codec.is_rotated:
+            taken_off = rotate_states(taken_off)
+        rest = decode_stretch(encoded._replace(mean=None), layout, rows, begin, end, torch.float32)
+        return rest.add_(taken_off).to(dtype)
     if codec.numbers is None:
         return codec.decode(layout.read(encoded.planes, begin, end, rows), encoded.head_dim, dtype)
     numbers, scale, low = read_stretch(encoded, layout, rows, begin, end)

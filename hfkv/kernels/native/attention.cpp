@@ -72,6 +72,20 @@ bool lies_in_planes(const Call &call) {
     return true;
 }
 
+// Whether there are waves for all places where tokens stand.
+bool has_waves(const Call &call) {
+    const Mean &mean = call.mean;
+    int64_t first = call.layout.first(), last = call.layout.length() - 1;
+    for (int64_t b = 0; b < call.batch; b++) {
+        for (int64_t i : {first, std::max(first, mean.num_slots()), std::min(mean.num_slots(), last + 1) - 1, last}) {
+            if (i < first || i > last) continue;
+            int64_t turn = mean.position(b, i) >> 6;
+            if (turn <= -mean.turns() || turn >= mean.turns()) return false;
+        }
+    }
+    return true;
+}
+
 void attend(const Call &call) {
     int64_t first = call.layout.first(), last = call.layout.length(), stretch = stretch_of(call);
     int64_t stretches = std::max<int64_t>((last - first + stretch - 1) / stretch, 1), heads = call.heads * call.tiles;
@@ -102,14 +116,16 @@ void attend(const Call &call) {
 }  // namespace hfkv
 
 // Writes the output `[B, q, Hq, Dv]` and its log-sum-exp `[B, Hq, q]`; 1 where the layout is not one of these planes, 2
-// where there is no memory for what is summed.
+// where there is no memory for what is summed, 3 where tokens stand beyond the waves of the mean that was taken off the keys.
+// There is such a mean where there is a vector of it.
 // shape: rows, columns, kv heads, query heads of each, queries, widths of keys and values, codec of keys, dtype of queries,
 // capacity of a row or page, threads, strides of the queries (rows, heads, queries), of the mask (the same) and of the
 // bounds (rows), pages, width of the rotary keys beside latents, codec of values; where there are any rotary keys, keys are
 // latents and values too, and what is given as values are rotary keys.
 extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void *query, const void *key_data,
                             const void *key_scales, const void *value_data, const void *value_scales,
-                            const int64_t *bounds, const uint8_t *mask, const float *sink_logits, float scale,
+                            const int64_t *bounds, const uint8_t *mask, const float *sink_logits,
+                            const int64_t *mean_places, const float *mean_tables, const float *mean_vector, float scale,
                             float softcap, void *out, float *lse) {
     using namespace hfkv;
     Call call;
@@ -128,8 +144,10 @@ extern "C" int hfkv_attend(const int64_t *shape, const int32_t *meta, const void
     }
     for (int i = 0; i < 6; i++) call.planes[i] = static_cast<const char *>(planes[i]);
     call.bounds = bounds, call.mask = mask, call.sink_logits = sink_logits;
+    call.mean = Mean{mean_vector, mean_places, mean_tables};
     call.out = static_cast<char *>(out), call.lse = lse;
     if (!lies_in_planes(call)) return 1;
+    if (mean_vector && !has_waves(call)) return 3;
     try {
         attend(call);
     } catch (const std::bad_alloc &) {

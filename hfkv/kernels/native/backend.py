@@ -35,6 +35,7 @@ class NativeBackend(Backend):
             worth_from=worth_from,
             worth_from_in_pages=0,
             takes_pairs=True,
+            takes_means=True,
             of_step=step_attention,
         )
 

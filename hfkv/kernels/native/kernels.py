@@ -13,6 +13,7 @@ from hfkv.kernels.device_inputs import DeviceInputs, device_inputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.native.library import loaded, num_threads
+from hfkv.kernels.native.wave_tables import WaveTables
 from hfkv.stores.layout import Layout
 
 CODECS = {"int8": 2, "fp8": 3, "int4": 4, "int3": 5, "int2": 6}
@@ -53,7 +54,8 @@ def attend(
     if query.shape[3] and query.stride(3) != 1:
         query = query.contiguous()
     of_step = StepAttention(query, keys, values, layout, visibility, scoring, inputs)
-    out = of_step.run(query, (*keys.planes, *values.planes), scoring.scale)
+    vector = None if keys.mean is None else keys.mean.mean.vector
+    out = of_step.run(query, (*keys.planes, *values.planes), scoring.scale, vector)
     return Attended(out.transpose(1, 2), of_step.lse)
 
 
@@ -84,7 +86,7 @@ class StepAttention:
         ValueError: the arguments do not go together.
     """
 
-    __slots__ = ("_alike", "_given", "_inputs", "_num_keys", "_out", "_shape", "_softcap", "_start", "lse")
+    __slots__ = ("_alike", "_given", "_inputs", "_num_keys", "_out", "_shape", "_softcap", "_start", "_vector", "lse")
 
     def __init__(
         self,
@@ -113,6 +115,8 @@ class StepAttention:
                 f"queries {tuple(query.shape)} of {inputs.batch} rows do not go with {keys.codec.name} keys of width "
                 f"{key_width + rotary_width} in planes of {tuple(key_data.shape)} and {tuple(value_data.shape)}"
             )
+        if is_latent and keys.mean is not None:
+            raise ValueError("native kernels know of no mean that was taken off latents")
         bounds, mask, logits = inputs.bounds, inputs.mask, scoring.sink_logits
         mask_strides, bounds_stride = [0, 0, 0], 0
         if mask is not None:
@@ -126,6 +130,8 @@ class StepAttention:
             bounds_stride = bounds.stride(0) if len(bounds) > 1 else 0
         if logits is not None:
             logits = logits.float().contiguous()
+        placed = (None, None) if keys.mean is None else WaveTables.placed(keys.mean, batch, layout.length)
+        self._vector = None if keys.mean is None else torch.Size((heads, key_width))
         self._alike, self._num_keys = (query.stride(), key_data.shape), len(keys.planes)
         self._shape = array(
             "q",
@@ -138,8 +144,8 @@ class StepAttention:
             ),
         )
         self._start = self._shape.buffer_info()[0], inputs.meta.data_ptr()
-        self._given = [0 if given is None else given.data_ptr() for given in (bounds, mask, logits)]
-        self._inputs = inputs, bounds, mask, logits  # what is pointed to stays
+        self._inputs = inputs, bounds, mask, logits, *placed  # what is pointed to stays
+        self._given = [0 if given is None else given.data_ptr() for given in self._inputs[1:]]
         self._softcap = scoring.softcap or 0.0
         self._out = (batch, num_queries, num_heads, value_width), query.dtype
         self.lse = query.new_empty(batch, num_heads, num_queries, dtype=torch.float32)
@@ -148,21 +154,30 @@ class StepAttention:
         """Whether queries of the first ones' shape, and planes of the same codecs, lie in memory as the first ones."""
         return (query.stride(), planes[0].shape) == self._alike
 
-    def run(self, query: torch.Tensor, planes: Sequence[torch.Tensor], scale: float) -> torch.Tensor:
-        """The output `[B, q, Hq, D]` of queries and planes that it takes.
+    def run(
+        self, query: torch.Tensor, planes: Sequence[torch.Tensor], scale: float, vector: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The output `[B, q, Hq, D]` of queries and planes that it takes; `vector` is their `KeyMean.vector`.
 
         Raises:
-            ValueError: the layout names tokens that are not in the planes.
+            ValueError: the layout names tokens that are not in the planes, or the keys have a mean where the first
+                ones had none, or one of another shape.
             MemoryError: there is no memory for what is summed.
         """
         size, dtype = self._out
+        shape = None if vector is None else vector.shape
+        if shape != self._vector:
+            raise ValueError(f"keys have a mean of shape {shape}, the first ones of this step of {self._vector}")
         out = torch.empty(size, dtype=dtype)
         failure = loaded().hfkv_attend(
             *self._start, query.data_ptr(), *_pointers(planes, self._num_keys),
-            *self._given, scale, self._softcap, out.data_ptr(), self.lse.data_ptr(),
+            *self._given, 0 if vector is None else vector.data_ptr(),
+            scale, self._softcap, out.data_ptr(), self.lse.data_ptr(),
         )  # fmt: skip
         if failure == 2:
             raise MemoryError(f"no memory for the sums of attention of queries {tuple(query.shape)}")
+        if failure == 3:
+            raise ValueError("tokens stand beyond the positions that the layout had at first")
         if failure:
             raise ValueError(f"the layout names tokens outside planes of {tuple(planes[0].shape)}")
         return out

@@ -157,7 +157,7 @@ def _load(path: Path) -> ctypes.CDLL:
     pointer = ctypes.c_void_p
     loaded.hfkv_append.argtypes = [pointer] * 8
     loaded.hfkv_append.restype = ctypes.c_int
-    loaded.hfkv_attend.argtypes = [*[pointer] * 10, ctypes.c_float, ctypes.c_float, pointer, pointer]
+    loaded.hfkv_attend.argtypes = [*[pointer] * 13, ctypes.c_float, ctypes.c_float, pointer, pointer]
     loaded.hfkv_attend.restype = ctypes.c_int
     loaded.hfkv_expert_linear.argtypes, loaded.hfkv_expert_linear.restype = [pointer] * 8, ctypes.c_int
     loaded.hfkv_threads.argtypes, loaded.hfkv_threads.restype = [pointer], None

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "call.h"
+#include "key_mean.h"
 #include "keys.h"
 #include "sight.h"
 #include "values.h"
@@ -27,6 +28,7 @@ class Task {
         }
         values = values_of(call.summed_codec(), call, sight, multiplied);
         for (int64_t of = 0; of < parts; of++) has_products = keys[of]->take(b, h) && has_products;
+        if (call.mean.vector) mean = std::make_unique<MeanScores>(call, b, h);
         tile.resize(call.rows() * (has_products ? MOST_TILE : TILE) / LANES);
     }
 
@@ -64,21 +66,24 @@ class Task {
 
     // Tokens `begin .. end - 1`, which lie one after the other from `slot` on; those after them lie from `after` on.
     void attend_run(int64_t begin, int64_t end, int64_t slot, int64_t after, Part &part) {
-        // No tile has slots of sinks and newest tokens: positions go on within one.
+        // No tile has slots of sinks and newest tokens: positions go on within one, those of the mean too.
         int64_t slots_end = call.layout.num_slots(), tile = has_products ? MOST_TILE : TILE;
+        int64_t mean_end = mean ? call.mean.num_slots() : 0;
         for (int64_t from = begin; from < end;) {
             int64_t to = std::min(from + tile, end);
             if (from < slots_end && to > slots_end) to = slots_end;
+            if (from < mean_end && to > mean_end) to = mean_end;
             Tokens tokens{slot + from - begin, to - from, to < end ? slot + to - begin : after};
             if (sight.look(from, to - from, tile)) {
-                has_products ? attend_tile<MOST_TILE / LANES>(tokens, part) : attend_tile<1>(tokens, part);
+                has_products ? attend_tile<MOST_TILE / LANES>(from, tokens, part) : attend_tile<1>(from, tokens, part);
             }
             from = to;
         }
     }
 
-    template <int64_t VECTORS> void attend_tile(const Tokens &tokens, Part &part) {
+    template <int64_t VECTORS> void attend_tile(int64_t from, const Tokens &tokens, Part &part) {
         for (int64_t of = 0; of < parts; of++) keys[of]->score(tokens, has_products, of > 0, tile.data());
+        if (mean) mean->add<VECTORS>(from, tokens.count, tile.data());
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) limit<VECTORS>(r, &tile[r * VECTORS], part);
         for (int64_t r = 0; r < call.rows(); r++) weigh<VECTORS>(r, &tile[r * VECTORS], part);
@@ -127,6 +132,7 @@ class Task {
     int64_t b, h, kv_head, vd, parts = call.is_latent() ? 2 : 1;
     Sight sight;
     std::unique_ptr<Keys> keys[2];  // latents are in two parts
+    std::unique_ptr<MeanScores> mean;  // where one was taken off the keys
     std::unique_ptr<Values> values;
     std::vector<Vector> tile;  // scores, then weights
     bool has_products;  // whether there are such, and queries that they keep

@@ -214,6 +214,40 @@ inline Vector sums_of(const Native *x) {
 }
 #endif
 
+// The lanes from the last one on.
+inline Native reversed(Native x) {
+#if defined(__AVX512F__)
+    return pick<15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0>(x, x);
+#else
+    Native found;
+    for (int64_t i = 0; i < NATIVE; i++) found[i] = x[NATIVE - 1 - i];
+    return found;
+#endif
+}
+
+// Stores the lanes of two in turn.
+inline void store_alternating(float *at, Vector a, Vector b) {
+#if defined(__AVX512F__)
+    store(at, pick<0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23>(a, b));
+    store(at + LANES, pick<8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31>(a, b));
+#else
+    for (int64_t i = 0; i < LANES; i++) at[2 * i] = a[i], at[2 * i + 1] = b[i];
+#endif
+}
+
+// Two numbers in turn.
+inline Native alternate(const float *two) {
+    typedef int64_t Pairs __attribute__((vector_size(sizeof(Native))));
+    return (Native)(Pairs{} + load<int64_t>(two));
+}
+
+// Keeps a vector in a register, which g++ would read again for each product.
+inline void keep(Native &x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#endif
+}
+
 inline float sum_of(Vector x) {
 #if defined(__AVX512F__)
     return _mm512_reduce_add_ps((__m512)x);

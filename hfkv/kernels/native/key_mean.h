@@ -1,0 +1,155 @@
+// What scores lack of keys that were written less their mean.
+// Of each pair of numbers that the rotation by position turns, by an angle w a position, a query and the mean give c and s,
+// by which a score at position p is c cos(p w) + s sin(p w) too low. 64 positions are looked at together, as x = -31.5 ..
+// 31.5 from their middle, which (c, s) are turned to. What meets them there, cosines of x w and sines, is even and odd in x:
+// one half is enough. Pairs that turn slowly meet 16 nodes only, 8 on each side, and the sums of all of them are
+// interpolated from there, as exactly as float32 has them.
+
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "call.h"
+#include "floats.h"
+#include "vectors.h"
+
+namespace hfkv {
+
+// Half of the positions, and of the nodes.
+constexpr int64_t HALF = MOST_TILE / 2, NODES = LANES / 2;
+
+class MeanScores {
+  public:
+    MeanScores(const Call &call, int64_t b, int64_t h)
+        : mean(call.mean), b(b), rows(call.rows()), pairs(mean.pairs()), slow(mean.slow()), width(2 * (pairs + NODES)) {
+        columns = mean.tables, nodes = columns + (pairs - slow + NODES) * MOST_TILE;
+        steps = nodes + slow * LANES, turns = steps + MOST_TILE * 2 * pairs;
+        numbers.resize(rows * (4 * pairs + width + MOST_TILE) / LANES + MOST_TILE / LANES);
+        of_query = reinterpret_cast<float *>(numbers.data()), of_step = of_query + rows * 2 * pairs;
+        met = of_step + rows * 2 * pairs, found = met + rows * width;
+        rest.assign(rows, 0.0f);
+        std::vector<float> query(call.key_width);
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t at = b * call.query_strides[0] + (h * call.groups + r / call.queries) * call.query_strides[1];
+            load_numbers(call.query, call.dtype, at + r % call.queries * call.query_strides[2], call.key_width, query.data());
+            take(r, query, mean.vector + h * call.key_width, call.scale);
+        }
+    }
+
+    // Adds what is lacking to the scores `[rows, VECTORS]` of the tokens from index `from` on, which stand side by side.
+    template <int64_t VECTORS> void add(int64_t from, int64_t count, Vector *scores) {
+        int64_t position = mean.position(b, from);
+        if (position < begin || position + count > begin + MOST_TILE) find(position);
+        const float *own = found + position - begin;
+        for (int64_t r = 0; r < rows; r++, own += MOST_TILE) {
+            for (int64_t v = 0; v < VECTORS; v++) scores[r * VECTORS + v] += load<Vector>(own + v * LANES);
+        }
+    }
+
+  private:
+    // Takes a query, times a factor, and the mean.
+    void take(int64_t r, std::vector<float> &query, const float *vector, float scale) {
+        float *c = of_query + r * 2 * pairs, *s = c + pairs;
+        int64_t fillers = mean.fillers();
+        for (int64_t i = fillers; i < pairs; i++) {
+            int64_t one = mean.first(i), other = mean.second(i);
+            c[i] = (query[one] * vector[one] + query[other] * vector[other]) * scale;
+            s[i] = (query[other] * vector[one] - query[one] * vector[other]) * scale;
+        }
+        int64_t width = int64_t(query.size());
+        if (2 * (pairs - fillers) == width) return;
+        for (int64_t i = fillers; i < pairs; i++) query[mean.first(i)] = query[mean.second(i)] = 0;
+        double sum = 0;
+        for (int64_t i = 0; i < width; i++) sum += double(query[i]) * vector[i];
+        rest[r] = float(sum * scale);
+    }
+
+    // Finds what is lacking at 64 positions.
+    void find(int64_t position) {
+        begin = position;
+        int64_t of_turn = position >> 6, step = position & 63, size = 2 * pairs;
+        bool is_other = step != last_step;
+        last_step = step;
+        const float *by = turns + (of_turn < 0 ? -of_turn : of_turn) * size;
+        for (int64_t r = 0; r < rows; r++) {
+            float *own = of_step + r * size, *out = met + r * width;
+            if (is_other) {
+                turn(of_query + r * size, steps + step * size, 1, [&](int64_t i, Vector c, Vector s) {
+                    store(own + i, c), store(own + pairs + i, s);
+                });
+            }
+            turn(own, by, of_turn < 0 ? -1 : 1, [&](int64_t i, Vector c, Vector s) { store_alternating(out + 2 * i, c, s); });
+        }
+        int64_t r = 0;
+        for (; r + MOST_ROWS <= rows; r += MOST_ROWS) meet<MOST_ROWS>(r);
+        for (; r < rows; r++) meet<1>(r);
+    }
+
+    // Turns `(c, s)`, c of all pairs before s, by angles, of which the cosines lie before the sines.
+    template <typename Put> inline void turn(const float *from, const float *by, float sign, Put put) const {
+        for (int64_t i = 0; i < pairs; i += LANES) {
+            Vector c = load<Vector>(from + i), s = load<Vector>(from + pairs + i);
+            Vector cosine = load<Vector>(by + i), sine = load<Vector>(by + pairs + i) * sign;
+            put(i, c * cosine + s * sine, s * cosine - c * sine);
+        }
+    }
+
+    template <int64_t ROWS> inline void meet(int64_t r) {
+        float *row = met + r * width;
+        for (int64_t at = 0; at < LANES; at += NATIVE) {
+            // Two sums each, of an even number of pairs: a sum waits for the one before.
+            Native sums[ROWS][2] = {};
+            for (int64_t i = 0; i < slow; i += 2) {
+                Native node = load<Native>(nodes + i * LANES + at), next = load<Native>(nodes + (i + 1) * LANES + at);
+                keep(node), keep(next);
+#pragma GCC unroll 4
+                for (int64_t n = 0; n < ROWS; n++) {
+                    sums[n][0] += alternate(row + n * width + 2 * i) * node;
+                    sums[n][1] += alternate(row + n * width + 2 * i + 2) * next;
+                }
+            }
+            for (int64_t n = 0; n < ROWS; n++) store(row + n * width + 2 * pairs + at, sums[n][0] + sums[n][1]);
+        }
+        constexpr int64_t VECTORS = NATIVE == LANES ? 2 : 1;
+        for (int64_t at = 0; at < HALF; at += VECTORS * NATIVE) {
+            Native even[ROWS][VECTORS], odd[ROWS][VECTORS] = {};
+            for (int64_t n = 0; n < ROWS; n++) {
+                for (int64_t v = 0; v < VECTORS; v++) even[n][v] = Native{} + rest[r + n];
+            }
+            const float *column = columns + at;
+            for (int64_t i = slow; i < pairs + NODES; i++, column += MOST_TILE) {
+#pragma GCC unroll 2
+                for (int64_t v = 0; v < VECTORS; v++) {
+                    Native cosine = load<Native>(column + v * NATIVE), sine = load<Native>(column + HALF + v * NATIVE);
+                    keep(cosine), keep(sine);
+#pragma GCC unroll 4
+                    for (int64_t n = 0; n < ROWS; n++) {
+                        even[n][v] += row[n * width + 2 * i] * cosine;
+                        odd[n][v] += row[n * width + 2 * i + 1] * sine;
+                    }
+                }
+            }
+            for (int64_t n = 0; n < ROWS; n++) {
+                float *middle = found + (r + n) * MOST_TILE + HALF;
+                for (int64_t v = 0; v < VECTORS; v++) {
+                    int64_t first = at + v * NATIVE;
+                    store(middle + first, even[n][v] + odd[n][v]);
+                    store(middle - first - NATIVE, reversed(even[n][v] - odd[n][v]));
+                }
+            }
+        }
+    }
+
+    const Mean &mean;
+    int64_t b, rows, pairs, slow, width, begin = INT64_MIN / 2, last_step = -1;
+    const float *columns, *nodes, *steps, *turns;
+    std::vector<float> rest;  // of what no rotation turns
+    // In one piece: c of all pairs, then s, of each row, and the same turned by less than 64 positions; c and s in turn of
+    // each pair where the positions begin, and of the nodes; what is lacking at 64 positions from `begin` on, and room to
+    // read a tile from any of them.
+    std::vector<Vector> numbers;
+    float *of_query, *of_step, *met, *found;
+};
+
+}  // namespace hfkv
