@@ -256,6 +256,8 @@ class HeldTokens:
         self._check_version()
         uncut = visibility.num_slots if visibility.first < visibility.num_slots else 0
         mean = self.placed_mean
+        if mean is not None and visibility.first >= mean.num_slots:
+            mean = replace(mean, slots=None)  # nobody looks at them
         for planes, layout, begin in self.store.runs(last, visibility.first, uncut):
             parts = encoded_parts(self.codecs, self.parts, planes, None if mean is None else mean.of(begin))
             yield *parts, layout, visibility.of(begin, begin + layout.length)

@@ -162,8 +162,8 @@ def test_what_the_native_code_cannot_place_is_refused() -> None:
     given = less_mean(case("int4", batch=2), 3, 5)
     placed = given.keys.mean
     assert placed is not None
-    for wrong in (replace(placed, shifts=(3,)), replace(placed, summaries=torch.zeros(2, 1).long())):
-        with pytest.raises(ValueError, match="a mean of 2 rows without summaries, got one of"):
+    for wrong in (replace(placed, shifts=(3,)), replace(placed, slots=torch.zeros(2, 1).long())):
+        with pytest.raises(ValueError, match="a mean of 2 rows whose slots i stand at position i, got one"):
             attend(*replace(given, keys=given.keys._replace(mean=wrong)).arguments)
 
 

@@ -44,7 +44,7 @@ def test_layers_that_slide_by_themselves_have_means_too(split: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["int4", "int2"])
-@pytest.mark.parametrize("rule", range(3))
+@pytest.mark.parametrize("rule", range(4))
 def test_kernels_attend_as_to_decoded_tokens(rule: int, codec: str) -> None:
     """One layer of one model: nothing upstream lets a code fall the other way."""
     model = llama(num_hidden_layers=1)
@@ -52,7 +52,8 @@ def test_kernels_attend_as_to_decoded_tokens(rule: int, codec: str) -> None:
     ids, pads = torch.randint(5, 90, (3, 300)), torch.tensor([0, 3, 40])
     mask = (torch.arange(300) >= pads[:, None]).long()
     positions = (torch.arange(300) - pads[:, None]).clamp_min(0)
-    kv = KVConfig(codec=codec, window=[None, Window(200, 2), Window(150, 2, sink_positions="cache")][rule])
+    turned, summary = Window(150, 2, sink_positions="cache"), Window(150, 2, summary="mean", summary_page_size=8)
+    kv = KVConfig(codec=codec, window=[None, Window(200, 2), turned, summary][rule])
 
     def logits(forwards: list[int], decodes: bool) -> torch.Tensor:
         with hfkv.patch(model, kv) as handle, torch.no_grad(), pytest.MonkeyPatch.context() as patching:

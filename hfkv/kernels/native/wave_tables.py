@@ -83,11 +83,11 @@ class WaveTables:
             `head`, the number of slots and the rows' shifts, int64; and `numbers`.
 
         Raises:
-            ValueError: the mean is not one of so many rows, or some of its tokens are summaries.
+            ValueError: the mean is not one of so many rows, or some slots are at other positions.
         """
-        if len(mean.shifts) != batch or mean.summaries is not None:
-            what = f"of {len(mean.shifts)} rows" if mean.summaries is None else "of summaries"
-            raise ValueError(f"native kernels take a mean of {batch} rows without summaries, got one {what}")
+        if len(mean.shifts) != batch or mean.slots is not None:
+            what = f"of {len(mean.shifts)} rows" if mean.slots is None else "with slots elsewhere"
+            raise ValueError(f"native kernels take a mean of {batch} rows whose slots i stand at position i, got one {what}")
         shifts = mean.shifts
         reach = max(mean.num_slots, max(shifts) + length, -min(shifts))
         tables = cls.of(mean.mean.waves, reach)
