@@ -18,7 +18,7 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.models.latents import expands_latents, widths_of
 from hfkv.models.parallel import parallel_plan_of
-from hfkv.models.probe import cross_attention_layers, probe_rotary
+from hfkv.models.probe import base_model, cross_attention_layers, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.policy.config import KVConfig
 from hfkv.policy.window import Window
@@ -29,7 +29,7 @@ def build_layers(
     config_or_model: Any,
     kv: KVConfig,
     rotary: Mapping[int, Rotary | None] | None,
-    key_means: Mapping[int, KeyMean],
+    key_means: Mapping[int, KeyMean] | None = None,
 ) -> list[Any]:
     """Puts hfkv's layers in place of the plain layers of a `DynamicCache`; see `KVCache`.
 
@@ -41,6 +41,8 @@ def build_layers(
     cross = cross_attention_layers(config)
     if rotary is None and kv.needs_rotary:
         rotary = _probe(config_or_model)
+    if key_means is None:
+        key_means = _means_of(config_or_model)
     places = [
         LayerPlace(layer, index, kv.for_layer(index), config, rotary or {}, key_means.get(index))
         for index, layer in enumerate(stock)
@@ -156,6 +158,14 @@ def _probe(config_or_model: Any) -> Mapping[int, Rotary | None]:
             "the model itself, not from its config, or use hfkv.patch(model, kv=...)"
         )
     return probe_rotary(config_or_model)
+
+
+def _means_of(config_or_model: Any) -> Mapping[int, KeyMean]:
+    """The means of a patched model's keys; none of another, or of a config."""
+    if not isinstance(config_or_model, torch.nn.Module):
+        return {}
+    patched = vars(base_model(config_or_model)).get("hfkv")
+    return {} if patched is None else patched.key_means
 
 
 def is_replaced(layer: Any, config: PreTrainedConfig) -> bool:

@@ -37,7 +37,7 @@ class KVCache(DynamicCache):
             rotates its keys is found out by a forward pass over a few tokens.
         kv: `KVConfig`, its string form, or None: lossless.
         rotary: result of `probe_rotary` for the model, by layer, if it is known already.
-        key_means: means of keys, by layer, taken off before few bits write them; ``model.hfkv.key_means`` when patched.
+        key_means: means of keys, by layer, taken off before few bits write them; None for those of a patched model.
 
     Raises:
         TypeError: the first argument is neither a model nor a config (DataParallel rebuilds caches from data: use DDP).
@@ -67,8 +67,8 @@ class KVCache(DynamicCache):
         self.model_type: str = config.model_type
         super().__init__(config=config)
         self.record = TokenRecord()
-        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary, key_means or {})
-        self.takes_mean = bool(key_means) and any(leaf.gains_by_mean for leaf in self.leaves)
+        self.layers: list[Any] = build_layers(self.layers, config_or_model, self.kv, rotary, key_means)
+        self.takes_mean = any(layer.takes_mean for layer in self.kv_layers)
         self.offload = self._share_offload()
         self._group_layers(lambda leaf: (leaf.kv, leaf.sliding))
 

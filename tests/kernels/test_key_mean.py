@@ -163,7 +163,7 @@ def test_what_the_native_code_cannot_place_is_refused() -> None:
     placed = given.keys.mean
     assert placed is not None
     for wrong in (replace(placed, shifts=(3,)), replace(placed, slots=torch.zeros(2, 1).long())):
-        with pytest.raises(ValueError, match="a mean of 2 rows whose slots i stand at position i, got one"):
+        with pytest.raises(ValueError, match="a mean of 2 rows, slot i at position i, got one"):
             attend(*replace(given, keys=given.keys._replace(mean=wrong)).arguments)
 
 

@@ -46,6 +46,11 @@ class CacheLayer(CacheLayerMixin):
         """The number of kv heads that each leaf holds, of `total` in the layer."""
         return [total] * len(self.leaves)
 
+    @property
+    def takes_mean(self) -> bool:
+        """Whether a mean is taken off its keys."""
+        return any(leaf.mean is not None for leaf in self.leaves)
+
     def extra_memory(self) -> list[Any]:
         """The bytes that the layer holds besides keys and values; see `Store.memory`."""
         return []

@@ -117,6 +117,10 @@ class SplitLayer(CacheLayer):
         return len(self.global_heads), total - len(self.global_heads)
 
     @property
+    def takes_mean(self) -> bool:
+        return self._mean is not None and any(leaf.gains_by_mean for leaf in self.leaves)
+
+    @property
     def extras(self) -> list[str]:
         return [f"all of kv heads {', '.join(map(str, self.global_heads))}"]
 

@@ -87,7 +87,7 @@ class WaveTables:
         """
         if len(mean.shifts) != batch or mean.slots is not None:
             what = f"of {len(mean.shifts)} rows" if mean.slots is None else "with slots elsewhere"
-            raise ValueError(f"native kernels take a mean of {batch} rows whose slots i stand at position i, got one {what}")
+            raise ValueError(f"native kernels take a mean of {batch} rows, slot i at position i, got one {what}")
         shifts = mean.shifts
         reach = max(mean.num_slots, max(shifts) + length, -min(shifts))
         tables = cls.of(mean.mean.waves, reach)

@@ -97,7 +97,7 @@ def load_cache(path: str | os.PathLike[str], model: Any) -> KVCache:
             "Load it for the model that filled it, put the weights or adapters back, or read the text again"
         )
     try:
-        cache = KVCache(base, header.kv, base.hfkv.rotary if "hfkv" in vars(base) else None)
+        cache = KVCache(base, header.kv, base.hfkv.rotary if "hfkv" in vars(base) else None, {})
         check_files_hold(cache)
         contents = _contents(cache, header, tensors, base)
     except ValueError as error:
