@@ -83,17 +83,17 @@ class Group:
         step: the step that was worked out last.
         shown: the views that the last layer to follow it was given, and the tokens behind them; see
             `hfkv.cache.view.same_views`.
-        waves: where the new keys of a forward stand, and the cosines and sines that their mean is turned by.
+        turns: the means of their keys, turned to where new ones stand: a `hfkv.cache.turns.Turns` for each kind.
         changes: what the stores of the layers have done last; they hold the same block table.
     """
 
-    __slots__ = ("changes", "shown", "step", "waves")
+    __slots__ = ("changes", "shown", "step", "turns")
 
     def __init__(self) -> None:
         self.step: Step | None = None
         self.changes = Changes()
         self.shown: Any = None
-        self.waves: Any = None
+        self.turns: dict[Any, Any] = {}
 
     def __reduce__(self) -> Any:
         return Group, ()  # what is worked out in a forward is not kept

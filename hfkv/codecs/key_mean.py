@@ -23,11 +23,13 @@ class KeyMean:
     Attributes:
         vector: m, float32 `[H, D]`, in one piece.
         across: what `Waves.across` gives of it.
+        kind: what means have alike that are turned together: waves, shape and device.
     """
 
     def __init__(self, vector: torch.Tensor, waves: Waves) -> None:
         self.vector = vector.detach().float().contiguous()
         self.across, self.waves = waves.across(self.vector), waves
+        self.kind = waves, self.vector.shape, self.vector.device
 
     def to(self, device: torch.device) -> KeyMean:
         """The same with its vectors on a device."""

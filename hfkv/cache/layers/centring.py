@@ -7,6 +7,7 @@ import torch
 from hfkv.cache.layers.span import Span
 from hfkv.cache.snapshot import HeldTokens
 from hfkv.cache.step import Member
+from hfkv.cache.turns import Turns
 from hfkv.codecs import Codecs
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.placed_mean import PlacedMean
@@ -50,12 +51,12 @@ class Centred(Member):
         mean, first, count, origins = self.mean, self.span.seen, keys.shape[2], self.span.padding.origins or (0,)
         if (keys.shape[1], keys.shape[3]) != mean.vector.shape or len(origins) not in (1, len(keys)):
             return keys
-        # The layers of a group stand alike.
-        which = first, count, origins, mean.waves, keys.device
-        if self.group.waves is None or self.group.waves[0] != which:
-            placed = PlacedMean(mean, tuple(first - origin for origin in origins))
-            self.group.waves = which, *placed.waves(0, count)
-        _, cos, sin = self.group.waves
+        turns = self.group.turns.get(mean.kind)
+        if turns is None:
+            turns = self.group.turns[mean.kind] = Turns()
+        turned, cos, sin = turns.to(mean, first, count, origins)
+        if turned is not None:
+            return (keys - turned).to(keys.dtype)
         if keys.requires_grad or count <= _TOGETHER:
             return mean.taken_off(keys, cos, sin)
         out = torch.empty_like(keys)
