@@ -70,6 +70,7 @@ def compare(
     context: int | None = 1024,
     chunk: int = CHUNK,
     on_tokens: Callable[[str, int], None] = lambda kv, num_tokens: None,
+    calibration: Any = None,
 ) -> list[CacheReport]:
     """Read a text under the full cache and under others, and score and compare every token.
 
@@ -86,6 +87,7 @@ def compare(
         context: Tokens a block; the last may be shorter. None reads one stream.
         chunk: Tokens a forward; 1 reads as generation does. See `chunk_slices`.
         on_tokens: Called after each forward with the config and how many tokens it read.
+        calibration: What the mean of keys is taken over, where a codec takes one; see `hfkv.patch`.
 
     Returns:
         One report a config, the full cache's first.
@@ -101,7 +103,7 @@ def compare(
     blocks = text_blocks(ids, getattr(config, "bos_token_id", None), context)
     tallies = [_Tally(name) for name in names]
     with each_warning_once():
-        readers = [CacheReader(model, kv) for kv in names.values()]
+        readers = [CacheReader(model, kv, calibration) for kv in names.values()]
         with attention_outputs(model) as outputs, patch(model):
             for inputs, targets in blocks:
                 for reader in readers:

@@ -225,9 +225,7 @@ class _Search:
         found: list[_Measured] = []
         for start in range(0, len(configs), TOGETHER):
             some = dict(list(configs.items())[start : start + TOGETHER])
-            full, *others = compare(
-                self._model, ids, some, self._block, CHUNK, lambda name, n: self._on_tokens(name, n, self._total)
-            )
+            full, *others = compare(self._model, ids, some, self._block, CHUNK, self._report, self._ids)
             if not 0 < full.nats < math.inf:
                 raise ValueError(
                     f"the full cache's loss on this text is {full.nats} nats a token, of which no share can be "
@@ -235,6 +233,9 @@ class _Search:
                 )
             found += [_Measured(each.nats, each.kl, full.nats, each.held_bytes, full.held_bytes) for each in others]
         return found
+
+    def _report(self, name: str, num_tokens: int) -> None:
+        self._on_tokens(name, num_tokens, self._total)
 
     def measured(self, index: int) -> _Measured:
         """The cache after so many steps, on the whole text; measured once."""

@@ -12,6 +12,7 @@ import torch
 
 from hfkv.cache.kv_cache import KVCache
 from hfkv.models.probe import base_model
+from hfkv.patches.keys.means import wants_means
 from hfkv.patches.patch import patch
 from hfkv.policy.config import KVConfig
 
@@ -30,6 +31,7 @@ class CacheReader:
     Args:
         model: A causal language model, or a `PeftModel` around one, not patched yet.
         kv: What the cache keeps; a `KVConfig`, its string form, or None: lossless.
+        calibration: What the mean of keys is taken over, where a codec takes one; see `hfkv.patch`.
 
     Attributes:
         kv: The config.
@@ -42,11 +44,12 @@ class CacheReader:
 
     cache: KVCache
 
-    def __init__(self, model: Any, kv: KVConfig | str | None = None) -> None:
+    def __init__(self, model: Any, kv: KVConfig | str | None = None, calibration: Any = None) -> None:
         check_model(model)
         self._model = model
         # What this config needs of the model is found out here, and not again for every text.
-        with patch(model, kv) as handle:
+        wanted = KVConfig.of(kv)
+        with patch(model, wanted, calibration=calibration if wants_means(wanted) else None) as handle:
             self.kv, self._rotary, self._key_means = handle.kv, handle.rotary, handle.key_means
 
     def start(self, num_tokens: int | None = None) -> None:
