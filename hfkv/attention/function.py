@@ -17,8 +17,10 @@ from hfkv.attention.latent.function import latent_attention, windowed_latent_att
 from hfkv.attention.latent.view import LatentView
 from hfkv.attention.masks import NOT_LEFT_PADDED, CausalMask, hfkv_mask, left_padding, only_picked, packed_only, rule_of
 from hfkv.attention.quick import quick_attention
+from hfkv.attention.recent import recent_attention
 from hfkv.attention.windowed import windowed_attention
 from hfkv.cache.layers.head_groups import SplitTokens
+from hfkv.cache.layers.recent import RecentTokens
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
 from hfkv.cache.view import KVView, StepKeys, StepValues, refuse_window
 from hfkv.kernels.inputs import Scoring
@@ -122,6 +124,9 @@ def hfkv_attention(
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
         if isinstance(tokens, SplitTokens):
             return _split(query, tokens, pads, scoring)
+        if isinstance(tokens, RecentTokens):
+            output, weights = recent_attention(query, tokens, pads, scoring)
+            return as_returned(output), weights
         if isinstance(tokens, HeldTokens) and tokens.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
     is_followed = key.requires_grad or value.requires_grad  # a backward pass must find the edge that raises

@@ -123,7 +123,7 @@ def describe_layers(
         raise CommandError(f"--kv {kv!r} and --model {name!r} do not go together: {error}") from error
     notes = []
     own, bias = own_attention_of(config, decoder), no_kernel_reason(decoder)
-    if any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers) and (own or bias):
+    if any(layer.needs_own_attention for layer in cache.kv_layers) and (own or bias):
         raise CommandError(
             f"--kv {kv!r}: {decoder.model_type!r} takes no window: {own or bias}; leave the window out (its words, "
             "such as window:1024)"
@@ -201,7 +201,7 @@ class _AskedLayer:
 
     @property
     def _is_windowed(self) -> bool:
-        return self.layer.window is not None and not self.layer.is_sliding
+        return bool(self.layer.needs_own_attention)
 
     def _reads(self, heads: HeadShape) -> list[Use]:
         uses = []
