@@ -34,7 +34,7 @@ def recent_attention(
         The output `[B, Hq, q, Dv]` in the wider dtype of queries and keys, and, where wanted, the weights `[B, Hq, q,
         seen]` by position.
     """
-    coarse, fine = (_held(views) for views in (tokens.coarse, tokens.fine))
+    coarse, fine = (held_of(views) for views in (tokens.coarse, tokens.fine))
     query = query.to(torch.promote_types(query.dtype, fine.parts["key"].dtype))
     is_tracked = tokens.coarse[0].requires_grad or tokens.fine[0].requires_grad
     kernel = None if is_tracked else kernel_for(query, coarse, scoring)
@@ -42,7 +42,7 @@ def recent_attention(
         return _decoded(query, tokens, coarse, fine, pads, scoring)
     alone = replace(scoring, sink_logits=None)  # which come once, at the end
     attended = attended_in_window(query, WindowBlocks(fine, pads), alone)
-    visibility = _coarse_part(tokens, pads)
+    visibility = coarse_part(tokens, pads)
     # A query that sees something there stands at least so far behind the first one.
     skipped = max(min(visibility.pads) - (visibility.seen - query.shape[2]), 0)
     if skipped < query.shape[2]:
@@ -51,7 +51,7 @@ def recent_attention(
     return with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype), None
 
 
-def _coarse_part(tokens: RecentTokens, pads: tuple[int, ...]) -> Visibility:
+def coarse_part(tokens: RecentTokens, pads: tuple[int, ...]) -> Visibility:
     """What queries read in the coarse form: a query at t as a causal one at t - size would see a row behind its sinks.
 
     So it is said as if the newest tokens had never been, and as if the sinks were padding.
@@ -107,7 +107,8 @@ def _both(
     return (coarse, tokens.coarse), (fine, tokens.fine)
 
 
-def _held(views: tuple[KVView, KVView]) -> HeldTokens:
+def held_of(views: tuple[KVView, KVView]) -> HeldTokens:
+    """The tokens behind the views of one of the two parts."""
     held = views[0].held
     assert isinstance(held, HeldTokens)
     return held

@@ -11,10 +11,15 @@ from transformers import DeepseekV3Config, Gemma3TextConfig, MistralConfig
 
 import hfkv
 from hfkv import KVCache, KVConfig, Recent
+from hfkv.attention.masks import CausalMask
 from hfkv.attention.recent import recent_attention
+from hfkv.attention.recent_step import quick_recent_attention
 from hfkv.cache.layers.recent import RecentLayer, RecentTokens
 from hfkv.codecs import Codecs
+from hfkv.codecs.key_mean import KeyMean
+from hfkv.codecs.waves import Waves
 from hfkv.kernels.inputs import Scoring
+from hfkv.kernels.placed_mean import PlacedMean
 from tests.brute_force import one_head_in_two_forms
 from tests.tiny import greedy, llama, llama_config, llama_for, prompt, text
 from tests.windowed import LENGTH, PADS, SPLITS, error, model_of, through_cache
@@ -40,11 +45,18 @@ def test_softcap_sink_logits_and_layers_that_slide_by_themselves(name: str, spli
 
 
 def filled(
-    kv: str, keys: torch.Tensor, values: torch.Tensor, lengths: list[int], pads: tuple[int, ...] | None = None
+    kv: str,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lengths: list[int],
+    pads: tuple[int, ...] | None = None,
+    mean: KeyMean | None = None,
 ) -> tuple[RecentLayer, Any]:
     """A layer that some tokens came to, and what it shows."""
-    layer = RecentLayer(KVConfig.parse(kv))
+    layer = RecentLayer(KVConfig.parse(kv), mean)
     layer.reserve(keys.shape[2])
+    for leaf in layer.leaves if mean is not None else ():
+        leaf.begin_rows(pads or ())
     for k, v in zip(keys.split(lengths, dim=2), values.split(lengths, dim=2), strict=True):
         shown = layer.update(k, v)
         if pads is not None:
@@ -52,26 +64,36 @@ def filled(
     return layer, shown[0].held
 
 
+def as_read(codec: str, keys: torch.Tensor, values: torch.Tensor, mean: KeyMean | None) -> list[torch.Tensor]:
+    """Keys and values as a codec gives them back, each row of `PADS["ragged"]` less its mean meanwhile; float64."""
+    codecs, off = Codecs.named(codec), torch.zeros_like(keys)
+    if mean is not None and codecs.key.takes_mean:
+        off = PlacedMean(mean, tuple(-pad for pad in PADS["ragged"])).turned(0, LENGTH)
+    read = ((codecs.key, keys, off), (codecs.value, values, torch.zeros_like(values)))
+    return [its.decode(its.encode(x - less), 32, torch.float32).double() + less for its, x, less in read]
+
+
+@pytest.mark.pairwise
+@pytest.mark.parametrize("with_mean", [False, True])
 @pytest.mark.parametrize("num_queries", [1, 5, 40, 90])
-@pytest.mark.parametrize("recent", ["7:int8+recent_sinks:2", "20:none", "40:k:none/v:fp8"])
+@pytest.mark.parametrize("recent", ["7:int8+recent_sinks:2", "20:none", "40:k:none/v:fp8", "9:k:int8/v:int4"])
 @pytest.mark.parametrize("codec", ["int2+paged+page_size:8", "k:int4+v:int3", "int4"])
-def test_kernels_read_each_token_in_the_form_it_has_for_the_query(codec: str, recent: str, num_queries: int) -> None:
+def test_kernels_read_each_token_in_the_form_it_has_for_the_query(
+    codec: str, recent: str, num_queries: int, with_mean: bool
+) -> None:
     torch.manual_seed(2)
+    mean = KeyMean(torch.randn(2, 32), Waves(0.5 ** torch.arange(16), False, 32)) if with_mean else None
     kv = KVConfig.parse(f"{codec}+recent:{recent}")
     keys, values = (torch.randn(3, 2, LENGTH, 32) for _ in range(2))
     query, logits = torch.randn(3, 6, num_queries, 32), torch.randn(6)
     scoring = Scoring(0.3, softcap=9.0, sink_logits=logits)
     lengths = [LENGTH] if num_queries == LENGTH else [LENGTH - num_queries, num_queries]
     pads = PADS["ragged"]
-    _, tokens = filled(str(kv), keys, values, lengths, pads)
+    _, tokens = filled(str(kv), keys, values, lengths, pads, mean)
     assert isinstance(tokens, RecentTokens)
     output, weights = recent_attention(query, tokens, pads, scoring)
     assert weights is None
-    forms = []
-    for name in (kv.codec, kv.recent.codec):
-        codecs = Codecs.named(name)
-        read = ((codecs.key, keys), (codecs.value, values))
-        forms.append([codec.decode(codec.encode(x), 32, torch.float32).double() for codec, x in read])
+    forms = [as_read(name, keys, values, mean) for name in (kv.codec, kv.recent.codec)]
     for row, pad in enumerate(pads):
         first = max(LENGTH - num_queries, pad)  # before it, queries are of padding
         for head in range(6):
@@ -217,3 +239,32 @@ def test_layers_that_cannot_have_it() -> None:
     assert [leaf.kv.codec for leaf in mixed.leaves] == ["int8"] * 5 + ["int4", "int8"]
     own = KVConfig("int2", recent=Recent(8), layers={"0": KVConfig("int8")})
     assert [type(layer).__name__ for layer in KVCache(llama_config(), own).layers] == ["KVLayer", "RecentLayer"]
+
+
+@pytest.mark.parametrize("store", ["contiguous", "paged+page_size:8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pads", [(0, 0), (3, 31)])
+def test_a_step_is_attended_to_as_each_layer_by_itself_would_be(
+    pads: tuple[int, ...], dtype: torch.dtype, store: str
+) -> None:
+    torch.manual_seed(4)
+    cache = KVCache(llama_config(num_hidden_layers=3), f"k:int4+v:int2+recent:9:int8+recent_sinks:2+{store}")
+    cache.reserve(60)
+    seen, quick = 0, 0
+    for count in (30, *[1] * 5, 4, *[1] * 5):
+        seen += count
+        is_real = torch.arange(seen) >= torch.tensor(pads)[:, None]
+        mask = CausalMask(2, count, seen, is_real if any(pads) else None, torch.device("cpu"))
+        for layer in range(3):
+            states = [torch.randn(2, 2, count, 16, dtype=dtype) for _ in range(2)]
+            key, value = cache.update(*states, layer)
+            query = torch.randn(2, 6, count, 16, dtype=dtype)
+            now = tuple(min(pad, seen) for pad in pads)
+            key.held.padding.learn(now, seen - count)
+            found = quick_recent_attention(query, key, value, mask, 0.3)
+            if found is None:  # the first forward, and where pages are new or dropped
+                continue
+            quick += 1
+            expected = recent_attention(query, key.held, now, Scoring(0.3))[0].transpose(1, 2)
+            assert torch.allclose(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.02)
+    assert quick == (27 if "paged" in store else 33)

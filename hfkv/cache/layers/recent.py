@@ -10,7 +10,7 @@ import torch
 from hfkv.cache.layers.layer import KVLayer
 from hfkv.cache.layers.two_parts import TwoPartLayer, TwoPartTokens
 from hfkv.cache.snapshot import HeldTokens, Part, PartShape
-from hfkv.cache.view import KVView, make_views
+from hfkv.cache.view import KVView, new_wrapper
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.policy.config import KVConfig
 from hfkv.policy.recent import Recent
@@ -44,6 +44,20 @@ class RecentTokens(TwoPartTokens):
     @property
     def parts(self) -> dict[Part, PartShape]:  # type: ignore[override]
         return dict(self.windowed.parts)
+
+
+class RecentKeys(KVView):
+    """The keys of a `RecentLayer`."""
+
+    held: RecentTokens
+    part = "key"
+
+
+class RecentValues(KVView):
+    """The values of a `RecentLayer`."""
+
+    held: RecentTokens
+    part = "value"
 
 
 class RecentLayer(TwoPartLayer):
@@ -86,4 +100,16 @@ class RecentLayer(TwoPartLayer):
         coarse, fine = (part.update(key_states, value_states) for part in self.parts)
         if self.parts[1].span.seen <= self.recent.size + self.recent.sinks:
             return fine  # all that any query sees is read there
-        return make_views(RecentTokens(self.recent, coarse, fine), tracked=False)  # type: ignore[arg-type]
+        tokens = RecentTokens(self.recent, coarse, fine)  # type: ignore[arg-type]
+        seen = self.parts[1].span.seen
+        return _view(RecentKeys, tokens, key_states, seen), _view(RecentValues, tokens, value_states, seen)
+
+
+def _view(kind: Any, tokens: RecentTokens, new: torch.Tensor, seen: int) -> Any:
+    """A view of `seen` tokens, of which `new` are the newest, in the time that a step has."""
+    batch, heads, _, head_dim = new.shape
+    size, strides = (batch, heads, seen, head_dim), (heads * seen * head_dim, seen * head_dim, head_dim, 1)
+    dtype = tokens.windowed.parts[kind.part].dtype
+    view = new_wrapper(kind, size, strides, 0, None, dtype, torch.strided, new.device)
+    view.held = tokens
+    return view
