@@ -241,14 +241,20 @@ def test_layers_that_cannot_have_it() -> None:
     assert [type(layer).__name__ for layer in KVCache(llama_config(), own).layers] == ["KVLayer", "RecentLayer"]
 
 
+@pytest.mark.parametrize("with_means", [False, True])
 @pytest.mark.parametrize("store", ["contiguous", "paged+page_size:8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pads", [(0, 0), (3, 31)])
 def test_a_step_is_attended_to_as_each_layer_by_itself_would_be(
-    pads: tuple[int, ...], dtype: torch.dtype, store: str
+    pads: tuple[int, ...], dtype: torch.dtype, store: str, with_means: bool
 ) -> None:
     torch.manual_seed(4)
-    cache = KVCache(llama_config(num_hidden_layers=3), f"k:int4+v:int2+recent:9:int8+recent_sinks:2+{store}")
+    waves = Waves(0.5 ** torch.arange(8), False, 16)
+    means = {layer: KeyMean(torch.randn(2, 16), waves) for layer in range(3)} if with_means else None
+    kv = f"k:int4+v:int2+recent:9:k:int4/v:int8+recent_sinks:2+{store}"
+    cache = KVCache(llama_config(num_hidden_layers=3), kv, key_means=means)
+    for leaf in cache.leaves:
+        leaf.begin_rows(pads)
     cache.reserve(60)
     seen, quick = 0, 0
     for count in (30, *[1] * 5, 4, *[1] * 5):
