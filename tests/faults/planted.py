@@ -176,6 +176,20 @@ FAULTS = (
         ("model/test_window.py", "model/test_window_heads.py"),
     ),
     Fault(
+        "a token is read in both of its forms",
+        "hfkv/attention/recent.py",
+        "seen = max(tokens.seen - tokens.recent.size, 0)",
+        "seen = max(tokens.seen - tokens.recent.size + 1, 0)",
+        ("model/test_recent.py",),
+    ),
+    Fault(
+        "sinks are read in both of their forms",
+        "hfkv/attention/recent.py",
+        "positions >= near.starts + tokens.recent.sinks",
+        "positions >= near.starts",
+        ("model/test_recent.py",),
+    ),
+    Fault(
         "heads come back in another order",
         "hfkv/attention/function.py",
         "torch.tensor(order, device=query.device).argsort()",

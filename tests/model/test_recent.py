@@ -32,7 +32,7 @@ STORES = ["contiguous", "paged+page_size:4", "paged+page_size:16+offload"]
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize("padding", PADS)
 @pytest.mark.parametrize("recent", ["1", "7+recent_sinks:0", "60:k:none/v:int8", "200"])
-@pytest.mark.parametrize("codec", ["int2", "k:int4+v:int2"])
+@pytest.mark.parametrize("codec", ["int3", "k:int4+v:int2"])
 def test_logits_equal_brute_force(codec: str, recent: str, padding: str, store: str, split: str) -> None:
     # In float64, see tests.model.test_window.
     assert error("llama", KVConfig.parse(f"{codec}+recent:{recent}+{store}"), padding, split, torch.float64) <= 1e-5
@@ -130,7 +130,13 @@ def test_a_text_within_the_recent_tokens_is_read_as_in_their_codec() -> None:
         assert not torch.equal(greedy(model, inputs, 60), greedy(llama(), inputs, 60))
 
 
-@pytest.mark.parametrize("kv", ["int4+recent:8:int8+recent_sinks:2", "int2+recent:8+paged+page_size:4+offload"])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        "int4+recent:8:int8+recent_sinks:2",
+        pytest.param("int3+recent:8+paged+page_size:4+offload", marks=pytest.mark.slow),
+    ],
+)
 def test_every_mode_of_generate(kv: str) -> None:
     model = llama_for(kv)
     inputs = prompt(batch=1)
