@@ -183,13 +183,6 @@ FAULTS = (
         ("model/test_recent.py",),
     ),
     Fault(
-        "sinks are read in both of their forms",
-        "hfkv/attention/recent.py",
-        "positions >= near.starts + tokens.recent.sinks",
-        "positions >= near.starts",
-        ("model/test_recent.py",),
-    ),
-    Fault(
         "heads come back in another order",
         "hfkv/attention/function.py",
         "torch.tensor(order, device=query.device).argsort()",
