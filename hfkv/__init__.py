@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from hfkv.planning.plan import memory_plan as memory_plan
     from hfkv.policy.config import KVConfig as KVConfig
     from hfkv.policy.errors import CacheMemoryError as CacheMemoryError
+    from hfkv.policy.recent import Recent as Recent
     from hfkv.policy.reuse import Reuse as Reuse
     from hfkv.policy.window import Window as Window
     from hfkv.sparse_moe.layer import SparseMoE as SparseMoE
@@ -54,6 +55,7 @@ _PUBLIC = {
     "PagedCache": "hfkv.cache.presets",
     "Patch": "hfkv.patches.handle",
     "QuantizedCache": "hfkv.cache.presets",
+    "Recent": "hfkv.policy.recent",
     "Reuse": "hfkv.policy.reuse",
     "SlidingWindowCache": "hfkv.cache.presets",
     "SparseMoE": "hfkv.sparse_moe.layer",

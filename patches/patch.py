@@ -158,10 +158,10 @@ def _found(model: Any, kv: KVConfig, calibration: Any) -> KVConfig:
 
 def _accept_own_attention(handle: Patch) -> None:
     name = type(handle.model).__name__
-    if handle.kv.window is not None or any(kv.window is not None for kv in handle.kv.layers.values()):
+    if handle.kv.needs_own_attention:
         raise ValueError(
-            f"{name} keeps its own attention ({handle.own_attention}), which knows nothing of a window; leave the "
-            "window out"
+            f"{name} keeps its own attention ({handle.own_attention}), which knows nothing of a window or of recent "
+            "tokens in more bits; leave the window, or recent, out"
         )
     logger.warning("%s keeps its own attention: %s; it reads decoded caches", name, handle.own_attention)
 

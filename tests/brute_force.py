@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 
-from hfkv import KVConfig, Window
+from hfkv import KVConfig, Recent, Window
 from hfkv.codecs import Codecs
 from hfkv.codecs.key_mean import KeyMean
 
@@ -37,14 +38,18 @@ def logits(
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **kwargs: Any) -> Any:
         sliding = getattr(module, "sliding_window", None)
         window = Window(sliding, sinks=0) if sliding else kv.window
-        mean = (means or {}).get(module.layer_idx)
+        mean, recent = (means or {}).get(module.layer_idx), None
         if not latent:
             where = torch.arange(key.shape[2]) - torch.tensor(pads)[:, None]
             off = 0 if mean is None else mean.turned(*mean.waves.of(where, key.device))
-            key, value = _as_stored(kv.codec, key - off, value)
-            key = key + off
+            fine = None if kv.recent is None else _read(kv.recent.codec, key, value, off)
+            if fine is None or not sliding:
+                key, value = _read(kv.codec, key, value, off)
+                recent = None if fine is None else InTwoForms(kv.recent, *fine)
+            else:
+                key, value = fine  # all that such a layer holds is recent
         stored = _Stored(kv.codec, mean)
-        return _attend(model, module, query, key, value, window, pads, scaling, kwargs, stored), None
+        return _attend(model, module, query, key, value, window, pads, scaling, kwargs, stored, recent), None
 
     AttentionInterface.register("brute_force", attention)
     before = model.config._attn_implementation
@@ -85,6 +90,49 @@ def _as_stored(codec: str, *states: torch.Tensor) -> Iterator[torch.Tensor]:
         yield its.decode(its.encode(x), x.shape[-1], x.dtype)
 
 
+def _read(codec: str, key: torch.Tensor, value: torch.Tensor, off: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values as they are read; `off` is taken off keys meanwhile where their codec gains by it."""
+    off = off if Codecs.named(codec).key.takes_mean else 0
+    key, value = _as_stored(codec, key - off, value)
+    return key + off, value
+
+
+@dataclass(frozen=True)
+class InTwoForms:
+    """Recent tokens, and the keys and values `[B, H, T, D]` of all tokens in their form."""
+
+    recent: Recent
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def of(self, row: int, pad: int, kv_head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key[row, kv_head, pad:], self.value[row, kv_head, pad:]
+
+
+def one_head_in_two_forms(
+    q: torch.Tensor,
+    coarse: tuple[torch.Tensor, torch.Tensor],
+    fine: tuple[torch.Tensor, torch.Tensor],
+    recent: Recent,
+    scaling: float,
+    softcap: float | None = None,
+    sink_logit: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`[T, Dv]` of one head of one row without padding: each query reads each token in its form."""
+    outputs = []
+    for t in range(len(q)):
+        j = torch.arange(t + 1)
+        is_fine = ((j > t - recent.size) | (j < recent.sinks))[:, None]
+        k, v = (torch.where(is_fine, near[: t + 1], far[: t + 1]) for near, far in zip(fine, coarse, strict=True))
+        scores = k @ q[t] * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sink_logit is not None:
+            scores = torch.cat((scores, sink_logit.reshape(1)))
+        outputs.append(scores.softmax(-1)[: t + 1] @ v)
+    return torch.stack(outputs)
+
+
 def positions(ids: torch.Tensor, pads: tuple[int, ...]) -> torch.Tensor:
     """Position ids `[B, T]`, 0 at each row's first real token and before."""
     return (torch.arange(ids.shape[1]) - torch.tensor(pads)[:, None]).clamp_min(0)
@@ -119,6 +167,7 @@ def _attend(
     scaling: float,
     extra: dict[str, Any],
     stored: _Stored,
+    recent: InTwoForms | None = None,
 ) -> torch.Tensor:
     """`[B, T, Hq, D]`, a row, a head and a query at a time."""
     batch, num_heads, count, _ = query.shape
@@ -133,6 +182,11 @@ def _attend(
             keeps_all = window is None or kv_head in window.global_heads.get(module.layer_idx, ())
             own = None if keeps_all else window
             sink_logit = extra["s_aux"][head] if extra.get("s_aux") is not None else None
+            if recent is not None:
+                coarse, fine = (k[kv_head], v[kv_head]), recent.of(b, pad, kv_head)
+                rules = recent.recent, scaling, extra.get("softcap"), sink_logit
+                output[b, pad:, head] = one_head_in_two_forms(q[head], coarse, fine, *rules)
+                continue
             output[b, pad:, head] = _one_head(
                 *(model, q[head], k[kv_head], v[kv_head], own, scaling, extra.get("softcap"), sink_logit),
                 stored.of_head(kv_head),

@@ -43,7 +43,7 @@ def llama_for(kv: str, **changes: Any) -> LlamaForCausalLM:
     codes falls either way now and then, which the logits show.
     """
     model = llama(**changes)
-    return model.double() if any(codec in kv for codec in ("int8", "int4", "fp8")) else model
+    return model.double() if any(codec in kv for codec in ("int8", "int4", "fp8", "int3", "int2")) else model
 
 
 def prompt(batch: int = 2, length: int = 9, padding: int = 0) -> dict[str, torch.Tensor]:

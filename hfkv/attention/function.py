@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +17,11 @@ from hfkv.attention.latent.function import latent_attention, windowed_latent_att
 from hfkv.attention.latent.view import LatentView
 from hfkv.attention.masks import NOT_LEFT_PADDED, CausalMask, hfkv_mask, left_padding, only_picked, packed_only, rule_of
 from hfkv.attention.quick import quick_attention
+from hfkv.attention.recent import recent_attention
+from hfkv.attention.recent_step import quick_recent_attention
 from hfkv.attention.windowed import windowed_attention
 from hfkv.cache.layers.head_groups import SplitTokens
+from hfkv.cache.layers.recent import RecentKeys, RecentTokens, RecentValues
 from hfkv.cache.snapshot import HeldTokens, Part, Tokens
 from hfkv.cache.view import KVView, StepKeys, StepValues, refuse_window
 from hfkv.kernels.inputs import Scoring
@@ -43,6 +46,10 @@ _HOW = {
 _PACKING = {"cu_seq_lens_q", "cu_seq_lens_k"}
 _UNDERSTOOD = _EAGER_ONLY | _SAID_BY_MASK | _HOW | _PACKING
 _VIEWS = (KVView, LatentView)
+_QUICK: dict[tuple[type, type], Callable[..., torch.Tensor | None]] = {
+    (StepKeys, StepValues): quick_attention,
+    (RecentKeys, RecentValues): quick_recent_attention,
+}
 
 
 def hfkv_attention(
@@ -78,13 +85,14 @@ def hfkv_attention(
         ValueError: a model that must keep its own attention was loaded with this one.
         NotImplementedError: a keyword that would change the result and is not implemented here.
     """
-    if type(key) is StepKeys and type(value) is StepValues and position_bias is None and not dropout:
+    quick = _QUICK.get((type(key), type(value)))
+    if quick is not None and position_bias is None and not dropout:
         kind = (type(module), *kwargs)
         telling = _telling.get(kind)
         if telling is None:
             telling = _telling[kind] = _telling_names(module, kwargs)
         if not telling or all(kwargs[name] is None or kwargs[name] is False for name in telling):
-            output = quick_attention(query, key, value, attention_mask, scaling)
+            output = quick(query, key, value, attention_mask, scaling)
             if output is not None:
                 return output, None
     _refuse_own_attention(getattr(module, "config", None))
@@ -122,6 +130,9 @@ def hfkv_attention(
         scoring = _scoring(query, scaling, dropout if module.training else 0.0, extra)
         if isinstance(tokens, SplitTokens):
             return _split(query, tokens, pads, scoring)
+        if isinstance(tokens, RecentTokens):
+            output, weights = recent_attention(query, tokens, pads, scoring)
+            return as_returned(output), weights
         if isinstance(tokens, HeldTokens) and tokens.hides_tokens(pads):
             return _windowed(query, key, value, pads, scoring)
     is_followed = key.requires_grad or value.requires_grad  # a backward pass must find the edge that raises

@@ -50,6 +50,8 @@ class Rule:
         of_step: the same kernel for the layers of a step, where it has all of its arguments but their tensors.
         slices: of one query over plain tokens in one piece, that torch takes as they are: size, strides and offset of
             the keys, the same of the values, the shape `[B, 1, Hq, D]` of the output, and whether heads share keys.
+        beside: what is worked out besides where the tokens are the recent ones of a layer; see
+            `hfkv.attention.recent_step`.
     """
 
     mask: torch.Tensor | None
@@ -66,6 +68,7 @@ class Rule:
     inputs: DeviceInputs | None = None
     of_step: StepCall | None = None
     slices: tuple[Any, Any, tuple[int, ...], bool] | None = None
+    beside: Any = None
 
 
 def rule_of_step(held: HeldTokens, step: Step, mask: torch.Tensor | None, query: torch.Tensor) -> Rule:

@@ -45,7 +45,7 @@ def windowed_attention(
     sees_all = num_queries == 1 and look.sees_all_held(first)
     kernel = kernel_for(query, held, scoring) if tracked is None else None
     if kernel is not None and held.kernel(query).reads_moved_windows:
-        return _by_kernel(kernel, query, look, scoring, sees_all), None
+        return _by_kernel(kernel, query, look, scoring, sees_all).out, None
     if sees_all and scoring.is_plain:
         return attend([look.segment(query, *look.read(0, held.last - held.first), None)], scoring)[0], None
     outputs, weights = [], []
@@ -56,9 +56,30 @@ def windowed_attention(
         attended, parts = attend([segment.segment for segment in segments], scoring)
         outputs.append(attended)
         if parts is not None:
-            weights.append(_by_position(parts, segments, held.seen))
+            weights.append(by_position(parts, segments, held.seen))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return output, torch.cat(weights, dim=2) if weights else None
+
+
+def attended_in_window(query: torch.Tensor, look: WindowBlocks, scoring: Scoring) -> Attended:
+    """The same attention with its log-sum-exp, to be merged with others.
+
+    Args:
+        query: `[B, Hq, q, D]` in a dtype that holds the keys'.
+        look: what the window lets the newest tokens' queries see.
+        scoring: what becomes of scores, without sink logits, dropout and weights.
+    """
+    held, num_queries = look.held, query.shape[2]
+    first = held.seen - num_queries
+    kernel = kernel_for(query, held, scoring)
+    if kernel is not None and held.kernel(query).reads_moved_windows:
+        return _by_kernel(kernel, query, look, scoring, num_queries == 1 and look.sees_all_held(first))
+    block, blocks = look.block_length(), []
+    for begin in range(first, held.seen, block):
+        end = min(begin + block, held.seen)
+        placed = look.segments(query[:, :, begin - first : end - first], begin, end)
+        blocks.append(attend_apart([place.segment for place in placed], scoring))
+    return _one_after_the_other(blocks, query.dtype)
 
 
 def visibility_of(look: WindowBlocks, num_queries: int) -> Visibility:
@@ -77,16 +98,16 @@ def visibility_of(look: WindowBlocks, num_queries: int) -> Visibility:
 
 def _by_kernel(
     kernel: Callable[..., Attended], query: torch.Tensor, look: WindowBlocks, scoring: Scoring, sees_all: bool
-) -> torch.Tensor:
+) -> Attended:
     held = look.held
     if sees_all:
         visibility = Visibility(seen=held.last, pads=(0,) * held.batch, first=held.first)
-        return attend_held(kernel, query, held, held.last, visibility, scoring).out
+        return attend_held(kernel, query, held, held.last, visibility, scoring)
     num_queries = query.shape[2]
     begin = held.seen - num_queries
     visibility = visibility_of(look, num_queries)
     if not look.has_more_than_tokens:
-        return attend_held(kernel, query, held, held.last, visibility, scoring).out
+        return attend_held(kernel, query, held, held.last, visibility, scoring)
     outputs = []
     block = look.block_length()
     for start in range(begin, held.seen, block):
@@ -99,11 +120,17 @@ def _by_kernel(
         attended = attend_held(kernel, queries, held, last, newest, alone)
         if segments:  # without sinks there are no others as long as no page has left
             attended = merge(attended, attend_apart(segments, alone))
-        outputs.append(with_sink_logits(attended, scoring.sink_logits).out.to(query.dtype))
-    return torch.cat(outputs, dim=2)
+        outputs.append(with_sink_logits(attended, scoring.sink_logits))
+    return _one_after_the_other(outputs, query.dtype)
 
 
-def _by_position(parts: list[torch.Tensor], placed: list[Placed], seen: int) -> torch.Tensor:
+def _one_after_the_other(blocks: list[Attended], dtype: torch.dtype) -> Attended:
+    """The attention of blocks of queries as that of all."""
+    out, lse = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in zip(*blocks, strict=True))
+    return Attended(out.to(dtype), lse)
+
+
+def by_position(parts: list[torch.Tensor], placed: list[Placed], seen: int) -> torch.Tensor:
     """Weights over the segments as weights over all positions, `[B, Hq, q, seen]`."""
     batch, heads, num_queries = parts[0].shape[:3]
     weights = parts[0].new_zeros(batch, heads, num_queries, seen)

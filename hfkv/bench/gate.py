@@ -10,6 +10,7 @@ import torch
 from hfkv.bench.contenders import Contender
 from hfkv.bench.tokens import Tokens
 from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.layers.recent import RecentLayer
 
 # An output may be so much further from fp32 attention than plain torch in the same dtype is (as flash-attention's own
 # tests allow), and by this part of the largest number besides.
@@ -42,7 +43,7 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
     """
     output = output.transpose(1, 2)
     seen = tokens.count + 1
-    shown, visible = _visible(layer, seen, output.device) if is_ours else (slice(None), slice(None))
+    shown, held = _read(layer, seen, output.device) if is_ours else (slice(None), [])
     keys, values = (
         torch.cat((states, new), dim=2)[:, :, shown]
         for states, new in ((tokens.keys, tokens.new_key), (tokens.values, tokens.new_value))
@@ -51,9 +52,9 @@ def attention_errors(output: torch.Tensor, tokens: Tokens, layer: Any, scale: fl
     if not is_ours:
         return Errors(full=error_full)
     del keys, values
-    held = layer.keys[:, :, visible], layer.values[:, :, visible]
-    twin = _attention(tokens.query, *held, scale, torch.float32)
-    same = _attention(tokens.query, *held, scale, output.dtype)
+    own_keys, own_values = held
+    twin = _attention(tokens.query, own_keys, own_values, scale, torch.float32)
+    same = _attention(tokens.query, own_keys, own_values, scale, output.dtype)
     error, allowed = largest_error(output, twin), FACTOR * largest_error(same, twin) + SLACK
     standard = "fp32 attention over its own keys and values, of the largest number"
     wrong = what_is_wrong(output, error, allowed, standard)
@@ -72,6 +73,19 @@ def logit_errors(
         return Errors(logits=error)
     allowed = 4 * torch.finfo(dtype).eps * num_layers**0.5 + SLACK if contender.kv.is_lossless else None
     return Errors(logits=error, wrong=what_is_wrong(logits, error, allowed, "DynamicCache's logits, as norms"))
+
+
+def _read(layer: Any, seen: int, device: torch.device) -> tuple[Any, list[torch.Tensor]]:
+    """What the newest query reads: positions, and the layer's own keys and values `[B, H, n, D]` there."""
+    if not isinstance(layer, RecentLayer):
+        positions, visible = _visible(layer, seen, device)
+        return positions, [layer.keys[:, :, visible], layer.values[:, :, visible]]
+    coarse, fine = layer.parts
+    positions, near = _read(fine, seen, device)
+    old = torch.arange(layer.recent.sinks, max(seen - layer.recent.size, layer.recent.sinks), device=device)
+    _, far = _read(coarse, seen, device)
+    both = [torch.cat((one[:, :, old], other), dim=2) for one, other in zip(far, near, strict=True)]
+    return torch.cat((old, positions)), both
 
 
 def _visible(layer: KVLayer, seen: int, device: torch.device) -> tuple[Any, Any]:

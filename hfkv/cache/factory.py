@@ -15,6 +15,7 @@ from hfkv.cache.layers.base import CacheLayer
 from hfkv.cache.layers.head_groups import SplitLayer
 from hfkv.cache.layers.indexed import IndexedLayer
 from hfkv.cache.layers.layer import KVLayer
+from hfkv.cache.layers.recent import RecentLayer
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.models.latents import expands_latents, widths_of
 from hfkv.models.parallel import parallel_plan_of
@@ -98,6 +99,11 @@ def _check_windows(layers: list[Any], kv: KVConfig, model_type: str) -> None:
                 f"Window.global_layers or global_heads names layer {index}, which the window is not for: it slides "
                 "by itself, stays transformers' own, or has a config of its own in KVConfig.layers"
             )
+    if kv.recent is not None and not any(isinstance(layer, RecentLayer) for layer in ours):
+        raise ValueError(
+            f"recent was asked for, but no attention layer of {model_type!r} is left for it: each slides over tokens "
+            f"of its own, all of them new, or has a config of its own; leave recent out, and take {kv.recent.codec}"
+        )
     for index, layer in enumerate(layers):
         if not isinstance(layer, CacheLayer) or not layer.is_sliding:
             continue
@@ -196,6 +202,22 @@ class LayerPlace:
     mean: KeyMean | None = None
 
 
+def _recent(place: LayerPlace) -> CacheLayer | None:
+    recent = place.kv.recent
+    if recent is None:
+        return None
+    if type(place.stock) is DynamicSlidingWindowLayer:
+        # All that it holds is new: nothing is left for fewer bits.
+        kv = replace(place.kv, codec=recent.codec, recent=None)
+        return KVLayer(kv, sliding=place.stock.sliding_window, mean=place.mean)
+    if type(place.stock) is DynamicIndexedLayer or widths_of(place.config, place.index):
+        raise ValueError(
+            f"layer {place.index} holds latents (MLA), of which recent ones cannot be held in more bits than others; "
+            "leave recent out, or give the layers a codec of more bits"
+        )
+    return RecentLayer(place.kv, place.mean)
+
+
 def _indexed(place: LayerPlace) -> CacheLayer | None:
     if type(place.stock) is not DynamicIndexedLayer:
         return None
@@ -232,7 +254,7 @@ def _whole(place: LayerPlace) -> CacheLayer | None:
 
 
 # The first builder that gives a layer is taken.
-BUILDERS: list[Callable[[LayerPlace], CacheLayer | None]] = [_indexed, _sliding, _windowed, _whole]
+BUILDERS: list[Callable[[LayerPlace], CacheLayer | None]] = [_recent, _indexed, _sliding, _windowed, _whole]
 
 
 def register_layer(build: Callable[[LayerPlace], CacheLayer | None]) -> None:

@@ -37,7 +37,7 @@ class KVView(ReadOnly):
     def __new__(cls, held: Tokens, part: Part) -> KVView:
         # Torch picks its way by strides before it asks for the values: they must be those of what is decoded.
         size, strides, offset, dtype = ViewShape.of(held, part)
-        view = _new_wrapper(cls, size, strides, offset, None, dtype, torch.strided, held.device)
+        view = new_wrapper(cls, size, strides, offset, None, dtype, torch.strided, held.device)
         view.held, view.part = held, part
         return view
 
@@ -91,15 +91,15 @@ class StepValues(KVView):
     part = "value"
 
 
-_new_wrapper: Any = torch.Tensor._make_wrapper_subclass
+new_wrapper: Any = torch.Tensor._make_wrapper_subclass
 
 
 def step_views(held: HeldTokens, step: Step) -> tuple[StepKeys, StepValues]:
     """Views of what a step shows, whose shapes are known already."""
     size, strides, offset, dtype = step.keys
-    key = _new_wrapper(StepKeys, size, strides, offset, None, dtype, torch.strided, held.device)
+    key = new_wrapper(StepKeys, size, strides, offset, None, dtype, torch.strided, held.device)
     size, strides, offset, dtype = step.values
-    value = _new_wrapper(StepValues, size, strides, offset, None, dtype, torch.strided, held.device)
+    value = new_wrapper(StepValues, size, strides, offset, None, dtype, torch.strided, held.device)
     key.held = value.held = held
     return key, value
 

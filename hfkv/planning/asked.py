@@ -40,7 +40,8 @@ def asked_footprints(
 def _check_window(planner: Planner, kv: KVConfig) -> None:
     """Refuses a window where the attention cannot follow it, as `hfkv doctor` does; `KVCache` refuses others."""
     config = planner.geometry.config
-    windowed = any(each.window is not None for each in (kv, *kv.layers.values()))
     biased = hasattr(config, "relative_attention_num_buckets") or getattr(config, "alibi", False)
-    if windowed and biased:
-        raise ValueError(f"{config.model_type!r} takes no window: its attention is not hfkv's; leave the window out")
+    if kv.needs_own_attention and biased:
+        raise ValueError(
+            f"{config.model_type!r} takes no window and no recent: its attention is not hfkv's; leave them out"
+        )

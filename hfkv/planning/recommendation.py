@@ -80,13 +80,16 @@ def _coarsest(kv: KVConfig) -> str:
 
 def _costs(precision: str, footprint: Footprint) -> str:
     codec = _coarsest(footprint.kv)
+    recent = next((config.recent for config in _configs(footprint.kv) if config.recent is not None), None)
     costs = {
         "int8": "linear layers in 8 bits",
         "int4": "linear layers in 4 bits",
     }
     found = [costs[precision]] if precision in costs else []
     percent = Codecs.named(codec).loss_percent
-    if percent is None:
+    if recent is not None:
+        found.append(f"less is lost than with {codec} alone: {recent.size} recent tokens have {recent.codec}")
+    elif percent is None:
         found.append(f"what {codec} adds to the loss was not measured")
     elif percent:
         found.append(f"{percent:g} % more loss on the bundled model (docs/understand/concepts.md)")

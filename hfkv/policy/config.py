@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from hfkv.policy.codec_pair import checked_codec
+from hfkv.policy.layer_range import layer_range
 from hfkv.policy.ports import port
 from hfkv.policy.promise import check_share
+from hfkv.policy.recent import Recent, check_recent
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.units import read_bytes, shortened
 from hfkv.policy.window import Window
-from hfkv.policy.words import STORES, checked_codec, read_words, words_of
+from hfkv.policy.words import STORES, read_words, words_of
 
-_LAYER_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 _MOST_PAGE = 1 << 40
 
 
@@ -40,6 +41,7 @@ class KVConfig:
         loss_change: None, or a promise: the share by which the model's loss may change against the full cache, 0.005
             say. `hfkv.patch` then finds the codec of each layer by measuring, as `for_fidelity` does.
         key_mean: whether a patched model's keys are written less their mean where a codec has less than 8 bits.
+        recent: None, or a `Recent`: the newest tokens and the first ones of each row in more bits than `codec` has.
 
     Raises:
         TypeError, ValueError: naming the field, what was given and what is allowed.
@@ -55,11 +57,12 @@ class KVConfig:
     layers: Mapping[str, KVConfig] = field(default_factory=dict)
     loss_change: float | None = None
     key_mean: bool = True
+    recent: Recent | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.window, int) and not isinstance(self.window, bool):
             object.__setattr__(self, "window", Window(self.window))
-        object.__setattr__(self, "codec", checked_codec(self.codec))
+        object.__setattr__(self, "codec", checked_codec("KVConfig.codec", self.codec))
         _check_choice("store", self.store, STORES)
         if self.window is not None and not isinstance(self.window, Window):
             raise TypeError(f"KVConfig.window must be None, an int or an hfkv.Window, got {self.window!r}")
@@ -77,6 +80,7 @@ class KVConfig:
         self._check_page_size()
         self._check_layers()
         self._check_loss_change()
+        check_recent(self.recent, self.codec, self.window is not None, self.loss_change is not None)
 
     def _check_page_size(self) -> None:
         if self.page_size is None:
@@ -97,7 +101,7 @@ class KVConfig:
             raise TypeError(f'KVConfig.layers must map "0-1" or "3" to a KVConfig, got {self.layers!r}')
         seen: list[range] = []
         for key, override in self.layers.items():
-            indices = _layer_range(key)
+            indices = layer_range(key)
             if not isinstance(override, KVConfig):
                 raise TypeError(f"KVConfig.layers[{key!r}] must be a KVConfig, got {override!r}")
             if override.layers:
@@ -130,30 +134,33 @@ class KVConfig:
                 f"loss_change; got codec={self.codec!r} and {len(self.layers)} layers"
             )
 
+    def _but_layers(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The values of the fields before `layers`, and of those behind it."""
+        before = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
+        return before, (self.loss_change, self.key_mean, self.recent)
+
     def __hash__(self) -> int:
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        layers = tuple(sorted(self.layers.items(), key=lambda item: item[0]))
-        return hash((*fields, layers, self.loss_change, self.key_mean))
+        return hash((self._but_layers(), tuple(sorted(self.layers.items(), key=lambda item: item[0]))))
 
     def __reduce__(self) -> tuple:
         # A mapping proxy can be neither copied nor pickled.
-        fields = (self.codec, self.window, self.store, self.page_size, self.offload, self.device_budget, self.reuse)
-        return (KVConfig, (*fields, dict(self.layers), self.loss_change, self.key_mean))
+        before, behind = self._but_layers()
+        return (KVConfig, (*before, dict(self.layers), *behind))
 
     def for_layer(self, layer_idx: int) -> KVConfig:
         """The config of one layer: the override that names it, or this one without overrides."""
         for key, override in self.layers.items():
-            if layer_idx in _layer_range(key):
+            if layer_idx in layer_range(key):
                 return override
         return replace(self, layers={}, device_budget=None, reuse=None)
 
     def names_layer(self, layer_idx: int) -> bool:
         """Whether `layers` has an override for this layer."""
-        return any(layer_idx in _layer_range(key) for key in self.layers)
+        return any(layer_idx in layer_range(key) for key in self.layers)
 
     def first_layers(self, count: int) -> KVConfig:
         """This config for a model of which only the first `count` layers run."""
-        named = {key: _layer_range(key) for key in self.layers}
+        named = {key: layer_range(key) for key in self.layers}
         kept = {f"{r.start}-{min(r.stop, count) - 1}": self.layers[key] for key, r in named.items() if r.start < count}
         window = self.window.first_layers(count) if isinstance(self.window, Window) else None
         return replace(self, layers=kept, window=window)
@@ -161,13 +168,19 @@ class KVConfig:
     @property
     def last_named_layer(self) -> int:
         """The highest layer index `layers` names, or -1."""
-        return max((_layer_range(key)[-1] for key in self.layers), default=-1)
+        return max((layer_range(key)[-1] for key in self.layers), default=-1)
 
     @property
     def needs_rotary(self) -> bool:
         """Whether a window needs to know how the model rotates its keys."""
         configs = (self, *self.layers.values())
         return any(isinstance(config.window, Window) and config.window.needs_rotary for config in configs)
+
+    @property
+    def needs_own_attention(self) -> bool:
+        """Whether only the ``"hfkv"`` attention can read such a cache: under a window, or with recent tokens apart."""
+        configs = (self, *self.layers.values())
+        return any(config.window is not None or config.recent is not None for config in configs)
 
     @property
     def is_lossless(self) -> bool:
@@ -181,7 +194,8 @@ class KVConfig:
 
         Args:
             text: words joined by ``+``: a codec (none, int8, int4, fp8, int3, int2), one for keys and one for
-                values (``k:int8+v:int4``) or ``auto:0.5%``, ``key_mean:off``, ``contiguous`` or ``paged``,
+                values (``k:int8+v:int4``) or ``auto:0.5%``, ``key_mean:off``, ``recent:SIZE`` or
+                ``recent:SIZE:CODEC`` and with it ``recent_sinks:COUNT``, ``contiguous`` or ``paged``,
                 ``page_size:TOKENS``, ``offload``, ``device_budget:8GiB``, ``reuse`` or ``reuse:2GiB``, and
                 ``window:SIZE`` or ``window:dynamic``, which the fields of `Window` may follow: ``sinks:COUNT``,
                 ``sink_positions:cache``, ``size:SIZE`` (the most a dynamic window shows), ``global_layers:0.5``
@@ -204,7 +218,7 @@ class KVConfig:
             return cls.parse(kv)
         if isinstance(kv, KVConfig):
             return kv
-        field = "window" if isinstance(kv, Window) else "reuse" if isinstance(kv, Reuse) else None
+        field = {Window: "window", Reuse: "reuse", Recent: "recent"}.get(type(kv))
         hint = f"; write KVConfig({field}=...) around it" if field else ""
         raise TypeError(f'kv must be a KVConfig, a string such as "int8+window:4096", or None, got {kv!r}{hint}')
 
@@ -296,13 +310,3 @@ class KVConfig:
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"KVConfig.{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _layer_range(key: str) -> range:
-    match = _LAYER_RANGE.fullmatch(key) if isinstance(key, str) else None
-    if match is None:
-        raise ValueError(f'KVConfig.layers takes keys such as "3" or "0-1", got {key!r}')
-    first, last = int(match[1]), int(match[2] or match[1])
-    if last < first:
-        raise ValueError(f"KVConfig.layers key {key!r} ends before it starts")
-    return range(first, last + 1)

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from hfkv.policy.codec_pair import sides_of, word_of
+from hfkv.policy.codec_pair import CODEC_WORDS, word_of
 from hfkv.policy.promise import read_percent, say_percent
+from hfkv.policy.recent import Recent
 from hfkv.policy.reuse import Reuse
 from hfkv.policy.rules import RULES
 from hfkv.policy.units import read_bytes, say_bytes
 from hfkv.policy.window import Window
 
-# The names of codecs: those of `hfkv.codecs`, which is not imported for them, and what `register_codec` has added.
-CODEC_WORDS = ["none", "int8", "int4", "fp8", "int3", "int2"]
 STORES = ("auto", "contiguous", "paged")
 
 
@@ -44,24 +43,8 @@ def read_words(text: str) -> dict[str, Any]:
         name = next(iter(of_window))
         what = "sinks need a window" if name == "sinks" else f"{name} needs a window"
         raise ValueError(f"{text!r}: {what}; write window:SIZE+{name}:...")
+    _join_recent(given, text)
     return given
-
-
-def checked_codec(codec: object) -> str:
-    """The word for a codec, or for the codecs of keys and of values, as configs keep it.
-
-    Raises:
-        ValueError: naming what was given and what is allowed.
-    """
-    try:
-        sides = sides_of(codec) if isinstance(codec, str) else ()
-    except ValueError as error:
-        raise ValueError(f"KVConfig.codec: {error}") from None
-    if not sides or not all(side in CODEC_WORDS for side in sides):
-        allowed = ", ".join(CODEC_WORDS)
-        also = "" if len(set(sides)) < 2 else " for keys and for values"
-        raise ValueError(f"KVConfig.codec must be one of {allowed}{also}, got {codec!r}")
-    return word_of(*sides)
 
 
 def _join_sides(given: dict[str, Any], text: str) -> None:
@@ -81,12 +64,22 @@ def _join_sides(given: dict[str, Any], text: str) -> None:
     given["codec"] = word_of(key, value)
 
 
+def _join_recent(given: dict[str, Any], text: str) -> None:
+    """Makes one `Recent` of its words."""
+    recent, sinks = given.get("recent"), given.pop("recent_sinks", None)
+    if recent is not None:
+        given["recent"] = Recent(**recent) if sinks is None else Recent(**recent, sinks=sinks)
+    elif sinks is not None:
+        raise ValueError(f"{text!r}: recent_sinks needs recent tokens; write recent:SIZE+recent_sinks:{sinks}")
+
+
 def words_of(kv: Any) -> list[str]:
     """The words for `kv`, except `layers`, a salt and a schedule of one's own, which have no word."""
     words = [kv.codec] if kv.loss_change is None else [f"{_PROMISE}:{say_percent(kv.loss_change)}"]
     words += [] if kv.key_mean else ["key_mean:off"]
     if isinstance(kv.window, Window):
         words += _window_words(kv.window)
+    words += [] if kv.recent is None else _recent_words(kv.recent)
     words += [kv.store] if kv.store != "auto" else []
     words += [f"page_size:{kv.page_size}"] if kv.page_size is not None else []
     words += ["offload"] if kv.offload else []
@@ -113,6 +106,11 @@ def _window_words(window: Window) -> list[str]:
         words += [f"summary:{window.summary}", f"summary_pages:{window.summary_pages}"]
         words.append(f"summary_page_size:{window.summary_page_size}")
     return words
+
+
+def _recent_words(recent: Recent) -> list[str]:
+    sinks = [] if recent.sinks == Recent.sinks else [f"recent_sinks:{recent.sinks}"]
+    return [f"recent:{recent.size}:{recent.codec.replace('+', _BESIDE)}", *sinks]
 
 
 def _name_of(schedule: Any) -> str:
@@ -153,6 +151,11 @@ def _codec(text: str) -> str:
     return text
 
 
+def _recent(text: str) -> dict[str, Any]:
+    size, colon, codec = text.partition(":")
+    return {"size": int(size)} | ({"codec": codec.replace(_BESIDE, "+")} if colon else {})
+
+
 # word -> how its value is read, and what it looks like
 _NUMBER: tuple[Callable[[str], Any], str] = (int, "a whole number")
 _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -166,6 +169,8 @@ _WINDOW_WORDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "summary_page_size": _NUMBER,
 }
 _A_SIZE = "a size in B, kB, MB, GB, KiB, MiB or GiB such as 512MiB"
+# Between two codecs within a word, where + would end it.
+_BESIDE = "/"
 # The word of `KVConfig.loss_change`; without a value it is that of a store.
 _PROMISE = "auto"
 _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -174,12 +179,17 @@ _VALUED: dict[str, tuple[Callable[[str], Any], str]] = {
     "window": (_size, ""),
     _PROMISE: (read_percent, "a percentage such as 0.5%"),
     "key_mean": (_switch, '"on" or "off"'),
+    "recent": (_recent, "a number of tokens, or this and a codec, such as 256:int8"),
+    "recent_sinks": _NUMBER,
     "page_size": _NUMBER,
     "device_budget": (str, _A_SIZE),  # see _sized
     "reuse": (str, _A_SIZE),
     **_WINDOW_WORDS,
 }
 _WORDS = (
+    "recent:SIZE",
+    "recent:SIZE:CODEC",
+    "recent_sinks:COUNT",
     "auto:PERCENT",
     "key_mean:off",
     "auto",

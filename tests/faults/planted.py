@@ -176,6 +176,13 @@ FAULTS = (
         ("model/test_window.py", "model/test_window_heads.py"),
     ),
     Fault(
+        "a token is read in both of its forms",
+        "hfkv/attention/recent.py",
+        "seen = max(tokens.seen - tokens.recent.size, 0)",
+        "seen = max(tokens.seen - tokens.recent.size + 1, 0)",
+        ("model/test_recent.py",),
+    ),
+    Fault(
         "heads come back in another order",
         "hfkv/attention/function.py",
         "torch.tensor(order, device=query.device).argsort()",

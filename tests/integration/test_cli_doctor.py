@@ -310,3 +310,10 @@ def test_the_range_is_the_packages_own() -> None:
         if "hfkv[" in remedy:
             extra = remedy.partition("[")[2].partition("]")[0]
             assert name in [Requirement(one).name for one in extras[extra]]
+
+
+def test_recent_tokens_have_kernels_of_their_own() -> None:
+    (group,) = layers_of(llama_config(), "int2+recent:8:int4").groups
+    assert group.cache == "int2+recent:8:int4"
+    names = [f"{use}, {codec}" for codec in ("int2", "int4") for use in ("decode", "prefill", "append")]
+    assert [use.name for use in group.uses] == names

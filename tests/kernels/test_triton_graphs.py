@@ -171,6 +171,7 @@ REFUSED = {
     "window:8+summary:mean+summary_page_size:4": "summaries",
     "offload": "offloaded",
     "window:8+global_heads:1=0": "different tokens for different heads",
+    "int4+recent:8:int8": "in another form than the rest",
 }
 
 

@@ -43,6 +43,7 @@ WINDOWS = (
     "window:8+sinks:2+global_heads:1=0",
     "window:8+sinks:2+summary:mean+summary_pages:3+summary_page_size:4",
     "int8+window:8+sinks:2+sink_positions:cache+paged+page_size:4+offload",
+    "int4+recent:8:int8+recent_sinks:2",
 )
 
 

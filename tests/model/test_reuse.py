@@ -32,6 +32,7 @@ CONFIGS = (
     "window:24+sinks:2+sink_positions:cache" + PAGED,
     "window:dynamic+size:40" + PAGED,
     "window:24+summary:mean+summary_pages:2+summary_page_size:4" + PAGED,
+    "int4+recent:24:int8" + PAGED,
 )
 SHARED = "none+paged+page_size:8+reuse"
 

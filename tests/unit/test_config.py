@@ -9,7 +9,7 @@ from transformers import (
 )
 
 import hfkv
-from hfkv import KVCache, KVConfig, Window
+from hfkv import KVCache, KVConfig, Recent, Window
 from tests.tiny import llama_config
 from tests.zoo import NAMED
 
@@ -44,6 +44,8 @@ def test_keys_and_values_may_have_codecs_of_their_own() -> None:
         KVConfig("k:int8+v:int4", window=Window(9, 2), store="paged"),
         KVConfig(store="contiguous"),
         KVConfig(window=Window(64, sink_positions="cache", global_layers=(3, 0), global_heads={2: [1, 0], 5: (3,)})),
+        KVConfig("int2", recent=Recent()),
+        KVConfig("k:int4+v:int2", recent=Recent(64, "k:none+v:int8", sinks=0), offload=True),
         KVConfig(window=Window(size=100, schedule="dynamic", summary="mean", summary_pages=2, summary_page_size=8)),
     ],
 )
@@ -78,6 +80,16 @@ def test_str_and_parse_are_inverse(kv: KVConfig) -> None:
         ("page_size:64", 'page_size needs store="paged"'),
         ("paged+page_size:48", "must be a power of two, got 48"),
         ("share", "unknown word 'share'"),
+        ("recent:256", r"in more bits than the others, and these are in 'none'; name a codec .*int2\+recent:256"),
+        ("int8+recent:256", "more bits than the others, and these are in 'int8'"),
+        ("int2+recent", "recent takes a number of tokens, or this and a codec, such as 256:int8"),
+        ("int2+recent:x:int8", "recent takes a number of tokens, .*, got 'x:int8'"),
+        ("int2+recent:8:int9", "Recent.codec must be one of none, int8, int4, fp8, int3, int2, got 'int9'"),
+        ("int2+recent:0", "Recent.size must be from 1 to .* tokens, got 0"),
+        ("int2+recent_sinks:4", "recent_sinks needs recent tokens; write recent:SIZE"),
+        ("int2+recent:8+recent_sinks:-1", "Recent.sinks must be from 0 to .* tokens, got -1"),
+        ("int2+recent:8+window:9", "KVConfig.window lets go of them; leave one of the two out"),
+        ("auto:1%+recent:8", "KVConfig.loss_change finds codecs by itself; name the codec"),
     ],
 )
 def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) -> None:
@@ -119,6 +131,7 @@ def test_a_bad_string_names_the_word_and_what_is_allowed(text: str, words: str) 
         ({"layers": {"0": "int8"}}, TypeError, r"KVConfig.layers\['0'\] must be a KVConfig"),
         ({"layers": {"0": KVConfig(layers={"1": KVConfig()})}}, ValueError, "must not itself have layers"),
         ({"layers": 3}, TypeError, "KVConfig.layers must map"),
+        ({"codec": "int2", "recent": 256}, TypeError, "KVConfig.recent must be None or an hfkv.Recent.*; got 256"),
     ],
 )
 def test_a_bad_field_is_named(fields: dict, error: type[Exception], words: str) -> None:

@@ -30,6 +30,7 @@ POLICIES: list[KVConfig | str] = [
     *("none", "int8+paged", "int4+offload", "fp8+window:6", CACHE_SINKS, SUMMARIES, f"int4+paged+offload+{SUMMARIES}"),
     *("k:none+v:fp8+window:6", f"k:int8+v:int4+paged+offload+{SUMMARIES}"),
     *("window:6+global_layers:1", "int8+window:6+global_heads:0=1,1=0", "window:4+sinks:0", DYNAMIC, LAYERS),
+    *("int4+recent:6:int8+recent_sinks:2", "k:int4+v:int2+recent:6:k:int8/v:none+paged+page_size:4+offload"),
 ]
 
 

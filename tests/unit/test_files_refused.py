@@ -11,8 +11,8 @@ import hfkv
 from hfkv import KVCache, KVConfig, Window
 from hfkv.cache.factory import BUILDERS, register_layer
 from hfkv.cache.layers.layer import KVLayer
+from hfkv.policy.codec_pair import CODEC_WORDS
 from hfkv.policy.rules import RULES
-from hfkv.policy.words import CODEC_WORDS
 from tests.tiny import feed, llama
 
 

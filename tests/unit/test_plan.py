@@ -41,6 +41,8 @@ CONFIGS = (
     "window:32+summary:mean+summary_pages:2+summary_page_size:8",
     "fp8+window:32+global_layers:0",
     "window:32+global_heads:1=0",
+    "int4+recent:32:int8",
+    "int2+recent:32+recent_sinks:0+paged+page_size:8",
 )
 # Sliding, hybrid, latent, experts, tied, by position, with a linear attention, and with an encoder.
 ZOO = ("mistral", "gemma3", "gpt_oss", "deepseek_v3", "qwen3_next", "gpt2", "bart")

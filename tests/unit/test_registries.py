@@ -13,15 +13,15 @@ from hfkv.cache.layers.layer import KVLayer
 from hfkv.codecs import CODECS, Codec, Int8, register_codec
 from hfkv.kernels.backend import Backend
 from hfkv.kernels.dispatch import BACKENDS, attention_kernel, forget_choices, register_backend
+from hfkv.policy.codec_pair import CODEC_WORDS
 from hfkv.policy.rules import EVERYTHING, RULES, Dynamic, WindowRule, register_rule
 from hfkv.policy.window import Window
-from hfkv.policy.words import CODEC_WORDS
 from tests.tiny import llama_config
 
 
 def test_the_words_are_those_of_the_codecs() -> None:
     code = (
-        "from hfkv.policy.words import CODEC_WORDS as words; before = list(words)\n"
+        "from hfkv.policy.codec_pair import CODEC_WORDS as words; before = list(words)\n"
         "from hfkv.codecs import CODECS; print(before == list(CODECS) == words)"
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -116,7 +116,9 @@ def test_a_size_above_the_most_is_refused_when_a_text_comes_that_far(monkeypatch
 def test_a_cell_run_again_replaces_what_it_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RULES, "again", None)
     monkeypatch.setitem(CODECS, "again", None)
-    monkeypatch.setattr("hfkv.policy.words.CODEC_WORDS", [*CODEC_WORDS])
+    words = [*CODEC_WORDS]
+    for module in ("codec_pair", "words"):
+        monkeypatch.setattr(f"hfkv.policy.{module}.CODEC_WORDS", words)
     del RULES["again"], CODECS["again"]
     for size, numbers in ((4, None), (8, torch.int8)):
         rule, codec = (

@@ -51,6 +51,11 @@ class CacheLayer(CacheLayerMixin):
         """Whether a mean is taken off its keys."""
         return any(leaf.mean is not None for leaf in self.leaves)
 
+    @property
+    def needs_own_attention(self) -> bool:
+        """Whether only the "hfkv" attention can read its tokens: under a window of ours, or where they lie apart."""
+        return self.window is not None and not self.is_sliding
+
     def extra_memory(self) -> list[Any]:
         """The bytes that the layer holds besides keys and values; see `Store.memory`."""
         return []

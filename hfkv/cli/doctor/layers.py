@@ -29,7 +29,8 @@ class Use:
     """What a layer's tokens are read or written by.
 
     Attributes:
-        name: ``"decode"``, ``"prefill"``, ``"append"``; with ``", moved"`` once a window has moved.
+        name: ``"decode"``, ``"prefill"``, ``"append"``; with ``", moved"`` once a window has moved, and with the codec
+            behind a comma where some tokens of the layer are in another.
         kernel: the kernel's name, or the operations in its place.
         why: the reason.
     """
@@ -123,10 +124,10 @@ def describe_layers(
         raise CommandError(f"--kv {kv!r} and --model {name!r} do not go together: {error}") from error
     notes = []
     own, bias = own_attention_of(config, decoder), no_kernel_reason(decoder)
-    if any(layer.window is not None and not layer.is_sliding for layer in cache.kv_layers) and (own or bias):
+    if any(layer.needs_own_attention for layer in cache.kv_layers) and (own or bias):
         raise CommandError(
-            f"--kv {kv!r}: {decoder.model_type!r} takes no window: {own or bias}; leave the window out (its words, "
-            "such as window:1024)"
+            f"--kv {kv!r}: {decoder.model_type!r} takes no window and no recent: {own or bias}; leave the window out "
+            "(its words, such as window:1024), or recent"
         )
     if own is not None:
         notes.append(f"the model keeps its own attention: {own}")
@@ -190,7 +191,14 @@ class _AskedLayer:
             cache += f", model's own window: {self.layer.sliding}"
         cache = ", ".join((cache, *self.layer.extras))
         heads = heads_of(self.config, self.index, self.layer.is_sliding)
-        return LayerGroup(cache, heads, [*self._reads(heads), self._append(heads)])
+        if len({leaf.kv.codec for leaf in self.layer.leaves}) == 1:
+            return LayerGroup(cache, heads, [*self._reads(heads), self._append(heads)])
+        uses = []
+        for leaf in self.layer.leaves:
+            own = replace(self, layer=leaf)
+            of_leaf = (*own._reads(heads), own._append(heads))
+            uses += [replace(use, name=f"{use.name}, {leaf.kv.codec}") for use in of_leaf]
+        return LayerGroup(cache, heads, uses)
 
     def _kind(self) -> str:
         from hfkv.models.probe import cross_attention_layers
@@ -201,7 +209,7 @@ class _AskedLayer:
 
     @property
     def _is_windowed(self) -> bool:
-        return self.layer.window is not None and not self.layer.is_sliding
+        return bool(self.layer.needs_own_attention)
 
     def _reads(self, heads: HeadShape) -> list[Use]:
         uses = []

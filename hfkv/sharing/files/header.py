@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 
 from hfkv.cache.snapshot import PartShape
-from hfkv.policy.codec_pair import sides_of
+from hfkv.policy.codec_pair import CODEC_WORDS, sides_of
 from hfkv.policy.config import KVConfig
+from hfkv.policy.recent import Recent
 from hfkv.policy.rules import RULES
 from hfkv.policy.window import Window
-from hfkv.policy.words import CODEC_WORDS
 
 FORMAT, VERSION = "hfkv", 1
 # No number of tokens, rows, heads or planes is larger.
@@ -147,6 +147,7 @@ def kv_to_json(kv: KVConfig) -> dict[str, Any]:
     """
     optional: dict[str, Any] = {} if kv.device_budget is None else {"device_budget": kv.device_budget}
     optional |= {} if kv.key_mean else {"key_mean": False}
+    optional |= {} if kv.recent is None else {"recent": asdict(kv.recent)}
     return {
         "codec": kv.codec,
         "window": _window_to_json(kv.window) if isinstance(kv.window, Window) else None,
@@ -166,7 +167,7 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
     """
     names = {"codec", "window", "store", "page_size", "offload", "layers"}
     if isinstance(value, dict):
-        names |= {"device_budget", "key_mean"} & value.keys()
+        names |= {"device_budget", "key_mean", "recent"} & value.keys()
     given = dict(_object(value, "the config", names))
     layers = _object(given["layers"], "the config's layers", set() if is_override else None)
     for codec in _codecs_in(given["codec"]):
@@ -176,6 +177,8 @@ def kv_from_json(value: Any, is_override: bool = False) -> KVConfig:
     try:
         given["layers"] = {indices: kv_from_json(override, True) for indices, override in layers.items()}
         given["window"] = None if given["window"] is None else _window_from_json(given["window"])
+        if "recent" in given:
+            given["recent"] = _recent_from_json(given["recent"])
         return KVConfig(**given)
     except NotRegisteredError:
         raise
@@ -216,6 +219,13 @@ def _window_from_json(value: Any) -> Window:
         layer, of_layer = _list(pair, "a layer and its heads", 2)
         heads[_count(layer, "a layer")] = tuple(_list(of_layer, "its heads"))
     return Window(**{**given, "global_heads": heads, "global_layers": _list(given["global_layers"], "global_layers")})
+
+
+def _recent_from_json(value: Any) -> Recent:
+    given = _object(value, "the recent tokens", {item.name for item in fields(Recent)})
+    for codec in _codecs_in(given["codec"]):
+        _check_registered("codec", codec, CODEC_WORDS, "hfkv.codecs.register_codec")
+    return Recent(**given)
 
 
 def _part_to_json(part: PartShape) -> dict[str, Any]:
