@@ -20,7 +20,7 @@ from hfkv.models.probe import frequencies, probe_rotary
 from hfkv.models.rotary import Rotary
 from hfkv.patches.cacheless import cacheless_reason
 from hfkv.patches.graphs import Graphs
-from hfkv.patches.keys.means import key_means, wants_means
+from hfkv.patches.keys.means import key_means, slower_kernels, wants_means
 from hfkv.patches.pools import drop_pool, pool_of
 from hfkv.patches.undo import Undo
 from hfkv.policy.config import KVConfig
@@ -59,6 +59,7 @@ class Patch:
         self.model = model
         self.kv = kv
         self._calibration: Any = None
+        self._is_captured = False
         self.no_means: str | None = None
         self.own_attention: str | None = None
         self.attention = NAME
@@ -144,7 +145,12 @@ class Patch:
         """The means that are taken off the model's keys, by layer, where a codec gains by one; none otherwise."""
         if not wants_means(self.kv):
             return {}
-        means, self.no_means = key_means(self.model, self._calibration, self.exact_rotary)
+        if self._is_captured:
+            means, self.no_means = {}, "CUDA graphs do not know the positions of new keys"
+        else:
+            means, self.no_means = key_means(self.model, self._calibration, self.exact_rotary)
+            self.no_means = self.no_means or slower_kernels(means, self.kv, self.model.dtype)
+            means = {} if self.no_means is not None else means
         if self.no_means is not None:
             self.log_once(
                 f"{type(self.model).__name__}: no mean is taken off its keys, and codes lose more: {self.no_means}"

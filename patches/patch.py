@@ -92,7 +92,7 @@ def patch(
         )
     check_generate(base)
     handle = Patch(base, _found(model, wanted, calibration))
-    handle.exact_rotary, handle._calibration = exact_rotary, calibration
+    handle.exact_rotary, handle._calibration, handle._is_captured = exact_rotary, calibration, graphs
     probe = handle.new_cache()
     if handle.kv.reuse is not None:
         reason = sharing_refusal(base.config, probe)

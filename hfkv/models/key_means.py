@@ -36,6 +36,7 @@ def find_key_means(model: Any, ids: torch.Tensor) -> dict[int, KeyMean]:
     """
     base = base_model(model)
     config = base.config.get_text_config(decoder=True)
+    ids = ids[: getattr(config, "max_position_embeddings", None) or len(ids)]
     rotary = {i: each for i, each in probe_rotary(base, sliding=True).items() if each is None or each.part == "key"}
     sums = _Sums(config, rotary)
     with torch.inference_mode(False), torch.no_grad():

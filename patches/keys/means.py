@@ -11,6 +11,7 @@ import torch
 from hfkv.cache.kv_cache import KVCache
 from hfkv.codecs import Codecs
 from hfkv.codecs.key_mean import KeyMean
+from hfkv.kernels.dispatch import attention_kernel
 from hfkv.models.fingerprint import fingerprint_of
 from hfkv.models.key_means import find_key_means
 from hfkv.policy.config import KVConfig
@@ -28,7 +29,12 @@ _found: weakref.WeakKeyDictionary[Any, tuple[bytes, torch.Tensor, dict[int, KeyM
 
 def wants_means(kv: KVConfig) -> bool:
     """Whether some layer of a cache has a codec that gains by a mean."""
-    return any(each.key_mean and Codecs.named(each.codec).key.takes_mean for each in (kv, *kv.layers.values()))
+    return any(each.key_mean and _gains(each) for each in (kv, *kv.layers.values()))
+
+
+def _gains(kv: KVConfig) -> bool:
+    names = (kv.codec,) if kv.recent is None else (kv.codec, kv.recent.codec)
+    return any(Codecs.named(name).key.takes_mean for name in names)
 
 
 def key_means(model: Any, calibration: Any, exact_rotary: bool) -> tuple[dict[int, KeyMean], str | None]:
@@ -51,10 +57,23 @@ def key_means(model: Any, calibration: Any, exact_rotary: bool) -> tuple[dict[in
         return known[2], None
     try:
         means = find_key_means(model, ids)
-    except ValueError as error:
-        return {}, str(error)
+    except (ValueError, IndexError, RuntimeError) as error:  # as models raise that want more than ids, or others
+        return {}, str(error).splitlines()[0] if str(error) else type(error).__name__
     _found[model] = state, ids, means
     return means, None
+
+
+def slower_kernels(means: dict[int, KeyMean], kv: KVConfig, dtype: torch.dtype) -> str | None:
+    """Why attention has no kernel with a mean where it has one without, in words; None where it has, or has none."""
+    for index, mean in means.items():
+        name, width = kv.for_layer(index).codec, mean.vector.shape[1]
+        if not Codecs.named(name).key.takes_mean:
+            continue
+        asked = name, dtype, mean.vector.device, 1, (width, width)
+        plain, kernel = attention_kernel(*asked), attention_kernel(*asked, has_mean=True)
+        if plain.run is not None and kernel.run is None:
+            return kernel.reason
+    return None
 
 
 def _ids(model: Any, calibration: Any) -> torch.Tensor:

@@ -9,6 +9,7 @@ import hfkv
 from hfkv import KVConfig, Window
 from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels import dispatch
+from hfkv.kernels.backend import Asked, Backend, Kernel
 from tests import brute_force
 from tests.tiny import llama
 from tests.windowed import RULES, SPLITS, error, model_of
@@ -76,6 +77,36 @@ def test_kernels_attend_as_to_decoded_tokens(rule: int, codec: str) -> None:
     for forwards in ([300], [290] + [1] * 10, [150, 140, 3, 7]):
         assert (logits(forwards, False) - expected).abs().max() <= 2e-5 * size
         assert (logits(forwards, True) - expected).abs().max() <= 2e-5 * size
+
+
+class Knowing(Backend):
+    """A kernel that knows nothing of means."""
+
+    def serves(self, device: torch.device) -> bool:
+        return True
+
+    def attention(self, asked: Asked) -> Kernel:
+        return Kernel("knowing", "", lambda *args, **kwargs: None)
+
+
+def test_why_there_is_no_mean_is_said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    with hfkv.patch(model, "int4", graphs=True) as handle:
+        assert handle.key_means == {}
+        assert "CUDA graphs" in str(handle.no_means)
+    with hfkv.patch(model, "int8") as handle:
+        assert handle.key_means == {}
+        assert handle.no_means is None
+    with hfkv.patch(model, "int4+key_mean:off") as handle:
+        assert not handle.new_cache().takes_mean
+    monkeypatch.setattr(dispatch, "BACKENDS", [Knowing()])
+    dispatch.forget_choices()
+    with hfkv.patch(model, "int4") as handle:
+        assert handle.key_means == {}
+        assert "knowing: it knows nothing of a mean" in str(handle.no_means)
+    monkeypatch.undo()
+    dispatch.forget_choices()
+    assert sum("no mean is taken off its keys" in message for message in caplog.messages) == 2
 
 
 def test_a_mean_is_turned_as_the_model_turns_its_keys() -> None:

@@ -24,5 +24,5 @@ def note_of(kv: KVConfig, config: PreTrainedConfig) -> tuple[bool, str | None]:
         return False, f"no mean is taken off its keys, and codecs below 8 bits lose more: {reason}"
     return True, (
         "by default, hfkv.patch and hfkv generate take the mean of its keys off where a codec has less than 8 bits, if "
-        "they understand how the model rotates them (key_mean:off leaves them as they are)"
+        "the device's kernels know of it and the model's rotation is understood (key_mean:off leaves keys as they are)"
     )

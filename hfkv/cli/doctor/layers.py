@@ -267,10 +267,12 @@ class _AskedLayer:
                 return expanded
         leaf = self.layer.leaves[0]
         innermost = leaf.keeps_values_innermost(self.dtype, self.device, heads[:2])
-        asked = self.layer.kv.codec, self.dtype, self.device, num_queries, heads[:2], innermost
-        return (
-            attention_kernel(*asked, self.has_mean and leaf.gains_by_mean) if widths is None else latent_kernel(*asked)
-        )
+        asked = leaf.kv.codec, self.dtype, self.device, num_queries, heads[:2], innermost
+        if widths is not None:
+            return latent_kernel(*asked)
+        with_mean = attention_kernel(*asked, self.has_mean and leaf.gains_by_mean)
+        # A patch takes no mean off for a device whose kernels know nothing of it.
+        return with_mean if with_mean.run is not None else attention_kernel(*asked)
 
     def _append(self, heads: HeadShape) -> Use:
         from hfkv.kernels.dispatch import append_kernel
