@@ -57,7 +57,7 @@ NATIVE = (
     Fault(
         "what no rotation turns of the mean of native keys is left out",
         "hfkv/kernels/native/key_mean.h",
-        "rest[r] = float(sum * scale);",
+        "rest[tile * rows + r] = float(sum * scale);",
         "",
         ("kernels/test_key_mean.py",),
     ),

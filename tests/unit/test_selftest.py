@@ -21,7 +21,11 @@ from hfkv.kernels.selftest import suite as selftest
 from hfkv.kernels.selftest.suite import NOT_TESTED, RAISED, RIGHT, WRONG, Check, HeadShape
 
 CPU, SMALL = torch.device("cpu"), HeadShape(32, 32, 2)
-NUM_READS = len(CODECS) * 2 * len(selftest.CPU_QUERIES) * len(selftest.SETTINGS)
+# Of one codec in one setting, of all in one, and of those that are tested with their mean taken off besides.
+NUM_EACH = 2 * len(selftest.CPU_QUERIES)
+NUM_IN_SETTING = len(CODECS) * NUM_EACH
+NUM_LESS_MEAN = sum(codec.takes_mean for codec in CODECS.values()) * NUM_EACH
+NUM_READS = NUM_IN_SETTING * 4 + NUM_LESS_MEAN
 NUM_APPENDS = len(CODECS) * 2 * len(selftest.NEW_TOKENS)
 
 
@@ -41,7 +45,7 @@ def of(checks: list[Check], *uses: str) -> list[Check]:
 def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: HeadShape) -> None:
     checks = run(dtype, heads)
     reads = of(checks, "decode", "prefill")
-    assert [check.outcome for check in reads] == [RIGHT] * NUM_READS
+    assert [check.outcome for check in reads] == [RIGHT] * (NUM_READS - heads.is_latent * NUM_LESS_MEAN)
     assert {check.heads for check in reads} == {heads}
     assert all(0 < check.error <= check.allowed for check in reads if check.error is not None)
     kernel = dispatch.latent_kernel if heads.is_latent else dispatch.attention_kernel
@@ -59,7 +63,7 @@ def test_the_kernels_of_this_cpu_are_right(dtype: torch.dtype, heads: HeadShape)
 def test_a_pair_of_codecs_is_tested_besides(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = "k:int8+v:int4"
     own = [check for check in selftest.plan(CPU, torch.float32, (SMALL,), (pair,)) if f", {pair}, " in check.name]
-    assert len(own) == (NUM_READS + NUM_APPENDS) // len(CODECS)
+    assert len(own) == 4 * NUM_EACH + NUM_APPENDS // len(CODECS)
     checks = [check.run() for check in own]
     assert {check.outcome for check in checks} == ({RIGHT} if library() is not None else {RIGHT, NOT_TESTED})
     attend_with(monkeypatch, nudged(out=1e-3))
@@ -90,6 +94,7 @@ def nudged(out: float = 0.0, lse: float = 0.0, **settings: Any) -> Any:
     def kernel(query, keys, values, layout, visibility, scoring) -> Attended:
         result, sums = attention_naive(query, keys, values, layout, visibility, scoring, dtype=query.dtype)
         asked = {**vars(visibility), **vars(scoring), "is_paged": layout.is_paged, "codec": keys.codec.name}
+        asked["has_mean"] = keys.mean is not None
         if all(asked[name] == value for name, value in settings.items()):
             result, sums = result + out, sums + lse
         return Attended(result, sums)
@@ -110,10 +115,11 @@ def test_an_error_beyond_the_twins_is_found(monkeypatch: pytest.MonkeyPatch, off
     ("settings", "share"),
     [
         ({"is_paged": True}, NUM_READS // 2),
-        ({"codec": "int4"}, NUM_READS // len(CODECS)),
-        ({"softcap": 5.0}, NUM_READS // 4),
-        ({"pads": (0, 38), "num_slots": 4, "sinks": 4}, NUM_READS // 4),
-        ({"pads": (0, 17, 203)}, NUM_READS // 4),
+        ({"codec": "int4"}, 5 * NUM_EACH),
+        ({"softcap": 5.0}, NUM_IN_SETTING),
+        ({"pads": (0, 38), "num_slots": 4, "sinks": 4}, NUM_IN_SETTING),
+        ({"pads": (0, 17, 203)}, NUM_IN_SETTING),
+        ({"pads": (0, 21), "has_mean": True}, NUM_LESS_MEAN),
     ],
     ids=str,
 )
@@ -208,7 +214,7 @@ def test_a_wrong_kernel_for_latents_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(selftest, "latent_kernel", lambda *_: Kernel("broken", "for a test", kernel))
     reads = of(run(heads=HeadShape(32, 8, 2, is_latent=True)), "decode", "prefill")
-    assert [(check.outcome, check.kernel) for check in reads] == [(WRONG, "broken")] * NUM_READS
+    assert [(check.outcome, check.kernel) for check in reads] == [(WRONG, "broken")] * (NUM_IN_SETTING * 4)
 
 
 # The int8 product, in a process of its own.

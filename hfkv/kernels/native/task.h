@@ -33,6 +33,7 @@ class Task {
     }
 
     void attend(int64_t begin, int64_t end, Part &part) {
+        last = end;
         part.out.assign(call.rows() * vd, 0.0f);
         part.largest.assign(call.rows(), -INFINITY), part.sum.assign(call.rows(), 0.0f);
         attend_tokens(begin, end, part);
@@ -83,7 +84,7 @@ class Task {
 
     template <int64_t VECTORS> void attend_tile(int64_t from, const Tokens &tokens, Part &part) {
         for (int64_t of = 0; of < parts; of++) keys[of]->score(tokens, has_products, of > 0, tile.data());
-        if (mean) mean->add<VECTORS>(from, tokens.count, tile.data());
+        if (mean) mean->add<VECTORS>(from, tokens.count, last, tile.data());
         // In passes over the rows, so that they do not wait for one another's largest.
         for (int64_t r = 0; r < call.rows(); r++) limit<VECTORS>(r, &tile[r * VECTORS], part);
         for (int64_t r = 0; r < call.rows(); r++) weigh<VECTORS>(r, &tile[r * VECTORS], part);
@@ -129,7 +130,7 @@ class Task {
     }
 
     const Call &call;
-    int64_t b, h, kv_head, vd, parts = call.is_latent() ? 2 : 1;
+    int64_t b, h, kv_head, vd, parts = call.is_latent() ? 2 : 1, last = 0;
     Sight sight;
     std::unique_ptr<Keys> keys[2];  // latents are in two parts
     std::unique_ptr<MeanScores> mean;  // where one was taken off the keys

@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 
 from hfkv.codecs import CODECS
+from hfkv.codecs.key_mean import KeyMean
+from hfkv.codecs.waves import Waves
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
+from hfkv.kernels.placed_mean import PlacedMean
 from hfkv.policy.codec_pair import sides_of
 from hfkv.stores.layout import Layout
 
@@ -53,6 +56,7 @@ class Scenario:
         window: whether a window hides tokens, its sinks in slots.
         softcap: see `Scoring`.
         has_sink_logits: see `Scoring`.
+        has_mean: whether a mean was taken off the keys.
     """
 
     name: str
@@ -60,6 +64,7 @@ class Scenario:
     window: bool = False
     softcap: float | None = None
     has_sink_logits: bool = False
+    has_mean: bool = False
 
 
 SETTINGS = (
@@ -69,6 +74,8 @@ SETTINGS = (
     # The second row's text begins so late that two of its sinks are still among the newest tokens.
     Scenario("window and sinks", pads=(0, 38), window=True),
     Scenario("softcap and sink logits", softcap=5.0, has_sink_logits=True),
+    # Of codecs that a patched model has it taken off for. Rows, and sinks in slots, have positions of their own.
+    Scenario("window, sinks and keys less their mean", pads=(0, 21), window=True, has_mean=True),
 )
 WINDOW_SIZE, NUM_SINKS, HELD_FROM = 100, 4, 40
 
@@ -98,6 +105,8 @@ def random_arguments(
         parts.append(Encoded(CODECS[name], tuple(_placed(plane, layout) for plane in planes), dim))
     if values_innermost:
         parts[1] = turned(parts[1])
+    if setting.has_mean:
+        parts[0] = parts[0]._replace(mean=_mean(heads, setting, device, generator))
     query = randn((batch, num_heads, num_queries, heads.query_dim), device, dtype, generator) * 2
     logits = randn((num_heads,), device, dtype, generator) if setting.has_sink_logits else None
     scoring = Scoring(heads.query_dim**-0.5, setting.softcap, logits)
@@ -118,6 +127,14 @@ def _visibility(setting: Scenario, num_queries: int, device: torch.device) -> Vi
         sinks=NUM_SINKS,
         bounds=pads + (t + 1 - WINDOW_SIZE).clamp_min(0),
     )
+
+
+def _mean(heads: HeadShape, setting: Scenario, device: torch.device, generator: torch.Generator) -> PlacedMean:
+    half = heads.key_dim // 2
+    waves = Waves(1e4 ** -(torch.arange(half, dtype=torch.float64) / half), False, heads.key_dim)
+    vector = randn((heads.num_kv_heads, heads.key_dim), device, torch.float32, generator)
+    first, num_slots = (HELD_FROM - NUM_SINKS, NUM_SINKS) if setting.window else (0, 0)
+    return PlacedMean(KeyMean(vector, waves), tuple(first - pad for pad in setting.pads), num_slots)
 
 
 def randn(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -108,6 +108,8 @@ def plan(
             for store in STORES:
                 for num_queries in CPU_QUERIES if device.type == "cpu" else QUERIES:
                     for setting in SETTINGS:
+                        if setting.has_mean and (each.is_latent or not Codecs.named(codec).key.takes_mean):
+                            continue
                         blank = Check(_use(num_queries), "", codec, store, setting.name, num_queries, each, NOT_TESTED)
                         run = partial(_check_attention, blank, setting, device, dtype)
                         planned.append(Planned(_name(blank), partial(_caught, blank, run)))
@@ -139,11 +141,13 @@ def _caught(blank: Check, run: Callable[[], Check]) -> Check:
 
 def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtype: torch.dtype) -> Check:
     assert blank.heads is not None
-    choose, twin = (
-        (latent_kernel, latent_attention_naive) if blank.heads.is_latent else (attention_kernel, attention_naive)
-    )
-    is_innermost = _is_innermost(blank, device, dtype)
-    kernel = choose(blank.codec, dtype, device, blank.num_tokens, blank.heads[:2], is_innermost)
+    is_innermost = _is_innermost(blank, device, dtype, setting.has_mean)
+    asked = blank.codec, dtype, device, blank.num_tokens, blank.heads[:2], is_innermost
+    twin: Callable[..., Any]
+    if blank.heads.is_latent:
+        twin, kernel = latent_attention_naive, latent_kernel(*asked)
+    else:
+        twin, kernel = attention_naive, attention_kernel(*asked, setting.has_mean)
     check = replace(blank, kernel=kernel.name)
     if kernel.run is None:
         return replace(check, note=kernel.reason)
@@ -158,12 +162,12 @@ def _check_attention(blank: Check, setting: Scenario, device: torch.device, dtyp
     return _judged(check, got, plain, exact)
 
 
-def _is_innermost(check: Check, device: torch.device, dtype: torch.dtype) -> bool:
+def _is_innermost(check: Check, device: torch.device, dtype: torch.dtype, has_mean: bool = False) -> bool:
     """Whether stores on this device keep the tokens of the values' data side by side."""
     assert check.heads is not None
     if check.heads.is_latent or Codecs.named(check.codec).value.is_lossless:
         return False
-    return wants_values_innermost(check.codec, dtype, device, check.heads[:2])
+    return wants_values_innermost(check.codec, dtype, device, check.heads[:2], has_mean)
 
 
 def _judged(check: Check, got: Any, plain: Any, exact: Any) -> Check:
