@@ -81,7 +81,8 @@ class Cost:
 def _row_bytes(codec: str, dim: int, dtype: str) -> int:
     """Bytes of a token's numbers in one set of planes."""
     size = 4 if dtype == "float32" else 2
-    return {"none": dim * size, "int8": dim + 2, "fp8": dim + 2, "int4": (dim + 1) // 2 + 4}[codec]
+    few = {"int3": (dim + 7) // 8 * 3 + 1, "int2": (dim + 3) // 4 + 2}
+    return {"none": dim * size, "int8": dim + 2, "fp8": dim + 2, "int4": (dim + 1) // 2 + 4, **few}[codec]
 
 
 def _turn(spec: str, binary: compiling.Binary) -> tuple[int, int] | None:

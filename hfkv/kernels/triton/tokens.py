@@ -9,6 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.bits.levels import numbers_of_levels
+from hfkv.kernels.triton.bits.log_scale import ONE, to_scales
+from hfkv.kernels.triton.bits.trellis import PAIRS, numbers_of_string
+
 
 @triton.jit
 def load_rows(at, stride, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_MASKED: tl.constexpr):
@@ -30,11 +34,47 @@ def load_rows(at, stride, wanted, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_
 
 
 @triton.jit
+def load_pairs(pairs_ptr, K_CODEC: tl.constexpr, V_CODEC: tl.constexpr):
+    """Loads `pairs_of_strings` where there is int2."""
+    if (K_CODEC == "int2") | (V_CODEC == "int2"):
+        return tl.load(pairs_ptr + tl.arange(0, PAIRS))
+    else:
+        return 0
+
+
+@triton.jit
+def load_codes(
+    at, stride, wanted, pairs, CODEC: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_MASKED: tl.constexpr
+):
+    """Loads data as they are stored: what `decoded` takes.
+
+    Args:
+        at, stride, wanted: arguments of `load_rows`.
+        pairs: what `load_pairs` gives.
+
+    Returns:
+        `[BLOCK_N, PADDED]`, of int3 and int2 the bytes that belong together, with what numbers are read by.
+    """
+    if CODEC == "int3":
+        OF_PART: tl.constexpr = WIDTH // 3  # noqa: N806
+        first = load_rows(at, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
+        second = load_rows(at + OF_PART * stride, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
+        return first, second, load_rows(at + 2 * OF_PART * stride, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
+    elif CODEC == "int2":
+        before = load_rows(at, stride, wanted, WIDTH - 1, PADDED // 4, IS_MASKED)
+        return before, load_rows(at + stride, stride, wanted, WIDTH - 1, PADDED // 4, IS_MASKED), pairs
+    else:
+        return load_rows(at, stride, wanted, WIDTH, PADDED, IS_MASKED)
+
+
+@triton.jit
 def load_scales(at, wanted, CODEC: tl.constexpr, IS_MASKED: tl.constexpr):
     """Loads float32 `[BLOCK_N]` scales, and the offsets of int4; ones and zeros where there are none."""
     scale = tl.full(at.shape, 1.0, tl.float32)
     low = tl.zeros(at.shape, tl.float32)
-    if CODEC != "none":
+    if (CODEC == "int3") | (CODEC == "int2"):
+        scale = to_scales((tl.load(at, mask=wanted, other=ONE) if IS_MASKED else tl.load(at)).to(tl.int32))
+    elif CODEC != "none":
         scale = (tl.load(at, mask=wanted, other=1.0) if IS_MASKED else tl.load(at)).to(tl.float32)
     if CODEC == "int4":
         low = (tl.load(at + 1, mask=wanted, other=0.0) if IS_MASKED else tl.load(at + 1)).to(tl.float32)
@@ -47,6 +87,7 @@ def load_tokens(
     stride,
     scale_at,
     wanted,
+    pairs,
     CODEC: tl.constexpr,
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
@@ -55,13 +96,13 @@ def load_tokens(
     """Loads the keys or the values of a tile.
 
     Args:
-        at, stride, wanted: arguments of `load_rows`.
+        at, stride, wanted, pairs: arguments of `load_codes`.
         scale_at: pointers to the scales `[BLOCK_N]`.
 
     Returns:
-        Data `[BLOCK_N, PADDED]`, as they are stored, scales and offsets.
+        Data as `load_codes` gives them, scales and offsets.
     """
-    data = load_rows(at, stride, wanted, WIDTH, PADDED, IS_MASKED)
+    data = load_codes(at, stride, wanted, pairs, CODEC, WIDTH, PADDED, IS_MASKED)
     scale, low = load_scales(scale_at, wanted, CODEC, IS_MASKED)
     return data, scale, low
 
@@ -69,7 +110,13 @@ def load_tokens(
 @triton.jit
 def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
     """Converts data of a codec other than int4 to numbers that are still to be multiplied by their scale."""
-    if CODEC == "fp8":
+    if CODEC == "int3":
+        first, second, signs = x
+        return numbers_of_levels(first, second, signs).to(DTYPE)
+    elif CODEC == "int2":
+        before, last, pairs = x
+        return numbers_of_string(before, last, pairs).to(DTYPE)
+    elif CODEC == "fp8":
         return x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     else:
         return x.to(DTYPE)

@@ -116,7 +116,7 @@ def _digits_kernel(
 ):
     """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
-    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    Writes the output `[splits, B, Hq, q, Dv]`, rotated as the values are, and its log-sum-exp `[splits, B, Hq, q]`;
     with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
     """
     TILES: tl.constexpr = BLOCK_M // NUMBERS  # noqa: N806

@@ -227,7 +227,7 @@ def store_split(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Stores one split's output `[.., D]`, int4 values still rotated, and its log-sum-exp at `rows`, int64."""
+    """Stores one split's output `[.., D]`, rotated as the values are, and its log-sum-exp at `rows`, int64."""
     highest, total = softmax
     acc, acc_high, offset = sums
     store_floats(
