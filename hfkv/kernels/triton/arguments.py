@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from hfkv.kernels.triton.bits.parts import BITS
 from hfkv.kernels.triton.bits.trellis import pairs_of_strings
 from hfkv.kernels.triton.support import DTYPES
-from hfkv.kernels.triton.tiling import MIN_BLOCK, padded
 
 TL_DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES}
 
@@ -44,16 +42,3 @@ def plane_arguments(planes: list[torch.Tensor], *, has_heads: bool = True) -> tu
 def pairs_argument(codecs: tuple[str, str], device: torch.device) -> torch.Tensor | None:
     """Gives the table by which int2 is read, if that is one of the codecs."""
     return pairs_of_strings(device) if "int2" in codecs else None
-
-
-def columns_of(codec: str, dim: int, width: int, least: int = MIN_BLOCK) -> int:
-    """Gives the columns of a tile, `least` or more, for rows of `dim` numbers whose data are `width` wide.
-
-    Those of int3 and int2 are the numbers that are read from bytes, those of other codecs the data.
-    """
-    return padded(dim if codec in BITS else width, least)
-
-
-def loaded_bytes(codec: str, columns: int, item_size: int) -> int:
-    """Gives the bytes of a token that tiles of so many columns are loaded from, padding among them."""
-    return {"int3": columns // 8 * 3, "int2": columns // 4 * 2}.get(codec, columns * item_size)

@@ -8,12 +8,12 @@ from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.operators import Operator
-from hfkv.kernels.triton.arguments import columns_of, loaded_bytes, pairs_argument, plane_arguments, product_dtypes
+from hfkv.kernels.triton.arguments import pairs_argument, plane_arguments, product_dtypes
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.latent_attention import _latent_kernel
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.support import ROTATED
-from hfkv.kernels.triton.tiling import device_of, latent_tiling, padded
+from hfkv.kernels.triton.tiling import columns_of, device_of, latent_tiling, loaded_bytes, padded
 from hfkv.stores.layout import Layout
 
 

@@ -8,7 +8,7 @@ from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.operators import Operator
-from hfkv.kernels.triton.arguments import columns_of, loaded_bytes, pairs_argument, plane_arguments, product_dtypes
+from hfkv.kernels.triton.arguments import pairs_argument, plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.digits.attention import _digits_kernel
@@ -17,7 +17,7 @@ from hfkv.kernels.triton.digits.call import plane_arguments as digits_planes
 from hfkv.kernels.triton.digits.call import takes_digits
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.support import ROTATED
-from hfkv.kernels.triton.tiling import device_of, digits_tiling, padded, tiling
+from hfkv.kernels.triton.tiling import columns_of, device_of, digits_tiling, loaded_bytes, padded, tiling
 from hfkv.stores.layout import Layout
 
 
@@ -50,11 +50,13 @@ def _attention(
     codecs, dims, widths = (key_codec, value_codec), (key_dim, value_dim), (k.shape[3], v.shape[3])
     device = device_of(query.device)
     kernel, dtypes = _attention_kernel, None
+    planes: tuple[torch.Tensor | int | None, ...]
     if not is_prefill and takes_digits(query, key_planes, value_planes, codecs, page_size):
         kernel = _digits_kernel
-        planes = digits_planes(key_planes, value_planes)
+        planes = digits_planes(key_planes, value_planes, codecs)
         constants = digits_constants(codecs, dims, widths, query.device)
-        tiles = digits_tiling(device, num_rows, (padded(widths[0], 32), padded(widths[1], 32)), codecs, page_size)
+        k_columns, v_columns = map(columns_of, codecs, dims, widths, (32, 32))
+        tiles = digits_tiling(device, num_rows, (k_columns, v_columns), codecs, page_size)
     else:
         q_padded = padded(key_dim)
         k_padded, v_padded = map(columns_of, codecs, dims, widths)

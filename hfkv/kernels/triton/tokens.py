@@ -108,15 +108,23 @@ def load_tokens(
 
 
 @triton.jit
-def decoded(x, CODEC: tl.constexpr, DTYPE: tl.constexpr):
-    """Converts data of a codec other than int4 to numbers that are still to be multiplied by their scale."""
+def unpacked(x, CODEC: tl.constexpr, IS_ASSEMBLY: tl.constexpr = False):
+    """Takes the numbers out of data of int3 and int2, int8 `[BLOCK_N, PADDED]`; others are as they are."""
     if CODEC == "int3":
         first, second, signs = x
-        return numbers_of_levels(first, second, signs).to(DTYPE)
+        return numbers_of_levels(first, second, signs, IS_ASSEMBLY)
     elif CODEC == "int2":
         before, last, pairs = x
-        return numbers_of_string(before, last, pairs).to(DTYPE)
-    elif CODEC == "fp8":
+        return numbers_of_string(before, last, pairs)
+    else:
+        return x
+
+
+@triton.jit
+def decoded(data, CODEC: tl.constexpr, DTYPE: tl.constexpr):
+    """Converts data of a codec other than int4 to numbers that are still to be multiplied by their scale."""
+    x = unpacked(data, CODEC)
+    if CODEC == "fp8":
         return x.to(tl.float8e4nv, bitcast=True).to(DTYPE)
     else:
         return x.to(DTYPE)

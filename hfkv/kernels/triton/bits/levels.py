@@ -17,6 +17,36 @@ DEVIATION = tl.constexpr(57.2)
 SECOND, THIRD, LAST = tl.constexpr(28.5), tl.constexpr(60.0), tl.constexpr(100.0)
 
 
+# The levels, a byte each.
+POSITIVE, NEGATIVE = 0x7B4D2B0E, 0x85B3D5F2
+
+
+def _look_up(is_odd: int) -> str:
+    """Writes the assembly that reads 16 numbers, four of every other part, out of four bytes each of $4 and $5.
+
+    Level and sign of two parts are the nibbles of a word, by which `prmt` looks up eight numbers.
+    """
+    lines = [".reg .b32 at, lower, upper;"]
+    for pair in (0, 1):  # the parts 0 and 4, or 2 and 6, or those behind them
+        left = 2 - is_odd - 2 * pair
+        lines += [
+            f"shr.u32 at, $4, {2 * pair};",
+            "and.b32 at, at, 0x33333333;",
+            f"shl.b32 upper, $5, {left};" if left > 0 else f"shr.u32 upper, $5, {-left};",
+            "and.b32 upper, upper, 0x44444444;",
+            "or.b32 at, at, upper;",
+            f"prmt.b32 lower, {POSITIVE:#x}, {NEGATIVE:#x}, at;",
+            "shr.u32 at, at, 16;",
+            f"prmt.b32 upper, {POSITIVE:#x}, {NEGATIVE:#x}, at;",
+            f"prmt.b32 ${pair}, lower, upper, 0x6420;",
+            f"prmt.b32 ${pair + 2}, lower, upper, 0x7531;",
+        ]
+    return "{ " + " ".join(lines) + " }"
+
+
+EVEN, ODD = tl.constexpr(_look_up(0)), tl.constexpr(_look_up(1))
+
+
 @triton.jit
 def magnitudes(codes):
     """Gives the magnitudes of codes 0 to 3, integers."""
@@ -81,17 +111,45 @@ def write_levels(y, rows, stride, scale_at, is_new, ptr, D: tl.constexpr, ROWS: 
 
 
 @triton.jit
-def numbers_of_levels(first, second, signs):
+def parts_of_levels(levels, signs, ASSEMBLY: tl.constexpr):
+    """Reads four parts, EVEN or ODD, int8 of the shape of the bytes."""
+    return tl.inline_asm_elementwise(
+        ASSEMBLY,
+        "=&r,=&r,=&r,=&r,r,r",
+        [levels, signs],
+        dtype=(tl.int8, tl.int8, tl.int8, tl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@triton.jit
+def joined_levels(even, odd, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Puts four even parts and four odd ones side by side: `[ROWS, PADDED]`."""
+    a, c, e, g = even
+    b, d, f, h = odd
+    evens = tl.join(tl.join(a, e), tl.join(c, g))
+    both = tl.join(evens, tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(tl.permute(both, (0, 2, 3, 4, 1)), (ROWS, PADDED))
+
+
+@triton.jit
+def numbers_of_levels(first, second, signs, IS_ASSEMBLY: tl.constexpr):
     """Reads rows of int3 as numbers, int8 `[N, 8 n]`.
 
     Args:
         first, second: bytes of levels `[N, n]`, of even parts and of odd ones.
         signs: bytes of signs `[N, n]`.
+        IS_ASSEMBLY: whether there is assembly, which Triton's interpreter does not know.
     """
     rows: tl.constexpr = first.shape[0]
     padded: tl.constexpr = first.shape[1]
-    pairs = tl.permute(tl.join(first, second), (0, 2, 1)).to(tl.int32)[:, None, :, :]
-    codes = (pairs >> (tl.arange(0, 4) * 2)[None, :, None, None]) & 3
-    codes = tl.reshape(codes, (rows, 8, padded))
-    sign = (signs.to(tl.int32)[:, None, :] >> tl.arange(0, 8)[None, :, None]) & 1
-    return tl.reshape((magnitudes(codes) ^ -sign) + sign, (rows, 8 * padded)).to(tl.int8)
+    if IS_ASSEMBLY:
+        even, odd = parts_of_levels(first, signs, EVEN), parts_of_levels(second, signs, ODD)
+        return joined_levels(even, odd, rows, 8 * padded)
+    else:
+        pairs = tl.permute(tl.join(first, second), (0, 2, 1)).to(tl.int32)[:, None, :, :]
+        codes = (pairs >> (tl.arange(0, 4) * 2)[None, :, None, None]) & 3
+        codes = tl.reshape(codes, (rows, 8, padded))
+        sign = (signs.to(tl.int32)[:, None, :] >> tl.arange(0, 8)[None, :, None]) & 1
+        return tl.reshape((magnitudes(codes) ^ -sign) + sign, (rows, 8 * padded)).to(tl.int8)

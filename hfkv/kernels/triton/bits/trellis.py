@@ -154,10 +154,8 @@ def numbers_of_string(before, last, pairs):
         before, last: bytes `[N, n]`, of which the latter say what numbers are, together with those before them.
         pairs: `pairs_of_strings`.
     """
-    rows: tl.constexpr = last.shape[0]
-    padded: tl.constexpr = last.shape[1]
     words = before.to(tl.int32) | (last.to(tl.int32) << 8)
-    at = (words[:, None, :] >> (tl.arange(0, 2) * 4 + 2)[None, :, None]) & (PAIRS - 1)
-    found = tl.reshape(tl.gather(pairs, tl.reshape(at, (rows * 2 * padded,)), 0), (rows, 2, padded))
-    both = tl.permute(tl.join(found.to(tl.int8), (found >> 8).to(tl.int8)), (0, 1, 3, 2))
-    return tl.reshape(both, (rows, 4 * padded))
+    at = tl.join(words >> 2, words >> 6) & (PAIRS - 1)
+    found = tl.reshape(tl.gather(pairs, tl.reshape(at, (at.numel,)), 0), at.shape)
+    numbers = tl.permute(tl.join(found.to(tl.int8), (found >> 8).to(tl.int8)), (0, 2, 3, 1))
+    return tl.reshape(numbers, (last.shape[0], 4 * last.shape[1]))
