@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from itertools import product
 
-# Codec -> bytes at head dim 128 and at 64; of 8-bit floats, which no tensor core multiplies as they are, none.
-DECODE = {"none": (12.0, 9.0), "int8": (10.0, 7.0), "int4": (6.2, 4.0)}
+# Codec -> bytes at head dim 128 and at 64; of 8-bit floats, which no tensor core multiplies as they are, none. Of int3
+# and int2 what has been reached: their bits are first to become bytes, by one operation a number or by a table.
+DECODE = {"none": (12.0, 9.0), "int8": (10.0, 7.0), "int4": (6.2, 4.0), "int3": (4.5, 3.3), "int2": (1.0, 0.8)}
 EXPERTS = {"none": 12.0, "int8": 8.4, "int4": 6.5}
 # Codec -> bytes of latents and rotary keys, of 512 and 64 dimensions; what has been reached.
 LATENT = {"none": 8.5, "int8": 1.5}
@@ -38,7 +39,7 @@ _LATENT = tuple(
 )
 _APPEND = tuple(
     f"{capability} append {codec} {codec} bfloat16 128 64"
-    for codec, capability in product(("none", "int8", "int4", "fp8"), (80, 90))
+    for codec, capability in product(("none", "int8", "int4", "fp8", "int3", "int2"), (80, 90))
 )
 _APPEND += ("80 append int8 int8 bfloat16 128 64 transposed", "90 append int4 int4 bfloat16 128 64 transposed")
 STANDING = (*_DECODE, *_EXPERTS, *_LATENT, *_APPEND)

@@ -1,6 +1,5 @@
 """Kernels compile for GPUs, and fit their shared memory, on a machine without one."""
 
-import itertools
 import os
 import subprocess
 import sys
@@ -8,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from hfkv.kernels.triton.digits.call import CODECS
+from hfkv.kernels.triton.support import TRITON_CODECS
+
 ROOT = Path(__file__).parent.parent.parent
 FEW = (
     "90 append int4 fp8 bfloat16 128 64",
     "90 decode int4 int8 bfloat16 128 64 scoring bounds",
     "80 prefill none int4 float16 96 0 mask",
     "80 decode int4 int8 bfloat16 128 16 scoring bounds transposed",
+    "90 append int3 int2 bfloat16 128 64",
+    "80 decode int2 int3 bfloat16 64 0 transposed",
 )
 SHAPES = (
     ("append", "float32", 80, 0),
@@ -50,7 +54,7 @@ def test_kernels_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
-@pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
+@pytest.mark.parametrize("codec", TRITON_CODECS)
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_every_kind_of_kernel_compiles(capability: int, codec: str, extent: dict[int, slice], tmp_path: Path) -> None:
     # The attention kernels of fp8 need 8.9.
@@ -64,7 +68,7 @@ def test_every_kind_of_kernel_compiles(capability: int, codec: str, extent: dict
 @pytest.mark.parametrize(
     ("codec", "capability"),
     # 8-bit floats need 8.9.
-    [*itertools.product(("int8", "int4"), (80, 89, 90, 100)), *(("fp8", capability) for capability in (89, 90, 100))],
+    [(codec, capability) for codec in CODECS for capability in (80, 89, 90, 100) if codec != "fp8" or capability > 80],
 )
 def test_every_kind_of_kernel_of_digits_compiles(
     codec: str, capability: int, extent: dict[int, slice], tmp_path: Path

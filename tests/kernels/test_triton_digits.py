@@ -89,7 +89,9 @@ def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, d
     )
 
 
-@pytest.mark.parametrize("codecs", [("int4", "fp8"), ("fp8", "int8"), ("int8", "int4"), ("int3", "int2"), ("int2", "int4"), ("int8", "int3")])
+@pytest.mark.parametrize(
+    "codecs", [("int4", "fp8"), ("fp8", "int8"), ("int8", "int4"), ("int3", "int2"), ("int2", "int4"), ("int8", "int3")]
+)
 def test_keys_and_values_of_their_own_codecs_and_widths(codecs: tuple[str, str], device: torch.device) -> None:
     check(
         decode_attention,

@@ -154,11 +154,11 @@ def digits_tiling(
     in_parts = codecs[1] == "int3"
     is_alone = in_parts and widths[1] <= 128
     block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs or in_parts else 16
-    num_warps = 1 if is_alone else 8 if (is_wide and not in_parts) or block_m == 16 or codecs[1] == "int2" else 4
+    num_warps = 1 if is_alone else 8 if (is_wide and not in_parts) or block_m == 16 else 4
     token_bytes = sum(loaded_bytes(codec, width, 1) for codec, width in zip(codecs, widths, strict=True))
     converted_bytes = widths[0] * (codecs[0] in ("int3", "int2"))
     converted_bytes += widths[1] * {"fp8": 2, "int2": 1}.get(codecs[1], 0)
-    block_n = 64 if is_alone else 128
+    block_n = 64 if is_alone or codecs[1] == "int2" else 128
     while block_n > 32 and block_n * (2 * token_bytes + converted_bytes) > device.shared_memory:
         block_n //= 2
     # As many programs a multiprocessor as there are to be, and two tiles on their way.

@@ -43,14 +43,46 @@ def load_pairs(pairs_ptr, K_CODEC: tl.constexpr, V_CODEC: tl.constexpr):
 
 
 @triton.jit
+def _load_words(at, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Loads rows of WIDTH bytes side by side by words, wherever they begin, as no row of int2 does at a word.
+
+    Every word that is read has a byte of the row in it.
+
+    Returns:
+        Words `[BLOCK_N, PADDED / 4]` of the row from its first byte on, and of those from its second byte on.
+    """
+    address = at.to(tl.int64)
+    shift = ((address & 3) * 8).to(tl.uint32)[:, None]
+    word = tl.arange(0, PADDED // 4)
+    words_at = (address & -4).to(tl.pointer_type(tl.uint32))[:, None] + word[None, :]
+    if WIDTH - 1 < PADDED:
+        lower = tl.load(words_at, mask=(4 * word < WIDTH - 1)[None, :], other=0)
+        upper = tl.load(words_at + 1, mask=(4 * word < WIDTH - 1)[None, :], other=0)
+    else:
+        lower = tl.load(words_at)
+        upper = tl.load(words_at + 1)
+    first = (lower >> shift) | ((upper << 1) << (31 - shift))
+    return first, (first >> 8) | ((upper >> shift) << 24)
+
+
+@triton.jit
 def load_codes(
-    at, stride, wanted, pairs, CODEC: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_MASKED: tl.constexpr
+    at,
+    stride,
+    wanted,
+    pairs,
+    CODEC: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    ARE_SIDE_BY_SIDE: tl.constexpr = False,
 ):
     """Loads data as they are stored: what `decoded` takes.
 
     Args:
         at, stride, wanted: arguments of `load_rows`.
         pairs: what `load_pairs` gives.
+        ARE_SIDE_BY_SIDE: whether the numbers of a token lie so, and all are wanted.
 
     Returns:
         `[BLOCK_N, PADDED]`, of int3 and int2 the bytes that belong together, with what numbers are read by.
@@ -60,6 +92,9 @@ def load_codes(
         first = load_rows(at, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
         second = load_rows(at + OF_PART * stride, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
         return first, second, load_rows(at + 2 * OF_PART * stride, stride, wanted, OF_PART, PADDED // 8, IS_MASKED)
+    elif (CODEC == "int2") & ARE_SIDE_BY_SIDE:
+        before, last = _load_words(at, WIDTH, PADDED // 4)
+        return before, last, pairs
     elif CODEC == "int2":
         before = load_rows(at, stride, wanted, WIDTH - 1, PADDED // 4, IS_MASKED)
         return before, load_rows(at + stride, stride, wanted, WIDTH - 1, PADDED // 4, IS_MASKED), pairs

@@ -151,11 +151,21 @@ def numbers_of_string(before, last, pairs):
     """Reads rows of int2 as numbers, int8 `[N, 4 n]`.
 
     Args:
-        before, last: bytes `[N, n]`, of which the latter say what numbers are, together with those before them.
+        before, last: bytes `[N, n]`, of which the latter say what numbers are, together with those before them; or words
+            `[N, n / 4]` of them.
         pairs: `pairs_of_strings`.
     """
-    words = before.to(tl.int32) | (last.to(tl.int32) << 8)
-    at = tl.join(words >> 2, words >> 6) & (PAIRS - 1)
-    found = tl.reshape(tl.gather(pairs, tl.reshape(at, (at.numel,)), 0), at.shape)
-    numbers = tl.permute(tl.join(found.to(tl.int8), (found >> 8).to(tl.int8)), (0, 2, 3, 1))
-    return tl.reshape(numbers, (last.shape[0], 4 * last.shape[1]))
+    rows: tl.constexpr = last.shape[0]
+    if last.dtype == tl.uint8:
+        words = before.to(tl.int32) | (last.to(tl.int32) << 8)
+        at = tl.join(words >> 2, words >> 6) & (PAIRS - 1)
+        found = tl.reshape(tl.gather(pairs, tl.reshape(at, (at.numel,)), 0), at.shape)
+        numbers = tl.permute(tl.join(found.to(tl.int8), (found >> 8).to(tl.int8)), (0, 2, 3, 1))
+        return tl.reshape(numbers, (rows, 4 * last.shape[1]))
+    else:
+        # Of the last of four bytes some bits are in the word behind.
+        at = tl.join(tl.join(before >> 2, before >> 18), tl.join(before >> 10, last >> 18))
+        at = (tl.join(at, at >> 4) & (PAIRS - 1)).to(tl.int32)
+        found = tl.reshape(tl.gather(pairs, tl.reshape(at, (at.numel,)), 0), at.shape)
+        numbers = tl.permute(tl.join(found.to(tl.int8), (found >> 8).to(tl.int8)), (0, 4, 5, 1, 2, 3))
+        return tl.reshape(numbers, (rows, 16 * last.shape[1]))

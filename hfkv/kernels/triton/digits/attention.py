@@ -186,7 +186,7 @@ def _digits_kernel(
     for step in tl.range(inside, behind):
         block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 1)
         k = load_codes(
-            k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, pairs, K_CODEC, K_WIDTH, K_PADDED, False
+            k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, pairs, K_CODEC, K_WIDTH, K_PADDED, False, True
         )
         page, first, behind_it = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, loaded_together(K_CODEC))
         scales = load_scales(k_scale_head, page * k_scale_b, first, behind_it, 0, K_CODEC, BLOCK_N, False)
