@@ -1,5 +1,6 @@
 """Kernels compile for GPUs, and fit their shared memory, on a machine without one."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hfkv.kernels.triton.digits.call import CODECS
-from hfkv.kernels.triton.support import TRITON_CODECS
+from hfkv.kernels.triton.bits.parts import BITS
 
 ROOT = Path(__file__).parent.parent.parent
 FEW = (
@@ -16,8 +16,6 @@ FEW = (
     "90 decode int4 int8 bfloat16 128 64 scoring bounds",
     "80 prefill none int4 float16 96 0 mask",
     "80 decode int4 int8 bfloat16 128 16 scoring bounds transposed",
-    "90 append int3 int2 bfloat16 128 64",
-    "80 decode int2 int3 bfloat16 64 0 transposed",
 )
 SHAPES = (
     ("append", "float32", 80, 0),
@@ -54,7 +52,7 @@ def test_kernels_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("extent", EXTENTS)
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", ["none", "int8", "int4", "fp8"])
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_every_kind_of_kernel_compiles(capability: int, codec: str, extent: dict[int, slice], tmp_path: Path) -> None:
     # The attention kernels of fp8 need 8.9.
@@ -68,7 +66,7 @@ def test_every_kind_of_kernel_compiles(capability: int, codec: str, extent: dict
 @pytest.mark.parametrize(
     ("codec", "capability"),
     # 8-bit floats need 8.9.
-    [(codec, capability) for codec in CODECS for capability in (80, 89, 90, 100) if codec != "fp8" or capability > 80],
+    [*itertools.product(("int8", "int4"), (80, 89, 90, 100)), *(("fp8", capability) for capability in (89, 90, 100))],
 )
 def test_every_kind_of_kernel_of_digits_compiles(
     codec: str, capability: int, extent: dict[int, slice], tmp_path: Path
@@ -77,3 +75,24 @@ def test_every_kind_of_kernel_of_digits_compiles(
     shapes = DIGITS[:1] if capability == 89 and codec != "fp8" else DIGITS[extent.get(capability, slice(None))]
     kernels = (f"{capability} decode {codec} {codec} {dtype} {dim} {size} transposed" for dtype, dim, size in shapes)
     check(tuple(kernels), tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("codec", BITS)
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_every_kind_of_kernel_of_bits_compiles(capability: int, codec: str, tmp_path: Path) -> None:
+    shapes = [
+        (operation, dtype, dim, size) for operation, dtype, dim, size in SHAPES if dtype != "float32" or dim < 256
+    ]
+    kernels = [f"{operation} {codec} {codec} {dtype} {dim} {size}" for operation, dtype, dim, size in shapes]
+    kernels += [f"decode {codec} {codec} {dtype} {dim} {size} transposed" for dtype, dim, size in DIGITS]
+    kernels += [
+        f"latent {codec} {codec} bfloat16 512 0",
+        f"decode int8 {codec} bfloat16 128 16 scoring bounds transposed",
+    ]
+    check(tuple(f"{capability} {kernel}" for kernel in kernels), tmp_path)
+
+
+@pytest.mark.slow
+def test_kernels_of_bits_compile(tmp_path: Path) -> None:
+    check(("90 append int3 int2 bfloat16 64 64", "80 prefill int2 int3 bfloat16 64 0"), tmp_path)

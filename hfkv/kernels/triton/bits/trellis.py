@@ -151,8 +151,8 @@ def numbers_of_string(before, last, pairs):
     """Reads rows of int2 as numbers, int8 `[N, 4 n]`.
 
     Args:
-        before, last: bytes `[N, n]`, of which the latter say what numbers are, together with those before them; or words
-            `[N, n / 4]` of them.
+        before, last: bytes `[N, n]`, of which the latter say what numbers are, together with those before them, or such
+            words `[N, n / 4]`.
         pairs: `pairs_of_strings`.
     """
     rows: tl.constexpr = last.shape[0]
