@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SOURCES = sorted(path for folder in ("hfkv", "patches") for path in (ROOT / folder).rglob("*.py"))
 # Brought by torch where it can run; hfkv.kernels.triton.support asks for it before any of these files is imported.
-TRITON = ("hfkv/kernels/triton/*.py", "hfkv/kernels/triton/digits/*.py", "hfkv/kernels/experts/triton*.py")
+TRITON = ("hfkv/kernels/triton/*.py", "hfkv/kernels/triton/*/*.py", "hfkv/kernels/experts/triton*.py")
 TREES = {path: ast.parse(path.read_text()) for path in SOURCES}
 
 

@@ -81,7 +81,16 @@ class Cost:
 def _row_bytes(codec: str, dim: int, dtype: str) -> int:
     """Bytes of a token's numbers in one set of planes."""
     size = 4 if dtype == "float32" else 2
-    return {"none": dim * size, "int8": dim + 2, "fp8": dim + 2, "int4": (dim + 1) // 2 + 4}[codec]
+    few = {"int3": (dim + 7) // 8 * 3 + 1, "int2": (dim + 3) // 4 + 2}
+    return {"none": dim * size, "int8": dim + 2, "fp8": dim + 2, "int4": (dim + 1) // 2 + 4, **few}[codec]
+
+
+def _loaded_twice(spec: str, binary: compiling.Binary) -> int:
+    """Bytes of a tile that are loaded once more: those of int2, of which each is read with the one before."""
+    _, operation, *codecs = spec.split()[:4]
+    if operation == "gemv":
+        return 0
+    return binary.constants["BLOCK_N"] * codecs.count("int2") * ((int(spec.split()[5]) + 3) // 4)
 
 
 def _turn(spec: str, binary: compiling.Binary) -> tuple[int, int] | None:
@@ -131,7 +140,10 @@ def cost_of(spec: str, binary: compiling.Binary) -> Cost:
         size, multiplications = tile
         # Of a few turns the compiler makes none.
         loop = loop or sass.Loop(0, len(whole) - 1, tuple(whole))
-        turns = min(loop.loaded * num_warps // size, loop.multiplications * num_warps // multiplications)
+        turns = min(
+            loop.loaded * num_warps // (size + _loaded_twice(spec, binary)),
+            loop.multiplications * num_warps // multiplications,
+        )
         assert turns > 0, f"{spec}: no loop reads a tile of {size} bytes"
         instructions, turn_bytes, opcodes = len(loop), turns * size, dict(loop.opcodes.most_common())
     resources = int(used[1]), int(used[2]), binary.compiled.metadata.shared

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from itertools import product
 
-# Codec -> bytes at head dim 128 and at 64; of 8-bit floats, which no tensor core multiplies as they are, none.
-DECODE = {"none": (12.0, 9.0), "int8": (10.0, 7.0), "int4": (6.2, 4.0)}
+# Codec -> bytes at head dim 128 and at 64; of 8-bit floats, which no tensor core multiplies as they are, none. Of int3
+# and int2 what has been reached: their bits are first to become bytes, by one operation a number or by a table.
+DECODE = {"none": (12.0, 9.0), "int8": (10.0, 7.0), "int4": (6.2, 4.0), "int3": (4.5, 3.3), "int2": (1.0, 0.8)}
 EXPERTS = {"none": 12.0, "int8": 8.4, "int4": 6.5}
 # Codec -> bytes of latents and rotary keys, of 512 and 64 dimensions; what has been reached.
 LATENT = {"none": 8.5, "int8": 1.5}
+WHOLE, BITS = ("none", "int8", "int4"), ("int3", "int2")
 
 _DECODE = tuple(
     f"{capability} decode {codec} {codec} bfloat16 {dim} {page} groups:{groups}" + " transposed" * (codec != "none")
-    for codec, dim, groups, page, capability in product((*DECODE, "fp8"), (128, 64), (4, 8), (0, 64), (80, 90))
+    for codec, dim, groups, page, capability in product((*WHOLE, "fp8"), (128, 64), (4, 8), (0, 64), (80, 90))
     # The attention kernels of fp8 need 8.9.
     if codec != "fp8" or capability > 80
 )
@@ -37,13 +39,26 @@ _LATENT = tuple(
     for codec, page, capability in product(("none", "int8", "int4"), (0, 64), (80, 90))
 )
 _APPEND = tuple(
-    f"{capability} append {codec} {codec} bfloat16 128 64"
-    for codec, capability in product(("none", "int8", "int4", "fp8"), (80, 90))
+    f"{capability} append {codec} {codec} bfloat16 128 64" for codec, capability in product((*WHOLE, "fp8"), (80, 90))
 )
 _APPEND += ("80 append int8 int8 bfloat16 128 64 transposed", "90 append int4 int4 bfloat16 128 64 transposed")
-STANDING = (*_DECODE, *_EXPERTS, *_LATENT, *_APPEND)
-# Those that are over their budgets today, to be taken off as they come within.
-OVER: tuple[str, ...] = ()
+# Of int3 and int2, which take the compiler minutes.
+OF_BITS = tuple(
+    f"{capability} decode {codec} {codec} bfloat16 {dim} {page} groups:{groups} transposed"
+    for codec, dim, groups, page, capability in product(BITS, (128, 64), (4, 8), (0, 64), (80, 90))
+)
+OF_BITS += tuple(
+    f"{capability} append {codec} {codec} bfloat16 128 {page}"
+    for codec, page, capability in product(BITS, ("64", "0 transposed"), (80, 90))
+)
+STANDING = (*_DECODE, *_EXPERTS, *_LATENT, *_APPEND, *OF_BITS)
+# Those that are over their budgets today, to be taken off as they come within: four to six registers, spilled before
+# the loops of tiles and loaded again behind them.
+OVER: tuple[str, ...] = (
+    "90 decode int3 int3 bfloat16 128 0 groups:4 transposed",
+    "90 decode int3 int3 bfloat16 128 0 groups:8 transposed",
+    "90 decode int3 int3 bfloat16 128 64 groups:8 transposed",
+)
 HELD = tuple(spec for spec in STANDING if spec not in OVER)
 
 

@@ -105,6 +105,7 @@ def target(capability: int) -> None:
     """Makes every launch a compilation for a GPU of `capability`."""
     shared_memory = SHARED_MEMORY.get(divmod(capability, 10), LITTLE_SHARED_MEMORY)
     triton_append._append_kernel = Compiled(APPEND, capability)
+    triton_append.rows_together = lambda device: 1
     triton_merge._merge_kernel = Compiled(MERGE, capability)
     triton_operator._attention_kernel = Compiled(ATTENTION, capability)
     triton_operator._digits_kernel = Compiled(DIGITS, capability)

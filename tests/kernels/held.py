@@ -11,6 +11,9 @@ from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
 from hfkv.stores.layout import Layout
 
+# Triton's codecs but for int3 and int2, whose interpreted kernels take their time: `test_triton_bits.py`.
+WHOLE = ("none", "int8", "int4", "fp8")
+
 Spans = tuple[tuple[int, int], ...]
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 

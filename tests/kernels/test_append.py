@@ -15,9 +15,8 @@ from hfkv.kernels.native import kernels as native
 from hfkv.kernels.native.library import library, why_not
 from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import append as triton
-from hfkv.kernels.triton.support import TRITON_CODECS
 from hfkv.stores.layout import Layout
-from tests.kernels.held import garbage, shuffled, sparse
+from tests.kernels.held import WHOLE, garbage, shuffled, sparse
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # of the interpreter, about NaN
 
@@ -28,8 +27,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def append(request: pytest.FixtureRequest, device: torch.device) -> Any:
     codecs = [request.getfixturevalue("codec")] if "codec" in request.fixturenames else []
     if request.param == "triton":
-        if not {*TRITON_CODECS}.issuperset(codecs):
-            pytest.skip("not one of Triton's codecs")
+        if not {*WHOLE}.issuperset(codecs):
+            pytest.skip("takes its time, interpreted: test_triton_bits.py")
         return triton.append
     if device.type != "cpu" or library() is None:
         pytest.skip(why_not() or "on a CPU only")
@@ -138,7 +137,7 @@ def test_keys_and_values_may_have_codecs_of_their_own(append: Any, device: torch
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize(("num_new", "head_dim"), [(1, 64), (17, 80)])
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_tokens_may_lie_side_by_side_instead_of_their_numbers(

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hfkv.kernels.triton.bits.parts import BITS
+
 ROOT = Path(__file__).parent.parent.parent
 FEW = (
     "90 append int4 fp8 bfloat16 128 64",
@@ -73,3 +75,24 @@ def test_every_kind_of_kernel_of_digits_compiles(
     shapes = DIGITS[:1] if capability == 89 and codec != "fp8" else DIGITS[extent.get(capability, slice(None))]
     kernels = (f"{capability} decode {codec} {codec} {dtype} {dim} {size} transposed" for dtype, dim, size in shapes)
     check(tuple(kernels), tmp_path)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("codec", BITS)
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+def test_every_kind_of_kernel_of_bits_compiles(capability: int, codec: str, tmp_path: Path) -> None:
+    shapes = [
+        (operation, dtype, dim, size) for operation, dtype, dim, size in SHAPES if dtype != "float32" or dim < 256
+    ]
+    kernels = [f"{operation} {codec} {codec} {dtype} {dim} {size}" for operation, dtype, dim, size in shapes]
+    kernels += [f"decode {codec} {codec} {dtype} {dim} {size} transposed" for dtype, dim, size in DIGITS]
+    kernels += [
+        f"latent {codec} {codec} bfloat16 512 0",
+        f"decode int8 {codec} bfloat16 128 16 scoring bounds transposed",
+    ]
+    check(tuple(f"{capability} {kernel}" for kernel in kernels), tmp_path)
+
+
+@pytest.mark.slow
+def test_kernels_of_bits_compile(tmp_path: Path) -> None:
+    check(("90 append int3 int2 bfloat16 64 64", "80 prefill int2 int3 bfloat16 64 0"), tmp_path)

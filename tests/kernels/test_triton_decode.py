@@ -12,9 +12,8 @@ from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.naive import attention_naive
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.decode import decode_attention
-from hfkv.kernels.triton.support import TRITON_CODECS
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled, sparse, worst
+from tests.kernels.held import WHOLE, check, contiguous, odd_spans, paged, shuffled, sparse, worst
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -34,7 +33,7 @@ def rows(*shape: int, dtype: torch.dtype = BF16, device: torch.device) -> torch.
         (521, 4, 80, 2, SINGLE),
     ],
 )
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 def test_shapes(
     codec: str, length: int, groups: int, head_dim: int, num_queries: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -51,7 +50,7 @@ def test_shapes(
     )
 
 
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize("page_size", [6, 16, 64, 128])
 def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, device: torch.device) -> None:
     length = 203
@@ -148,7 +147,7 @@ def test_scoring(num_splits: int, softcap: float | None, with_sinks: bool, devic
 def test_large_scores_and_small_values_keep_their_precision(device: torch.device) -> None:
     # float16 has no numbers below 6e-8: weights times scales would be lost.
     k, v = rows(2, 1, 1, 300, 64, dtype=HALF, device=device)
-    for codec in TRITON_CODECS:
+    for codec in WHOLE:
         check(
             decode_attention,
             rows(1, 2, 1, 64, dtype=HALF, device=device),

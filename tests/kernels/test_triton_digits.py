@@ -1,4 +1,4 @@
-"""`decode_attention` in digits: int8, int4 and fp8 whose values lie transposed, against its naive twin."""
+"""`decode_attention` in digits: codes whose values lie transposed, against its naive twin."""
 
 import dataclasses
 from unittest import mock
@@ -12,6 +12,7 @@ from hfkv.kernels.naive import attention_naive
 from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import call, operator
 from hfkv.kernels.triton.decode import decode_attention
+from hfkv.kernels.triton.digits.call import CODECS
 from hfkv.kernels.triton.digits.numbers import NIBBLES
 from hfkv.kernels.triton.tiling import Tiling
 from hfkv.stores.layout import Layout
@@ -35,6 +36,7 @@ def aligned(codec: str, tokens: torch.Tensor, start: int = 0) -> Encoded:
 
 SHAPES = [(1, 1, 64, 1), (300, 4, 128, 1), (270, 8, 96, 1), (150, 1, 256, 3), (140, 8, 64, 7), (140, 5, 80, 2)]
 KINDS = [("int8", BF16), ("int4", HALF), ("fp8", BF16), ("int4", BF16), ("int8", HALF), ("fp8", HALF)]
+OF_BITS = [("int3", BF16, 40, 4, 128, 1), ("int2", HALF, 40, 5, 24, 2), ("int3", HALF, 33, 8, 80, 3)]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,8 @@ KINDS = [("int8", BF16), ("int4", HALF), ("fp8", BF16), ("int4", BF16), ("int8",
         pytest.param(*kind, *shape, marks=[] if place == at else [pytest.mark.slow])
         for at, shape in enumerate(SHAPES)
         for place, kind in enumerate(KINDS)
-    ],
+    ]
+    + OF_BITS,
 )
 def test_shapes(
     codec: str, length: int, groups: int, head_dim: int, num_queries: int, dtype: torch.dtype, device: torch.device
@@ -66,6 +69,7 @@ def test_shapes(
     [
         *(("int8", 16), ("int4", 64), ("int8", 256)),
         *(pytest.param(codec, size, marks=pytest.mark.slow) for codec in ("int4", "fp8") for size in (16, 128)),
+        *(pytest.param(codec, size, marks=pytest.mark.slow) for codec in ("int3", "int2") for size in (16, 64)),
     ],
 )
 def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, device: torch.device) -> None:
@@ -85,7 +89,9 @@ def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, d
     )
 
 
-@pytest.mark.parametrize("codecs", [("int4", "fp8"), ("fp8", "int8"), ("int8", "int4")])
+@pytest.mark.parametrize(
+    "codecs", [("int4", "fp8"), ("fp8", "int8"), ("int8", "int4"), ("int3", "int2"), ("int2", "int4"), ("int8", "int3")]
+)
 def test_keys_and_values_of_their_own_codecs_and_widths(codecs: tuple[str, str], device: torch.device) -> None:
     check(
         decode_attention,
@@ -159,7 +165,7 @@ def test_queries_without_digits_and_tokens_without_numbers_are_nan(device: torch
     assert out.isnan().all(-1)[0, :, 0].tolist() == [False, True, True, False]
     assert not out[:, ::3].isnan().any()
     query[0, 1:3] = 0.0
-    for codec in ("int8", "int4", "fp8"):
+    for codec in CODECS:
         for part in (k, v):
             spoiled = part.clone()
             spoiled[0, 0, 200, 7] = float("nan")
@@ -186,7 +192,9 @@ def test_a_sink_rounds_no_tail_away(codec: str, device: torch.device) -> None:
     assert worst(out, expected) < 3e-4
 
 
-@pytest.mark.parametrize("codec", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize(
+    "codec", ["int8", "int4", "fp8", *(pytest.param(codec, marks=pytest.mark.slow) for codec in ("int3", "int2"))]
+)
 def test_keys_and_values_of_very_different_scales_in_a_tile(codec: str, device: torch.device) -> None:
     sizes = 10.0 ** (torch.arange(300, device=device) % 9 - 4)[:, None]
     k, v = (x * sizes for x in rows(2, 1, 1, 300, 64, dtype=SINGLE, device=device))

@@ -13,10 +13,10 @@ from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.latent_naive import latent_attention_naive
 from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.latent import latent_attention
-from hfkv.kernels.triton.support import TRITON_CODECS, unsupported_latent
+from hfkv.kernels.triton.support import unsupported_latent
 from hfkv.kernels.triton.tiling import Device, latent_tiling
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled, sparse, worst
+from tests.kernels.held import WHOLE, check, contiguous, garbage, odd_spans, paged, shuffled, sparse, worst
 from tests.kernels.test_triton_decode import BF16, HALF, QUERIES, SINGLE, VISIBILITIES, rows
 
 check_latent = partial(check, latent_attention, twin=latent_attention_naive)
@@ -33,7 +33,7 @@ check_latent = partial(check, latent_attention, twin=latent_attention_naive)
         (130, 2, (5, 96), 1, SINGLE),
     ],
 )
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 def test_shapes(
     codec: str,
     length: int,
@@ -56,7 +56,7 @@ def test_shapes(
     )
 
 
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize("page_size", [6, 16, 64])
 def test_pages_in_any_order_with_spans_of_any_kind(codec: str, page_size: int, device: torch.device) -> None:
     length = 203
@@ -134,7 +134,7 @@ def test_queries_and_planes_that_are_views(device: torch.device) -> None:
     check_latent(query, latents, rotary, Layout(50), Visibility(50, (0, 5)), Scoring(0.125))
 
 
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_one_set_of_inputs_serves_every_step(codec: str, page_size: int, device: torch.device) -> None:
     """Steps as a captured graph takes them: what `append` writes is attended to, and nothing is uploaded anew."""

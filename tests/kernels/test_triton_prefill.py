@@ -5,9 +5,8 @@ import torch
 
 from hfkv.kernels.inputs import Scoring, Visibility
 from hfkv.kernels.triton.prefill import prefill_attention
-from hfkv.kernels.triton.support import TRITON_CODECS
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, odd_spans, paged, shuffled
+from tests.kernels.held import WHOLE, check, contiguous, odd_spans, paged, shuffled
 
 HALF, BF16, SINGLE = torch.float16, torch.bfloat16, torch.float32
 
@@ -26,7 +25,7 @@ def rows(*shape: int, dtype: torch.dtype = BF16, device: torch.device) -> torch.
         (521, 40, 8, 64, BF16),
     ],
 )
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 def test_chunks_over_what_is_held(
     codec: str, length: int, num_queries: int, groups: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -42,7 +41,7 @@ def test_chunks_over_what_is_held(
     )
 
 
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize("page_size", [10, 32, 64])
 def test_pages_under_ragged_padding(codec: str, page_size: int, device: torch.device) -> None:
     length, num_queries = 190, 90

@@ -11,9 +11,8 @@ from hfkv.kernels.triton.append import append
 from hfkv.kernels.triton.decode import decode_attention
 from hfkv.kernels.triton.latent import latent_attention
 from hfkv.kernels.triton.prefill import prefill_attention
-from hfkv.kernels.triton.support import TRITON_CODECS
 from hfkv.stores.layout import Layout
-from tests.kernels.held import check, contiguous, garbage, odd_spans, paged, shuffled
+from tests.kernels.held import WHOLE, check, contiguous, garbage, odd_spans, paged, shuffled
 from tests.kernels.test_triton_decode import BF16, SINGLE, rows
 
 
@@ -58,7 +57,7 @@ def test_latents_attend_with_rotary_keys_that_lie_so(codec: str, device: torch.d
 
 
 @pytest.mark.pairwise
-@pytest.mark.parametrize("codec", TRITON_CODECS)
+@pytest.mark.parametrize("codec", WHOLE)
 @pytest.mark.parametrize("page_size", [0, 16])
 def test_new_tokens_are_written_to_them(codec: str, page_size: int, device: torch.device) -> None:
     new = tuple(rows(2, 2, 2, 19, 96, device=device))

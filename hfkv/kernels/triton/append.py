@@ -14,12 +14,17 @@ from hfkv.kernels.device_inputs import NUM_SCALARS, DeviceInputs, device_inputs,
 from hfkv.kernels.inputs import Encoded
 from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import plane_arguments
+from hfkv.kernels.triton.bits.levels import write_levels
+from hfkv.kernels.triton.bits.parts import BITS, rows_together
+from hfkv.kernels.triton.bits.trellis import bytes_of_paths, numbers_of_windows, write_string
 from hfkv.kernels.triton.numbers import cast, fp8_bits, rotate, rotation, round_bf16, round_half_even
 from hfkv.kernels.triton.tiles import load_layout
 from hfkv.stores.layout import Layout
 
 # Tokens a program. Not measured on a GPU yet.
 BLOCK_T = 16
+# Bytes for the paths of a launch through the trellis: longer prompts are several launches.
+PATHS = 64 << 20
 
 
 @triton.jit
@@ -47,6 +52,8 @@ def _encode(
     data_d,
     scale_ptr,
     scale_rows,
+    numbers_ptr,
+    paths_ptr,
     CODEC: tl.constexpr,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -54,7 +61,10 @@ def _encode(
     LOG_BLOCK: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Encodes tokens `n` of one row and head, and stores them at `data_rows`, `data_d` apart, and `scale_rows`."""
+    """Encodes tokens `n` of one row and head, and stores them at `data_rows`, `data_d` apart, and `scale_rows`.
+
+    `numbers_ptr` and `paths_ptr` are what `write_string` takes.
+    """
     d = tl.arange(0, WIDTH)
     valid = is_new[:, None] & (d < D)[None, :]
     new_at = new_ptr + n.to(tl.int64)[:, None] * new_t + d.to(tl.int64)[None, :] * new_d
@@ -65,6 +75,13 @@ def _encode(
             tl.store(data_at, x, mask=valid)
         else:
             tl.store(data_at, cast(x.to(tl.float32), data_ptr.dtype.element_ty), mask=valid)
+    elif CODEC == "int3":
+        y = rotate(x.to(tl.float32), BLOCK_T, WIDTH, BLOCK, LOG_BLOCK)
+        write_levels(y, data_rows, data_d, scale_ptr + scale_rows, is_new, data_ptr, D, BLOCK_T, WIDTH)
+    elif CODEC == "int2":
+        y = rotate(x.to(tl.float32), BLOCK_T, WIDTH, BLOCK, LOG_BLOCK)
+        given = numbers_ptr, paths_ptr
+        write_string(y, data_rows, data_d, scale_ptr + scale_rows, is_new, data_ptr, *given, D, BLOCK_T, WIDTH)
     elif CODEC == "int4":
         y = rotate(x.to(tl.float32), BLOCK_T, WIDTH, BLOCK, LOG_BLOCK)
         least = tl.min(tl.where((d < D)[None, :], y, float("inf")), 1)
@@ -97,7 +114,16 @@ def _encode(
 
 
 @triton.jit(
-    do_not_specialize=["k_scale_b", "k_scale_h", "v_scale_b", "v_scale_h", "num_columns", "num_new", "capacity"]
+    do_not_specialize=[
+        "k_scale_b",
+        "k_scale_h",
+        "v_scale_b",
+        "v_scale_h",
+        "num_columns",
+        "first_new",
+        "num_new",
+        "capacity",
+    ]
 )
 def _append_kernel(
     keys_ptr,
@@ -130,8 +156,11 @@ def _append_kernel(
     v_scale_t,
     meta_ptr,
     num_columns,
+    first_new,
     num_new,
     capacity,
+    numbers_ptr,
+    paths_ptr,
     K_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     DK: tl.constexpr,
@@ -146,10 +175,13 @@ def _append_kernel(
     META: tl.constexpr,
     IS_RAGGED: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    PATHS: tl.constexpr,
 ):
     h = tl.program_id(1).to(tl.int64)
     b = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    if PATHS > 0:
+        paths_ptr += ((b * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)) * (BLOCK_T * PATHS)
+    n = first_new + tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     start, length, end_slot, _, table_ptr = load_layout(meta_ptr, b, num_columns, META, PAGE_SIZE, IS_RAGGED)
     if PAGE_SIZE == 0:
         block = b + tl.zeros([BLOCK_T], tl.int64)
@@ -173,6 +205,8 @@ def _append_kernel(
         k_d,
         k_scale_ptr,
         block * k_scale_b + h * k_scale_h + slot * k_scale_t,
+        numbers_ptr,
+        paths_ptr,
         K_CODEC,
         DK,
         K_WIDTH,
@@ -191,6 +225,8 @@ def _append_kernel(
         v_d,
         v_scale_ptr,
         block * v_scale_b + h * v_scale_h + slot * v_scale_t,
+        numbers_ptr,
+        paths_ptr,
         V_CODEC,
         DV,
         V_WIDTH,
@@ -216,16 +252,28 @@ def _append(
         return
     room = key_planes[0].shape[2]
     dims = (new_keys.shape[3], new_values.shape[3])
-    _append_kernel[(triton.cdiv(num_new, BLOCK_T), num_heads, batch)](
-        *(new_keys, *new_keys.stride(), new_values, *new_values.stride()),
-        *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
-        *(meta, columns, num_new, room, key_codec, value_codec, *dims),
-        *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
-        *(room if is_paged else 0, NUM_SCALARS, is_ragged(meta, batch, columns), BLOCK_T),
-        num_warps=4,
-        # A fused multiply-add rounds once where the codecs round twice.
-        enable_fp_fusion=False,
-    )
+    block_t, at_once, paths, warps = BLOCK_T, num_new, 0, 4
+    numbers, room_for_paths = None, None
+    if key_codec in BITS or value_codec in BITS:
+        block_t, warps = rows_together(new_keys.device), 1
+    if "int2" in (key_codec, value_codec):
+        paths = bytes_of_paths(max(dims))
+        at_once = max(block_t, PATHS // (batch * num_heads * paths) // block_t * block_t)
+        numbers = numbers_of_windows(new_keys.device)
+        programs = batch * num_heads * triton.cdiv(min(at_once, num_new), block_t)
+        room_for_paths = numbers.new_empty(programs * block_t * paths, dtype=torch.uint8)
+    for first in range(0, num_new, at_once):
+        count = min(at_once, num_new - first)
+        _append_kernel[(triton.cdiv(count, block_t), num_heads, batch)](
+            *(new_keys, *new_keys.stride(), new_values, *new_values.stride()),
+            *(*plane_arguments(key_planes), *plane_arguments(value_planes)),
+            *(meta, columns, first, first + count, room, numbers, room_for_paths, key_codec, value_codec, *dims),
+            *(*map(triton.next_power_of_2, dims), *rotation(dims[0]), *rotation(dims[1])),
+            *(room if is_paged else 0, NUM_SCALARS, is_ragged(meta, batch, columns), block_t, paths),
+            num_warps=warps,
+            # A fused multiply-add rounds once where the codecs round twice.
+            enable_fp_fusion=False,
+        )
 
 
 _operator = Operator("append", _append, lambda *_: None, mutates_args=("key_planes", "value_planes"))
@@ -244,7 +292,8 @@ def append(
 
     Keys and values are one launch, whatever their codecs, and no other is needed.
     Reads D numbers of a key and of a value, and writes what their codecs make of them: D + 2 bytes in int8 and fp8,
-    D / 2 + 4 in int4 (rotation: QuaRot, arXiv 2404.00456).
+    D / 2 + 4 in int4 (rotation: QuaRot, arXiv 2404.00456), 3 D / 8 + 1 in int3, D / 4 + 2 in int2. Rows of int2 are
+    found by Viterbi's algorithm, whose paths take D / 4 * 64 bytes of memory each until they are followed.
 
     Args:
         new_keys, new_values: `[B, H, n, Dk]` and `[B, H, n, Dv]`, bf16, fp16 or fp32, of any strides.

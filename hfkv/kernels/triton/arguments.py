@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from hfkv.kernels.triton.bits.trellis import pairs_of_strings
 from hfkv.kernels.triton.support import DTYPES
 
 TL_DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES}
@@ -36,3 +37,8 @@ def plane_arguments(planes: list[torch.Tensor], *, has_heads: bool = True) -> tu
     # Without scales their place is taken by the data.
     scale = planes[-1]
     return data, *data.stride()[strides], data.stride(3), scale, *scale.stride()[strides]
+
+
+def pairs_argument(codecs: tuple[str, str], device: torch.device) -> torch.Tensor | None:
+    """Gives the table by which int2 is read, if that is one of the codecs."""
+    return pairs_of_strings(device) if "int2" in codecs else None

@@ -28,7 +28,7 @@ from hfkv.kernels.triton.tiles import (
     tiles_of_split,
     visit_tile,
 )
-from hfkv.kernels.triton.tokens import load_tokens
+from hfkv.kernels.triton.tokens import load_pairs, load_tokens
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
 
@@ -70,6 +70,7 @@ def _attention_kernel(
     v_scale_b,
     v_scale_h,
     v_scale_t,
+    pairs_ptr,
     meta_ptr,
     num_columns,
     bounds_ptr,
@@ -122,7 +123,7 @@ def _attention_kernel(
 ):
     """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
-    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    Writes the output `[splits, B, Hq, q, Dv]`, rotated as the values are, and its log-sum-exp `[splits, B, Hq, q]`;
     with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
     """
     split = tl.program_id(0) % num_splits
@@ -152,6 +153,7 @@ def _attention_kernel(
     highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
     acc, acc_high, offset = empty_sums(BLOCK_M, V_PADDED)
 
+    pairs = load_pairs(pairs_ptr, K_CODEC, V_CODEC)
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
     inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
@@ -164,13 +166,13 @@ def _attention_kernel(
 
         k_at = k_ptr + (block * k_b + h * k_h + place * k_t)
         k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t)
-        k = load_tokens(k_at, k_d, k_scale_at, wanted, K_CODEC, K_WIDTH, K_PADDED, True)
+        k = load_tokens(k_at, k_d, k_scale_at, wanted, pairs, K_CODEC, K_WIDTH, K_PADDED, True)
         scores = products(q, k, K_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
 
         v_at = v_ptr + (block * v_b + h * v_h + place * v_t)
         v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t)
-        v = load_tokens(v_at, v_d, v_scale_at, wanted, V_CODEC, V_WIDTH, V_PADDED, True)
+        v = load_tokens(v_at, v_d, v_scale_at, wanted, pairs, V_CODEC, V_WIDTH, V_PADDED, True)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
 
     for step in tl.range(inside, behind):
@@ -178,13 +180,13 @@ def _attention_kernel(
 
         k_at = k_ptr + (block * k_b + h * k_h + place * k_t) + more * k_t
         k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t) + more * k_scale_t
-        k = load_tokens(k_at, k_d, k_scale_at, 0, K_CODEC, K_WIDTH, K_PADDED, False)
+        k = load_tokens(k_at, k_d, k_scale_at, 0, pairs, K_CODEC, K_WIDTH, K_PADDED, False)
         scores = products(q, k, K_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
 
         v_at = v_ptr + (block * v_b + h * v_h + place * v_t) + more * v_t
         v_scale_at = v_scale_ptr + (block * v_scale_b + h * v_scale_h + place * v_scale_t) + more * v_scale_t
-        v = load_tokens(v_at, v_d, v_scale_at, 0, V_CODEC, V_WIDTH, V_PADDED, False)
+        v = load_tokens(v_at, v_d, v_scale_at, 0, pairs, V_CODEC, V_WIDTH, V_PADDED, False)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
 
     num_heads = tl.num_programs(1) * G

@@ -110,7 +110,7 @@ class Call(NamedTuple):
         self,
         kernel: Any,
         query: torch.Tensor,
-        planes: tuple[torch.Tensor | int, ...],
+        planes: tuple[torch.Tensor | int | None, ...],
         constants: tuple[object, ...],
         *,
         tiles: Tiling,
@@ -143,7 +143,7 @@ class Call(NamedTuple):
         num_programs = num_row_tiles * num_kv_heads * batch
         if num_splits == 0:
             num_tiles = triton.cdiv(self.capacity, tiles.block_n)
-            num_splits = choose_splits(device_of(query.device), num_programs, num_tiles)
+            num_splits = choose_splits(device_of(query.device), num_programs, num_tiles, tiles.num_warps)
         is_merged = num_splits > 1 or is_rotated
         # The last program of some rows merges their splits, where they are few and its registers hold the rows.
         is_last = False

@@ -8,11 +8,12 @@ from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.operators import Operator
-from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
+from hfkv.kernels.triton.arguments import pairs_argument, plane_arguments, product_dtypes
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.latent_attention import _latent_kernel
 from hfkv.kernels.triton.numbers import rotation
-from hfkv.kernels.triton.tiling import device_of, latent_tiling, padded
+from hfkv.kernels.triton.support import ROTATED
+from hfkv.kernels.triton.tiling import columns_of, device_of, latent_tiling, loaded_bytes, padded
 from hfkv.stores.layout import Layout
 
 
@@ -39,9 +40,9 @@ def _latent_attention(
         return out, lse
     _, num_heads, num_queries, query_dim = query.shape
     c, r = latent_planes[0], rotary_planes[0]
-    page_size = c.shape[2] if columns else 0
+    codecs, page_size = (codec, rotary_codec), c.shape[2] if columns else 0
     dims, widths = (latent_dim, query_dim - latent_dim), (c.shape[3], r.shape[3])
-    q_padded, data_padded = [padded(dim) for dim in dims], [padded(width) for width in widths]
+    q_padded, data_padded = [padded(dim) for dim in dims], [*map(columns_of, codecs, dims, widths)]
     dtypes = product_dtypes(query.dtype, codec, query.device)
     tiles = latent_tiling(
         device_of(query.device),
@@ -49,19 +50,23 @@ def _latent_attention(
         (q_padded[0], q_padded[1]),
         query.dtype,
         dtypes[1].itemsize,
-        data_padded[0] * c.element_size() + data_padded[1] * r.element_size(),
+        sum(map(loaded_bytes, codecs, data_padded, (c.element_size(), r.element_size()))),
         page_size,
     )
     Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         _latent_kernel,
         query,
-        (*plane_arguments(latent_planes, has_heads=False), *plane_arguments(rotary_planes, has_heads=False)),
+        (
+            *plane_arguments(latent_planes, has_heads=False),
+            *plane_arguments(rotary_planes, has_heads=False),
+            pairs_argument(codecs, query.device),
+        ),
         (codec, rotary_codec, *dims, *widths, *q_padded, *data_padded, *rotation(dims[0]), *rotation(dims[1])),
         tiles=tiles,
         dtypes=dtypes,
         num_kv_heads=1,
         page_size=page_size,
-        is_rotated=codec == "int4",
+        is_rotated=codec in ROTATED,
         out=out,
         lse=lse,
     )

@@ -27,7 +27,7 @@ from hfkv.kernels.triton.tiles import (
     tiles_of_split,
     visit_tile,
 )
-from hfkv.kernels.triton.tokens import load_tokens
+from hfkv.kernels.triton.tokens import load_pairs, load_tokens
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
 
@@ -63,6 +63,7 @@ def _latent_kernel(
     r_scale_ptr,
     r_scale_b,
     r_scale_t,
+    pairs_ptr,
     meta_ptr,
     num_columns,
     bounds_ptr,
@@ -110,7 +111,7 @@ def _latent_kernel(
 ):
     """Attends from one tile of rows (query, head) of one batch row to one split of its latents (c) and rotary keys (r).
 
-    Writes the output `[splits, B, Hq, q, r]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`.
+    Writes the output `[splits, B, Hq, q, r]`, rotated as the values are, and its log-sum-exp `[splits, B, Hq, q]`.
     """
     # Programs side by side read the same tokens, which the first of them brings into L2. The last queries see most, so
     # they come first.
@@ -143,6 +144,7 @@ def _latent_kernel(
     highest, total = empty_softmax(sinks_ptr, head, split, BLOCK_M, HAS_SINKS)
     acc, acc_high, offset = empty_sums(BLOCK_M, C_PADDED)
 
+    pairs = load_pairs(pairs_ptr, C_CODEC, R_CODEC)
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
     inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
@@ -156,10 +158,10 @@ def _latent_kernel(
         # Loaded once, and a factor of both products.
         c_at = c_ptr + (block * c_b + place * c_t)
         c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t)
-        c = load_tokens(c_at, c_d, c_scale_at, wanted, C_CODEC, C_WIDTH, C_PADDED, True)
+        c = load_tokens(c_at, c_d, c_scale_at, wanted, pairs, C_CODEC, C_WIDTH, C_PADDED, True)
         r_at = r_ptr + (block * r_b + place * r_t)
         r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t)
-        r = load_tokens(r_at, r_d, r_scale_at, wanted, R_CODEC, R_WIDTH, R_PADDED, True)
+        r = load_tokens(r_at, r_d, r_scale_at, wanted, pairs, R_CODEC, R_WIDTH, R_PADDED, True)
         scores = products(q, c, C_CODEC, K_DTYPE)
         scores += products(turned, r, R_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
@@ -170,10 +172,10 @@ def _latent_kernel(
 
         c_at = c_ptr + (block * c_b + place * c_t) + more * c_t
         c_scale_at = c_scale_ptr + (block * c_scale_b + place * c_scale_t) + more * c_scale_t
-        c = load_tokens(c_at, c_d, c_scale_at, 0, C_CODEC, C_WIDTH, C_PADDED, False)
+        c = load_tokens(c_at, c_d, c_scale_at, 0, pairs, C_CODEC, C_WIDTH, C_PADDED, False)
         r_at = r_ptr + (block * r_b + place * r_t) + more * r_t
         r_scale_at = r_scale_ptr + (block * r_scale_b + place * r_scale_t) + more * r_scale_t
-        r = load_tokens(r_at, r_d, r_scale_at, 0, R_CODEC, R_WIDTH, R_PADDED, False)
+        r = load_tokens(r_at, r_d, r_scale_at, 0, pairs, R_CODEC, R_WIDTH, R_PADDED, False)
         scores = products(q, c, C_CODEC, K_DTYPE)
         scores += products(turned, r, R_CODEC, K_DTYPE)
         p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)

@@ -8,7 +8,7 @@ from hfkv.kernels.device_inputs import DeviceInputs
 from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.operators import Operator
-from hfkv.kernels.triton.arguments import plane_arguments, product_dtypes
+from hfkv.kernels.triton.arguments import pairs_argument, plane_arguments, product_dtypes
 from hfkv.kernels.triton.attention import _attention_kernel
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.digits.attention import _digits_kernel
@@ -16,7 +16,8 @@ from hfkv.kernels.triton.digits.call import constants as digits_constants
 from hfkv.kernels.triton.digits.call import plane_arguments as digits_planes
 from hfkv.kernels.triton.digits.call import takes_digits
 from hfkv.kernels.triton.numbers import rotation
-from hfkv.kernels.triton.tiling import device_of, digits_tiling, padded, tiling
+from hfkv.kernels.triton.support import ROTATED
+from hfkv.kernels.triton.tiling import columns_of, device_of, digits_tiling, loaded_bytes, padded, tiling
 from hfkv.stores.layout import Layout
 
 
@@ -49,15 +50,18 @@ def _attention(
     codecs, dims, widths = (key_codec, value_codec), (key_dim, value_dim), (k.shape[3], v.shape[3])
     device = device_of(query.device)
     kernel, dtypes = _attention_kernel, None
+    planes: tuple[torch.Tensor | int | None, ...]
     if not is_prefill and takes_digits(query, key_planes, value_planes, codecs, page_size):
         kernel = _digits_kernel
-        planes = digits_planes(key_planes, value_planes)
+        planes = digits_planes(key_planes, value_planes, codecs)
         constants = digits_constants(codecs, dims, widths, query.device)
-        tiles = digits_tiling(device, num_rows, (padded(widths[0], 32), padded(widths[1], 32)), codecs, page_size)
+        k_columns, v_columns = map(columns_of, codecs, dims, widths, (32, 32))
+        tiles = digits_tiling(device, num_rows, (k_columns, v_columns), codecs, page_size)
     else:
-        q_padded, k_padded, v_padded = padded(key_dim), padded(widths[0]), padded(widths[1])
+        q_padded = padded(key_dim)
+        k_padded, v_padded = map(columns_of, codecs, dims, widths)
         dtypes = product_dtypes(query.dtype, value_codec, query.device)
-        planes = (*plane_arguments(key_planes), *plane_arguments(value_planes))
+        planes = (*plane_arguments(key_planes), *plane_arguments(value_planes), pairs_argument(codecs, query.device))
         constants = (*codecs, *dims, *widths, q_padded, k_padded, v_padded, *rotation(key_dim))
         tiles = tiling(
             device,
@@ -65,7 +69,7 @@ def _attention(
             (q_padded, padded(value_dim)),
             query.dtype,
             dtypes[1].itemsize,
-            k_padded * k.element_size() + v_padded * v.element_size(),
+            loaded_bytes(codecs[0], k_padded, k.element_size()) + loaded_bytes(codecs[1], v_padded, v.element_size()),
             page_size,
             is_prefill=is_prefill,
         )
@@ -78,7 +82,7 @@ def _attention(
         dtypes=dtypes,
         num_kv_heads=num_kv_heads,
         page_size=page_size,
-        is_rotated=value_codec == "int4",
+        is_rotated=value_codec in ROTATED,
         out=out,
         lse=lse,
     )

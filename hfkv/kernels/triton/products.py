@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.bits.parts import in_parts, number_of_column, parts_of
 from hfkv.kernels.triton.numbers import cast, rotate, round_tf32, tanh
 from hfkv.kernels.triton.tokens import decoded, high_nibbles, low_nibbles
 
@@ -50,7 +51,11 @@ def load_query(
     q = tl.load(ptr + rows[:, None] + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0).to(DTYPE)
     q_high = q
     q_sum = tl.zeros([BLOCK_M], tl.float32)
-    if CODEC == "int4":
+    PARTS: tl.constexpr = parts_of(CODEC)  # noqa: N806
+    if PARTS > 1:
+        rotated = rotate(q.to(tl.float32), BLOCK_M, D_PADDED, BLOCK, LOG_BLOCK)
+        q = cast(in_parts(rotated, PARTS, D, BLOCK_M, D_PADDED, PADDED), DTYPE)
+    elif CODEC == "int4":
         # Data stay rotated, so the query is rotated as well, and cut into the halves that the nibbles hold.
         rotated = rotate(q.to(tl.float32), BLOCK_M, D_PADDED, BLOCK, LOG_BLOCK)
         column = tl.arange(0, PADDED)
@@ -175,13 +180,13 @@ def store_split(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Stores one split's output `[.., D]`, int4 values still rotated, and its log-sum-exp at `rows`, int64."""
+    """Stores one split's output `[.., D]`, rotated as the values are, and its log-sum-exp at `rows`, int64."""
     is_empty = total == 0.0
     share = 1.0 / tl.where(is_empty, 1.0, total)
-    d = tl.arange(0, PADDED)
+    d, is_number = number_of_column(parts_of(CODEC), WIDTH if CODEC == "int4" else D, PADDED)
     out_at = out_ptr + rows[:, None] * D + d[None, :]
     out = (acc + offset[:, None]) * share[:, None]
-    tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & (d < WIDTH)[None, :])
+    tl.store(out_at, cast(out, out_ptr.dtype.element_ty), mask=is_row[:, None] & is_number[None, :])
     if CODEC == "int4":
         out = (acc_high + offset[:, None]) * share[:, None]
         valid = is_row[:, None] & (d < D - WIDTH)[None, :]

@@ -10,7 +10,9 @@ import torch
 from hfkv.kernels.inputs import Scoring
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-TRITON_CODECS = ("none", "int8", "int4", "fp8")
+TRITON_CODECS = ("none", "int8", "int4", "fp8", "int3", "int2")
+# Whose rows stay rotated when they are read.
+ROTATED = ("int4", "int3", "int2")
 # Tiles of wider heads do not fit the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
 # Of latents, which are loaded once for both products, and of the rotary keys beside them.

@@ -15,8 +15,10 @@ from hfkv.kernels.triton.merge import MAX_SPLITS
 
 # A split of fewer tiles costs more to start and to merge than it saves.
 MIN_TILES = 4
-# Programs of the decode kernel that a multiprocessor is to hold at a time: one loads while another computes.
+# Programs of the decode kernel that a multiprocessor is to hold at a time, at least: one loads while another computes.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+# And warps, of which its registers hold no more where each takes all that it can.
+WARPS_PER_MULTIPROCESSOR = 8
 # Of the best share of busy multiprocessors, what the fewest splits have to reach (FlashAttention's heuristic).
 ENOUGH = 0.85
 # Shared memory for tiles, in bytes: of 227, 163 and 99 KiB, with room for reductions.
@@ -67,6 +69,24 @@ def device_of(device: torch.device) -> Device:
 def padded(number: int, least: int = MIN_BLOCK) -> int:
     """Rounds a number of rows or columns up to what a product takes: a power of two, `least` or more."""
     return max(least, triton.next_power_of_2(number))
+
+
+def columns_of(codec: str, dim: int, width: int, least: int = MIN_BLOCK) -> int:
+    """Gives the columns of a tile, `least` or more, for rows of `dim` numbers whose data are `width` wide.
+
+    Those of int3 and int2 are the numbers that are read from bytes, those of other codecs the data.
+    """
+    return padded(dim if codec in ("int3", "int2") else width, least)
+
+
+def loaded_bytes(codec: str, columns: int, item_size: int) -> int:
+    """Gives the bytes of a token that tiles of so many columns are loaded from, padding among them."""
+    return {"int3": columns // 8 * 3, "int2": columns // 4 * 2}.get(codec, columns * item_size)
+
+
+def programs_together(num_warps: int) -> int:
+    """Gives how many programs of the decode kernel a multiprocessor is to hold at a time."""
+    return max(PROGRAMS_PER_MULTIPROCESSOR, WARPS_PER_MULTIPROCESSOR // num_warps)
 
 
 def warps_for(num_rows: int, num_columns: int) -> int:
@@ -123,23 +143,29 @@ def digits_tiling(
     Args:
         device: where it runs.
         num_rows: queries times heads of a group.
-        widths: the padded bytes of a key and of a value.
+        widths: the columns of a tile of keys and of one of values, as `columns_of` gives them.
         codecs: codecs of keys and of values.
         page_size: P, or 0 for contiguous planes.
     """
     # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers, nor those of 16 in
     # wide heads or beside 8-bit floats that become float16.
     is_wide = max(width << (codec == "int4") for width, codec in zip(widths, codecs, strict=True)) > 128
-    block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs else 16
-    token_bytes = sum(widths)
-    converted_bytes = 2 * widths[1] if codecs[1] == "fp8" else 0
-    block_n = 128
+    # Parts of values are products of their own, which more than one warp would all compute where they are narrow.
+    in_parts = codecs[1] == "int3"
+    is_alone = in_parts and widths[1] <= 128
+    block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs or in_parts else 16
+    num_warps = 1 if is_alone else 8 if (is_wide and not in_parts) or block_m == 16 else 4
+    token_bytes = sum(loaded_bytes(codec, width, 1) for codec, width in zip(codecs, widths, strict=True))
+    converted_bytes = widths[0] * (codecs[0] in ("int3", "int2"))
+    converted_bytes += widths[1] * {"fp8": 2, "int2": 1}.get(codecs[1], 0)
+    block_n = 64 if is_alone or codecs[1] == "int2" else 128
     while block_n > 32 and block_n * (2 * token_bytes + converted_bytes) > device.shared_memory:
         block_n //= 2
-    # Two programs a multiprocessor, and two tiles on their way.
-    room = max(device.shared_memory // 2 - block_n * converted_bytes, 2 * block_n * token_bytes)
+    # As many programs a multiprocessor as there are to be, and two tiles on their way.
+    room = device.shared_memory // programs_together(num_warps) - block_n * converted_bytes
+    room = max(room, 2 * block_n * token_bytes)
     num_stages = _num_stages(room, 3, block_n, token_bytes, token_bytes, page_size)
-    return Tiling(block_m, block_n, 8 if is_wide or block_m == 16 else 4, num_stages)
+    return Tiling(block_m, block_n, num_warps, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -213,15 +239,16 @@ def _num_stages(room: int, max_buffers: int, block_n: int, factor_bytes: int, to
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_splits(device: Device, num_programs: int, num_tiles: int) -> int:
+def choose_splits(device: Device, num_programs: int, num_tiles: int, num_warps: int = 4) -> int:
     """Chooses the fewest splits that keep the multiprocessors about as busy as the best number of splits.
 
     Args:
         device: where it runs.
         num_programs: programs of one split.
         num_tiles: tiles of keys there is capacity for.
+        num_warps: warps of a program.
     """
-    places = device.num_multiprocessors * PROGRAMS_PER_MULTIPROCESSOR
+    places = device.num_multiprocessors * programs_together(num_warps)
     most = max(1, min(MAX_SPLITS, num_tiles // MIN_TILES))
 
     def busy(num_splits: int) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.bits.parts import parts_of
 from hfkv.kernels.triton.digits.numbers import NUMBERS, load_query_digits, number_of_row
 from hfkv.kernels.triton.digits.products import (
     add_values,
@@ -16,7 +17,7 @@ from hfkv.kernels.triton.digits.products import (
     empty_sums,
     exponent_factor,
     load_scales,
-    load_tile,
+    loaded_together,
     query_factor,
     scores_of,
     soft_weights,
@@ -33,6 +34,7 @@ from hfkv.kernels.triton.tiles import (
     tiles_of_split,
     visit_tile,
 )
+from hfkv.kernels.triton.tokens import load_codes, load_pairs
 from hfkv.kernels.triton.visibility import load_limits, load_rule
 
 
@@ -66,6 +68,7 @@ def _digits_kernel(
     v_scale_ptr,
     v_scale_b,
     v_scale_h,
+    pairs_ptr,
     meta_ptr,
     num_columns,
     bounds_ptr,
@@ -116,7 +119,7 @@ def _digits_kernel(
 ):
     """Attends from one tile of rows (query, head of the group), of one kv head and batch row, to one split of its keys.
 
-    Writes the output `[splits, B, Hq, q, Dv]`, int4 values still rotated, and its log-sum-exp `[splits, B, Hq, q]`;
+    Writes the output `[splits, B, Hq, q, Dv]`, rotated as the values are, and its log-sum-exp `[splits, B, Hq, q]`;
     with MERGED_SPLITS, how many are merged at a time, the last program of these rows merges them.
     """
     TILES: tl.constexpr = BLOCK_M // NUMBERS  # noqa: N806
@@ -152,9 +155,13 @@ def _digits_kernel(
     softmax = empty_softmax(sinks_ptr, head, split, factor, BLOCK_M, BLOCK_N, HAS_SINKS)
     sums = empty_sums(BLOCK_M, BLOCK_N, V_PADDED, V_CODEC)
 
+    pairs = load_pairs(pairs_ptr, K_CODEC, V_CODEC)
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
     inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    if parts_of(K_CODEC) > 1:
+        # Rows lie side by side: what they begin at a multiple of is known.
+        k_t = K_WIDTH
     k_head, v_head = k_ptr + h * k_h, v_ptr + h * v_h
     k_scale_head, v_scale_head = k_scale_ptr + h * k_scale_h, v_scale_ptr + h * v_scale_h
     for edge in tl.range(first_step, last_step - behind + inside):
@@ -165,11 +172,11 @@ def _digits_kernel(
         )
         # Integers of others may be anything: their weights are zero. Scales may not.
         exists = in_planes(step, ranges, layout, BLOCK_N)
-        k = load_tile(k_head + (block * k_b + place * k_t), 1, exists, K_WIDTH, K_PADDED, True)
+        k = load_codes(k_head + (block * k_b + place * k_t), 1, exists, pairs, K_CODEC, K_WIDTH, K_PADDED, True)
         scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, BLOCK_N, True)
         scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
         softmax, p, decay = soft_weights(scores, visible, softmax, factor, True)
-        v = load_tile(v_head + (block * v_b + place), v_d, exists, V_WIDTH, V_PADDED, True)
+        v = load_codes(v_head + (block * v_b + place), v_d, exists, pairs, V_CODEC, V_WIDTH, V_PADDED, True)
         if V_CODEC == "fp8":
             # A code may be NaN.
             v = tl.where(wanted[:, None], v, 0)
@@ -178,19 +185,16 @@ def _digits_kernel(
 
     for step in tl.range(inside, behind):
         block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 1)
-        pages, places, pairs = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 2)
-        k = load_tile(k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, K_WIDTH, K_PADDED, False)
-        if K_CODEC == "int4":
-            scales = load_scales(k_scale_head, block * k_scale_b, place, more, 0, K_CODEC, BLOCK_N, False)
-        else:
-            scales = load_scales(k_scale_head, pages * k_scale_b, places, pairs, 0, K_CODEC, BLOCK_N, False)
+        k = load_codes(
+            k_head + (block * k_b + place * k_t) + more * k_t, 1, 0, pairs, K_CODEC, K_WIDTH, K_PADDED, False, True
+        )
+        page, first, behind_it = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, loaded_together(K_CODEC))
+        scales = load_scales(k_scale_head, page * k_scale_b, first, behind_it, 0, K_CODEC, BLOCK_N, False)
         scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
         softmax, p, decay = soft_weights(scores, 0, softmax, factor, False)
-        v = load_tile(v_head + (block * v_b + place) + more, v_d, 0, V_WIDTH, V_PADDED, False)
-        if V_CODEC == "int4":
-            scales = load_scales(v_scale_head, block * v_scale_b, place, more, 0, V_CODEC, BLOCK_N, False)
-        else:
-            scales = load_scales(v_scale_head, pages * v_scale_b, places, pairs, 0, V_CODEC, BLOCK_N, False)
+        v = load_codes(v_head + (block * v_b + place) + more, v_d, 0, pairs, V_CODEC, V_WIDTH, V_PADDED, False)
+        page, first, behind_it = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, loaded_together(V_CODEC))
+        scales = load_scales(v_scale_head, page * v_scale_b, first, behind_it, 0, V_CODEC, BLOCK_N, False)
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 
     num_heads = tl.num_programs(1) * G

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from hfkv.kernels.triton.arguments import pairs_argument
+from hfkv.kernels.triton.bits.parts import BITS
 from hfkv.kernels.triton.numbers import rotation
-from hfkv.kernels.triton.tiling import padded
+from hfkv.kernels.triton.tiling import columns_of, padded
 
-CODECS = ("int8", "int4", "fp8")
+CODECS = ("int8", "int4", "fp8", "int3", "int2")
 # Queries of two digits are as exact as these need.
 DTYPES = (torch.bfloat16, torch.float16)
 # Tokens that are loaded at once.
@@ -36,6 +38,8 @@ def takes_digits(
     if values.stride(2) != 1 or values.stride(3) < room or room % GROUP or page_size & (page_size - 1):
         return False
     scales = key_planes[1], value_planes[1]
+    if codecs[0] in BITS and key_planes[0].stride(2) != key_planes[0].shape[3]:
+        return False
     # They are loaded four bytes at a time.
     side_by_side = all(
         scale.stride(3) == 1 and scale.stride(2) == scale.shape[3] and scale.data_ptr() % GROUP == 0 for scale in scales
@@ -45,8 +49,10 @@ def takes_digits(
     return side_by_side and all(stride % GROUP == 0 for stride in strides)
 
 
-def plane_arguments(key_planes: list[torch.Tensor], value_planes: list[torch.Tensor]) -> tuple[torch.Tensor | int, ...]:
-    """Gives the planes with their strides, as the kernel takes them."""
+def plane_arguments(
+    key_planes: list[torch.Tensor], value_planes: list[torch.Tensor], codecs: tuple[str, str]
+) -> tuple[torch.Tensor | int | None, ...]:
+    """Gives the planes with their strides, and what codes are read by, as the kernel takes them."""
     # 8-bit floats go as bytes.
     k, v = (
         planes[0] if planes[0].dtype == torch.int8 else planes[0].view(torch.uint8)
@@ -54,7 +60,7 @@ def plane_arguments(key_planes: list[torch.Tensor], value_planes: list[torch.Ten
     )
     arguments: list[torch.Tensor | int] = [k, *k.stride()[:3], key_planes[1], *key_planes[1].stride()[:2]]
     arguments += [v, *v.stride()[:2], v.stride(3), value_planes[1], *value_planes[1].stride()[:2]]
-    return tuple(arguments)
+    return *arguments, pairs_argument(codecs, k.device)
 
 
 def constants(
@@ -62,6 +68,7 @@ def constants(
 ) -> tuple[object, ...]:
     """Gives the kernel's compile-time constants that describe the planes."""
     return (
-        *(*codecs, *dims, *widths, padded(dims[0], 32), padded(widths[0], 32), padded(widths[1], 32)),
+        *(*codecs, *dims, *widths, padded(dims[0], 32)),
+        *(columns_of(codec, dim, width, 32) for codec, dim, width in zip(codecs, dims, widths, strict=True)),
         *(*rotation(dims[0]), device.type == "cuda"),
     )

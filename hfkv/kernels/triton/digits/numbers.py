@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.bits.parts import in_parts, parts_of
 from hfkv.kernels.triton.numbers import rotate, round_half_even
 
 # A number so large that 23 bits of mantissa end at the ones: those are the last bits of what is added to it.
@@ -62,7 +63,8 @@ def load_query_digits(
     d = tl.arange(0, D_PADDED)
     q = tl.load(ptr + rows[:, None] + d[None, :], mask=is_row[:, None] & (d < D)[None, :], other=0.0)
     q = q.to(tl.float32) * factor
-    if CODEC == "int4":
+    PARTS: tl.constexpr = parts_of(CODEC)  # noqa: N806
+    if (CODEC == "int4") | (PARTS > 1):
         # Data stay rotated, so the query is rotated as well.
         q = rotate(q, TILES * ROWS, D_PADDED, BLOCK, LOG_BLOCK)
         q = tl.where((d < D)[None, :], q, 0.0)
@@ -76,6 +78,9 @@ def load_query_digits(
         low = round_half_even(low)
     total = tl.sum(high * 128.0 + low, 1)
     _, is_low = number_of_row(TILES)
+    if PARTS > 1:
+        high = in_parts(high, PARTS, D, TILES * ROWS, D_PADDED, PADDED)
+        low = in_parts(low, PARTS, D, TILES * ROWS, D_PADDED, PADDED)
     digits = tl.where(is_low[:, None], low, high)
     second = digits
     if CODEC == "int4":

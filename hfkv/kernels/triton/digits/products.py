@@ -12,23 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hfkv.kernels.triton.digits.numbers import digits_of, nibbles, summed
+from hfkv.kernels.triton.bits.levels import EVEN, ODD, joined_levels, parts_of_levels
+from hfkv.kernels.triton.bits.log_scale import ONE, to_scales
+from hfkv.kernels.triton.digits.numbers import NUMBERS, digits_of, nibbles, summed
 from hfkv.kernels.triton.numbers import tanh
 from hfkv.kernels.triton.products import LOG2_E
 from hfkv.kernels.triton.products import store_split as store_floats
+from hfkv.kernels.triton.tokens import unpacked
 
 
-@triton.jit
-def load_tile(at, stride, exists, WIDTH: tl.constexpr, PADDED: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Loads codes `[BLOCK_N, PADDED]` of tokens whose first numbers lie at `at` `[BLOCK_N]`."""
-    d = tl.arange(0, PADDED)
-    row_at = at[:, None] + (d * stride)[None, :]
-    if IS_MASKED:
-        return tl.load(row_at, mask=exists[:, None] & (d < WIDTH)[None, :], other=0)
-    elif WIDTH < PADDED:
-        return tl.load(row_at, mask=(d < WIDTH)[None, :], other=0)
-    else:
-        return tl.load(row_at)
+@triton.constexpr_function
+def loaded_together(codec):
+    """Gives how many tokens' scales are loaded at once where nothing is masked: four bytes of them."""
+    return {"int4": 1, "int3": 4, "int2": 4}.get(codec, 2)
 
 
 @triton.jit
@@ -39,10 +35,10 @@ def load_scales(ptr, row, place, more, wanted, CODEC: tl.constexpr, BLOCK_N: tl.
     are computed with.
 
     Args:
-        ptr: a plane of bfloat16.
+        ptr: a plane of bfloat16, or of bytes, four of which are loaded at a time.
         row: where a row or page begins, int64.
         place, more: the place of the tokens in it, and how far behind, as `locate` or `locate_inside` give them, the
-            latter of every second token for int8.
+            latter of every `loaded_together` so many.
         wanted: `[BLOCK_N]`; those of others are one and zero, whatever lies there.
     """
     if CODEC == "int4":
@@ -50,6 +46,14 @@ def load_scales(ptr, row, place, more, wanted, CODEC: tl.constexpr, BLOCK_N: tl.
         # A scale of one in the lower half.
         both = tl.load(at, mask=wanted, other=0x3F80) if IS_MASKED else tl.load(at)
         return (both << 16).to(tl.float32, bitcast=True), (both & 0xFFFF0000).to(tl.float32, bitcast=True)
+    elif (CODEC == "int3") | (CODEC == "int2"):
+        if IS_MASKED:
+            byte = tl.load(ptr + (row + place) + more, mask=wanted, other=ONE)
+        else:
+            four = tl.load(ptr.to(tl.pointer_type(tl.uint32), bitcast=True) + ((row + place) >> 2) + (more >> 2))
+            byte = tl.reshape(tl.join(tl.join(four, four >> 16), tl.join(four >> 8, four >> 24)), (BLOCK_N,)) & 0xFF
+        scale = to_scales(byte.to(tl.int32))
+        return scale, scale
     elif IS_MASKED:
         scale = tl.load(ptr + (row + place) + more, mask=wanted, other=1.0).to(tl.float32)
         return scale, scale
@@ -84,7 +88,7 @@ def scores_of(
 
     Args:
         queries: what `load_query_digits` gives.
-        codes, scales: what `load_tile` and `load_scales` give.
+        codes, scales: what `load_codes` and `load_scales` give.
     """
     q, q_high, factor, q_sum = queries
     scale, low = scales
@@ -94,7 +98,8 @@ def scores_of(
         scores = tl.dot(q_high, tl.trans(upper), scores, out_dtype=tl.int32)
         scores = summed(scores, TILES, BLOCK_N) * scale[None, :] + q_sum[:, None] * low[None, :]
     else:
-        scores = summed(product(q, tl.trans(codes), CODEC), TILES, BLOCK_N) * scale[None, :]
+        codes = tl.trans(unpacked(codes, CODEC, IS_ASSEMBLY))
+        scores = summed(product(q, codes, CODEC), TILES, BLOCK_N) * scale[None, :]
     if HAS_SOFTCAP:
         scores = (softcap * LOG2_E) * tanh(scores * (factor / softcap)[:, None])
     return scores
@@ -172,6 +177,18 @@ def empty_sums(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PADDED: tl.constexp
 
 
 @triton.jit
+def _times_parts(digits, parts, TILES: tl.constexpr, WIDTH: tl.constexpr):
+    """Multiplies digits by four parts of values: what bytes hold then stays where they are loaded to."""
+    a, b, c, d = parts
+    return (
+        summed(product(digits, a, "int8"), TILES, WIDTH),
+        summed(product(digits, b, "int8"), TILES, WIDTH),
+        summed(product(digits, c, "int8"), TILES, WIDTH),
+        summed(product(digits, d, "int8"), TILES, WIDTH),
+    )
+
+
+@triton.jit
 def add_values(
     sums,
     p,
@@ -208,7 +225,13 @@ def add_values(
         # Of the rounded weights: their rounding then errs by their share of a value, not of its offset.
         offset = offset * decay[:, None] + rounded * ((low / scale)[None, :] * step[:, None])
     else:
-        added = summed(product(digits, codes, CODEC), TILES, PADDED)
+        if (CODEC == "int3") & IS_ASSEMBLY:
+            first, second, signs = codes
+            even = _times_parts(digits, parts_of_levels(first, signs, EVEN), TILES, PADDED // 8)
+            odd = _times_parts(digits, parts_of_levels(second, signs, ODD), TILES, PADDED // 8)
+            added = joined_levels(even, odd, TILES * NUMBERS, PADDED)
+        else:
+            added = summed(product(digits, unpacked(codes, CODEC, IS_ASSEMBLY), CODEC), TILES, PADDED)
         acc = acc * decay[:, None] + added * step[:, None]
     return acc, acc_high, offset
 
@@ -227,7 +250,7 @@ def store_split(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Stores one split's output `[.., D]`, int4 values still rotated, and its log-sum-exp at `rows`, int64."""
+    """Stores one split's output `[.., D]`, rotated as the values are, and its log-sum-exp at `rows`, int64."""
     highest, total = softmax
     acc, acc_high, offset = sums
     store_floats(
