@@ -59,6 +59,8 @@ all() {
     part=3
     bench attention-fp8 90 attention --shape llama-8b --batch 8 --context 32768 --seconds 5 \
         --peers DynamicCache,QuantizedCache:fp8,StaticCache+compile --kv int8 --kv fp8 --kv window:1024
+    bench attention-bits 90 attention --shape llama-8b --batch 8 --context 32768 --seconds 5 --peers DynamicCache \
+        --kv int4 --kv int3 --kv int2 --kv int3+paged
     bench step-8x32k-more 200 step --shape llama-8b --layers 32 --batch 8 --context 32768 --peers DynamicCache \
         --kv none --kv none+graphs --kv int4+graphs --kv int8+paged+graphs
     bench moe 200 moe --shape qwen3-30b-a3b

@@ -36,7 +36,7 @@ def aligned(codec: str, tokens: torch.Tensor, start: int = 0) -> Encoded:
 
 SHAPES = [(1, 1, 64, 1), (300, 4, 128, 1), (270, 8, 96, 1), (150, 1, 256, 3), (140, 8, 64, 7), (140, 5, 80, 2)]
 KINDS = [("int8", BF16), ("int4", HALF), ("fp8", BF16), ("int4", BF16), ("int8", HALF), ("fp8", HALF)]
-OF_BITS = [("int3", BF16, 40, 4, 128, 1), ("int2", HALF, 40, 5, 24, 2), ("int3", HALF, 33, 8, 80, 3)]
+OF_BITS = [("int3", BF16, 150, 4, 128, 1), ("int2", HALF, 150, 5, 24, 2)]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ def decode_attention(
     Split-KV flash decoding (Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html): the query heads
     of a kv head are the rows of one tile, and several programs share its keys. What is held is read once and as it is
     stored, per token and kv head Dk + Dv numbers: 2 bytes each as bf16, one (and 4 bytes of scales) in int8 and fp8,
-    half a byte (and 8) in int4; the query and the output make up for its rotation (QuaRot, arXiv 2404.00456).
+    half a byte (and 8) in int4, three or two bits (and 2 or 4 bytes) in int3 and int2; the query and the output make up
+    for the rotation of these (QuaRot, arXiv 2404.00456).
 
     Args:
         query: `[B, Hq, q, Dk]`, bf16, fp16 or fp32.

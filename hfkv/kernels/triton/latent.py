@@ -9,6 +9,7 @@ from hfkv.kernels.inputs import Encoded, Scoring, Visibility
 from hfkv.kernels.merge import Attended
 from hfkv.kernels.operators import Operator
 from hfkv.kernels.triton.arguments import pairs_argument, plane_arguments, product_dtypes
+from hfkv.kernels.triton.bits.parts import BITS
 from hfkv.kernels.triton.call import Call, outputs
 from hfkv.kernels.triton.latent_attention import _latent_kernel
 from hfkv.kernels.triton.numbers import rotation
@@ -52,6 +53,7 @@ def _latent_attention(
         dtypes[1].itemsize,
         sum(map(loaded_bytes, codecs, data_padded, (c.element_size(), r.element_size()))),
         page_size,
+        codec in BITS,
     )
     Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         _latent_kernel,
@@ -97,7 +99,8 @@ def latent_attention(
     Split-KV flash decoding over latents (DeepSeek-V2, arXiv 2405.04434): all query heads share them, so that the rows
     of a tile are pairs of a query and a head, and the values are the keys. What is held is read as it is stored and
     once a tile of rows, per token r + dr numbers: 2 bytes each as bf16, one (and 4 bytes of scales) in int8 and fp8,
-    half a byte (and 8) in int4; the query and the output make up for its rotation (QuaRot, arXiv 2404.00456).
+    half a byte (and 8) in int4, three or two bits (and 2 or 4 bytes) in int3 and int2; the query and the output make up
+    for the rotation of these (QuaRot, arXiv 2404.00456).
 
     Args:
         query: `[B, Hq, q, r + dr]`, bf16, fp16 or fp32: the part that goes with latents first.

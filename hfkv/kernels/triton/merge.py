@@ -142,7 +142,7 @@ def merge(
         part_lse: float32 `[splits, B, Hq, q]`, contiguous; -inf where a split sees nothing.
         out: `[B, Hq, q, Dv]`, contiguous, to be written to.
         lse: float32 `[B, Hq, q]`, contiguous, to be written to.
-        is_rotated: whether the parts are in the rotated basis of int4.
+        is_rotated: whether the parts are in the rotated basis of int4, int3 and int2.
     """
     num_splits, head_dim = parts.shape[0], parts.shape[4]
     num_rows = lse.numel()

@@ -177,6 +177,7 @@ def latent_tiling(
     item_size: int,
     token_bytes: int,
     page_size: int,
+    is_unpacked: bool = False,
 ) -> Tiling:
     """Chooses the tiling for the rows of latents, of which a tile is a factor of both products.
 
@@ -193,6 +194,7 @@ def latent_tiling(
         item_size: bytes of a number in a product.
         token_bytes: bytes of a token's latent and rotary key as they are stored, padded.
         page_size: P, or 0 for contiguous planes.
+        is_unpacked: whether latents are of int3 or int2.
     """
     is_decoded = token_bytes != sum(widths) * item_size
     block_m, block_n, max_buffers = 32, 32, 2
@@ -201,8 +203,8 @@ def latent_tiling(
         if device.holds_factors(dtype):
             block_m, max_buffers = 16, 1
     elif token_bytes < sum(widths):
-        # Both halves of int4 have sums of their own.
-        block_m, block_n = 16, 64
+        # Both halves of int4 have sums of their own; int3 and int2 become numbers of fewer tokens at a time.
+        block_m, block_n = 16, 32 if is_unpacked else 64
     elif not is_decoded and device.shared_memory >= SHARED_MEMORY[9, 0]:
         block_n = 64
     block_m = min(block_m, padded(num_rows))
