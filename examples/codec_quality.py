@@ -1,6 +1,6 @@
 """What each cache costs the bundled model: held-out loss, top-1 agreement, pass keys and bytes.
 
-    python examples/codec_quality.py [--dtype bfloat16] [--num-bytes 168758] [--trials 100]
+    python examples/codec_quality.py [--dtype bfloat16] [--num-bytes 168758] [--trials 100] [--kv int4 --kv int3]
 
 Prints the table of docs/understand/tiny-lm.md.
 """
@@ -41,28 +41,27 @@ def main(
     dtype: Annotated[str, typer.Option(help="Arithmetic: float32 or bfloat16.")] = "float32",
     num_bytes: Annotated[int, typer.Option(help="Bytes of held-out text.")] = 168_758,
     trials: Annotated[int, typer.Option(help="Pass keys of 512 bytes.")] = 100,
+    kv: Annotated[list[str], typer.Option(help="Configs to measure.")] = list(CONFIGS),  # noqa: B006
 ) -> None:
     """Measures every config against a forward without any cache."""
     model, tokenizer = tiny_lm.load(getattr(torch, dtype))
-    model.set_attn_implementation("hfkv")
     text = tiny_lm.held_out_text()
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0][:num_bytes]
     full = held_out_loss(model, ids, CONTEXT)
     table = Table("kv", "nats a byte", "change", "same top-1", "pass keys", "held, of bf16")
     table.add_row("no cache", f"{full.nats:.4f}", "", "", "", "")
-    for kv in track(CONFIGS, "measuring", console=Console(stderr=True)):
-        lossy = held_out_loss(model, ids, CONTEXT, make_cache=lambda kv=kv: hfkv.KVCache(model, kv))
-        found = pass_key_accuracy(
-            model, tokenizer, text, CONTEXT, trials, make_cache=lambda kv=kv: hfkv.KVCache(model, kv)
-        )
+    for config in track(kv, "measuring", console=Console(stderr=True)):
+        with hfkv.patch(model, config) as handle:  # which finds the mean of keys that few bits are written less
+            lossy = held_out_loss(model, ids, CONTEXT, make_cache=handle.new_cache)
+            found = pass_key_accuracy(model, tokenizer, text, CONTEXT, trials, make_cache=handle.new_cache)
         change, same = lossy.nats / full.nats - 1, top1_agreement(lossy, full)
         table.add_row(
-            kv,
+            config,
             f"{lossy.nats:.4f}",
             f"{change:+.3%}",
             f"{same:.2%}",
             f"{found:.0%}",
-            f"{held_of_bf16(model, ids, kv):.3f}",
+            f"{held_of_bf16(model, ids, config):.3f}",
         )
     console = Console(width=100)
     console.print(table)
