@@ -121,11 +121,8 @@ def test_kernels_of_bits_are_within_their_budgets(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_few_kernels_of_bits_are_within_their_budgets(tmp_path: Path) -> None:
-    some = (
-        "80 decode int3 int3 bfloat16 64 64 groups:4 transposed",
-        "90 decode int2 int2 bfloat16 64 0 groups:4 transposed",
-    )
+def test_a_kernel_of_bits_is_within_its_budget(tmp_path: Path) -> None:
+    some = ("80 decode int3 int3 bfloat16 64 64 groups:4 transposed",)
     assert set(some) <= set(HELD)
     check(some, tmp_path / "costs.json")
 

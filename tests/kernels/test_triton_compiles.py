@@ -95,4 +95,4 @@ def test_every_kind_of_kernel_of_bits_compiles(capability: int, codec: str, tmp_
 
 @pytest.mark.slow
 def test_kernels_of_bits_compile(tmp_path: Path) -> None:
-    check(("90 append int3 int2 bfloat16 64 64", "80 prefill int2 int3 bfloat16 64 0"), tmp_path)
+    check(("90 append int3 int2 bfloat16 64 64",), tmp_path)
