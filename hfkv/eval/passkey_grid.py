@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hfkv.eval.passkey import NUM_DIGITS, draw_key, hide
+from hfkv.patches.keys.means import wants_means
 from hfkv.patches.patch import patch
 from hfkv.policy.config import KVConfig
 
@@ -37,6 +38,7 @@ def pass_key_grid(
     seed: int = 0,
     batch_size: int = 8,
     on_tokens: Callable[[int], None] = lambda num_tokens: None,
+    calibration: Any = None,
 ) -> torch.Tensor:
     """Measure how often a model returns a hidden pass key, by greedy generation, for every depth and length.
 
@@ -54,6 +56,7 @@ def pass_key_grid(
         seed: Seed of keys and excerpts.
         batch_size: Prompts generated at once.
         on_tokens: Called after each batch with how many tokens its prompts had.
+        calibration: What the mean of keys is taken over, where a codec takes one; see `hfkv.patch`.
 
     Returns:
         The share of prompts continued with all digits of their key, 0 to 1, [depths, lengths], fp32, on the CPU.
@@ -72,7 +75,8 @@ def pass_key_grid(
         raise ValueError(f"depths are shares of the text, 0 to 1, got {list(depths)}")
     filler_ids = tokenizer(filler, add_special_tokens=False, verbose=False)["input_ids"]
     found = torch.zeros(len(depths), len(lengths))
-    with patch(model, kv) if kv is not None else nullcontext():
+    calibration = calibration if kv is not None and wants_means(KVConfig.of(kv)) else None
+    with patch(model, kv, calibration=calibration) if kv is not None else nullcontext():
         for column, length in enumerate(lengths):
             cases = []
             for row, depth in enumerate(depths):

@@ -177,6 +177,7 @@ def test_a_promise_is_found_on_one_text_and_measured_on_another(tmp_path: Path) 
         tokenizer(tiny_lm.held_out_text()[:300], add_special_tokens=False, return_tensors="pt").input_ids[0],
         [kv],
         100,
+        calibration=ids,
     )[1]
     assert content["rows"][1]["kl"] == pytest.approx(report.kl, rel=1e-3)
     shown = " ".join(result.stdout.split())

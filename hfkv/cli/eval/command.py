@@ -36,7 +36,10 @@ def evaluate(
     ] = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="A UTF-8 text on which --kv auto:0.5% finds its codecs.", show_default="a bundled one"),
+        typer.Option(
+            help="A UTF-8 text on which --kv auto:0.5% finds its codecs, and of which keys have a mean.",
+            show_default="a bundled one",
+        ),
     ] = None,
     kv: Annotated[
         list[str] | None,
@@ -102,6 +105,7 @@ def evaluate(
                 setting,
                 (model or BUNDLED, str(text or BUNDLED_TEXT)),
                 found,
+                probe,
                 lambda total: progress.update(task, total=total),
                 lambda what, count: progress.update(task, advance=count, description=f"{what:<32}"),
             )
@@ -167,16 +171,20 @@ def _write_plots(report: EvalReport, folder: Path) -> None:
 
 
 def _refuse_words(kvs: tuple[str, ...], calibration: Path | None) -> None:
+    from hfkv.patches.keys.means import wants_means
     from hfkv.policy.config import KVConfig
 
-    promises = 0
+    readers = 0
     for kv in kvs:
         try:
             config = KVConfig.parse(kv)
         except (TypeError, ValueError):
             continue  # said where the cache is made
-        promises += config.loss_change is not None
+        readers += config.loss_change is not None or wants_means(config)
         if config.reuse is not None:
             raise CommandError(f"--kv {kv!r}: reuse shares prompts between calls and changes no forecast; leave it out")
-    if calibration is not None and not promises:
-        raise CommandError("--calibration is what codecs are found on; give a promise too, such as --kv auto:0.5%")
+    if calibration is not None and not readers:
+        raise CommandError(
+            "--calibration is what codecs are found on, and the mean of keys for codecs below 8 bits; give a promise "
+            "too, such as --kv auto:0.5%, or such a codec"
+        )

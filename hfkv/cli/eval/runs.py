@@ -144,6 +144,7 @@ def measure(
     setting: EvalSetting,
     names: tuple[str, str] = (BUNDLED, BUNDLED_TEXT),
     found: Mapping[str, FoundCodecs] | None = None,
+    calibration: str | None = None,
     on_plan: Callable[[int], None] = lambda num_tokens: None,
     on_tokens: Callable[[str, int], None] = lambda what, num_tokens: None,
 ) -> EvalReport:
@@ -156,6 +157,7 @@ def measure(
         setting: what to measure.
         names: what to call the model and the text.
         found: the codecs of configs that are promises; see `find`. None where there are no such configs.
+        calibration: the text that the mean of keys is taken over, for codecs that take one; None for the bundled one.
         on_plan: called once with how many tokens will be read in all.
         on_tokens: called with what is running and how many tokens it has just read.
 
@@ -166,6 +168,7 @@ def measure(
 
     from hfkv.eval import compare, even_depths, pass_key_grid
     from hfkv.eval.compare import distinct
+    from hfkv.patches.keys.means import MOST_TOKENS
 
     found = found or {}
     kvs = {name: found[name].kv if name in found else kv for name, kv in distinct(setting.kvs).items()}
@@ -177,14 +180,20 @@ def measure(
     on_plan(len(kvs) * (len(ids) + sum(setting.lengths) * len(depths) * setting.trials))
     start = time.perf_counter()
     try:
+        read = None
+        if calibration is not None:
+            some = calibration[: CHARACTERS_A_TOKEN * MOST_TOKENS]
+            read = torch.tensor(tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"])
         reports = compare(
-            model, ids, kvs, setting.context, setting.chunk, lambda kv, count: on_tokens(f"text: {kv}", count)
+            *(model, ids, kvs, setting.context, setting.chunk, lambda kv, count: on_tokens(f"text: {kv}", count)), read
         )
         grids = {}
         for name, kv in kvs.items() if setting.lengths else ():
             on_keys = partial(on_tokens, f"pass keys: {name}")
             grids[name] = pass_key_grid(
-                model, tokenizer, filler, setting.lengths, depths, setting.trials, kv, on_tokens=on_keys
+                *(model, tokenizer, filler, setting.lengths, depths, setting.trials, kv),
+                on_tokens=on_keys,
+                calibration=read,
             ).tolist()
     except (ValueError, NotImplementedError) as error:
         raise CommandError(str(error)) from error
