@@ -29,6 +29,7 @@ CONTEXT = 512
 def held_of_bf16(model, ids, kv):
     """Bytes held after CONTEXT tokens and one more, against those of a full cache in bf16."""
     twin = copy.deepcopy(model).to(torch.bfloat16)
+    twin.set_attn_implementation("hfkv")
     caches = [hfkv.KVCache(twin, kv), hfkv.KVCache(twin)]
     with torch.inference_mode():
         for cache in caches:
