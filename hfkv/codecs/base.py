@@ -55,8 +55,8 @@ class Codec(ABC):
         is_coarse: whether it loses so much that it is taken only where somebody names it, and never to meet a budget.
         takes_mean: whether a patched model's keys are written less their mean (`hfkv.codecs.key_mean`): worth it where
             numbers have few bits.
-        loss_percent: percent by which the codec raises the bundled model's loss over its whole held-out text
-            (docs/understand/concepts.md), or None where that was not measured.
+        loss_percent: percent by which the codec, of a patched model, raises the bundled model's loss over its whole
+            held-out text (docs/understand/concepts.md), or None where that was not measured.
     """
 
     name: str

@@ -24,7 +24,7 @@ class Int2(Codec):
     is_rotated = True
     takes_mean = True
     is_coarse = True
-    loss_percent = 10.018
+    loss_percent = 3.553
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

@@ -30,7 +30,7 @@ class Int3(Codec):
     is_rotated = True
     takes_mean = True
     is_coarse = True
-    loss_percent = 2.75
+    loss_percent = 1.326
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())

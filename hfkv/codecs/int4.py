@@ -26,7 +26,7 @@ class Int4(Codec):
     numbers = torch.int8
     is_rotated = True
     takes_mean = True
-    loss_percent = 0.624
+    loss_percent = 0.254
 
     def _encode(self, x: torch.Tensor) -> Planes:
         y = rotate(x.float())
