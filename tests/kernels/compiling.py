@@ -2,9 +2,9 @@
 
 Each argument of ``python -m tests.kernels.compiling`` is one kernel: "<compute capability> <operation> <key codec>
 <value codec> <dtype> <head dim> <page size> <options ...>", or "<compute capability> <gemv or gemm> <form of the
-experts> <dtype> <tokens> <inputs> <options ...>". The option "transposed" is of values with tokens side by side. Those
-with a number are "groups:G", query heads a kv head, and of experts "outputs:N" and "experts:E", of which each token has
-"top:K".
+experts> <dtype> <tokens> <inputs> <options ...>". The option "transposed" is of values with tokens side by side, "mean"
+of keys less their mean, all of whose numbers are turned. Those with a number are "groups:G", query heads a kv head, and
+of experts "outputs:N" and "experts:E", of which each token has "top:K".
 """
 
 import sys
@@ -17,10 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hfkv.codecs.key_mean import KeyMean
+from hfkv.codecs.waves import Waves
 from hfkv.kernels.experts import triton as triton_experts
 from hfkv.kernels.experts import triton_combine as triton_experts_combine
 from hfkv.kernels.experts import triton_slots as triton_experts_slots
 from hfkv.kernels.inputs import Scoring, Visibility
+from hfkv.kernels.placed_mean import PlacedMean
 from hfkv.kernels.selftest.inputs import turned
 from hfkv.kernels.triton import append as triton_append
 from hfkv.kernels.triton import latent as triton_latent
@@ -135,6 +138,9 @@ def run(operation: str, codecs: tuple[str, str], dtype: str, head_dim: int, page
     keys, values = (garbage(codec, shape, getattr(torch, dtype), cpu) for codec in codecs)
     if "transposed" in options:
         values = turned(values)
+    if "mean" in options:
+        waves = Waves(torch.ones(head_dim // 2, dtype=torch.float64), False, head_dim)
+        keys = keys._replace(mean=PlacedMean(KeyMean(torch.zeros(2, head_dim), waves), (0, 0)))
     num_queries = length if operation == "prefill" else 1
     num_queries = 4 if "few" in options else num_queries
     num_heads = 16 if "wide" in options else 2 * _number(options, "groups", 4)

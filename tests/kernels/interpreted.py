@@ -17,7 +17,9 @@ class Interpreted(Backend):
         from hfkv.kernels.triton.decode import decode_attention
 
         run = decode_attention if asked.num_queries == 1 else None
-        return Kernel("triton decode", "interpreted", run, reads_device_lengths=True, takes_pairs=True)
+        return Kernel(
+            *("triton decode", "interpreted", run), reads_device_lengths=True, takes_pairs=True, takes_means=True
+        )
 
     def latent(self, asked: Asked) -> Kernel:
         from hfkv.kernels.triton.latent import latent_attention

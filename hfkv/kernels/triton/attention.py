@@ -9,6 +9,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hfkv.kernels.triton.mean.scores import (
+    MANY_ROWS,
+    add_mean,
+    load_factors,
+    load_places,
+    places_inside,
+    turned,
+    waves_at,
+    waves_inside,
+)
 from hfkv.kernels.triton.merge import merge_last
 from hfkv.kernels.triton.products import (
     add_values,
@@ -71,6 +81,10 @@ def _attention_kernel(
     v_scale_h,
     v_scale_t,
     pairs_ptr,
+    mean_ptr,
+    waves_ptr,
+    turns_ptr,
+    places_ptr,
     meta_ptr,
     num_columns,
     bounds_ptr,
@@ -102,6 +116,10 @@ def _attention_kernel(
     M_PADDED: tl.constexpr,
     MERGED_SPLITS: tl.constexpr,
     FEW: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     K_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     DK: tl.constexpr,
@@ -156,10 +174,19 @@ def _attention_kernel(
     pairs = load_pairs(pairs_ptr, K_CODEC, V_CODEC)
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
-    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    of_inside = rule
+    if HAS_MEAN:
+        places, of_inside = load_places(places_ptr, b, rule)
+        factors = load_factors(
+            *(q_ptr, q_rows, is_row, 1.0, mean_ptr, h, DK, Q_PADDED, PAIRS, PAIRS_PADDED, IS_INTERLEAVED)
+        )
+        ahead = places_inside(run, places)
+        IS_TURNED: tl.constexpr = BLOCK_M < MANY_ROWS  # noqa: N806
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, of_inside, limits, BLOCK_N, HAS_MASK)
     # Edges are few, except under a mask: one tile on its way is enough, and takes fewer registers.
-    for edge in tl.range(first_step, last_step - behind + inside, num_stages=None if HAS_MASK else 2):
-        block, place, visible, wanted = visit_tile(
+    EDGE_STAGES: tl.constexpr = 1 if HAS_MEAN else None if HAS_MASK else 2  # noqa: N806
+    for edge in tl.range(first_step, last_step - behind + inside, num_stages=EDGE_STAGES):
+        block, place, visible, wanted, index = visit_tile(
             *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
             *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
@@ -168,6 +195,9 @@ def _attention_kernel(
         k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t)
         k = load_tokens(k_at, k_d, k_scale_at, wanted, pairs, K_CODEC, K_WIDTH, K_PADDED, True)
         scores = products(q, k, K_CODEC, K_DTYPE)
+        if HAS_MEAN:
+            here = waves_at(waves_ptr, index, wanted, places, PAIRS_PADDED)
+            scores = add_mean(scores, factors[0], factors[1], here, factors)
         p, decay, highest, total = soft_weights(scores, visible, highest, total, scale, softcap, HAS_SOFTCAP, True)
 
         v_at = v_ptr + (block * v_b + h * v_h + place * v_t)
@@ -175,6 +205,8 @@ def _attention_kernel(
         v = load_tokens(v_at, v_d, v_scale_at, wanted, pairs, V_CODEC, V_WIDTH, V_PADDED, True)
         acc, acc_high, offset = add_values(acc, acc_high, offset, p, decay, v, V_CODEC, V_DTYPE, V_PRECISION)
 
+    if HAS_MEAN and IS_TURNED:
+        waves = waves_inside(waves_ptr, 0, ranges, ahead, BLOCK_N, PAIRS_PADDED, True)
     for step in tl.range(inside, behind):
         block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N)
 
@@ -182,6 +214,13 @@ def _attention_kernel(
         k_scale_at = k_scale_ptr + (block * k_scale_b + h * k_scale_h + place * k_scale_t) + more * k_scale_t
         k = load_tokens(k_at, k_d, k_scale_at, 0, pairs, K_CODEC, K_WIDTH, K_PADDED, False)
         scores = products(q, k, K_CODEC, K_DTYPE)
+        if HAS_MEAN:
+            if IS_TURNED:
+                c, s = turned(factors, turns_ptr, step, ranges, ahead, BLOCK_N, PAIRS_PADDED)
+                scores = add_mean(scores, c, s, waves, factors)
+            else:
+                here = waves_inside(waves_ptr, step, ranges, ahead, BLOCK_N, PAIRS_PADDED, False)
+                scores = add_mean(scores, factors[0], factors[1], here, factors)
         p, decay, highest, total = soft_weights(scores, 0, highest, total, scale, softcap, HAS_SOFTCAP, False)
 
         v_at = v_ptr + (block * v_b + h * v_h + place * v_t) + more * v_t

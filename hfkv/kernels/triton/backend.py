@@ -30,6 +30,7 @@ class TritonBackend(Backend):
                 reads_device_lengths=True,
                 takes_values_innermost=True,
                 takes_pairs=True,
+                takes_means=True,
                 wants_values_innermost=all(name in CODECS for name in names) and asked.dtype in DTYPES,
             )
         from hfkv.kernels.triton.prefill import prefill_attention
@@ -40,6 +41,7 @@ class TritonBackend(Backend):
             reads_device_lengths=True,
             takes_values_innermost=True,
             takes_pairs=True,
+            takes_means=True,
         )
 
     def latent(self, asked: Asked) -> Kernel:

@@ -125,6 +125,8 @@ def latent_attention(
     shapes = [tuple(part.planes[0].shape[:3]) for part in (latents, rotary)]
     if shapes[0] != shapes[1] or shapes[0][1] != 1:
         raise ValueError(f"latents {shapes[0]} and rotary keys {shapes[1]} are not one kv head in the same rows")
+    if latents.mean is not None or rotary.mean is not None:
+        raise ValueError("the Triton kernel of latents knows of no mean that was taken off them")
     num_splits = 0 if num_splits is None else num_splits
     key_dim = latents.head_dim + rotary.head_dim
     call = Call.checked(

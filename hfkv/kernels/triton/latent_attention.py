@@ -150,7 +150,7 @@ def _latent_kernel(
     inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
     # Tiles at an edge are few: no more than one is on its way, in registers that the others would have to share.
     for edge in tl.range(first_step, last_step - behind + inside, num_stages=2):
-        block, place, visible, wanted = visit_tile(
+        block, place, visible, wanted, _ = visit_tile(
             *(edge_at(edge, inside, behind), ranges, b, layout, num_columns, rule, limits),
             *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )

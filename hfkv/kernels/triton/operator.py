@@ -15,6 +15,7 @@ from hfkv.kernels.triton.digits.attention import _digits_kernel
 from hfkv.kernels.triton.digits.call import constants as digits_constants
 from hfkv.kernels.triton.digits.call import plane_arguments as digits_planes
 from hfkv.kernels.triton.digits.call import takes_digits
+from hfkv.kernels.triton.mean.tables import mean_arguments
 from hfkv.kernels.triton.numbers import rotation
 from hfkv.kernels.triton.support import ROTATED
 from hfkv.kernels.triton.tiling import columns_of, device_of, digits_tiling, loaded_bytes, padded, tiling
@@ -39,6 +40,12 @@ def _attention(
     num_splits: int,
     counters: torch.Tensor | None,
     is_prefill: bool,
+    mean: torch.Tensor | None = None,
+    waves: torch.Tensor | None = None,
+    turns: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+    num_pairs: int = 0,
+    is_interleaved: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(query, value_dim)
     if out.numel() == 0:
@@ -50,19 +57,21 @@ def _attention(
     codecs, dims, widths = (key_codec, value_codec), (key_dim, value_dim), (k.shape[3], v.shape[3])
     device = device_of(query.device)
     kernel, dtypes = _attention_kernel, None
+    wave_bytes = 0 if waves is None else waves.stride(0) * waves.itemsize
+    of_mean = (mean is not None, num_pairs, 16 if waves is None else waves.shape[2], is_interleaved)
     planes: tuple[torch.Tensor | int | None, ...]
     if not is_prefill and takes_digits(query, key_planes, value_planes, codecs, page_size):
         kernel = _digits_kernel
         planes = digits_planes(key_planes, value_planes, codecs)
-        constants = digits_constants(codecs, dims, widths, query.device)
+        constants = (*of_mean, *digits_constants(codecs, dims, widths, query.device))
         k_columns, v_columns = map(columns_of, codecs, dims, widths, (32, 32))
-        tiles = digits_tiling(device, num_rows, (k_columns, v_columns), codecs, page_size)
+        tiles = digits_tiling(device, num_rows, (k_columns, v_columns), codecs, page_size, wave_bytes)
     else:
         q_padded = padded(key_dim)
         k_padded, v_padded = map(columns_of, codecs, dims, widths)
         dtypes = product_dtypes(query.dtype, value_codec, query.device)
         planes = (*plane_arguments(key_planes), *plane_arguments(value_planes), pairs_argument(codecs, query.device))
-        constants = (*codecs, *dims, *widths, q_padded, k_padded, v_padded, *rotation(key_dim))
+        constants = (*of_mean, *codecs, *dims, *widths, q_padded, k_padded, v_padded, *rotation(key_dim))
         tiles = tiling(
             device,
             num_rows,
@@ -72,7 +81,9 @@ def _attention(
             loaded_bytes(codecs[0], k_padded, k.element_size()) + loaded_bytes(codecs[1], v_padded, v.element_size()),
             page_size,
             is_prefill=is_prefill,
+            wave_bytes=wave_bytes,
         )
+    planes = (*planes, mean, waves, turns, places)
     Call(meta, columns, bounds, mask, sink_logits, scale, softcap, capacity, num_splits, counters).launch(
         kernel,
         query,
@@ -115,8 +126,9 @@ def attend(
         ValueError: what `Call.checked` refuses.
     """
     call = Call.checked(query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits)
+    of_mean = mean_arguments(keys, len(query), layout.length, query.dtype)
     out, lse = _operator(
         *(query, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name, values.head_dim),
-        *(*call, is_prefill),
+        *(*call, is_prefill, *of_mean),
     )
     return Attended(out, lse)

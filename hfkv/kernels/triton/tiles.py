@@ -243,12 +243,12 @@ def visit_tile(
 
     Returns:
         The row or page and the place in it, as `locate` gives them; who sees which, and which are to be loaded, as
-        `seen_in` does.
+        `seen_in` does; and the held indices.
     """
     tile = tile_at(step, ranges)
     index, is_held, block, place = locate(tile, b, layout, num_columns, PAGE_SIZE, BLOCK_N)
     visible, wanted = seen_in(index, is_held, rule, limits, HAS_BOUNDS, HAS_MASK)
-    return block, place, visible, wanted
+    return block, place, visible, wanted, index
 
 
 @triton.jit

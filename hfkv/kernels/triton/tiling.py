@@ -105,6 +105,7 @@ def tiling(
     page_size: int,
     *,
     is_prefill: bool,
+    wave_bytes: int = 0,
 ) -> Tiling:
     """Chooses the tiling for the rows of one kv head.
 
@@ -117,6 +118,7 @@ def tiling(
         token_bytes: bytes of a token's key and value as they are stored, padded.
         page_size: P, or 0 for contiguous planes.
         is_prefill: whether there are many queries.
+        wave_bytes: bytes of the cosines and sines of a position, where keys have a mean.
     """
     width = max(widths)
     max_buffers = 2 if is_prefill else 3
@@ -129,14 +131,19 @@ def tiling(
     block_m = min(block_m, padded(num_rows))
     num_warps = warps_for(block_m, width)
     block_n = _in_page(block_n, page_size, 32)
-    room = device.shared_memory - block_m * widths[0] * item_size
-    num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes, page_size)
+    room = device.shared_memory - block_m * (widths[0] * item_size + wave_bytes)
+    num_stages = _num_stages(room, max_buffers, block_n, sum(widths) * item_size, token_bytes + wave_bytes, page_size)
     return Tiling(block_m, block_n, num_warps, num_stages)
 
 
 @functools.lru_cache(maxsize=1024)
 def digits_tiling(
-    device: Device, num_rows: int, widths: tuple[int, int], codecs: tuple[str, str], page_size: int
+    device: Device,
+    num_rows: int,
+    widths: tuple[int, int],
+    codecs: tuple[str, str],
+    page_size: int,
+    wave_bytes: int = 0,
 ) -> Tiling:
     """Chooses the tiling for the rows of one kv head where products are of integers.
 
@@ -146,6 +153,7 @@ def digits_tiling(
         widths: the columns of a tile of keys and of one of values, as `columns_of` gives them.
         codecs: codecs of keys and of values.
         page_size: P, or 0 for contiguous planes.
+        wave_bytes: bytes of the cosines and sines of a position, where keys have a mean.
     """
     # Rows are pairs of digits: 8 fill a tile of a product. The sums of 32 do not stay in registers, nor those of 16 in
     # wide heads or beside 8-bit floats that become float16.
@@ -156,7 +164,9 @@ def digits_tiling(
     block_m = 8 if num_rows <= 8 or is_wide or "fp8" in codecs or in_parts else 16
     num_warps = 1 if is_alone else 8 if (is_wide and not in_parts) or block_m == 16 else 4
     token_bytes = sum(loaded_bytes(codec, width, 1) for codec, width in zip(codecs, widths, strict=True))
-    converted_bytes = widths[0] * (codecs[0] in ("int3", "int2"))
+    # Those of a tile stay, the same ones for all.
+    converted_bytes = wave_bytes
+    converted_bytes += widths[0] * (codecs[0] in ("int3", "int2"))
     converted_bytes += widths[1] * {"fp8": 2, "int2": 1}.get(codecs[1], 0)
     block_n = 64 if is_alone or codecs[1] == "int2" else 128
     while block_n > 32 and block_n * (2 * token_bytes + converted_bytes) > device.shared_memory:

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from hfkv.kernels.triton.bits.parts import parts_of
+from hfkv.kernels.triton.digits.mean import add_mean, in_digits
 from hfkv.kernels.triton.digits.numbers import NUMBERS, load_query_digits, number_of_row
 from hfkv.kernels.triton.digits.products import (
     add_values,
+    capped,
     empty_softmax,
     empty_sums,
     exponent_factor,
@@ -22,6 +24,14 @@ from hfkv.kernels.triton.digits.products import (
     scores_of,
     soft_weights,
     store_split,
+)
+from hfkv.kernels.triton.mean.scores import (
+    load_factors,
+    load_places,
+    places_inside,
+    turned,
+    waves_at,
+    waves_inside,
 )
 from hfkv.kernels.triton.merge import merge_last
 from hfkv.kernels.triton.tiles import (
@@ -69,6 +79,10 @@ def _digits_kernel(
     v_scale_b,
     v_scale_h,
     pairs_ptr,
+    mean_ptr,
+    waves_ptr,
+    turns_ptr,
+    places_ptr,
     meta_ptr,
     num_columns,
     bounds_ptr,
@@ -100,6 +114,10 @@ def _digits_kernel(
     M_PADDED: tl.constexpr,
     MERGED_SPLITS: tl.constexpr,
     FEW: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    PAIRS: tl.constexpr,
+    PAIRS_PADDED: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
     K_CODEC: tl.constexpr,
     V_CODEC: tl.constexpr,
     DK: tl.constexpr,
@@ -140,6 +158,12 @@ def _digits_kernel(
         *(q_ptr, q_rows, n < num_queries, query_factor(scale, HAS_SOFTCAP)),
         *(K_CODEC, DK, K_WIDTH, Q_PADDED, K_PADDED, K_BLOCK, K_LOG_BLOCK, TILES),
     )
+    if HAS_MEAN:
+        factors = load_factors(
+            *(q_ptr, q_rows, n < num_queries, query_factor(scale, HAS_SOFTCAP), mean_ptr, h),
+            *(DK, Q_PADDED, PAIRS, PAIRS_PADDED, IS_INTERLEAVED),
+        )
+        factors = in_digits(factors, q, TILES)
 
     r = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = r // G
@@ -158,15 +182,20 @@ def _digits_kernel(
     pairs = load_pairs(pairs_ptr, K_CODEC, V_CODEC)
     ranges, first_step, last_step = tiles_of_split(split, num_splits, layout, rule, limits, BLOCK_N, HAS_MASK)
     run = load_run(meta_ptr, layout, num_columns, PAGE_SIZE, BLOCK_N)
-    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, rule, limits, BLOCK_N, HAS_MASK)
+    of_inside = rule
+    if HAS_MEAN:
+        places, of_inside = load_places(places_ptr, b, rule)
+        ahead = places_inside(run, places)
+    inside, behind = steps_inside(first_step, last_step, ranges, run, layout, of_inside, limits, BLOCK_N, HAS_MASK)
     if parts_of(K_CODEC) > 1:
         # Rows lie side by side: what they begin at a multiple of is known.
         k_t = K_WIDTH
     k_head, v_head = k_ptr + h * k_h, v_ptr + h * v_h
     k_scale_head, v_scale_head = k_scale_ptr + h * k_scale_h, v_scale_ptr + h * v_scale_h
-    for edge in tl.range(first_step, last_step - behind + inside):
+    # No cosines and sines of edges are on their way: they would take the shared memory of many tiles.
+    for edge in tl.range(first_step, last_step - behind + inside, num_stages=1 if HAS_MEAN else None):
         step = edge_at(edge, inside, behind)
-        block, place, visible, wanted = visit_tile(
+        block, place, visible, wanted, index = visit_tile(
             *(step, ranges, b, layout, num_columns, rule, limits),
             *(PAGE_SIZE, BLOCK_N, HAS_BOUNDS, HAS_MASK),
         )
@@ -174,7 +203,11 @@ def _digits_kernel(
         exists = in_planes(step, ranges, layout, BLOCK_N)
         k = load_codes(k_head + (block * k_b + place * k_t), 1, exists, pairs, K_CODEC, K_WIDTH, K_PADDED, True)
         scales = load_scales(k_scale_head, block * k_scale_b, place, 0, wanted, K_CODEC, BLOCK_N, True)
-        scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
+        scores = scores_of(q, k, scales, K_CODEC, TILES, BLOCK_N, IS_ASSEMBLY)
+        if HAS_MEAN:
+            here = waves_at(waves_ptr, index, wanted, places, PAIRS_PADDED)
+            scores = add_mean(scores, factors[0], factors[1], here, factors, TILES, BLOCK_N)
+        scores = capped(scores, q, softcap, HAS_SOFTCAP)
         softmax, p, decay = soft_weights(scores, visible, softmax, factor, True)
         v = load_codes(v_head + (block * v_b + place), v_d, exists, pairs, V_CODEC, V_WIDTH, V_PADDED, True)
         if V_CODEC == "fp8":
@@ -183,6 +216,8 @@ def _digits_kernel(
         scales = load_scales(v_scale_head, block * v_scale_b, place, 0, wanted, V_CODEC, BLOCK_N, True)
         sums = add_values(sums, p, decay, v, scales, V_CODEC, TILES, BLOCK_N, V_PADDED, IS_ASSEMBLY)
 
+    if HAS_MEAN:
+        waves = waves_inside(waves_ptr, 0, ranges, ahead, BLOCK_N, PAIRS_PADDED, True)
     for step in tl.range(inside, behind):
         block, place, more = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, 1)
         k = load_codes(
@@ -190,7 +225,11 @@ def _digits_kernel(
         )
         page, first, behind_it = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, loaded_together(K_CODEC))
         scales = load_scales(k_scale_head, page * k_scale_b, first, behind_it, 0, K_CODEC, BLOCK_N, False)
-        scores = scores_of(q, k, scales, softcap, K_CODEC, TILES, BLOCK_N, HAS_SOFTCAP, IS_ASSEMBLY)
+        scores = scores_of(q, k, scales, K_CODEC, TILES, BLOCK_N, IS_ASSEMBLY)
+        if HAS_MEAN:
+            c, s = turned(factors, turns_ptr, step, ranges, ahead, BLOCK_N, PAIRS_PADDED)
+            scores = add_mean(scores, c, s, waves, factors, TILES, BLOCK_N)
+        scores = capped(scores, q, softcap, HAS_SOFTCAP)
         softmax, p, decay = soft_weights(scores, 0, softmax, factor, False)
         v = load_codes(v_head + (block * v_b + place) + more, v_d, 0, pairs, V_CODEC, V_WIDTH, V_PADDED, False)
         page, first, behind_it = locate_inside(step, ranges, b, layout, PAGE_SIZE, BLOCK_N, loaded_together(V_CODEC))

@@ -91,11 +91,11 @@ def load_query_digits(
         second = tl.where((column < D - WIDTH)[None, :], tl.gather(digits, at_high, 1), 0.0)
         digits = tl.where((column < WIDTH)[None, :], tl.gather(digits, at_low, 1), 0.0)
     digits = digits.to(tl.float16) if CODEC == "fp8" else digits.to(tl.int8)
-    return digits, second.to(tl.int8), _of_numbers(step, TILES) * (1.0 / 128.0), _of_numbers(total, TILES)
+    return digits, second.to(tl.int8), of_numbers(step, TILES) * (1.0 / 128.0), of_numbers(total, TILES)
 
 
 @triton.jit
-def _of_numbers(x, TILES: tl.constexpr):
+def of_numbers(x, TILES: tl.constexpr):
     """Takes `[8 TILES]` out of `[16 TILES]` that are the same for both digits of a number."""
     return tl.reshape(tl.max(tl.reshape(x, (TILES, 2, NUMBERS)), 1), (TILES * NUMBERS,))
 

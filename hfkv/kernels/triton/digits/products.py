@@ -77,20 +77,18 @@ def scores_of(
     queries,
     codes,
     scales,
-    softcap,
     CODEC: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     IS_ASSEMBLY: tl.constexpr,
 ):
-    """Multiplies queries by keys: float32 `[BLOCK_M, BLOCK_N]`, times `exponent_factor` the exponents of two.
+    """Multiplies queries by keys: float32 `[BLOCK_M, BLOCK_N]`, in the queries' units.
 
     Args:
         queries: what `load_query_digits` gives.
         codes, scales: what `load_codes` and `load_scales` give.
     """
-    q, q_high, factor, q_sum = queries
+    q, q_high, _, q_sum = queries
     scale, low = scales
     if CODEC == "int4":
         lower, upper = nibbles(codes, IS_ASSEMBLY)
@@ -100,7 +98,14 @@ def scores_of(
     else:
         codes = tl.trans(unpacked(codes, CODEC, IS_ASSEMBLY))
         scores = summed(product(q, codes, CODEC), TILES, BLOCK_N) * scale[None, :]
+    return scores
+
+
+@triton.jit
+def capped(scores, queries, softcap, HAS_SOFTCAP: tl.constexpr):
+    """Caps scores, where they are: those are, times `exponent_factor`, the exponents of two."""
     if HAS_SOFTCAP:
+        _, _, factor, _ = queries
         scores = (softcap * LOG2_E) * tanh(scores * (factor / softcap)[:, None])
     return scores
 

@@ -1,0 +1,1 @@
+"""What scores lack of keys that were written less their mean, in Triton kernels."""
