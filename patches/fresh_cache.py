@@ -124,7 +124,7 @@ def with_cache(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if is_traced and (model.hfkv.kv.is_lossless or kwargs.get("use_cache") is False):
         return kwargs
-    names = _parameters(type(model))
+    names = parameters(type(model))
     if "past_key_values" not in names:
         return kwargs
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -164,7 +164,7 @@ def _check_whole(given: dict[str, Any], name: str) -> None:
 
 
 @functools.cache
-def _parameters(model_class: type) -> tuple[str, ...]:
+def parameters(model_class: type) -> tuple[str, ...]:
     """The names of a forward's parameters."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]  # type: ignore[attr-defined]
 

@@ -9,7 +9,7 @@ import torch
 from hfkv.cache.kv_cache import KVCache
 from hfkv.cache.record import what_failed
 from hfkv.models.fingerprint import fingerprint_of
-from hfkv.patches.fresh_cache import check_cache, log_stock_cache, with_cache
+from hfkv.patches.fresh_cache import check_cache, log_stock_cache, parameters, with_cache
 from hfkv.patches.keys.means import begin_rows
 from hfkv.patches.override import inner_forward
 from hfkv.patches.reuse import keep_pages
@@ -24,11 +24,14 @@ def set_recording(model: Any, undo: Undo) -> None:
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     forward, kwargs = inner_forward(model), with_cache(model, args, kwargs)
+    names = parameters(type(model))
+    if 1 < len(args) <= len(names) and not kwargs.keys() & set(names[: len(args)]):
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     cache = kwargs.get("past_key_values")
     if isinstance(cache, KVCache):
         if model.config.is_encoder_decoder:
             check_cache(model, cache)
-        begin_rows(cache, kwargs if not args else {"input_ids": args[0], **kwargs})
+        begin_rows(cache, {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs)
     if not isinstance(cache, KVCache) or not cache.record.is_wanted:
         output = forward(*args, **kwargs)
         if isinstance(cache, KVCache):

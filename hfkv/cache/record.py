@@ -33,7 +33,6 @@ class TokenRecord:
         repeated: number of held tokens that the next forward is given again, and a weak reference to what gives them.
         is_temporary: whether `generate` has made the cache and throws it away, so that no other code ever sees it.
         is_wanted: whether anyone may ask for the tokens.
-        has_begun: whether a token that is no padding has been seen of every row, where that was looked at.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,6 @@ class TokenRecord:
         self.broken: str | None = None
         self.root: bytes | None = None
         self.kept = 0
-        self.has_begun = False
         self.repeated: tuple[int, weakref.ref[Any]] | None = None
         self.length = 0
         self._ids: torch.Tensor | None = None  # int64 [B, C], of which `length` columns are written

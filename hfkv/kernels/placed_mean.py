@@ -8,6 +8,9 @@ import torch
 
 from hfkv.codecs.key_mean import KeyMean
 
+# Rows whose positions lie farther apart are looked up one by one.
+_FAR = 1 << 14
+
 
 @dataclass(frozen=True, eq=False)
 class PlacedMean:
@@ -70,6 +73,10 @@ class PlacedMean:
 
     def _behind_slots(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = min(self.shifts, default=0), max(self.shifts, default=0)
+        if high - low > _FAR + last - first:
+            apart = [self.mean.waves.at(first + shift, last + shift, self.mean.vector.device) for shift in self.shifts]
+            cos, sin = (torch.stack(waves) for waves in zip(*apart, strict=True))
+            return cos, sin
         cos, sin = self.mean.waves.at(first + low, last + high, self.mean.vector.device)
         if low == high:
             return cos[None], sin[None]

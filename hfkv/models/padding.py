@@ -16,19 +16,22 @@ class LeftPadding:
         known: pad tokens of each row; None until a mask has said something.
         origins: token of each row that stands at position 0 of the rotation of keys, as `begin` was told; None for the
             first one.
+        began: first token of each row that is no padding, of no token held where it is still to come; None where
+            nobody said.
     """
 
     def __init__(self) -> None:
         self.known: tuple[int, ...] | None = None
         self.origins: tuple[int, ...] | None = None
+        self.began: tuple[int, ...] | None = None
 
     def forget(self) -> None:
         """Forgets all padding."""
-        self.known = self.origins = None
+        self.known = self.origins = self.began = None
 
-    def begin(self, origins: tuple[int, ...]) -> None:
-        """Takes where the positions of each row begin to count, before a token is held that anybody sees."""
-        self.origins = origins if any(origins) else None
+    def begin(self, origins: tuple[int, ...], began: tuple[int, ...]) -> None:
+        """Takes where the positions of each row begin to count: of rows of which no token is held that anybody sees."""
+        self.origins, self.began = origins if any(origins) else None, began
 
     def of(self, batch: int) -> tuple[int, ...]:
         """The pad tokens of each of `batch` rows; none until a mask has said otherwise."""
@@ -66,6 +69,8 @@ class LeftPadding:
             self.known = tuple(self.known[row] for row in rows)
         if self.origins is not None:
             self.origins = tuple(self.origins[row] for row in rows)
+        if self.began is not None:
+            self.began = tuple(self.began[row] for row in rows)
 
 
 def padding_of(is_real: torch.Tensor, batch: int) -> tuple[int, ...] | None:

@@ -16,7 +16,7 @@ from hfkv.models.rotary import Rotary
 
 # Where the keys are measured: few, small enough for any model, and far enough apart to tell frequencies apart.
 _POSITIONS = (0, 1, 2, 5, 17, 101)
-_REMEDY = 'use sink_positions="absolute" and no summary'
+REMEDY = 'use sink_positions="absolute" and no summary'
 
 
 @in_own_precision
@@ -41,7 +41,7 @@ def probe_rotary(model: Any, sliding: bool = False) -> dict[int, Rotary | None]:
     decoder = decoder_of(base)
     reason = _refusal(base, config, decoder)
     if reason is not None:
-        raise ValueError(f"{config.model_type!r}: {reason}; {_REMEDY}")
+        raise ValueError(f"{config.model_type!r}: {reason}; {REMEDY}")
     limit = getattr(config, "max_position_embeddings", None) or max(_POSITIONS) + 1
     positions = torch.tensor([position for position in _POSITIONS if position < limit])
     # What is found must be ordinary tensors, in every mode of the caller's.
@@ -154,7 +154,7 @@ def run_decoder(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{config.model_type!r}: {type(decoder).__name__} does not run on token ids and positions alone "
-            f"({type(error).__name__}: {error}); {_REMEDY}"
+            f"({type(error).__name__}: {error}); {REMEDY}"
         ) from error
     finally:
         for module in training:
@@ -217,7 +217,7 @@ def _rotary_of(
     keys, values = layer.keys, layer.values
     where = f"{config.model_type!r}, layer {index}"
     if keys is None or not keys.any():
-        raise ValueError(f"{where}: a token at a few positions left no keys to compare; {_REMEDY}")
+        raise ValueError(f"{where}: a token at a few positions left no keys to compare; {REMEDY}")
     # The model rounds cos, sin, their products and the sums to its dtype.
     tolerance = 1e-4 + 8 * torch.finfo(keys.dtype).eps
     rotated, plain, part = keys, values, "key"
@@ -230,10 +230,10 @@ def _rotary_of(
         raise ValueError(
             f"{where}: its keys depend on positions in a way hfkv does not know. It knows keys without positions, and "
             "rotary embeddings of a head's first dims, adjacent or half-split pairs, with frequencies that the model "
-            f"keeps as inv_freq; {_REMEDY}"
+            f"keeps as inv_freq; {REMEDY}"
         )
     if not _misfit(None, plain, positions) <= tolerance:
-        raise ValueError(f"{where}: both what it caches as keys and as values depend on positions; {_REMEDY}")
+        raise ValueError(f"{where}: both what it caches as keys and as values depend on positions; {REMEDY}")
     found = candidates[best]
     if found is None:
         return found

@@ -175,7 +175,7 @@ class PrefixPool:
             shown = tuple(min(pad, columns) for pad in pads[: len(tables)])
             texts = [self._text(of_layer, table, columns - pad) for table, pad in zip(tables, shown, strict=True)]
             tokens = texts[0] if len(texts) == 1 and not shown[0] else _stacked(texts, of_layer, columns)
-            layer.adopt(Contents(parts, device, None, tokens, columns, 0, shown))
+            layer.adopt(Contents(parts, device, None, tokens, columns, 0, shown, tuple(pads[: len(tables)])))
             if same:
                 layer.batch_repeat_interleave(len(rows))
 

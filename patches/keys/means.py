@@ -14,6 +14,7 @@ from hfkv.codecs.key_mean import KeyMean
 from hfkv.kernels.dispatch import attention_kernel
 from hfkv.models.fingerprint import fingerprint_of
 from hfkv.models.key_means import find_key_means
+from hfkv.models.probe import REMEDY
 from hfkv.policy.config import KVConfig
 from hfkv.policy.ports import port
 
@@ -58,7 +59,10 @@ def key_means(model: Any, calibration: Any, exact_rotary: bool) -> tuple[dict[in
     try:
         means = find_key_means(model, ids)
     except (ValueError, IndexError, RuntimeError) as error:  # as models raise that want more than ids, or others
-        return {}, str(error).splitlines()[0] if str(error) else type(error).__name__
+        said = str(error).partition("\n")[0].removesuffix(f"; {REMEDY}")
+        return {}, said or type(error).__name__
+    if not all(bool(mean.vector.isfinite().all()) for mean in means.values()):
+        return {}, "some of its keys are not finite on the text that they are measured on"
     _found[model] = state, ids, means
     return means, None
 
@@ -90,23 +94,53 @@ def _ids(model: Any, calibration: Any) -> torch.Tensor:
     return torch.randint(config.vocab_size, (MOST_TOKENS,), generator=generator)
 
 
-def begin_rows(cache: KVCache, kwargs: dict[str, Any]) -> None:
-    """Tells a cache which token of each row stands at position 0, as the arguments of a forward say."""
-    if not cache.takes_mean or (cache.record.has_begun and cache.get_seq_length()):
+def begin_rows(cache: KVCache, given: dict[str, Any]) -> None:
+    """Tells a cache which token of each row stands at position 0, as the arguments of a forward say.
+
+    What is held of a row's text stays where it was written: only rows of which no more than padding is held begin.
+    """
+    if not cache.takes_mean:
         return
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    if tokens is None:
+    before, padding = cache.get_seq_length(), cache.leaves[0].span.padding
+    if before and (padding.began is None or max(padding.began, default=0) < before):
         return
-    batch, last = len(tokens), cache.get_seq_length() + tokens.shape[1] - 1
-    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    origins = [0] * batch
-    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and len(positions) in (1, batch):
-        origins = [last - position for position in positions[:, -1].tolist()] * (batch // len(positions))
+    tokens = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if not isinstance(tokens, torch.Tensor):
+        return
+    batch, last = len(tokens), before + tokens.shape[1]
+    origins, began = [0] * batch, [before] * batch
+    if before and padding.began is not None:
+        origins, began = list(padding.origins or origins), list(padding.began)
+        if len(began) != batch:
+            return  # which the cache refuses
+    positions = given.get("position_ids")
+    has_positions = isinstance(positions, torch.Tensor) and positions.dim() == 2 and len(positions) in (1, batch)
+    firsts = _first_real(given.get("attention_mask"), batch, last)
+    there = [max(first, before) for first in firsts]
+    if has_positions:
+        index = torch.tensor([min(first, last - 1) - before for first in there], device=positions.device)
+        at = positions.expand(batch, -1).gather(1, index[:, None])[:, 0].tolist()
+    for row, first in enumerate(there):
+        if not before or began[row] >= before:
+            began[row] = first
+            origins[row] = first - at[row] if has_positions and first < last else 0
     for leaf in cache.leaves:
-        leaf.begin_rows(tuple(origins))
-    # A row of which only padding has been read has not begun.
-    is_2d = isinstance(mask, torch.Tensor) and mask.dim() == 2
-    cache.record.has_begun = not is_2d or bool((mask != 0).any(-1).all())
+        leaf.begin_rows(tuple(origins), tuple(began))
+
+
+def _first_real(mask: Any, batch: int, length: int) -> list[int]:
+    """The first token of each row that is no padding, as a mask of a forward says; `length` where there is none."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 4) or not mask.numel():
+        return [0] * batch
+    if mask.dim() == 4:
+        # What the newest query sees begins with the text; one of padding sees itself at most.
+        newest = mask[:, 0, -1, :length]
+        is_real = newest.clone() if mask.dtype == torch.bool else newest > torch.finfo(newest.dtype).min / 2
+        is_real[:, -1] &= is_real[:, :-1].any(-1)
+    else:
+        is_real = mask[:, :length] != 0
+    found = torch.where(is_real.any(-1), is_real.int().argmax(-1), length)
+    return found.expand(batch).tolist()
 
 
 def _is_not_loaded(module: torch.nn.Module) -> bool:

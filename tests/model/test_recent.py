@@ -56,7 +56,7 @@ def filled(
     layer = RecentLayer(KVConfig.parse(kv), mean)
     layer.reserve(keys.shape[2])
     for leaf in layer.leaves if mean is not None else ():
-        leaf.begin_rows(pads or ())
+        leaf.begin_rows(pads or (), pads or ())
     for k, v in zip(keys.split(lengths, dim=2), values.split(lengths, dim=2), strict=True):
         shown = layer.update(k, v)
         if pads is not None:
@@ -260,7 +260,7 @@ def test_a_step_is_attended_to_as_each_layer_by_itself_would_be(
     kv = f"k:int4+v:int2+recent:9:k:int4/v:int8+recent_sinks:2+{store}"
     cache = KVCache(llama_config(num_hidden_layers=3), kv, key_means=means)
     for leaf in cache.leaves:
-        leaf.begin_rows(pads)
+        leaf.begin_rows(pads, pads)
     cache.reserve(60)
     seen, quick = 0, 0
     for count in (30, *[1] * 5, 4, *[1] * 5):

@@ -26,7 +26,7 @@ def mean() -> KeyMean:
 def layer(kv: str, origins: tuple[int, ...] = ()) -> KVLayer:
     made = KVLayer(KVConfig.parse(kv), mean=mean())
     if origins:
-        made.begin_rows(origins)
+        made.begin_rows(origins, origins)
     return made
 
 

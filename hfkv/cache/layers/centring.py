@@ -38,10 +38,10 @@ class Centred(Member):
         """Whether a mean is to be taken off its keys, once there is one."""
         return self.kv.key_mean and self.codecs.key.takes_mean
 
-    def begin_rows(self, origins: tuple[int, ...]) -> None:
-        """Says which token of each row stands at position 0, before one is held that anybody sees."""
+    def begin_rows(self, origins: tuple[int, ...], began: tuple[int, ...]) -> None:
+        """Says which token of each row stands at position 0, and which is the first real one; see `LeftPadding`."""
         self._change()
-        self.span.padding.begin(origins)
+        self.span.padding.begin(origins, began)
 
     def _less_mean(self, keys: torch.Tensor) -> torch.Tensor:
         """New keys `[B, H, T, D]` less their mean; those of another shape as they are, since they are refused."""

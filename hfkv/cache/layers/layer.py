@@ -291,7 +291,7 @@ class KVLayer(Following, Assignable, Rows, CacheLayer):
         if self._num_slots and contents.slots is not None:
             self.store.write(0, contents.slots)
         self.span.adopt(contents.seen, contents.gone_below, contents.pads)
-        self.span.padding.origins = contents.origins
+        self.span.padding.begin(contents.origins or (0,) * len(contents.pads), contents.pads)
 
     def nbytes(self) -> int:
         """Bytes allocated."""
