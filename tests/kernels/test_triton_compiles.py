@@ -99,11 +99,5 @@ def test_kernels_of_bits_compile(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_keys_less_their_mean_compile(tmp_path: Path) -> None:
-    check(
-        (
-            "89 decode int4 int4 bfloat16 128 16 scoring bounds transposed mean",
-            "80 prefill int4 none float16 96 0 mean",
-        ),
-        tmp_path,
-    )
+def test_a_kernel_of_keys_less_their_mean_compiles(tmp_path: Path) -> None:
+    check(("89 decode int4 int4 bfloat16 128 16 scoring bounds transposed mean",), tmp_path)
