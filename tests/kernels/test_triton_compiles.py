@@ -96,3 +96,8 @@ def test_every_kind_of_kernel_of_bits_compiles(capability: int, codec: str, tmp_
 @pytest.mark.slow
 def test_kernels_of_bits_compile(tmp_path: Path) -> None:
     check(("90 append int3 int2 bfloat16 64 64",), tmp_path)
+
+
+@pytest.mark.slow
+def test_a_kernel_of_keys_less_their_mean_compiles(tmp_path: Path) -> None:
+    check(("89 decode int4 int4 bfloat16 128 16 scoring bounds transposed mean",), tmp_path)

@@ -48,7 +48,7 @@ def decode_attention(
         scores `[B, Hq, q]` float32, -inf there.
 
     Raises:
-        ValueError: shapes that do not belong together, or a scoring that kernels do not do.
+        ValueError: shapes or a mean that do not belong together, or a scoring that kernels do not do.
     """
     return attend(
         *(query, keys, values, layout, visibility, scoring, inputs),

@@ -123,10 +123,10 @@ def attend(
     """Checks what a kernel cannot see, and runs the operator; see `decode_attention` for the arguments.
 
     Raises:
-        ValueError: what `Call.checked` refuses.
+        ValueError: what `Call.checked` or `mean_arguments` refuses.
     """
     call = Call.checked(query, (keys, values), keys.head_dim, layout, visibility, scoring, inputs, capacity, num_splits)
-    of_mean = mean_arguments(keys, len(query), layout.length, query.dtype)
+    of_mean = () if keys.mean is None else mean_arguments(keys, keys.mean, len(query), layout.length, query.dtype)
     out, lse = _operator(
         *(query, list(keys.planes), list(values.planes), keys.codec.name, values.codec.name, values.head_dim),
         *(*call, is_prefill, *of_mean),

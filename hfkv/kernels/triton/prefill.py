@@ -41,6 +41,6 @@ def prefill_attention(
         What `decode_attention` returns.
 
     Raises:
-        ValueError: shapes that do not belong together, or a scoring that kernels do not do.
+        ValueError: shapes or a mean that do not belong together, or a scoring that kernels do not do.
     """
     return attend(query, keys, values, layout, visibility, scoring, inputs, capacity=capacity, is_prefill=True)

@@ -132,7 +132,7 @@ def waves_inside(waves_ptr, step, ranges, inside, BLOCK_N: tl.constexpr, PADDED:
 
     Args:
         waves_ptr: `MeanTables.waves`.
-        step, ranges: as `tile_at` takes them.
+        step, ranges: what `tile_at` takes.
         inside: what `places_inside` gives.
     """
     turn, position = inside
@@ -148,7 +148,7 @@ def turned(factors, turns_ptr, step, ranges, inside, BLOCK_N: tl.constexpr, PADD
     Args:
         factors: what `load_factors` gives.
         turns_ptr: `MeanTables.turns`.
-        step, ranges: as `tile_at` takes them.
+        step, ranges: what `tile_at` takes.
         inside: what `places_inside` gives.
     """
     c, s, _, _ = factors

@@ -9,6 +9,7 @@ import torch
 
 from hfkv.codecs.waves import Waves, rotary_angles
 from hfkv.kernels.inputs import Encoded
+from hfkv.kernels.placed_mean import PlacedMean
 from hfkv.kernels.triton.tiling import padded
 
 # Positions from one turn to the next: the fewest tokens of a tile.
@@ -58,27 +59,25 @@ _known: WeakKeyDictionary[Waves, dict[tuple[torch.device, torch.dtype], MeanTabl
 
 
 def mean_arguments(
-    keys: Encoded, batch: int, length: int, dtype: torch.dtype
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, int, bool]:
-    """Gives what the attention operator takes of a mean; nothing where there is none.
+    keys: Encoded, mean: PlacedMean, batch: int, length: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, bool]:
+    """Gives what the attention operator takes of a mean.
 
     Args:
         keys: the keys of a layer.
+        mean: their mean.
         batch: number of rows.
         length: number of held tokens.
         dtype: dtype of the queries.
 
     Returns:
-        The vector, float32 `[H, D]`; `MeanTables`; the number of slots and the rows' shifts, int32 `[1 + B]`; the
-        number of pairs, and whether they lie side by side.
+        The vector, float32 `[H, D]`; `waves` and `turns` of `MeanTables`; the number of slots and the rows' shifts,
+        int32 `[1 + B]`; the number of pairs, and whether they lie side by side.
 
     Raises:
         ValueError: the mean is not one of these keys or of so many rows, or some slots are at other positions.
         RuntimeError: a CUDA graph is being captured: it would replay the positions of this call for ever.
     """
-    mean = keys.mean
-    if mean is None:
-        return None, None, None, None, 0, False
     if len(mean.shifts) != batch or mean.slots is not None:
         what = f"of {len(mean.shifts)} rows" if mean.slots is None else "with slots elsewhere"
         raise ValueError(f"Triton kernels take a mean of {batch} rows, slot i at position i, got one {what}")
