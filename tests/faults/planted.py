@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from tests.faults.fault import Fault
+from tests.faults.means import MEANS
 from tests.faults.native import NATIVE
 
 FAULTS = (
     *NATIVE,
+    *MEANS,
     Fault(
         "a window is one token short",
         "hfkv/policy/schedule.py",
@@ -27,27 +29,6 @@ FAULTS = (
         ".clamp_(-127, 127)",
         "",
         ("unit/test_codecs.py",),
-    ),
-    Fault(
-        "new keys are centred as if no row had padding",
-        "hfkv/cache/turns.py",
-        "tuple([first - origin for origin in origins])",
-        "tuple([first for _ in origins])",
-        ("unit/test_centring.py",),
-    ),
-    Fault(
-        "the mean of decoded keys is left out",
-        "hfkv/cache/snapshot.py",
-        "return keys.add_(mean.turned(self.first + first, end)).to(dtype)",
-        "return keys.to(dtype)",
-        ("model/test_key_mean.py",),
-    ),
-    Fault(
-        "shared prefixes are found under other means",
-        "patches/handle.py",
-        "if digests else self.kv.reuse.salt)",
-        'if digests == "" else self.kv.reuse.salt)',
-        ("unit/test_centring.py",),
     ),
     Fault(
         "an fp8 scale brings rows beyond the largest code",
