@@ -24,7 +24,7 @@ def set_recording(model: Any, undo: Undo) -> None:
 
 def _forward(model: Any, *args: Any, **kwargs: Any) -> Any:
     forward, kwargs = inner_forward(model), with_cache(model, args, kwargs)
-    names = parameters(type(model))
+    names = parameters(type(model)) if args else ()
     if 1 < len(args) <= len(names) and not kwargs.keys() & set(names[: len(args)]):
         args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
     cache = kwargs.get("past_key_values")
