@@ -29,8 +29,8 @@ NATIVE = (
     Fault(
         "native scores of latents leave the rotary keys out",
         "hfkv/kernels/native/task.h",
-        "parts = call.is_latent() ? 2 : 1;",
-        "parts = 1;",
+        "parts = call.is_latent() ? 2 : 1,",
+        "parts = 1,",
         ("kernels/test_cpu_latent.py",),
     ),
     Fault(

@@ -110,7 +110,7 @@ FAULTS = (
     Fault(
         "a kernel is given values whose tokens lie side by side and does not know",
         "hfkv/kernels/dispatch.py",
-        "able = [kernel for kernel in of_pairs if kernel.takes_values_innermost or not values_innermost]",
+        "able = [kernel for kernel in of_means if kernel.takes_values_innermost or not values_innermost]",
         "able = kernels",
         ("unit/test_values_innermost.py",),
     ),

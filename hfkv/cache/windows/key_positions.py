@@ -56,7 +56,8 @@ class SummaryKeys:
         read = []
         for codec, states, mean in ((self.codecs.key, keys, turned), (self.codecs.value, values, None)):
             planes = codec.encode(states if mean is None else states - mean)
-            found = codec.decode(planes, states.shape[3], states.dtype if mean is None else torch.float32)
+            wide = states.dtype if mean is None else torch.promote_types(states.dtype, torch.float32)
+            found = codec.decode(planes, states.shape[3], wide)
             read.append((found if mean is None else found + mean).to(states.dtype))
         return read[0], read[1]
 
