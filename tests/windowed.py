@@ -20,7 +20,7 @@ from transformers import (
 import hfkv
 from hfkv import KVConfig, Window
 from tests import brute_force
-from tests.tiny import llama, llama_config, prompt
+from tests.tiny import greedy, llama, llama_config, prompt
 
 LENGTH = 90
 SPLITS = {"whole": LENGTH, "chunks": 5, "one by one": 1}
@@ -112,6 +112,16 @@ def through_cache(model: Any, kv: KVConfig, padding: str, split: int) -> torch.T
                 inputs["attention_mask"] = mask[:, : first + split]
             parts.append(model(ids()[:, now], **inputs).logits)
     return torch.cat(parts, dim=1)
+
+
+def assert_ways_agree(model: Any, assistant: Any, kv: KVConfig | str, inputs: dict[str, torch.Tensor]) -> None:
+    """Asserts that assistants and chunks change no token of a patched model's; the assistant is patched here."""
+    plain = greedy(model, inputs, 40)
+    assert torch.equal(plain, greedy(model, inputs, 40, prompt_lookup_num_tokens=4))
+    with hfkv.patch(assistant, kv):
+        assert torch.equal(plain, greedy(model, inputs, 40, assistant_model=assistant))
+    beams = greedy(model, inputs, 40, num_beams=3)
+    assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
 
 
 def error(name: str, kv: KVConfig, padding: str, split: str, dtype: torch.dtype = torch.float32) -> float:

@@ -53,10 +53,13 @@ def _attend(
 ) -> torch.Tensor:
     batch, num_heads, num_queries, width = rule.queries
     heads = keys.shape[1]
-    mask, is_causal = (rule.visible, rule.is_causal) if bias is None else (bias.to(query.dtype), False)
+    mask, is_causal = rule.visible, rule.is_causal
+    if bias is not None:
+        mask, is_causal = bias.to(query.dtype), False
     if not rule.is_shared and num_queries == 1:
         query = query.reshape(batch, heads, num_heads // heads, width)
-        mask = mask if bias is None else bias.to(query.dtype).reshape(batch, heads, num_heads // heads, -1)
+        if bias is not None and mask is not None:
+            mask = mask.reshape(batch, heads, num_heads // heads, -1)
     elif not rule.is_shared:
         keys, values = (states.repeat_interleave(num_heads // heads, dim=1) for states in (keys, values))
     has_groups = query.shape[1] != keys.shape[1]

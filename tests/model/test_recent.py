@@ -22,7 +22,7 @@ from hfkv.kernels.inputs import Scoring
 from hfkv.kernels.placed_mean import PlacedMean
 from tests.brute_force import one_head_in_two_forms
 from tests.tiny import greedy, llama, llama_config, llama_for, prompt, text
-from tests.windowed import LENGTH, PADS, SPLITS, error, model_of, through_cache
+from tests.windowed import LENGTH, PADS, SPLITS, assert_ways_agree, error, model_of, through_cache
 
 STORES = ["contiguous", "paged+page_size:4", "paged+page_size:16+offload"]
 
@@ -141,13 +141,7 @@ def test_every_mode_of_generate(kv: str) -> None:
     model = llama_for(kv)
     inputs = prompt(batch=1)
     with hfkv.patch(model, kv):
-        plain = greedy(model, inputs, 40)
-        assert torch.equal(plain, greedy(model, inputs, 40, prompt_lookup_num_tokens=4))
-        assistant = llama_for(kv, num_hidden_layers=2)
-        with hfkv.patch(assistant, kv):
-            assert torch.equal(plain, greedy(model, inputs, 40, assistant_model=assistant))
-        beams = greedy(model, inputs, 40, num_beams=3)
-        assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
+        assert_ways_agree(model, llama_for(kv, num_hidden_layers=2), kv, inputs)
         padded = prompt(batch=2, length=30, padding=13)
         together = greedy(model, padded, 20)
         for row, pad in ((0, 13), (1, 0)):

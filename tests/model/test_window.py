@@ -7,7 +7,7 @@ import hfkv
 from hfkv import KVConfig, Window
 from tests import brute_force
 from tests.tiny import greedy, llama, llama_for, prompt
-from tests.windowed import DYNAMIC, LENGTH, PADS, SPLITS, error, expected, model_of, through_cache
+from tests.windowed import DYNAMIC, LENGTH, PADS, SPLITS, assert_ways_agree, error, expected, model_of, through_cache
 from tests.zoo.named import NAMED
 
 STORES = ["contiguous", "paged+page_size:4"]
@@ -112,13 +112,7 @@ def test_windows_under_beams_and_assistants(kv: str, window: Window) -> None:
     model = llama_for(kv)
     inputs = prompt(batch=1)
     with hfkv.patch(model, policies):
-        plain = greedy(model, inputs, 40)
-        assert torch.equal(plain, greedy(model, inputs, 40, prompt_lookup_num_tokens=4))
-        assistant = llama_for(kv, num_hidden_layers=2)
-        with hfkv.patch(assistant, policies):
-            assert torch.equal(plain, greedy(model, inputs, 40, assistant_model=assistant))
-        beams = greedy(model, inputs, 40, num_beams=3)
-        assert torch.equal(beams, greedy(model, inputs, 40, num_beams=3, prefill_chunk_size=2))
+        assert_ways_agree(model, llama_for(kv, num_hidden_layers=2), policies, inputs)
 
 
 @pytest.mark.pairwise
